@@ -1,0 +1,143 @@
+"""What the models are built from: dense, norm, embedding, dropout, attention, cross-entropy.
+
+The letters that name the axes of an array, in suffixes (`x_BTD`) and einsums, everywhere in the package:
+
+    B batch        T time (queries)   S source time (keys)   D model width    F feed-forward width
+    N heads        H head width       V vocabulary           L layers         M masked positions
+    C characters   U distinct words   P LSTM projection      K pairs packed into a row
+
+Parameters are fp32; a layer computes in the dtype of its input. Norms, softmax and losses compute in fp32.
+"""
+
+import math
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+MASKED = -1e9  # Finite, so that a row with nothing to attend to (all padding) gives a mean and not a NaN.
+
+
+def padded_vocabulary(vocab_size: int) -> int:
+    """The rows of a vocabulary table: a multiple of 128, the width of a TPU lane and of a GPU's matmul tile."""
+    return math.ceil(vocab_size / 128) * 128
+
+
+class Dense(nn.Module):
+    """x W + b over the last axis.
+
+    The leading axes are flattened first: XLA's CPU backend computes the weight gradient of a 3-D product at half the
+    speed of a 2-D one; elsewhere the reshape is free.
+    """
+
+    features: int
+    initializer: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", self.initializer, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        y = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype) + bias.astype(x.dtype)[None]
+        return y.reshape(*x.shape[:-1], self.features)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis; biased variance, in two passes."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        centred = x32 - x32.mean(-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
+        shape = (1,) * (x.ndim - 1) + scale.shape
+        return (normed * scale.reshape(shape) + bias.reshape(shape)).astype(x.dtype)
+
+
+class Embedding(nn.Module):
+    """A table of `rows` vectors of width `features`; the whole table is `table`, for a softmax tied to it."""
+
+    rows: int
+    features: int
+    initializer: nn.initializers.Initializer
+
+    def setup(self):
+        self.table = self.param("embedding", self.initializer, (self.rows, self.features))
+
+    def __call__(self, ids: Array) -> Array:
+        return jnp.take(self.table, ids, axis=0)
+
+
+def _mix(h: Array) -> Array:
+    """The finalizer of a 32-bit hash: every bit of the result depends on every bit of h."""
+    h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)
+    h = (h ^ (h >> 15)) * jnp.uint32(0x846CA68B)
+    return h ^ (h >> 16)
+
+
+def random_bits(key: Array, shape: tuple[int, ...]) -> Array:
+    """uint32 random bits, each a hash of (key, index of its row, index in the row).
+
+    As a plain function of the indices it gives the same bits on any mesh and every device computes only its own; it
+    fuses into what uses it, and compiles in no time on every backend. Row and column are hashed apart, so that arrays
+    of more than 2^32 elements do not repeat themselves (a single row must stay below that).
+    """
+    key0, key1 = jax.random.key_data(key)
+    row = jax.lax.broadcasted_iota(jnp.uint32, (shape[0],) + (1,) * (len(shape) - 1), 0)
+    column = jnp.zeros((1, *shape[1:]), jnp.uint32)
+    for axis in range(1, len(shape)):
+        column = column * jnp.uint32(shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, column.shape, axis)
+    return _mix(_mix(column + key0) ^ _mix(row ^ key1))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _dropout(x: Array, rate: float, key: Array) -> Array:
+    keep = random_bits(key, x.shape) >= jnp.uint32(round(rate * 2**32))
+    return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+# The backward pass draws the mask again, which is cheaper than keeping it in memory.
+_dropout.defvjp(
+    lambda x, rate, key: (_dropout(x, rate, key), key),
+    lambda rate, key, g: (_dropout(g, rate, key), None),
+)
+
+
+class Dropout(nn.Module):
+    """Zeroes elements with probability `rate` and scales the others by 1 / (1 - rate); without an rng, the identity."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        if self.rate == 0 or not self.has_rng("dropout"):
+            return x
+        return _dropout(x, self.rate, self.make_rng("dropout"))
+
+
+def attention_mask(segments_BT: Array) -> Array:
+    """[B, 1, T, S]: a token attends to the tokens of its own segment; segment 0 is padding and takes no part."""
+    same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+    return (same_BTS & (segments_BT != 0)[:, None, :])[:, None]
+
+
+def attention(q_BTNH: Array, k_BSNH: Array, v_BSNH: Array, mask_B1TS: Array, dropout: Dropout) -> Array:
+    """Scaled dot-product attention (Vaswani et al. 2017, 3.2.1), [B, T, N, H]; softmax in fp32."""
+    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH / math.sqrt(q_BTNH.shape[-1]), k_BSNH)
+    scores_BNTS = jnp.where(mask_B1TS, scores_BNTS.astype(jnp.float32), MASKED)
+    weights_BNTS = dropout(jax.nn.softmax(scores_BNTS).astype(v_BSNH.dtype))
+    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)
+
+
+def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """Negative log-likelihood in nats, and whether the target has the highest logit (fp32), both [...] for [..., V]."""
+    logits = logits.astype(jnp.float32)
+    highest = logits.max(-1)
+    picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    log_normalizer = highest + jnp.log(jnp.exp(logits - highest[..., None]).sum(-1))
+    return log_normalizer - picked, (picked == highest).astype(jnp.float32)

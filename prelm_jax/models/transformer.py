@@ -1,0 +1,68 @@
+"""The post-norm Transformer that BERT and GPT-1 share (Vaswani et al. 2017; BERT: modeling.py, `transformer_model`)."""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+from jax import Array
+
+from prelm_jax.models.layers import Dense, Dropout, LayerNorm, attention
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """The stack of layers, without embeddings and heads."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    intermediate_size: int
+    activation: Callable[[Array], Array]
+    layer_norm_eps: float
+    hidden_dropout: float
+    attention_dropout: float
+    initializer: nn.initializers.Initializer
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, its output projection, dropout, residual and norm."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, mask_B1TS: Array) -> Array:
+        c = self.config
+        heads = (*x_BTD.shape[:2], c.num_heads, c.hidden_size // c.num_heads)
+        q_BTNH, k_BSNH, v_BSNH = (
+            Dense(c.hidden_size, c.initializer, name=name)(x_BTD).reshape(heads) for name in ("query", "key", "value")
+        )
+        y_BTNH = attention(q_BTNH, k_BSNH, v_BSNH, mask_B1TS, Dropout(c.attention_dropout, name="weights_dropout"))
+        y_BTD = Dense(c.hidden_size, c.initializer, name="output")(y_BTNH.reshape(x_BTD.shape))
+        return LayerNorm(c.layer_norm_eps, name="layer_norm")(x_BTD + Dropout(c.hidden_dropout)(y_BTD))
+
+
+class Layer(nn.Module):
+    """Attention, then the feed-forward block; no dropout between its two dense layers (BERT: modeling.py)."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, mask_B1TS: Array) -> Array:
+        c = self.config
+        x_BTD = Attention(c, name="attention")(x_BTD, mask_B1TS)
+        y_BTF = c.activation(Dense(c.intermediate_size, c.initializer, name="intermediate")(x_BTD))
+        y_BTD = Dense(c.hidden_size, c.initializer, name="output")(y_BTF)
+        return LayerNorm(c.layer_norm_eps, name="layer_norm")(x_BTD + Dropout(c.hidden_dropout)(y_BTD))
+
+
+class Transformer(nn.Module):
+    """The layers one after the other: the hidden state after each, first the input itself (`num_layers` + 1)."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, mask_B1TS: Array) -> tuple[Array, ...]:
+        hidden = [x_BTD]
+        for i in range(self.config.num_layers):
+            hidden.append(Layer(self.config, name=f"layer_{i}")(hidden[-1], mask_B1TS))
+        return tuple(hidden)
