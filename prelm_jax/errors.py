@@ -1,4 +1,4 @@
-"""The one exception of a user's mistake."""
+"""The two exceptions that are no fault of the program."""
 
 
 class InputError(Exception):
@@ -6,3 +6,7 @@ class InputError(Exception):
 
     The command line prints the message and exits with 1; a program that uses the library may catch it.
     """
+
+
+class Preempted(Exception):
+    """The run was asked to stop (SIGTERM) and has saved; the command line exits with 75, and may be run again."""

@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests spend most of their time in the compiler; unoptimised programs halve that.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
+import numpy as np
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -27,3 +30,40 @@ def real_data():
     if not PRELM_DATA.is_dir():
         pytest.skip(f"no real data at {PRELM_DATA}; set PRELM_DATA")
     return PRELM_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_bert():
+    """The configuration of a BERT that compiles in a second or two."""
+    from prelm_jax.models.bert import BertConfig
+
+    return BertConfig(
+        vocab_size=120, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, max_position_embeddings=32
+    )
+
+
+@pytest.fixture(scope="session")
+def random_bert_batch():
+    """`(step, rows) -> batch` of random tokens, with padding, unequal numbers of masks, and both labels."""
+
+    def batch(step: int = 0, rows: int = 8, length: int = 16, masked: int = 4) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(step)
+        lengths_B1 = rng.integers(length // 2, length + 1, (rows, 1))
+        columns_BT = np.broadcast_to(np.arange(length), (rows, length))
+        real_BT = columns_BT < lengths_B1
+        count_B1 = rng.integers(1, masked + 1, (rows, 1))
+        weights_BM = (np.arange(masked) < count_B1).astype(np.float32)
+        integers = {
+            "tokens": np.where(real_BT, rng.integers(5, 120, (rows, length)), 0),
+            "token_types": real_BT & (columns_BT >= lengths_B1 // 2),
+            "positions": columns_BT,
+            "segments": real_BT,
+            "masked_positions": np.sort(rng.permuted(np.tile(np.arange(length // 2), (rows, 1)), axis=1)[:, :masked]),
+            "masked_targets": rng.integers(5, 120, (rows, masked)),
+            "next_sentence_positions": np.zeros((rows, 1)),
+            "next_sentence_labels": rng.integers(0, 2, (rows, 1)),
+        }
+        weights = {"masked_weights": weights_BM, "next_sentence_weights": np.ones((rows, 1), np.float32)}
+        return {name: array.astype(np.int32) for name, array in integers.items()} | weights
+
+    return batch

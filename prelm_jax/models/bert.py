@@ -14,8 +14,10 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from prelm_jax.errors import InputError
 from prelm_jax.models.layers import (
     MASKED,
     Dense,
@@ -146,6 +148,15 @@ class Bert(nn.Module):
     def init_carry(self, batch_size: int) -> Params:
         """What one step hands to the next: nothing."""
         return {}
+
+    def check(self, batch: dict[str, np.ndarray]) -> None:
+        """Raises InputError where a batch asks for rows that the tables lack (a lookup would not notice)."""
+        for key, rows, option in (
+            ("tokens", self.config.vocab_size, "vocab_size"),
+            ("positions", self.config.max_position_embeddings, "max_position_embeddings"),
+        ):
+            if batch[key].max() >= rows:
+                raise InputError(f"{key} go up to {batch[key].max()}, but the model's {option} is {rows}: raise it")
 
     def loss(self, params: Params, carry: Params, batch: Batch, key: Array | None) -> tuple[Sums, Sums, Params]:
         """(losses, metrics, carry): names to (sum, weight). `key` None: evaluation, without dropout."""

@@ -1,0 +1,36 @@
+# Two commands on a machine that has Python >= 3.11 and pip:
+#   make demo     pretrain, evaluate, export and use a small model (about 5 minutes on two cores)
+#   make test     lint and the whole test suite
+
+PYTHON ?= python3
+MODEL ?= bert
+RUN = runs/$(MODEL)-demo
+PRELM = .venv/bin/prelm
+
+.PHONY: demo test format
+
+demo: .venv/installed
+	$(PRELM) pretrain experiments/$(MODEL).py:demo
+	$(PRELM) export $(RUN) $(RUN)/huggingface
+	$(PRELM) fill $(RUN)/huggingface "If the [MASK] is empty, an error is raised."
+	$(PRELM) fill $(RUN)/huggingface "Return a new [MASK] with the same elements."
+
+test: .venv/installed-test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/python -m pytest
+
+format: .venv/installed-test
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@

@@ -1,0 +1,193 @@
+"""The command line, `prelm VERB …`: one short function per verb. Exit codes: 0 done, 1 user error, 75 preempted."""
+
+import contextlib
+import difflib
+import functools
+import importlib.util
+import inspect
+import io
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from prelm_jax.errors import InputError, Preempted
+
+USER_ERROR = 1
+PREEMPTED = 75
+
+Positional = tyro.conf.Positional
+
+
+def pretrain(experiment: str, arguments: list[str]) -> None:
+    """Train an experiment, FILE.py:FUNCTION, or go on with it where it stopped."""
+    name, run = _experiment(experiment)
+
+    run_type = Annotated[type(run), tyro.conf.arg(name="")]
+
+    def command(run: run_type = run, workdir: Path = Path("runs") / name) -> None:
+        from prelm_jax import pretrain
+
+        _configure_jax()
+        summary = pretrain.pretrain(run, workdir)
+        _print_summary(summary)
+        print(f"\nThe run is in {workdir}. Next:")
+        print(f"  prelm export {workdir} DIRECTORY    write it for transformers")
+        print(f'  prelm fill {workdir} "The [MASK] is returned."')
+
+    _call(command, arguments, f"prelm pretrain {experiment}")
+
+
+def evaluate(workdir: Positional[Path], corpus: tuple[str, ...] = ()) -> None:
+    """Evaluate the newest checkpoint of a work directory on its held-out text, or on all of another corpus."""
+    from prelm_jax import pretrain
+
+    _configure_jax()
+    _print_summary(pretrain.evaluate(workdir, corpus))
+
+
+def export(workdir: Positional[Path], directory: Positional[Path]) -> None:
+    """Write the newest checkpoint of a work directory as a model directory that other tools read."""
+    from prelm_jax import pretrain
+
+    pretrain.export(workdir, directory)
+    print(f"wrote {directory}")
+
+
+def tokenize(tokenizer: Positional[Path], input: Positional[Path], cased: bool = False) -> None:
+    """Print the ids of each line of a text file as a JSON list, without special tokens."""
+    from prelm_jax.exchange.model import read_lines
+    from prelm_jax.text import tokenizer as tokenizers
+
+    loaded = tokenizers.load(tokenizer, lowercase=not cased)
+    for ids in loaded.encode_batch(read_lines(input)):
+        print(json.dumps(ids))
+
+
+def embed(model: Positional[Path], input: Positional[Path], output: Positional[Path], truncate: bool = False) -> None:
+    """Write the hidden states of each line of a text file to an HDF5 file, dataset "i" for line i."""
+    from prelm_jax.exchange.model import load, read_lines, write_embeddings
+
+    _configure_jax()
+    write_embeddings(load(model), read_lines(input), output, truncate)
+
+
+def score(model: Positional[Path], input: Positional[Path]) -> None:
+    """Print the log-probability (natural) and the number of tokens of each line of a text file."""
+    from prelm_jax.exchange.model import load, read_lines
+
+    _configure_jax()
+    for log_probability, tokens in load(model).score(read_lines(input)):
+        print(f"{log_probability:.6f}\t{tokens}")
+
+
+def fill(model: Positional[Path], text: Positional[str], top_k: int = 5) -> None:
+    """Print the likeliest tokens for each [MASK] of a text."""
+    from prelm_jax.exchange.model import load
+
+    _configure_jax()
+    for candidates in load(model).fill(text, top_k):
+        print("  ".join(f"{token} {probability:.3f}" for token, probability in candidates))
+
+
+VERBS = {verb.__name__: verb for verb in (pretrain, evaluate, export, tokenize, embed, score, fill)}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The console script."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: prelm VERB … (--help after a verb says more)\n")
+        for name, verb in VERBS.items():
+            print(f"  {name:10} {inspect.getdoc(verb)}")
+        return
+    verb, *rest = arguments
+    try:
+        if verb not in VERBS:
+            raise InputError(f"prelm has no {verb!r}{_suggestion(verb, VERBS)}; prelm --help lists the verbs")
+        if verb != "pretrain":
+            _call(VERBS[verb], rest, f"prelm {verb}")
+        elif not rest or rest[0].startswith("-"):
+            raise InputError("usage: prelm pretrain FILE.py:FUNCTION [options]; examples are in experiments/")
+        else:
+            pretrain(rest[0], rest[1:])
+    except InputError as error:
+        print(f"prelm: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    except Preempted as stop:
+        print(f"prelm: {stop}", file=sys.stderr)
+        sys.exit(PREEMPTED)
+    except KeyboardInterrupt:
+        print("prelm: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # `prelm … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _call(command: Callable[..., None], arguments: list[str], program: str) -> None:
+    """Parses the arguments by the command's signature, and calls it; tyro's complaints become one line."""
+
+    @functools.wraps(command)
+    def bind(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        return functools.partial(command, *args, **kwargs)
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            bound = tyro.cli(bind, args=arguments, prog=program)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        lines = [line.strip(" │╭╮╰╯─\t") for line in complaint.getvalue().splitlines()[1:]]
+        raise InputError(" ".join(line for line in lines if line)) from None
+    bound()
+
+
+def _experiment(reference: str) -> tuple[str, Any]:
+    """The name of a work directory and the Run, of `experiments/bert.py:demo`."""
+    file, _, function = reference.partition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise InputError(f"{file}: no such experiment file{_suggestion(file, map(str, path.parent.glob('*.py')))}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    experiments = {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == path.stem and not name.startswith("_")
+    }
+    if function not in experiments:
+        known = ", ".join(experiments)
+        raise InputError(f"{file} has no {function!r}{_suggestion(function, experiments)}; it has {known}")
+    return f"{path.stem}-{function}".replace("_", "-"), experiments[function]()
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _configure_jax() -> None:
+    """Compiled programs are kept between runs, so that the second start is quick."""
+    import jax
+
+    from prelm_jax.text.store import cache_directory
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
+
+
+def _print_summary(summary: Any) -> None:
+    """What was reached on held-out text, beside what models that know next to nothing reach."""
+    table = Table("held-out", "model", "baseline")
+    for name, value in summary.evaluation.items():
+        baselines = ", ".join(f"{known} {x:.3f}" for known, x in summary.baselines.get(name, {}).items())
+        table.add_row(name.replace("_", " "), f"{value:.3f}", baselines)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)

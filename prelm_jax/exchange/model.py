@@ -1,0 +1,210 @@
+"""A pretrained model and its directory: load it, save it, go on training from it, write its embeddings."""
+
+import abc
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import h5py
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from prelm_jax.errors import InputError
+from prelm_jax.text import tokenizer as tokenizers
+from prelm_jax.text.tokenizer import Tokenizer
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model(abc.ABC):
+    """What `load` returns: a configuration, its parameters and a tokenizer, and what one does with them.
+
+    A subclass is the codec of one family: it reads and writes the family's published format.
+
+    `params`: the tree of `prelm_jax.models`, fp32, vocabulary tables padded.
+    `missing`: paths ("pooler/kernel") of the parameters that the directory lacks; they are zeros in `params`.
+    """
+
+    config: Any
+    params: Params
+    tokenizer: Tokenizer
+    missing: frozenset[str] = frozenset()
+
+    config_class: ClassVar[type]
+    # The paths whose first axis is the vocabulary.
+    vocabulary_tables: ClassVar[frozenset[str]]
+    # The fields of the configuration in which a run may differ from the model that it continues.
+    free_fields: ClassVar[frozenset[str]]
+
+    @classmethod
+    @abc.abstractmethod
+    def read(cls, directory: Path) -> Self:
+        """The model in a directory of the published format; InputError for what is missing or misshapen there."""
+
+    @abc.abstractmethod
+    def write(self, directory: Path) -> None:
+        """Writes weights, configuration and tokenizer into an existing directory, in the published format."""
+
+    @abc.abstractmethod
+    def embed(self, texts: Sequence[str], truncate: bool = False) -> Iterator[tuple[list[str], np.ndarray]]:
+        """For each text its tokens and its hidden states, f32 [layers + 1, tokens, width]; none for a blank text."""
+
+    @abc.abstractmethod
+    def score(self, texts: Sequence[str]) -> list[tuple[float, int]]:
+        """For each text the sum of the natural-log probabilities of its tokens, and their number."""
+
+
+def _family(model_type: object, source: Path) -> type[Model]:
+    from prelm_jax.exchange.huggingface_bert import BertModel  # Here, because it imports this module.
+
+    families = {"bert": BertModel}
+    if model_type not in families:
+        raise InputError(f"{source}: model_type is {model_type!r}; supported: {', '.join(families)}")
+    return families[model_type]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return value
+
+
+def abstract_params(config: Any) -> Params:
+    """The parameters of a configuration as jax.ShapeDtypeStruct; nothing is allocated."""
+    return jax.eval_shape(config.build().init_params, jax.random.key(0))
+
+
+def path_name(path: tuple) -> str:
+    """A path of jax.tree_util as a name, "encoder/layer_0/attention/query/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def load(path: str | os.PathLike) -> Model:
+    """The model in a model directory, or of the newest checkpoint in a work directory."""
+    directory = Path(path)
+    if (directory / "run.json").is_file():
+        return _load_run(directory)
+    if (directory / "config.json").is_file():
+        source = directory / "config.json"
+        return _family(read_json(source).get("model_type"), source).read(directory)
+    raise InputError(f"{directory}: neither a model directory (no config.json) nor a work directory (no run.json)")
+
+
+def _load_run(directory: Path) -> Model:
+    from prelm_jax.training.checkpoint import restore_params  # Here, because only this needs Orbax.
+
+    source = directory / "run.json"
+    fields = dict(read_json(source).get("model", {}))
+    family = _family(fields.pop("model_type", None), source)
+    try:
+        config = family.config_class(**fields)
+    except TypeError as error:
+        raise InputError(f"{source}: not the fields of a {family.config_class.__name__} ({error})") from error
+    _, params = restore_params(directory / "checkpoints", abstract_params(config))
+    return family(config, params, tokenizers.load(directory / "tokenizer"))
+
+
+def save(model: Model, directory: str | os.PathLike, card: str) -> None:
+    """Writes a model directory that others read; `card` is the text of its README.md.
+
+    An older model directory of that name is overwritten, other files in it are left alone; anything else that is not
+    empty is refused. A save that fails leaves the directory as it was; one that is killed, without a config.json.
+    """
+    directory = Path(directory).resolve()
+    settings = directory / "config.json"
+    if (
+        directory.is_dir()
+        and any(directory.iterdir())
+        and not (settings.is_file() and "model_type" in read_json(settings))
+    ):
+        raise InputError(f"{directory}: not empty, and not a model directory; give another one")
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory}: not a directory")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as temporary:
+        written = Path(temporary)
+        model.write(written)
+        (written / "README.md").write_text(card, encoding="utf-8")
+        directory.mkdir(exist_ok=True)
+        # Nothing loads a directory without its config.json: it goes first and comes last.
+        settings.unlink(missing_ok=True)
+        for file in sorted(written.iterdir(), key=lambda file: (file.name == settings.name, file.name)):
+            os.replace(file, directory / file.name)
+
+
+def initial_params(model: Model, config: Any, fresh: Params, tokenizer: Tokenizer) -> Params:
+    """The parameters from which a run with `config` and `tokenizer` goes on training a loaded model.
+
+    The values of the model, except for what its directory lacks and for new entries of the vocabulary: those keep
+    their initialisation in `fresh`. The vocabulary must begin with the model's; sizes must be the same. Arrays taken
+    from the model lie where they lie there.
+    """
+    if config.model_type != model.config.model_type:
+        raise InputError(f"--init-from: the model is {model.config.model_type}, the run trains {config.model_type}")
+    for field in dataclasses.fields(config):
+        ours, theirs = getattr(config, field.name), getattr(model.config, field.name)
+        if field.name not in model.free_fields and ours != theirs:
+            raise InputError(f"--init-from: {field.name} is {theirs} in the model, but {ours} in the run")
+    known, entries = model.tokenizer.tokens, tokenizer.tokens
+    for i, entry in enumerate(known):
+        if i >= len(entries) or entries[i] != entry:
+            found = repr(entries[i]) if i < len(entries) else "nothing"
+            raise InputError(
+                f"--init-from: entry {i} of the vocabulary is {entry!r} in the model, but {found} in the run; "
+                "the run's vocabulary must begin with the model's"
+            )
+
+    def choose(path: tuple, new: jax.Array, loaded: jax.Array) -> jax.Array:
+        name = path_name(path)
+        if name in model.missing:
+            return new
+        if name in model.vocabulary_tables:
+            return new.at[: len(known)].set(loaded[: len(known)])
+        return loaded
+
+    return jax.tree_util.tree_map_with_path(choose, fresh, model.params)
+
+
+def read_lines(path: str | os.PathLike) -> list[str]:
+    r"""The lines of a UTF-8 file. Lines end at \n only; a \n at the end of the file ends the last line."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: invalid UTF-8 at byte {error.start}; convert the file to UTF-8") from error
+    lines = text.split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def write_embeddings(model: Model, lines: Sequence[str], path: str | os.PathLike, truncate: bool = False) -> None:
+    """Embeds lines into an HDF5 file, which appears when it is complete.
+
+    Dataset "i" (from "0") is line i: f32 [layers + 1, tokens, width]. Its attribute `tokens` is their JSON list.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no directory {path.parent}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with h5py.File(temporary, "w") as file:
+            results = model.embed(lines, truncate)
+            progress = track(results, "embed", total=len(lines), console=Console(stderr=True))
+            for i, (tokens, hidden) in enumerate(progress):
+                dataset = file.create_dataset(str(i), data=hidden)
+                dataset.attrs["tokens"] = json.dumps(tokens, ensure_ascii=False)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

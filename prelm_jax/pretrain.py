@@ -1,0 +1,302 @@
+"""A Run, and what is done with it: corpus → vocabulary → token store → batches → loop. Knows every room."""
+
+import dataclasses
+import json
+import sys
+import typing
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from prelm_jax.data import loader
+from prelm_jax.data.pairs import PairsConfig
+from prelm_jax.errors import InputError
+from prelm_jax.exchange import model as exchange
+from prelm_jax.text import store
+from prelm_jax.text import tokenizer as tokenizers
+from prelm_jax.text.corpus import Corpus
+from prelm_jax.training import loop
+from prelm_jax.training.checkpoint import Checkpoints
+from prelm_jax.training.metrics import MetricsWriter
+from prelm_jax.training.sharding import MeshConfig, place
+
+# What makes the batches of each model, to find it again in a work directory.
+DATA = {"bert": PairsConfig}
+
+# The batches on which a model is evaluated are the same in every run.
+EVALUATION_SEED = 0
+
+# Fields that do not decide the bits of a run: where it reads, how far it goes, what it writes, on how many devices.
+CIRCUMSTANCE = {
+    "corpus",
+    "tokenizer",
+    "steps",
+    "mesh",
+    "evaluate_every",
+    "evaluate_batches",
+    "save_every",
+    "keep",
+    "log_every",
+    "tensorboard",
+    "profile",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An experiment. The same Run and seed give the same model, bit for bit, on the same devices and versions.
+
+    corpus: SPECs (see text/corpus.py), of which the fraction `held_out` of the documents is only evaluated on.
+    model, tokenizer, data, optimizer: configurations of these.
+    batch_size: rows of the global batch; cut into `accumulate` micro-batches, one after the other.
+    steps: to go to, counted from the start of the training; a run that stopped earlier goes on.
+    precision: of activations; parameters and moments are float32.
+    init_from: a model directory or work directory whose parameters to start from (continued pretraining).
+    evaluate_every, save_every, log_every: in steps. `keep`: the number of newest checkpoints that stay.
+    profile: a trace of so many steps, from the 11th on, goes to `profile/` in the work directory.
+    """
+
+    corpus: tuple[str, ...]
+    model: Any
+    tokenizer: Any
+    data: Any
+    optimizer: Any
+    batch_size: int
+    steps: int
+    held_out: float = 0.01
+    seed: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    accumulate: int = 1
+    init_from: str | None = None
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    evaluate_every: int = 1000
+    evaluate_batches: int = 32
+    save_every: int = 1000
+    keep: int = 3
+    log_every: int = 50
+    tensorboard: bool = False
+    profile: int = 0
+
+    def __post_init__(self):
+        for name in ("batch_size", "steps", "accumulate", "evaluate_every", "save_every", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """How a model does on held-out text, beside what knows next to nothing."""
+
+    evaluation: dict[str, float]
+    baselines: dict[str, dict[str, float]]
+
+
+def pretrain(run: Run, workdir: Path) -> Summary:
+    """Trains, or goes on with, the run in `workdir`. Order of start: own checkpoint > init_from > scratch.
+
+    Raises InputError for what the user can mend, Preempted when SIGTERM stopped the run after saving.
+    """
+    corpus = Corpus(run.corpus, run.held_out)
+    tokenizer = run.tokenizer.build(corpus)
+    training, held_out = store.prepare(corpus, tokenizer)
+    run = dataclasses.replace(run, model=_with_vocabulary(run.model, tokenizer))
+    batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
+    evaluation = _evaluation_batches(run.data, held_out, tokenizer, run.batch_size)
+
+    mesh = run.mesh.build()
+    if run.batch_size % (run.accumulate * mesh.size):
+        raise InputError(
+            f"--batch-size {run.batch_size} cannot be divided into {run.accumulate} micro-batches (--accumulate) for "
+            f"{mesh.size} devices: choose a multiple of {run.accumulate * mesh.size}"
+        )
+    model = run.model.build(jnp.dtype(run.precision))
+    model.check(batches[0])
+    _claim(workdir, run, corpus, tokenizer)
+
+    with jax.set_mesh(mesh):
+        abstract = loop.abstract_state(model, run.optimizer, run.batch_size, mesh, run.mesh.parameters)
+        checkpoints = Checkpoints(workdir / "checkpoints", run.keep)
+        restored = checkpoints.restore(abstract.items())
+        if restored is not None:
+            _, items = restored
+            state = loop.TrainState.of(items)
+        else:
+            start = None
+            if run.init_from is not None:
+                start = partial(exchange.initial_params, exchange.load(run.init_from), run.model, tokenizer=tokenizer)
+            state = loop.new_state(model, run.optimizer, run.batch_size, run.seed, abstract, start)
+
+        evaluate = loop.make_evaluate(model)
+
+        def evaluate_held_out(state: loop.TrainState) -> dict[str, float]:
+            placed = _placed(evaluation, 0, run.evaluate_batches, mesh)
+            return evaluate(state.params, model.init_carry(run.batch_size), (batch for _, batch in placed))
+
+        done = int(state.step)
+        writer = MetricsWriter(workdir, done, run.tensorboard)
+        state = loop.train(
+            run,
+            model,
+            state,
+            _placed(batches, done, run.steps, mesh),
+            batches.layout,
+            evaluate_held_out,
+            checkpoints,
+            writer,
+            workdir,
+        )
+        writer.close()
+        checkpoints.close()
+        baselines = batches.baselines(evaluation[i] for i in range(run.evaluate_batches))
+        return Summary(evaluate_held_out(state), baselines)
+
+
+def evaluate(workdir: Path, sources: tuple[str, ...] = ()) -> Summary:
+    """Evaluates the newest checkpoint of a work directory: on the run's held-out side, or on all of other sources."""
+    record = read_record(workdir)
+    circumstance, rows = record["circumstance"], record["batch_size"]
+    tokenizer = tokenizers.load(workdir / "tokenizer")
+    training, held_out = store.prepare(Corpus(tuple(circumstance["corpus"]), record["held_out"]), tokenizer)
+    if sources:
+        _, held_out = store.prepare(Corpus(sources, 1.0), tokenizer)
+    data = _from_json(DATA[record["model"]["model_type"]], record["data"])
+    evaluation = _evaluation_batches(data, held_out, tokenizer, rows)
+    loaded = exchange.load(workdir)
+    model = loaded.config.build(jnp.dtype(record["precision"]))
+    mesh = MeshConfig(devices=1).build()
+    with jax.set_mesh(mesh):
+        placed = _placed(evaluation, 0, circumstance["evaluate_batches"], mesh)
+        values = loop.make_evaluate(model)(loaded.params, model.init_carry(rows), (batch for _, batch in placed))
+    batches = data.build(training, tokenizer, rows, record["seed"])
+    return Summary(values, batches.baselines(evaluation[i] for i in range(circumstance["evaluate_batches"])))
+
+
+def export(workdir: Path, directory: Path) -> None:
+    """Writes the newest checkpoint of a work directory as a model directory, in the format that others read."""
+    record = read_record(workdir)
+    exchange.save(exchange.load(workdir), directory, _card(workdir, record))
+
+
+def _placed(batches: Any, start: int, stop: int, mesh: jax.sharding.Mesh) -> Iterator[tuple[int, dict]]:
+    """The batches of some steps on the devices; each process builds and feeds an equal share of the rows."""
+    share = batches.batch_size // jax.process_count()
+    rows = slice(share * jax.process_index(), share * (jax.process_index() + 1))
+    return loader.prefetch(batches, start, stop, rows, partial(place, layout=batches.layout, mesh=mesh))
+
+
+def _with_vocabulary(model: Any, tokenizer: Any) -> Any:
+    if model.vocab_size is not None and model.vocab_size < tokenizer.vocab_size:
+        raise InputError(
+            f"--model.vocab-size {model.vocab_size}: the tokenizer has {tokenizer.vocab_size} entries, whose ids would "
+            "fall outside the model; leave the option out"
+        )
+    return dataclasses.replace(model, vocab_size=model.vocab_size or tokenizer.vocab_size)
+
+
+def _evaluation_batches(data: Any, held_out: store.Store, tokenizer: Any, rows: int) -> Any:
+    if held_out.num_documents == 0:
+        raise InputError("no document fell on the held-out side: raise --held-out")
+    return data.build(held_out, tokenizer, rows, EVALUATION_SEED)
+
+
+def _claim(workdir: Path, run: Run, corpus: Corpus, tokenizer: Any) -> None:
+    """Makes the work directory this run's, or checks that it is."""
+    record = _record(run, corpus, tokenizer)
+    path = workdir / "run.json"
+    if path.exists():
+        there, here = (
+            _flat({k: v for k, v in r.items() if k != "circumstance"}) for r in (read_record(workdir), record)
+        )
+        differing = sorted(name for name in there | here if there.get(name) != here.get(name))
+        if differing:
+            fields = ", ".join(f"{name} ({there.get(name)} there, {here.get(name)} here)" for name in differing)
+            raise InputError(f"{workdir} holds another run, which differs in {fields}: choose another --workdir")
+    if jax.process_index() == 0:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            tokenizer.save(workdir / "tokenizer")
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+            temporary.replace(path)
+        except OSError as error:
+            raise InputError(f"cannot write to the work directory {workdir}: {error.strerror}") from error
+
+
+def _record(run: Run, corpus: Corpus, tokenizer: Any) -> dict[str, Any]:
+    """What run.json holds: the fields that decide the bits, corpus and tokenizer by fingerprint, and the rest apart."""
+    fields = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
+    identity = {name: value for name, value in fields.items() if name not in CIRCUMSTANCE}
+    identity |= {"corpus_fingerprint": corpus.fingerprint, "tokenizer_fingerprint": tokenizer.fingerprint}
+    circumstance = {name: value for name, value in fields.items() if name in CIRCUMSTANCE}
+    record = {"format": 1, **identity, "circumstance": circumstance | {"command": sys.argv[1:]}}
+    record = json.loads(json.dumps(record, default=dataclasses.asdict))
+    record["model"] = {"model_type": run.model.model_type, **record["model"]}
+    record["optimizer"] = {"name": type(run.optimizer).__name__, **record["optimizer"]}
+    return record
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {name: value}
+    return {k: v for key, x in value.items() for k, v in _flat(x, f"{name}.{key}" if name else key).items()}
+
+
+def read_record(workdir: Path) -> dict[str, Any]:
+    """The run.json of a work directory."""
+    path = workdir / "run.json"
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{workdir} is not a work directory of a run (it has no run.json)") from None
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error})") from None
+    if record["format"] > 1:
+        raise InputError(f"{path} was written by a newer version of prelm_jax: upgrade this one")
+    return record
+
+
+def _from_json(cls: type, fields: dict[str, Any]) -> Any:
+    types = typing.get_type_hints(cls)
+    return cls(**{k: _from_json(types[k], v) if dataclasses.is_dataclass(types[k]) else v for k, v in fields.items()})
+
+
+def _card(workdir: Path, record: dict[str, Any]) -> str:
+    """The model card: what the model was trained on, for how long, how well it does, and the command."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    last = next(line for line in reversed(lines) if any(name.startswith("evaluation/") for name in line))
+    figures = "\n".join(
+        f"| {name.removeprefix('evaluation/').replace('_', ' ')} | {value:.4f} |"
+        for name, value in last.items()
+        if name.startswith("evaluation/")
+    )
+    model_type, data, circumstance = record["model"]["model_type"], record["data"], record["circumstance"]
+    sources = "\n".join(f"- `{source}`" for source in circumstance["corpus"])
+    places = last["step"] * record["batch_size"] * data["max_length"]
+    return f"""---
+library_name: transformers
+tags:
+- {model_type}
+- prelm_jax
+---
+
+# {workdir.resolve().name}
+
+A {model_type} pretrained with prelm_jax: {last["step"]:,} steps of {record["batch_size"]} × {data["max_length"]} tokens
+({places:,} places, padding included), seed {record["seed"]}, {record["precision"]}.
+
+Corpus (a fraction of {record["held_out"]} of the documents held out), content `{record["corpus_fingerprint"][:16]}`:
+
+{sources}
+
+On held-out text, after step {last["step"]:,}:
+
+| metric | value |
+|---|---|
+{figures}
+
+Command: `prelm {" ".join(circumstance["command"])}`
+"""

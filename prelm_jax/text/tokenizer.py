@@ -1,0 +1,48 @@
+"""What every tokenizer offers, and how one is read from its files."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from prelm_jax.errors import InputError
+from prelm_jax.text.wordpiece import WordPiece
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back.
+
+    The names of special tokens mean nothing in a text: "[MASK]" is encoded as a bracket, a word and a bracket.
+    """
+
+    tokens: list[str]  # id -> string
+    special_ids: dict[str, int]  # for WordPiece: "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
+    unknown_id: int | None  # the id that stands for what the vocabulary cannot spell
+    fingerprint: str  # SHA-256 (hex) of the vocabulary and the settings
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, without special tokens."""
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes the files that transformers' AutoTokenizer reads."""
+
+
+def load(path: str | os.PathLike, lowercase: bool = True) -> Tokenizer:
+    """The tokenizer in a Hugging Face directory or a `vocab.txt`.
+
+    `lowercase` is for a vocabulary that comes without settings; a directory that has them says itself.
+    Raises InputError where there is no tokenizer, or one that this package does not have.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        if (path / "tokenizer.json").exists() or (path / "vocab.txt").exists():
+            return WordPiece.from_directory(path, lowercase)
+        raise InputError(f"{path} holds no tokenizer: give a directory with tokenizer.json or vocab.txt")
+    if not path.exists():
+        raise InputError(f"there is no tokenizer at {path}: give a directory or a vocab.txt")
+    return WordPiece.from_vocab(path, lowercase)

@@ -1,0 +1,144 @@
+"""What a run tells: metrics as JSON lines, progress for people, the share of the device's peak that is used."""
+
+import contextlib
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+# Dense bf16 peak in FLOP/s of one device, from the makers' data sheets.
+PEAKS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def peak_flops(dtype: jnp.dtype) -> float:
+    """Matmul FLOP/s of all devices: the data sheet's for bf16 on a known device, else measured on one (0.1 s)."""
+    kind = jax.devices()[0].device_kind
+    known = [peak for name, peak in PEAKS.items() if kind.startswith(name)]
+    if known and dtype == jnp.bfloat16:
+        return known[0] * jax.device_count()
+    x = jnp.ones((1024, 1024), dtype)
+    matmul = jax.jit(jnp.matmul)
+    matmul(x, x).block_until_ready()
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        matmul(x, x).block_until_ready()
+        times.append(time.perf_counter() - start)
+    # The virtual devices of a CPU share its cores.
+    return 2 * 1024**3 / min(times) * (1 if jax.default_backend() == "cpu" else jax.device_count())
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl`, one object a line with its `step`; to TensorBoard as well if asked.
+
+    Only process 0 writes. `resume_at`: lines of that step or later are dropped; they will be written again.
+    """
+
+    def __init__(self, workdir: Path, resume_at: int, tensorboard: bool = False):
+        self._file = self._tensorboard = None
+        if jax.process_index() != 0:
+            return
+        path = workdir / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step(line) < resume_at]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.replace(path)
+        self._file = path.open("a")
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(workdir), purge_step=resume_at)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line; what is not finite is written as a string, for JSON has no word for it."""
+        if self._file is None:
+            return
+        line = {"step": step} | {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in (self._file, self._tensorboard):
+            if file is not None:
+                file.close()
+
+
+def _step(line: str) -> float:
+    # A line cut off by a kill is dropped as well.
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return json.loads(line)["step"]
+    return math.inf
+
+
+class TrainingProgress:
+    """A bar on a terminal, else a plain line for each report; silent on all processes but the first."""
+
+    def __init__(self, start: int, steps: int):
+        self._console = Console(stderr=True, quiet=jax.process_index() != 0)
+        self._steps = steps
+        self._bar = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[report]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("train", total=steps, completed=start, report="compiling …")
+            self._bar.start()
+        self._clock = (time.monotonic(), start)
+
+    def advance(self, step: int) -> None:
+        """`step` steps are done."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def report(self, step: int, values: dict[str, Any]) -> None:
+        """Says how the step went: loss, speed, time left."""
+        text = (
+            f"loss {values['train/loss']:.3f}  lr {values['train/learning_rate']:.1e}  "
+            f"{_short(values['perf/tokens_per_second'])} tokens/s  mfu {values['perf/mfu']:.0%}"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, report=text)
+            return
+        seconds = (self._steps - step) * values["perf/seconds_per_step"]
+        self.say(f"step {step}/{self._steps}  {text}  {seconds / 60:.1f} min left")
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def close(self) -> None:
+        """Takes the bar down."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _short(number: float) -> str:
+    for unit in ("", "k"):
+        if number < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}M"

@@ -1,0 +1,80 @@
+"""Where arrays live: one mesh with one axis, `data`; batches by rows, parameters replicated or sharded (FSDP)."""
+
+import dataclasses
+import re
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from prelm_jax.errors import InputError
+
+Tree = Any
+
+# The last name on the path of every array of the train state, and whether FSDP shards it. Moments carry the path of
+# their parameter. Exhaustive: a path that no rule knows is an error, so that nothing is replicated by oversight.
+RULES = (
+    (r"(^|/)(kernel|embedding)$", True),
+    (r"(^|/)(\w*bias|scale|count|step)$", False),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """`devices` None: all there are. `parameters`: a copy on every device, or a share of each (FSDP)."""
+
+    devices: int | None = None
+    parameters: Literal["replicated", "fsdp"] = "replicated"
+
+    def build(self) -> jax.sharding.Mesh:
+        """The mesh over the first `devices` devices."""
+        devices = jax.devices()
+        if self.devices is not None and not 1 <= self.devices <= len(devices):
+            raise InputError(f"--mesh.devices {self.devices}: this machine has {len(devices)}")
+        # Auto axes: Flax Linen does not work with the Explicit ones that make_mesh would choose.
+        count = self.devices or len(devices)
+        return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
+
+
+def path_name(path: tuple) -> str:
+    """`encoder/layer_0/attention/query/kernel` for a path of jax.tree_util."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def partition(name: str, shape: tuple[int, ...], shards: int) -> P:
+    """The partition under FSDP: the largest dimension that `shards` divides, where the rules say so."""
+    sharded = next((sharded for rule, sharded in RULES if re.search(rule, name)), None)
+    if sharded is None:
+        raise ValueError(f"no rule in {__name__}.RULES covers {name}")
+    if not sharded:
+        return P()
+    axes = [axis for axis in range(len(shape)) if shape[axis] % shards == 0]
+    if not axes:
+        raise InputError(f"--mesh.parameters fsdp: {shards} devices divide no dimension of {name} {shape}")
+    largest = max(axes, key=lambda axis: shape[axis])
+    return P(*(("data" if axis == largest else None) for axis in range(largest + 1)))
+
+
+def state_sharding(state: Tree, mesh: jax.sharding.Mesh, parameters: str) -> Tree:
+    """A NamedSharding for every array of a train state; the carry is sharded with its rows."""
+
+    def sharding(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        name = path_name(path)
+        if name.startswith("carry/"):
+            return NamedSharding(mesh, P("data"))
+        spec = partition(name, leaf.shape, mesh.size)
+        return NamedSharding(mesh, spec if parameters == "fsdp" else P())
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def place(batch: dict[str, np.ndarray], layout: dict[str, str], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """A batch on the devices: this process's rows of the keys laid out as `rows`, all of those `replicated`."""
+    return {
+        key: jax.make_array_from_process_local_data(
+            NamedSharding(mesh, P("data") if layout[key] == "rows" else P()), array
+        )
+        for key, array in batch.items()
+    }

@@ -1,0 +1,58 @@
+"""Optimizers against ten lines of NumPy, schedules at named steps, decay for every parameter."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from prelm_jax.training.optimizer import AdamW, decays
+from prelm_jax.training.sharding import path_name
+
+
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_adamw_equals_numpy(bias_correction):
+    """Reference for the uncorrected form: google-research/bert, optimization.py."""
+    config = AdamW(
+        learning_rate=0.1, warmup_steps=2, decay_steps=10, eps=1e-6, weight_decay=0.01, bias_correction=bias_correction
+    )
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.normal(size=(3, 2)).astype(np.float32), "bias": rng.normal(size=2).astype(np.float32)}
+    optimizer = config.build()
+    state, ours = optimizer.init(params), params
+    theirs = {name: x.astype(np.float64) for name, x in params.items()}
+    m, v = ({name: np.zeros_like(x) for name, x in theirs.items()} for _ in range(2))
+    for step, rate in enumerate([0.0, 0.05, 0.08, 0.07]):
+        gradients = {name: rng.normal(size=x.shape).astype(np.float32) for name, x in params.items()}
+        updates, state = optimizer.update(gradients, state, ours)
+        ours = optax.apply_updates(ours, updates)
+
+        norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradients.values()))
+        for name, gradient in gradients.items():
+            clipped = gradient / max(1, norm)
+            m[name] = 0.9 * m[name] + 0.1 * clipped
+            v[name] = 0.999 * v[name] + 0.001 * clipped**2
+            correction = (1 - 0.9 ** (step + 1), 1 - 0.999 ** (step + 1)) if bias_correction else (1, 1)
+            update = m[name] / correction[0] / (np.sqrt(v[name] / correction[1]) + 1e-6)
+            if name == "kernel":
+                update = update + 0.01 * theirs[name]
+            theirs[name] = theirs[name] - rate * update
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-5, atol=1e-6)
+
+
+def test_schedule_at_named_steps():
+    """BERT's: decay counted from step 0, replaced by the warm-up; zero at the end and past it."""
+    schedule = AdamW(learning_rate=1e-4, warmup_steps=10_000, decay_steps=1_000_000).schedule
+    expected = {0: 0.0, 1: 1e-8, 5000: 5e-5, 9999: 9.999e-5, 10_000: 0.99e-4, 500_000: 5e-5, 1_000_000: 0, 1_100_000: 0}
+    for step, rate in expected.items():
+        np.testing.assert_allclose(schedule(step), rate, rtol=1e-5)
+
+
+def test_what_decays(tiny_bert):
+    """Everything but biases and norms; the reference decays embeddings, pooler and NSP weights too."""
+    params = jax.eval_shape(tiny_bert.build().init_params, jax.random.key(0))
+    decayed = {path_name(path): decay for path, decay in jax.tree_util.tree_leaves_with_path(decays(params))}
+    for name in ("word_embeddings/embedding", "pooler/kernel", "next_sentence/kernel", "encoder/layer_0/output/kernel"):
+        assert decayed[name]
+    for name in ("masked_lm_bias", "pooler/bias", "embeddings_layer_norm/scale", "encoder/layer_1/layer_norm/bias"):
+        assert not decayed[name]
+    assert sum(decayed.values()) == 3 + 6 * 2 + 3

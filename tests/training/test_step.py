@@ -1,0 +1,121 @@
+"""The train step: the same result on every mesh and however it is cut; and it learns."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from prelm_jax.errors import InputError
+from prelm_jax.training import loop
+from prelm_jax.training.optimizer import AdamW
+from prelm_jax.training.sharding import MeshConfig, path_name, place
+
+OPTIMIZER = AdamW(learning_rate=3e-3, warmup_steps=4, decay_steps=100, weight_decay=0.01)
+
+
+@pytest.fixture
+def train(tiny_bert, random_bert_batch):
+    """`(steps, …) -> (losses, final state)` of training on a fresh random batch each step."""
+
+    def train(steps, mesh_config, accumulate=1, config=tiny_bert, batch=random_bert_batch, optimizer=OPTIMIZER):
+        mesh, model = mesh_config.build(), config.build()
+        layout = dict.fromkeys(batch(0), "rows")
+        with jax.set_mesh(mesh):
+            abstract = loop.abstract_state(model, optimizer, 8, mesh, mesh_config.parameters)
+            state = loop.new_state(model, optimizer, 8, 0, abstract)
+            for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+                assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
+            step_function = loop.make_train_step(model, optimizer, accumulate, layout)
+            losses = []
+            for step in range(steps):
+                state, metrics = step_function(state, place(batch(step), layout, mesh), loop.Keys.of(0).dropout)
+                losses.append(float(metrics["loss"]))
+        return np.array(losses), state
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return {}
+
+
+@pytest.mark.parametrize("parameters", ["replicated", "fsdp"])
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_losses_do_not_depend_on_the_mesh(train, one_device, devices, parameters):
+    """fp32, dropout on: its masks are the same on every mesh."""
+    if not one_device:
+        one_device["losses"], _ = train(20, MeshConfig(devices=1))
+    losses, state = train(20, MeshConfig(devices, parameters))
+    np.testing.assert_allclose(losses[0], one_device["losses"][0], rtol=1e-6)
+    np.testing.assert_allclose(losses, one_device["losses"], rtol=1e-4)
+
+    kernel = state.params["encoder"]["layer_0"]["intermediate"]["kernel"]
+    moment = next(
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+        if path_name(path).endswith("mu/encoder/layer_0/intermediate/kernel")
+    )
+    shares = devices if parameters == "fsdp" else 1
+    for array in (kernel, moment):
+        assert array.addressable_shards[0].data.size * shares == array.size
+
+
+def test_accumulated_micro_batches_equal_one_batch(train, tiny_bert):
+    """Rows have unequal numbers of masks: a mean of means would differ."""
+    without_dropout = dataclasses.replace(tiny_bert, hidden_dropout=0.0, attention_dropout=0.0)
+    whole, state = train(5, MeshConfig(2), config=without_dropout)
+    cut, accumulated = train(5, MeshConfig(2), accumulate=4, config=without_dropout)
+    np.testing.assert_allclose(cut, whole, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(accumulated.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_dropout_changes_with_the_step(train, random_bert_batch):
+    """The same batch and hardly any learning: what differs between steps is dropout."""
+    frozen = dataclasses.replace(OPTIMIZER, learning_rate=0.0)
+    losses, _ = train(3, MeshConfig(1), batch=lambda step: random_bert_batch(0), optimizer=frozen)
+    assert len(set(losses)) == 3
+    again, _ = train(3, MeshConfig(1), batch=lambda step: random_bert_batch(0), optimizer=frozen)
+    assert losses.tolist() == again.tolist()
+
+
+def test_one_batch_overfits(train, tiny_bert, random_bert_batch):
+    without_dropout = dataclasses.replace(tiny_bert, hidden_dropout=0.0, attention_dropout=0.0)
+    optimizer = AdamW(learning_rate=3e-3, warmup_steps=10, decay_steps=300)
+    losses, _ = train(
+        150, MeshConfig(1), config=without_dropout, batch=lambda step: random_bert_batch(0), optimizer=optimizer
+    )
+    assert losses[0] > 5
+    assert losses[-1] < 0.05
+
+
+def test_a_batch_without_weight_has_no_loss_and_no_nan(tiny_bert, random_bert_batch):
+    batch = random_bert_batch(0) | {"next_sentence_weights": np.zeros((8, 1), np.float32)}
+    model = tiny_bert.build()
+    losses, metrics, _ = model.loss(model.init_params(jax.random.key(0)), {}, batch, None)
+    values = loop.means(model, losses | metrics)
+    assert values["next_sentence_loss"] == 0
+    assert values["loss"] == values["masked_lm_loss"] > 0
+
+
+def test_more_devices_than_there_are():
+    with pytest.raises(InputError, match=r"--mesh.devices 9: this machine has 8"):
+        MeshConfig(devices=9).build()
+
+
+def test_fsdp_that_divides_nothing(tiny_bert):
+    mesh_config = MeshConfig(devices=5, parameters="fsdp")
+    with pytest.raises(InputError, match=r"5 devices divide no dimension of .*/kernel|embedding"):
+        loop.abstract_state(tiny_bert.build(), OPTIMIZER, 8, mesh_config.build(), "fsdp")
+
+
+def test_every_parameter_needs_a_rule():
+    from prelm_jax.training.optimizer import decays
+    from prelm_jax.training.sharding import partition
+
+    with pytest.raises(ValueError, match="no rule in .*RULES covers encoder/gate"):
+        partition("encoder/gate", (4, 4), 2)
+    with pytest.raises(ValueError, match="no rule in .*DECAY covers encoder/gate"):
+        decays({"encoder": {"gate": np.ones(2)}})
