@@ -2,8 +2,8 @@
 
     python benchmarks/batches.py [STORE]
 
-on synthetic documents of the lengths of encyclopedia articles, or on the token store in the directory STORE. Measured is
-processor time, so that other programs on the machine disturb less; the median of all steps counts.
+on synthetic documents of the lengths of encyclopedia articles, or on the token store in the directory STORE. What is
+measured is processor time, so that other programs on the machine disturb less; the median of all steps counts.
 """
 
 import sys

@@ -1,5 +1,6 @@
 """A Run, and what is done with it: corpus → vocabulary → token store → batches → loop. Knows every room."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -117,9 +118,8 @@ def pretrain(run: Run, workdir: Path) -> Summary:
     model.check(batches[0])
     _claim(workdir, run, corpus, tokenizer)
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), contextlib.closing(Checkpoints(workdir / "checkpoints", run.keep)) as checkpoints:
         abstract = loop.abstract_state(model, run.optimizer, run.batch_size, mesh, run.mesh.parameters)
-        checkpoints = Checkpoints(workdir / "checkpoints", run.keep)
         restored = checkpoints.restore(abstract.items())
         if restored is not None:
             _, items = restored
@@ -137,20 +137,11 @@ def pretrain(run: Run, workdir: Path) -> Summary:
             return evaluate(state.params, model.init_carry(run.batch_size), (batch for _, batch in placed))
 
         done = int(state.step)
-        writer = MetricsWriter(workdir, done, run.tensorboard)
-        state = loop.train(
-            run,
-            model,
-            state,
-            _placed(batches, done, run.steps, mesh),
-            batches.layout,
-            evaluate_held_out,
-            checkpoints,
-            writer,
-            workdir,
-        )
-        writer.close()
-        checkpoints.close()
+        steps = _placed(batches, done, run.steps, mesh)
+        with contextlib.closing(MetricsWriter(workdir, done, run.tensorboard)) as writer:
+            state = loop.train(
+                run, model, state, steps, batches.layout, evaluate_held_out, checkpoints, writer, workdir
+            )
         baselines = batches.baselines(evaluation[i] for i in range(run.evaluate_batches))
         return Summary(evaluate_held_out(state), baselines)
 

@@ -18,10 +18,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 PRELM_DATA = Path(os.environ.get("PRELM_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
 
 
-@pytest.fixture(autouse=True)
-def cache_of_its_own(tmp_path_factory, monkeypatch):
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory):
     """No test reads or leaves anything in the user's cache."""
-    monkeypatch.setenv("PRELM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRELM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """A program that several tests compile is compiled once."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @pytest.fixture

@@ -241,11 +241,11 @@ class PairBatches:
         split_B, label_B = uniform(self._pair_keys, example_B)
         label_B = _below(2, label_B)
 
-        # Sentences up to the budget, two at least. The first ones are the first segment; the second begins at next_B.
+        # Sentences up to the budget: the first ones are the first segment, and the second begins at next_B, at the latest
+        # with the last one (after one sentence that fills the budget alone, with the one that follows).
         sentence_B = np.minimum(sentence_B, end_B - 2)
         start_B = offsets[sentence_B]
-        stop_B = self._sentences_at(start_B + budget_B - 1, sentence_B) + 1
-        stop_B = np.minimum(np.maximum(stop_B, sentence_B + 2), end_B)
+        stop_B = np.minimum(self._sentences_at(start_B + budget_B - 1, sentence_B) + 1, end_B)
         next_B = sentence_B + 1 + _below(stop_B - sentence_B - 1, split_B)
         next_start_B = offsets[next_B]
         first_text_B, next_text_B = next_start_B - start_B, offsets[end_B] - next_start_B

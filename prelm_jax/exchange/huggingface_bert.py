@@ -217,16 +217,21 @@ def _batches(
 ) -> Iterator[tuple[tuple, np.ndarray, np.ndarray]]:
     """(tags, tokens, segments) of tagged examples of about one length; all batches of a length have the same shape."""
     waiting = defaultdict(list)
-    for tagged in examples:
-        length = _padded_length(len(tagged[1]), longest)
-        waiting[length].append(tagged)
-        rows = max(1, TOKENS_PER_BATCH // length)
-        if len(waiting[length]) == rows:
-            tags, full = zip(*waiting.pop(length), strict=True)
-            yield tags, *_batch(full, rows, length)
-    for length, rest in waiting.items():
-        tags, rest = zip(*rest, strict=True)
-        yield tags, *_batch(rest, max(1, TOKENS_PER_BATCH // length), length)
+
+    def rows(length: int) -> int:
+        return max(1, TOKENS_PER_BATCH // length)
+
+    def batch(length: int) -> tuple[tuple, np.ndarray, np.ndarray]:
+        tags, full = zip(*waiting.pop(length), strict=True)
+        return tags, *_batch(full, rows(length), length)
+
+    for tag, ids in examples:
+        length = _padded_length(len(ids), longest)
+        waiting[length].append((tag, ids))
+        if len(waiting[length]) == rows(length):
+            yield batch(length)
+    for length in list(waiting):
+        yield batch(length)
 
 
 def _windows(encoded: Iterable[list[int]]) -> Iterator[list[list[int]]]:
@@ -241,7 +246,7 @@ def _windows(encoded: Iterable[list[int]]) -> Iterator[list[list[int]]]:
     yield window
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class BertModel(Model):
     """A BERT with what one does with it: `embed`, `fill`, `score`; each text is one segment, [CLS] text [SEP]."""
 

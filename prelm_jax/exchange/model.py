@@ -22,7 +22,7 @@ from prelm_jax.text.tokenizer import Tokenizer
 Params = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Model(abc.ABC):
     """What `load` returns: a configuration, its parameters and a tokenizer, and what one does with them.
 
@@ -33,7 +33,7 @@ class Model(abc.ABC):
     """
 
     config: Any
-    params: Params
+    params: Params = dataclasses.field(repr=False)
     tokenizer: Tokenizer
     missing: frozenset[str] = frozenset()
 
@@ -124,14 +124,11 @@ def save(model: Model, directory: str | os.PathLike, card: str) -> None:
     """
     directory = Path(directory).resolve()
     settings = directory / "config.json"
-    if (
-        directory.is_dir()
-        and any(directory.iterdir())
-        and not (settings.is_file() and "model_type" in read_json(settings))
-    ):
-        raise InputError(f"{directory}: not empty, and not a model directory; give another one")
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory}: not a directory")
+    overwritable = settings.is_file() and "model_type" in read_json(settings)
+    if directory.exists() and any(directory.iterdir()) and not overwritable:
+        raise InputError(f"{directory}: not empty, and not a model directory; give another one")
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as temporary:
         written = Path(temporary)

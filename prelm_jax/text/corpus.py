@@ -25,8 +25,8 @@ import os
 import re
 import sys
 import sysconfig
-import tempfile
 import time
+import uuid
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -87,10 +87,10 @@ class Corpus:
             for source in sources:
                 for text in source.texts(advance):
                     empty = False
-                    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-                    document_side = "held_out" if int.from_bytes(digest) < threshold else "training"
-                    if side in (None, document_side):
-                        yield Document(text, source.sentences, document_side)
+                    drawn = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+                    document = Document(text, source.sentences, "held_out" if drawn < threshold else "training")
+                    if side in (None, document.side):
+                        yield document
         if empty:
             raise InputError(f"the corpus {' '.join(self.sources)} holds no text: give files with text in them")
 
@@ -128,10 +128,10 @@ def cached(kind: str, key: str, make: Callable[[], str]) -> str:
         text = make()
         path.parent.mkdir(parents=True, exist_ok=True)
         # Written whole or not at all, whatever else writes the same file at the same time.
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="", dir=path.parent, delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
-    return path.read_text(encoding="utf-8")
+        unfinished = path.with_name(f".unfinished-{uuid.uuid4().hex}")
+        unfinished.write_bytes(text.encode())
+        unfinished.replace(path)
+    return path.read_bytes().decode()
 
 
 def digest(value) -> str:
@@ -432,9 +432,8 @@ def tfds_builder(corpus: Corpus, name: str, data_dir: str | os.PathLike | None =
 
         class Text(tfds.core.GeneratorBasedBuilder):
             VERSION = tfds.core.Version("1.0.0")
-            url_infos = (
-                None  # no downloads: TFDS 4.9.10 would look for their checksums with a package it does not require
-            )
+            # No downloads; to look for their checksums, TFDS 4.9.10 would import a package that it does not require.
+            url_infos = None
 
             def _info(self):
                 features = tfds.features.FeaturesDict({"text": tfds.features.Text()})

@@ -17,7 +17,7 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -116,7 +116,8 @@ def prepare(corpus: Corpus, tokenizer: Tokenizer, directory: str | os.PathLike |
     target = Path(directory or cache_directory()) / "stores" / key
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target.parent))
+        unfinished = target.with_name(f".unfinished-{uuid.uuid4().hex}")
+        unfinished.mkdir()
         try:
             _write(corpus, tokenizer, unfinished)
             unfinished.rename(target)

@@ -45,7 +45,7 @@ def peak_flops(dtype: jnp.dtype) -> float:
 class MetricsWriter:
     """Appends to `metrics.jsonl`, one object a line with its `step`; to TensorBoard as well if asked.
 
-    Only process 0 writes. `resume_at`: lines of that step or later are dropped; they will be written again.
+    Only process 0 writes. `resume_at`: lines of later steps are dropped; they will be written again.
     """
 
     def __init__(self, workdir: Path, resume_at: int, tensorboard: bool = False):
@@ -54,7 +54,7 @@ class MetricsWriter:
             return
         path = workdir / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) < resume_at]
+            kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_at]
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(line + "\n" for line in kept))
             temporary.replace(path)

@@ -132,6 +132,7 @@ def test_pairs_of_any_corpus(sizes, T, M, short, whole_word, seed):
     assert set(batch) == set(batches.layout) and set(batches.layout.values()) == {"rows"}
     assert batch["positions"].tolist() == [list(range(T))] * 16
     assert not batch["next_sentence_positions"].any() and (batch["next_sentence_weights"] == 1).all()
+    assert (batch["masked_targets"][batch["masked_weights"] == 1] >= FIRST_ID).all()
     tokens = unmasked(batch)
     for row in range(16):
         first, second = segments_of(tokens[row], batch["token_types"][row], batch["segments"][row])
@@ -222,7 +223,7 @@ def test_every_sentence_is_reached():
     text = Corpus(corpus(sizes))
     batches = batches_of(text.documents, 500, max_length=64)
     times = Counter()
-    for epoch in range(4):
+    for epoch in range(10):
         batch = batches[epoch]
         next_B1 = batch["next_sentence_labels"] == 0
         mine = unmasked(batch)[(batch["segments"] == 1) & (next_B1 | (batch["token_types"] == 0))]
@@ -241,6 +242,16 @@ def test_labels_are_a_coin_and_random_sentences_uniform():
     ]
     documents = np.bincount([text.document(id) for id in second[labels == 1].tolist()], minlength=100)
     assert abs(((documents - documents.mean()) ** 2 / documents.mean()).sum() - 99) < 4 * np.sqrt(2 * 99)
+
+
+@pytest.mark.parametrize("sizes", [[[3], [2] * 300], [[2] * 300, [3]]])
+def test_a_random_sentence_is_found_where_nearly_all_are_in_one_document(sizes):
+    text = Corpus(corpus(sizes))
+    batch = batches_of(text.documents, 100, max_length=16, max_predictions=5)[0]
+    rows = np.flatnonzero(batch["next_sentence_labels"])
+    tokens = unmasked(batch)[rows]
+    assert len(rows) > 20
+    assert all(text.documents[sizes.index([3])][0] == row[row.index(SEP) + 1 :][:3] for row in tokens.tolist())
 
 
 def halves(batch):
@@ -302,8 +313,12 @@ def test_baselines():
     assert result["masked_lm_accuracy"] == {
         "most frequent token": pytest.approx(targets.count(most_frequent) / len(targets))
     }
-    assert result["next_sentence_accuracy"]["majority"] == pytest.approx(max(labels.mean(), 1 - labels.mean()))
-    assert 0.3 < result["next_sentence_accuracy"]["lengths only"] < 0.7
+    assert labels.mean() != 0.5
+    accuracy = result["next_sentence_accuracy"]
+    assert accuracy["majority"] == pytest.approx(max(labels.mean(), 1 - labels.mean()))
+    opposite = [{**batch, "next_sentence_labels": 1 - batch["next_sentence_labels"]} for batch in evaluation]
+    assert batches.baselines(opposite)["next_sentence_accuracy"]["majority"] == accuracy["majority"]
+    assert 0.3 < accuracy["lengths only"] < 0.7
     single = PairsConfig(max_length=64, next_sentence=False).build(
         Store.from_documents(documents), tokenizer(vocab_size), 32, 0
     )

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prelm_jax.errors import InputError
@@ -243,6 +243,7 @@ def test_the_side_depends_on_the_text_alone(write):
     assert set(held_out) < set(texts(one, "documents=line", side="held_out", held_out=0.6))
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, max_size=5))
 def test_all_or_nothing(tmp_path_factory, documents):
     path = tmp_path_factory.mktemp("json") / "a.jsonl"

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from prelm_jax.text import sentences
@@ -17,6 +17,7 @@ def without_space(text: str) -> str:
 
 
 @pytest.mark.parametrize("how", ["library", "line"])
+@settings(deadline=None)
 @given(text=st.one_of(st.text(), PROSE))
 @example(text=" Dr. Who said: “Go.”  Then left.\n\n  He went.\r\n")
 def test_no_character_is_lost(how, text):
@@ -26,6 +27,7 @@ def test_no_character_is_lost(how, text):
     assert not any("\n" in sentence for sentence in found)
 
 
+@settings(deadline=None)
 @given(text=PROSE)
 def test_long_lines_lose_nothing(text):
     # Pieces of eight characters, so that every short text is cut many times.

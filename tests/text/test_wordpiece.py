@@ -10,12 +10,12 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertTokenizer
 
 from prelm_jax.errors import InputError
-from prelm_jax.text import corpus as corpus_module
 from prelm_jax.text.corpus import Corpus
 from prelm_jax.text.tokenizer import load
 from prelm_jax.text.wordpiece import SPECIAL_TOKENS, WordPiece, WordPieceConfig, train
@@ -69,12 +69,10 @@ TEXT = st.one_of(
     st.text(st.sampled_from("aabbABéÉe\u0301 .,'[]#!\t\n\r\x00\x0b\x85\u00a0\u2028\u200b\ufeff\ufffd漢字1ßİΣς\u0130")),
     st.lists(st.sampled_from([*TOKENS, *(" " * 9)]), max_size=12).map("".join),
 )
-PROSE = (
-    """The quick brown fox jumps over the lazy dog; the dog sleeps. Unaffable foxes, quicker dogs: the quickest of foxes!
-Ébène, naïve café. Dogs jumped and foxes were jumping, jumpers all, over 12 logs and 122 frogs. Sleepers sleep asleep.
+PROSE = """The quick brown fox jumps over the lazy dog; the dog sleeps.
+Unaffable foxes, quicker dogs: the quickest of foxes! Ébène, naïve café. Dogs jumped and foxes were jumping,
+jumpers all, over 12 logs and 122 frogs. Sleepers sleep asleep.
 """
-    * 3
-)
 
 
 def write_vocab(directory, tokens=TOKENS):
@@ -94,7 +92,7 @@ def reference_ids(tokenizer, texts):
 @pytest.fixture
 def prose(tmp_path):
     path = tmp_path / "prose.txt"
-    path.write_text(PROSE)
+    path.write_text(PROSE * 3)
     return Corpus((str(path),))
 
 
@@ -102,6 +100,7 @@ def prose(tmp_path):
 
 
 @pytest.mark.parametrize("options", [(True, None), (False, None), (True, False), (False, True)])
+@settings(deadline=None)
 @given(texts=st.lists(TEXT, max_size=4))
 def test_ids_are_those_of_transformers(tmp_path_factory, options, texts):
     lowercase, strip_accents = options
@@ -178,6 +177,8 @@ def test_saved_files_are_read_by_transformers_and_by_us(tmp_path, options):
     assert theirs.model_max_length == 128
     assert theirs.convert_ids_to_tokens(range(len(TOKENS))) == TOKENS
     assert reference_ids(theirs, ["un [MASK] a"]) == [[5, 14, 4]]  # there, "[MASK]" is what users write for the mask
+    alone = Tokenizer.from_file(str(tmp_path / "one/tokenizer.json"))
+    assert alone.encode("un [MASK] a").tokens == ["[CLS]", "un", "[MASK]", "a", "[SEP]"]
     theirs.split_special_tokens = True
     assert reference_ids(theirs, texts) == ours.encode_batch(texts)
     first, second = ours.encode_batch(["a b", "un"])
@@ -345,7 +346,8 @@ def test_a_trained_vocabulary(prose, lowercase):
 
 def test_a_small_corpus_gives_a_small_vocabulary(prose):
     tokens = train(prose, 30522)
-    assert 150 < len(tokens) < 400
+    assert 100 < len(tokens) < 200
+    assert {"the", "unaffable", "jumpers", "ebene"} <= set(tokens)  # nothing is left to merge
 
 
 def test_training_is_the_same_in_every_process(prose, tmp_path):
@@ -405,12 +407,14 @@ def test_build_keeps_the_vocabulary(prose, monkeypatch):
 
 
 def test_build_tells_configurations_and_corpora_apart(prose):
-    configs = [WordPieceConfig(150), WordPieceConfig(151), WordPieceConfig(150, lowercase=False)]
+    configs = [WordPieceConfig(110), WordPieceConfig(111), WordPieceConfig(110, lowercase=False)]
     assert len({config.build(prose).fingerprint for config in configs}) == 3
-    assert WordPieceConfig(150).build(Corpus(prose.sources, held_out=0.0)).vocab_size == 150
+    assert WordPieceConfig(110).build(Corpus((*prose.sources, "documents=line"), held_out=0.5)).fingerprint not in {
+        config.build(prose).fingerprint for config in configs
+    }
 
 
-def test_build_takes_a_vocabulary(prose, tmp_path):
+def test_build_takes_a_vocabulary_and_does_not_read_the_corpus(prose, tmp_path, monkeypatch):
+    monkeypatch.setattr(Corpus, "documents", lambda *_: pytest.fail("read"))
     config = WordPieceConfig(path=str(write_vocab(tmp_path)), lowercase=False)
     assert config.build(prose).fingerprint == WordPiece(TOKENS, lowercase=False).fingerprint
-    assert not (corpus_module.cache_directory() / "none").exists()

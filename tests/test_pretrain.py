@@ -1,0 +1,261 @@
+"""The whole road on a small corpus: resumed runs equal uninterrupted ones, and a work directory is its run's alone."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import random
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from prelm_jax import pretrain as module
+from prelm_jax.data.pairs import PairsConfig
+from prelm_jax.errors import InputError, Preempted
+from prelm_jax.exchange.model import load
+from prelm_jax.models.bert import BertConfig
+from prelm_jax.pretrain import Run, pretrain
+from prelm_jax.text.wordpiece import WordPieceConfig
+from prelm_jax.training import loop
+from prelm_jax.training.checkpoint import Checkpoints
+from prelm_jax.training.optimizer import AdamW
+from prelm_jax.training.sharding import MeshConfig
+
+WORDS = ["the", "a", "cat", "dog", "bird", "house", "river", "sees", "finds", "likes", "in", "on", "big", "old", "new"]
+
+
+def text(seed: int, documents: int = 40) -> str:
+    """Documents of two to six sentences of words, blank lines between."""
+    rng = random.Random(seed)
+
+    def sentence() -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(4, 9))).capitalize() + "."
+
+    return "\n\n".join("\n".join(sentence() for _ in range(rng.randint(2, 6))) for _ in range(documents)) + "\n"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    """Twelve steps of a tiny BERT, with a checkpoint every five and an evaluation every six."""
+    corpus = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    corpus.write_text(text(seed=0))
+    return Run(
+        corpus=(str(corpus),),
+        held_out=0.3,
+        tokenizer=WordPieceConfig(vocab_size=150),
+        model=BertConfig(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, max_position_embeddings=32),
+        data=PairsConfig(max_length=32, max_predictions=4, short_sequence_probability=0.1),
+        optimizer=AdamW(learning_rate=1e-3, warmup_steps=3, decay_steps=100, weight_decay=0.01),
+        batch_size=8,
+        steps=12,
+        mesh=MeshConfig(devices=1),
+        evaluate_every=6,
+        evaluate_batches=2,
+        save_every=5,
+        keep=2,
+        log_every=2,
+    )
+
+
+def metrics(workdir) -> list[dict]:
+    """The lines of metrics.jsonl without timings."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines]
+
+
+def assert_same_bits(workdir, other) -> None:
+    """The newest checkpoints and the metrics."""
+    assert metrics(workdir) == metrics(other)
+    (step, state), (other_step, other_state) = map(newest_checkpoint, (workdir, other))
+    assert step == other_step
+    for a, b in zip(*map(jax.tree.leaves, (state, other_state)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def newest_checkpoint(workdir) -> tuple[int, dict]:
+    config = load(workdir).config
+    optimizer = AdamW(learning_rate=0, warmup_steps=0, decay_steps=1)
+    abstract = loop.abstract_state(config.build(), optimizer, 8, MeshConfig(devices=1).build(), "replicated")
+    with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
+        return checkpoints.restore(abstract.items())
+
+
+@contextlib.contextmanager
+def interruption(at, action):
+    """The action happens while a step of the training is about to begin."""
+    original = module.loader.prefetch
+
+    def prefetch(batches, start, stop, *rest):
+        for step, batch in original(batches, start, stop, *rest):
+            if step == at and stop > 2:  # Not the two batches of the evaluation.
+                action()
+            yield step, batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.loader, "prefetch", prefetch)
+        yield
+
+
+class Crash(Exception):
+    pass
+
+
+def crash():
+    raise Crash
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run, tmp_path_factory):
+    """The work directory of a run that nothing disturbed; not to be changed."""
+    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    pretrain(run, workdir)
+    return workdir
+
+
+@pytest.mark.parametrize("at", [3, 8])
+def test_resumed_equals_uninterrupted(run, uninterrupted, tmp_path, at):
+    """Interrupted before the first checkpoint, and between two."""
+    workdir = tmp_path / "interrupted"
+    with interruption(at, crash), pytest.raises(Crash):
+        pretrain(run, workdir)
+    pretrain(run, workdir)
+    assert_same_bits(workdir, uninterrupted)
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["10", "12"]
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(run, uninterrupted, tmp_path):
+    workdir = tmp_path / "stopped"
+    terminate = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+    with interruption(7, terminate), pytest.raises(Preempted, match="stopped by SIGTERM after step 8"):
+        pretrain(run, workdir)
+    assert (workdir / "checkpoints" / "8").is_dir()
+    pretrain(run, workdir)
+    assert_same_bits(workdir, uninterrupted)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run, uninterrupted, tmp_path, capsys):
+    workdir = tmp_path / "damaged"
+    pretrain(dataclasses.replace(run, steps=10, evaluate_every=12), workdir)
+    data = max((workdir / "checkpoints" / "10").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    pretrain(run, workdir)
+    assert f"checkpoint {workdir / 'checkpoints' / '10'} is damaged" in capsys.readouterr().err
+    assert (workdir / "checkpoints.damaged" / "10").is_dir()
+    assert_same_bits(workdir, uninterrupted)
+
+
+def test_circumstances_may_change(run, tmp_path):
+    """More steps, another mesh, a corpus that moved: the run goes on."""
+    workdir = tmp_path / "run"
+    pretrain(dataclasses.replace(run, steps=6), workdir)
+    moved = tmp_path / "elsewhere.txt"
+    moved.write_text(text(seed=0))
+    pretrain(dataclasses.replace(run, corpus=(str(moved),), mesh=MeshConfig(devices=2), steps=8), workdir)
+    assert [line["step"] for line in metrics(workdir)] == [2, 4, 6, 6, 8, 8]
+
+
+def test_another_identity_is_refused_with_the_fields(run, uninterrupted, tmp_path):
+    changed = dataclasses.replace(
+        run, seed=7, model=dataclasses.replace(run.model, num_layers=2), data=PairsConfig(max_length=16)
+    )
+    with pytest.raises(InputError) as refused:
+        pretrain(changed, uninterrupted)
+    message = str(refused.value)
+    for part in ("model.num_layers (1 there, 2 here)", "seed (0 there, 7 here)", "data.max_length (32 there, 16 here)"):
+        assert part in message
+    assert "\n" not in message and "steps" not in message
+
+    other = tmp_path / "other.txt"
+    other.write_text(text(seed=1))
+    with pytest.raises(InputError, match="corpus_fingerprint"):
+        pretrain(dataclasses.replace(run, corpus=(str(other),)), uninterrupted)
+
+
+def test_a_nan_stops_the_run_and_is_not_kept(run, tmp_path):
+    workdir = tmp_path / "run"
+    optimizer = AdamW(learning_rate=1e30, warmup_steps=6, decay_steps=100)
+    with pytest.raises(InputError, match=r"not finite at step \d"):
+        pretrain(dataclasses.replace(run, optimizer=optimizer, save_every=1), workdir)
+    _, state = newest_checkpoint(workdir)
+    for leaf in jax.tree.leaves(state):
+        assert np.isfinite(leaf).all()
+
+
+def test_two_runs_write_the_same_metrics(run, uninterrupted, tmp_path):
+    pretrain(run, tmp_path / "again")
+    assert_same_bits(tmp_path / "again", uninterrupted)
+
+
+def test_finished_run_is_summed_up_again(run, uninterrupted):
+    before = (uninterrupted / "metrics.jsonl").read_text()
+    summary = pretrain(run, uninterrupted)
+    assert (uninterrupted / "metrics.jsonl").read_text() == before
+    last = metrics(uninterrupted)[-1]
+    assert {f"evaluation/{name}": value for name, value in summary.evaluation.items()} == {
+        name: value for name, value in last.items() if name != "step"
+    }
+
+
+def test_evaluate_a_work_directory(run, uninterrupted, tmp_path):
+    """The same figures as at the end of the training; other text has others."""
+    summary = module.evaluate(uninterrupted)
+    last = metrics(uninterrupted)[-1]
+    np.testing.assert_allclose(summary.evaluation["masked_lm_loss"], last["evaluation/masked_lm_loss"], rtol=1e-5)
+    other = tmp_path / "other.txt"
+    other.write_text(text(seed=5))
+    assert module.evaluate(uninterrupted, (str(other),)).evaluation != summary.evaluation
+
+
+def test_continued_pretraining(run, uninterrupted, tmp_path):
+    """Starts where the model stands, from a work directory or a model directory, with a larger vocabulary too."""
+    directory = tmp_path / "exported"
+    module.export(uninterrupted, directory)
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text((directory / "vocab.txt").read_text() + "zebra\nzebras\n")
+    frozen = AdamW(learning_rate=0.0, warmup_steps=0, decay_steps=1)
+    fields = {"steps": 1, "optimizer": frozen, "init_from": str(directory), "seed": 3}
+    pretrain(dataclasses.replace(run, tokenizer=WordPieceConfig(path=str(vocabulary)), **fields), tmp_path / "larger")
+    old, new = load(directory), load(tmp_path / "larger")
+    assert new.tokenizer.vocab_size == old.tokenizer.vocab_size + 2
+    size = old.tokenizer.vocab_size
+    for name in old.params:
+        for a, b in zip(jax.tree.leaves(old.params[name]), jax.tree.leaves(new.params[name]), strict=True):
+            np.testing.assert_array_equal(a[:size], b[:size]) if a.shape[0] > size else np.testing.assert_array_equal(
+                a, b
+            )
+    added = np.asarray(new.params["word_embeddings"]["embedding"][size : size + 2])
+    assert (np.abs(added) <= 0.04).all() and added.std() > 0.005
+
+    pretrain(dataclasses.replace(run, **{**fields, "init_from": str(uninterrupted)}), tmp_path / "same")
+    for a, b in zip(
+        jax.tree.leaves(old.params["encoder"]), jax.tree.leaves(load(tmp_path / "same").params["encoder"]), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_vocabulary_smaller_than_the_tokenizer(run, tmp_path):
+    model = dataclasses.replace(run.model, vocab_size=50)
+    with pytest.raises(InputError, match=r"--model.vocab-size 50: the tokenizer has \d+ entries"):
+        pretrain(dataclasses.replace(run, model=model), tmp_path / "run")
+
+
+def test_positions_beyond_the_table(run, tmp_path):
+    model = dataclasses.replace(run.model, max_position_embeddings=16)
+    with pytest.raises(InputError, match="positions go up to 31, but the model's max_position_embeddings is 16"):
+        pretrain(dataclasses.replace(run, model=model), tmp_path / "run")
+
+
+def test_batch_that_cannot_be_divided(run, tmp_path):
+    changed = dataclasses.replace(run, batch_size=6, accumulate=2, mesh=MeshConfig(devices=2))
+    with pytest.raises(InputError, match=r"--batch-size 6 .* choose a multiple of 4"):
+        pretrain(changed, tmp_path / "run")
+
+
+def test_nothing_held_out(run, tmp_path):
+    with pytest.raises(InputError, match="raise --held-out"):
+        pretrain(dataclasses.replace(run, held_out=0.0), tmp_path / "run")
