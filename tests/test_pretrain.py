@@ -161,7 +161,10 @@ def test_circumstances_may_change(run, tmp_path):
 
 def test_another_identity_is_refused_with_the_fields(run, uninterrupted, tmp_path):
     changed = dataclasses.replace(
-        run, seed=7, model=dataclasses.replace(run.model, num_layers=2), data=PairsConfig(max_length=16)
+        run,
+        seed=7,
+        model=dataclasses.replace(run.model, num_layers=2),
+        data=dataclasses.replace(run.data, max_length=16),
     )
     with pytest.raises(InputError) as refused:
         pretrain(changed, uninterrupted)

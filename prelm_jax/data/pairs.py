@@ -223,7 +223,7 @@ class PairBatches:
         as fast.
         """
         offsets, last = self._store.sentence_offsets, self._store.num_sentences
-        for bit in reversed(range(self._config.max_length.bit_length())):
+        for bit in reversed(range((self._config.max_length - 1).bit_length())):
             next_B = np.minimum(low_B + (1 << bit), last)
             low_B = np.where(offsets[next_B] <= token_B, next_B, low_B)
         return low_B
@@ -241,8 +241,8 @@ class PairBatches:
         split_B, label_B = uniform(self._pair_keys, example_B)
         label_B = _below(2, label_B)
 
-        # Sentences up to the budget: the first ones are the first segment, and the second begins at next_B, at the latest
-        # with the last one (after one sentence that fills the budget alone, with the one that follows).
+        # Of the sentences up to the budget the first ones are the first segment; the second begins at next_B, at the
+        # latest with the last of them (or, after one that fills the budget alone, with the one that follows).
         sentence_B = np.minimum(sentence_B, end_B - 2)
         start_B = offsets[sentence_B]
         stop_B = np.minimum(self._sentences_at(start_B + budget_B - 1, sentence_B) + 1, end_B)
@@ -263,8 +263,7 @@ class PairBatches:
     ) -> np.ndarray:
         """A sentence outside of the document that fills as much of the room as the next sentence and its successors."""
         num_sentences = self._store.num_sentences
-        # Where the text from the next sentence on fills the room, all that fill it too; else all with as much text
-        # left.
+        # Where the text from the next sentence on fills the room, all that fill it too; else all with as much left.
         text_B = np.minimum(next_text_B, room_B)
         low_B = self._with_fewer[text_B]
         high_B = np.where(next_text_B < room_B, self._with_fewer[text_B + 1], num_sentences)
