@@ -46,7 +46,7 @@ def pretrain(experiment: str, arguments: list[str]) -> None:
 
 
 def evaluate(workdir: Positional[Path], corpus: tuple[str, ...] = ()) -> None:
-    """Evaluate the newest checkpoint of a work directory on its held-out text, or on all of another corpus."""
+    """Evaluate the newest checkpoint of a work directory on its held-out text, or on another corpus."""
     from prelm_jax import pretrain
 
     _configure_jax()
@@ -190,4 +190,6 @@ def _print_summary(summary: Any) -> None:
     for name, value in summary.evaluation.items():
         baselines = ", ".join(f"{known} {x:.3f}" for known, x in summary.baselines.get(name, {}).items())
         table.add_row(name.replace("_", " "), f"{value:.3f}", baselines)
+    table.add_section()
+    table.add_row("training, tokens/s", f"{summary.tokens_per_second:,.0f}", "")
     Console(width=None if sys.stdout.isatty() else 120).print(table)

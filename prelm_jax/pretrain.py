@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import math
+import statistics
 import sys
 import typing
 from collections.abc import Iterator
@@ -90,10 +92,11 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """How a model does on held-out text, beside what knows next to nothing."""
+    """How a model does on held-out text, beside what knows next to nothing, and the median speed of its training."""
 
     evaluation: dict[str, float]
     baselines: dict[str, dict[str, float]]
+    tokens_per_second: float
 
 
 def pretrain(run: Run, workdir: Path) -> Summary:
@@ -143,11 +146,14 @@ def pretrain(run: Run, workdir: Path) -> Summary:
                 run, model, state, steps, batches.layout, evaluate_held_out, checkpoints, writer, workdir
             )
         baselines = batches.baselines(evaluation[i] for i in range(run.evaluate_batches))
-        return Summary(evaluate_held_out(state), baselines)
+        return Summary(evaluate_held_out(state), baselines, _tokens_per_second(workdir))
 
 
 def evaluate(workdir: Path, sources: tuple[str, ...] = ()) -> Summary:
-    """Evaluates the newest checkpoint of a work directory: on the run's held-out side, or on all of other sources."""
+    """Evaluates the newest checkpoint of a work directory: on the run's held-out side, or on other sources.
+
+    The batches, as many as in the training, are drawn from all documents of that side.
+    """
     record = read_record(workdir)
     circumstance, rows = record["circumstance"], record["batch_size"]
     tokenizer = tokenizers.load(workdir / "tokenizer")
@@ -163,7 +169,8 @@ def evaluate(workdir: Path, sources: tuple[str, ...] = ()) -> Summary:
         placed = _placed(evaluation, 0, circumstance["evaluate_batches"], mesh)
         values = loop.make_evaluate(model)(loaded.params, model.init_carry(rows), (batch for _, batch in placed))
     batches = data.build(training, tokenizer, rows, record["seed"])
-    return Summary(values, batches.baselines(evaluation[i] for i in range(circumstance["evaluate_batches"])))
+    baselines = batches.baselines(evaluation[i] for i in range(circumstance["evaluate_batches"]))
+    return Summary(values, baselines, _tokens_per_second(workdir))
 
 
 def export(workdir: Path, directory: Path) -> None:
@@ -255,10 +262,18 @@ def _from_json(cls: type, fields: dict[str, Any]) -> Any:
     return cls(**{k: _from_json(types[k], v) if dataclasses.is_dataclass(types[k]) else v for k, v in fields.items()})
 
 
+def _metrics(workdir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def _tokens_per_second(workdir: Path) -> float:
+    speeds = [line["perf/tokens_per_second"] for line in _metrics(workdir) if "perf/tokens_per_second" in line]
+    return statistics.median(speeds) if speeds else math.nan
+
+
 def _card(workdir: Path, record: dict[str, Any]) -> str:
     """The model card: what the model was trained on, for how long, how well it does, and the command."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    last = next(line for line in reversed(lines) if any(name.startswith("evaluation/") for name in line))
+    last = next(line for line in reversed(_metrics(workdir)) if "evaluation/loss" in line)
     figures = "\n".join(
         f"| {name.removeprefix('evaluation/').replace('_', ' ')} | {value:.4f} |"
         for name, value in last.items()

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from prelm_jax.errors import InputError
 from prelm_jax.exchange.model import Model, Params, abstract_params, path_name, read_json
@@ -281,7 +281,8 @@ class BertModel(Model):
             if ours.endswith("/kernel"):
                 tensor = tensor.T
             tensors[tensor_name(ours)] = np.ascontiguousarray(tensor)
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        # Not save_file, which makes a file that only its owner may read.
+        (directory / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
         settings = {key: getattr(self.config, field) for field, key in FIELDS.items()}
         settings |= {"model_type": "bert", "architectures": ["BertForPreTraining"], "hidden_act": "gelu"}
         settings |= {"dtype": "float32", "pad_token_id": self.tokenizer.special_ids["[PAD]"]}

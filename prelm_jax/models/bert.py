@@ -26,6 +26,7 @@ from prelm_jax.models.layers import (
     LayerNorm,
     attention_mask,
     cross_entropy,
+    gelu,
     padded_vocabulary,
 )
 from prelm_jax.models.transformer import Transformer, TransformerConfig
@@ -79,7 +80,7 @@ class Bert(nn.Module):
                 hidden_size=c.hidden_size,
                 num_heads=c.num_heads,
                 intermediate_size=c.intermediate_size,
-                activation=partial(jax.nn.gelu, approximate=False),
+                activation=gelu,
                 layer_norm_eps=c.layer_norm_eps,
                 hidden_dropout=c.hidden_dropout,
                 attention_dropout=c.attention_dropout,
@@ -109,7 +110,7 @@ class Bert(nn.Module):
 
     def masked_lm_logits(self, hidden_BMD: Array) -> Array:
         """[B, M, padded vocabulary], fp32: the transform, then the product with the word embeddings and a bias."""
-        x_BMD = jax.nn.gelu(self.masked_lm_transform(hidden_BMD), approximate=False)
+        x_BMD = gelu(self.masked_lm_transform(hidden_BMD))
         x_BMD = self.masked_lm_layer_norm(x_BMD)
         table_VD = self.word_embeddings.table.astype(self.dtype)
         logits = jax.lax.dot_general(

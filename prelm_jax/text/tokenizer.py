@@ -28,8 +28,8 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Iterable[int]) -> str: ...
 
-    def save(self, directory: str | os.PathLike) -> None:
-        """Writes the files that transformers' AutoTokenizer reads."""
+    def save(self, directory: str | os.PathLike, model_max_length: int | None = None) -> None:
+        """Writes the files that transformers' AutoTokenizer reads; `model_max_length`: where it is to truncate."""
 
 
 def load(path: str | os.PathLike, lowercase: bool = True) -> Tokenizer:

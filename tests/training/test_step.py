@@ -8,8 +8,8 @@ import pytest
 
 from prelm_jax.errors import InputError
 from prelm_jax.training import loop
-from prelm_jax.training.optimizer import AdamW
-from prelm_jax.training.sharding import MeshConfig, path_name, place
+from prelm_jax.training.optimizer import AdamW, decays
+from prelm_jax.training.sharding import MeshConfig, partition, path_name, place
 
 OPTIMIZER = AdamW(learning_rate=3e-3, warmup_steps=4, decay_steps=100, weight_decay=0.01)
 
@@ -112,10 +112,7 @@ def test_fsdp_that_divides_nothing(tiny_bert):
 
 
 def test_every_parameter_needs_a_rule():
-    from prelm_jax.training.optimizer import decays
-    from prelm_jax.training.sharding import partition
-
-    with pytest.raises(ValueError, match="no rule in .*RULES covers encoder/gate"):
+    with pytest.raises(ValueError, match=r"no rule in .*RULES covers encoder/gate"):
         partition("encoder/gate", (4, 4), 2)
-    with pytest.raises(ValueError, match="no rule in .*DECAY covers encoder/gate"):
+    with pytest.raises(ValueError, match=r"no rule in .*DECAY covers encoder/gate"):
         decays({"encoder": {"gate": np.ones(2)}})

@@ -1,0 +1,162 @@
+"""The command line: the verbs one after the other, and one clear line for a mistake."""
+
+import json
+import re
+import sys
+
+import h5py
+import numpy as np
+import pytest
+
+from prelm_jax.cli import main
+
+EXPERIMENT = '''
+"""A BERT of two seconds."""
+from prelm_jax.data.pairs import PairsConfig
+from prelm_jax.models.bert import BertConfig
+from prelm_jax.pretrain import Run
+from prelm_jax.text.wordpiece import WordPieceConfig
+from prelm_jax.training.optimizer import AdamW
+from prelm_jax.training.sharding import MeshConfig
+
+
+def tiny():
+    """As small as it gets."""
+    return Run(
+        corpus=("CORPUS",),
+        held_out=0.3,
+        tokenizer=WordPieceConfig(vocab_size=120),
+        model=BertConfig(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, max_position_embeddings=32),
+        data=PairsConfig(max_length=32, max_predictions=4),
+        optimizer=AdamW(learning_rate=1e-3, warmup_steps=3, decay_steps=100),
+        batch_size=8,
+        steps=2,
+        mesh=MeshConfig(devices=1),
+        evaluate_batches=1,
+    )
+
+
+def broken():
+    return 1 / 0
+'''
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a corpus, an experiment file, and the run and the model that came of it."""
+    place = tmp_path_factory.mktemp("place")
+    sentences = [
+        f"The {a} {b} sees a {c}." for a in ("old", "new", "big") for b in ("cat", "dog") for c in ("hen", "cow")
+    ]
+    documents = ["\n".join(sentences[i : i + 4]) for i in range(0, len(sentences), 2)] * 3
+    documents = [f"Number {i}.\n{document}" for i, document in enumerate(documents)]
+    (place / "corpus.txt").write_text("\n\n".join(documents))
+    (place / "tiny.py").write_text(EXPERIMENT.replace("CORPUS", str(place / "corpus.txt")))
+    main(["pretrain", f"{place}/tiny.py:tiny", "--workdir", f"{place}/run", "--steps", "3"])
+    main(["export", f"{place}/run", f"{place}/model"])
+    (place / "lines.txt").write_text("The old cat sees a hen.\n\nA dog\n")
+    return place
+
+
+def complaint(capsys, *arguments) -> str:
+    """The one line on stderr of a command that fails with exit code 1."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(list(map(str, arguments)))
+    assert stopped.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    mistakes = [line for line in lines if line.startswith("prelm: ")]
+    assert mistakes == lines[-1:], "one line, and nothing after it"
+    return mistakes[0]
+
+
+def test_pretrain_prints_the_table_beside_baselines(place, capsys):
+    main(["pretrain", f"{place}/tiny.py:tiny", "--workdir", f"{place}/run", "--steps", "3"])
+    out = capsys.readouterr().out
+    for part in ("masked lm loss", "unigram", "next sentence accuracy", "majority", "lengths only", "prelm export"):
+        assert part in out
+
+
+def test_options_reach_the_run(place):
+    record = json.loads((place / "run" / "run.json").read_text())
+    assert record["circumstance"]["steps"] == 3
+    assert record["model"]["num_layers"] == 1
+
+
+def test_evaluate(place, capsys):
+    main(["evaluate", f"{place}/run"])
+    on_held_out = capsys.readouterr().out
+    main(["evaluate", f"{place}/run", "--corpus", f"{place}/corpus.txt"])
+    assert "masked lm loss" in on_held_out
+    assert capsys.readouterr().out != on_held_out
+
+
+def test_the_model_card_tells_where_the_model_comes_from(place):
+    card = (place / "model" / "README.md").read_text()
+    assert "3 steps of 8 × 32 tokens" in card
+    assert str(place / "corpus.txt") in card
+    assert re.search(r"\| masked lm loss \| \d\.\d{4} \|", card)
+
+
+@pytest.mark.parametrize("model", ["run", "model"])
+def test_fill_score_embed_tokenize(place, model, tmp_path, capsys):
+    """From a work directory and from a model directory alike."""
+    main(["fill", f"{place}/{model}", "The old [MASK] sees a [MASK].", "--top-k", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [len(re.findall(r"\S+ 0\.\d{3}", line)) for line in lines] == [2, 2]
+
+    main(["score", f"{place}/{model}", f"{place}/lines.txt"])
+    scores = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [int(tokens) for _, tokens in scores][1:2] == [0]
+    assert float(scores[0][0]) < float(scores[2][0]) < 0
+
+    main(["embed", f"{place}/{model}", f"{place}/lines.txt", f"{tmp_path}/vectors.hdf5"])
+    with h5py.File(tmp_path / "vectors.hdf5") as file:
+        assert sorted(file) == ["0", "1", "2"]
+        tokens = json.loads(file["0"].attrs["tokens"])
+        assert tokens[0] == "[CLS]" and tokens[-1] == "[SEP]"
+        assert file["0"].shape == (2, len(tokens), 16) and file["0"].dtype == np.float32
+        assert file["1"].shape == (2, 0, 16)
+
+    tokenizer = place / model / ("tokenizer" if model == "run" else ".")
+    main(["tokenize", str(tokenizer), f"{place}/lines.txt"])
+    ids = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert ids[1] == [] and len(ids[0]) == len(tokens) - 2
+
+
+def test_mistakes_are_one_line_that_says_what_to_do(place, capsys, tmp_path):
+    tiny = f"{place}/tiny.py:tiny"
+    assert "did you mean pretrain?" in complaint(capsys, "pretrian", tiny)
+    assert "did you mean tiny?" in complaint(capsys, "pretrain", f"{place}/tiny.py:tyni")
+    assert "no such experiment file" in complaint(capsys, "pretrain", f"{place}/tinny.py:tiny")
+    assert "--model.num-layers" in complaint(capsys, "pretrain", tiny, "--model.layers", "4")
+    assert "invalid literal" in complaint(capsys, "pretrain", tiny, "--steps", "many")
+    assert "--steps 0" in complaint(capsys, "pretrain", tiny, "--steps", "0")
+    assert "there is no file" in complaint(capsys, "pretrain", tiny, "--corpus", f"{place}/none.txt")
+    assert "not a work directory" in complaint(capsys, "evaluate", tmp_path)
+    assert "neither a model directory" in complaint(capsys, "fill", tmp_path, "[MASK]")
+    assert 'no "[MASK]"' in complaint(capsys, "fill", place / "model", "no mask here")
+    assert "FILE.py:FUNCTION" in complaint(capsys, "pretrain")
+
+
+def test_an_experiment_that_raises_shows_its_own_traceback(place):
+    with pytest.raises(ZeroDivisionError):
+        main(["pretrain", f"{place}/tiny.py:broken"])
+
+
+def test_help(capsys):
+    main(["--help"])
+    out = capsys.readouterr().out
+    assert all(verb in out for verb in ("pretrain", "evaluate", "export", "tokenize", "embed", "score", "fill"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["score", "--help"])
+    assert stopped.value.code == 0
+    assert "log-probability" in capsys.readouterr().out
+
+
+def test_python_m_prelm_jax(monkeypatch, capsys):
+    import runpy
+
+    monkeypatch.setattr(sys, "argv", ["prelm", "--help"])
+    runpy.run_module("prelm_jax", run_name="__main__")
+    assert "pretrain" in capsys.readouterr().out

@@ -1,0 +1,123 @@
+"""Every experiment is held to one contract, and frozen: a changed default shows up here, as text, in a review.
+
+After a change that is meant, write the golden files anew with
+PRELM_UPDATE_GOLDEN=1 python -m pytest tests/test_experiments.py
+"""
+
+import dataclasses
+import importlib.util
+import inspect
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from prelm_jax.pretrain import CIRCUMSTANCE, DATA, Run
+from prelm_jax.text.store import Store
+from prelm_jax.text.wordpiece import SPECIAL_TOKENS
+from prelm_jax.training import loop
+from prelm_jax.training.optimizer import decays
+from prelm_jax.training.sharding import MeshConfig, partition, path_name
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def experiments() -> dict:
+    """`file-function` -> the function, for every experiment on disk."""
+    found = {}
+    for path in sorted((ROOT / "experiments").glob("*.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ == path.stem and not name.startswith("_"):
+                found[f"{path.stem}-{name}"] = function
+    return found
+
+
+EXPERIMENTS = experiments()
+
+
+def build(run: Run):
+    """The model at the size of its vocabulary, and its parameters without values."""
+    model = dataclasses.replace(run.model, vocab_size=run.tokenizer.vocab_size).build(jnp.dtype(run.precision))
+    return model, jax.eval_shape(model.init_params, jax.random.key(0))
+
+
+class TokenizerOfSize:
+    """As much of a tokenizer as batches need."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+        self.special_ids = {token: i for i, token in enumerate(SPECIAL_TOKENS)}
+        self.tokens = [*SPECIAL_TOKENS, *map(str, range(len(SPECIAL_TOKENS), vocab_size))]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_one_step_lowers_on_four_devices(name):
+    """The real batch, model, optimizer and mesh fit together; nothing is allocated or compiled."""
+    function = EXPERIMENTS[name]
+    assert f"prelm pretrain experiments/{name.replace('-', '.py:', 1)}" in inspect.getdoc(function)
+    run = function()
+    model, _ = build(run)
+    assert type(run.data) is DATA[run.model.model_type]
+    store = Store.from_documents([[[5, 6, 7]] * 400, [[8, 9]] * 400])
+    batches = run.data.build(store, TokenizerOfSize(run.tokenizer.vocab_size), run.batch_size, run.seed)
+    model.check(batches[0])
+    mesh = MeshConfig(devices=4).build()
+    with jax.set_mesh(mesh):
+        state = loop.abstract_state(model, run.optimizer, run.batch_size, mesh, "fsdp")
+        batch = {
+            key: jax.ShapeDtypeStruct(
+                array.shape, array.dtype, sharding=NamedSharding(mesh, P("data") if layout == "rows" else P())
+            )
+            for (key, array), layout in zip(batches[0].items(), batches.layout.values(), strict=True)
+        }
+        step = loop.make_train_step(model, run.optimizer, run.accumulate, batches.layout)
+        new_state, metrics = step.eval_shape(state, batch, jax.random.key(0))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert {"loss", "grad_norm", "learning_rate", "tokens"} < set(metrics)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_golden(name):
+    run = EXPERIMENTS[name]()
+    _, params = build(run)
+    lines = [
+        f"{field.name}: {getattr(run, field.name)}"
+        for field in dataclasses.fields(run)
+        if field.name not in CIRCUMSTANCE or field.name == "tokenizer"
+    ]
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    lines.append(f"parameters (vocabulary padded): {sum(leaf.size for _, leaf in leaves):,}")
+    for (path, leaf), decay in zip(leaves, jax.tree.leaves(decays(params)), strict=True):
+        parameter = path_name(path)
+        if "layer_" not in parameter or "layer_0/" in parameter or "layer_norm" in parameter.split("/")[0]:
+            axes = tuple(partition(parameter, leaf.shape, 4))
+            lines.append(f"{parameter} {list(leaf.shape)} decay={decay} fsdp={axes}")
+    text = "\n".join(lines) + "\n"
+    golden = GOLDEN / f"{name}.txt"
+    if os.environ.get("PRELM_UPDATE_GOLDEN"):
+        GOLDEN.mkdir(exist_ok=True)
+        golden.write_text(text)
+    assert text == golden.read_text()
+
+
+def test_initial_values_are_the_papers():
+    """Truncated normal of 0.02 cut at two deviations, ones for scales, zeros for biases."""
+    run = EXPERIMENTS["bert-demo"]()
+    model, _ = build(run)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.init_params(jax.random.key(0))):
+        name = path_name(path)
+        if name.endswith(("kernel", "embedding")):
+            assert np.abs(leaf).max() <= 0.04
+            if leaf.size > 10_000:
+                np.testing.assert_allclose(leaf.std(), 0.01759, rtol=0.02)
+        else:
+            np.testing.assert_array_equal(leaf, 1 if name.endswith("scale") else 0)
