@@ -133,6 +133,7 @@ def pretrain(run: Run, workdir: Path) -> Summary:
                 start = partial(exchange.initial_params, exchange.load(run.init_from), run.model, tokenizer=tokenizer)
             state = loop.new_state(model, run.optimizer, run.batch_size, run.seed, abstract, start)
 
+        _introduce(run, training, held_out, tokenizer, state, mesh)
         evaluate = loop.make_evaluate(model)
 
         def evaluate_held_out(state: loop.TrainState) -> dict[str, float]:
@@ -177,6 +178,24 @@ def export(workdir: Path, directory: Path) -> None:
     """Writes the newest checkpoint of a work directory as a model directory, in the format that others read."""
     record = read_record(workdir)
     exchange.save(exchange.load(workdir), directory, _card(workdir, record))
+
+
+def _introduce(
+    run: Run, training: store.Store, held_out: store.Store, tokenizer: Any, state: loop.TrainState, mesh: Any
+) -> None:
+    """Says what is about to happen."""
+    if jax.process_index() != 0:
+        return
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    lines = [
+        f"{training.num_documents:,} documents of {training.num_tokens:,} tokens, {held_out.num_documents:,} documents "
+        f"held out, {tokenizer.vocab_size:,} entries in the vocabulary",
+        f"{run.model.model_type} of {parameters:,} parameters on {mesh.size} × {jax.devices()[0].device_kind}, "
+        f"steps {int(state.step):,} to {run.steps:,}",
+    ]
+    if run.steps > 1 and float(run.optimizer.schedule(run.steps - 1)) == 0:
+        lines.append("the learning rate is zero at the end: for more steps raise --optimizer.decay-steps too")
+    print("\n".join(lines), file=sys.stderr)
 
 
 def _placed(batches: Any, start: int, stop: int, mesh: jax.sharding.Mesh) -> Iterator[tuple[int, dict]]:
@@ -263,7 +282,8 @@ def _from_json(cls: type, fields: dict[str, Any]) -> Any:
 
 
 def _metrics(workdir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    path = workdir / "metrics.jsonl"  # Only process 0 writes it.
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _tokens_per_second(workdir: Path) -> float:

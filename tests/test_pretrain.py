@@ -262,3 +262,31 @@ def test_batch_that_cannot_be_divided(run, tmp_path):
 def test_nothing_held_out(run, tmp_path):
     with pytest.raises(InputError, match="raise --held-out"):
         pretrain(dataclasses.replace(run, held_out=0.0), tmp_path / "run")
+
+
+def test_without_next_sentences(run, tmp_path):
+    """A switch of the data: the loss and the metric are gone, and documents of one sentence will do."""
+    corpus = tmp_path / "lines.txt"
+    corpus.write_text(text(seed=2).replace("\n\n", "\n"))
+    data = dataclasses.replace(run.data, next_sentence=False)
+    changed = dataclasses.replace(run, corpus=(str(corpus), "documents=line"), data=data, steps=2)
+    summary = pretrain(changed, tmp_path / "run")
+    assert set(summary.evaluation) == {"loss", "masked_lm_loss", "masked_lm_accuracy"}
+    assert summary.evaluation["loss"] == summary.evaluation["masked_lm_loss"]
+
+
+def test_bfloat16_is_close_to_float32(run, uninterrupted, tmp_path):
+    """Activations in bfloat16 (8 bits of mantissa), parameters and moments in float32."""
+    workdir = tmp_path / "run"
+    pretrain(dataclasses.replace(run, precision="bfloat16"), workdir)
+    for line, exact in zip(metrics(workdir), metrics(uninterrupted), strict=True):
+        name = "train/loss" if "train/loss" in line else "evaluation/loss"
+        np.testing.assert_allclose(line[name], exact[name], rtol=5e-3)
+        assert line[name] != exact[name]
+    _, state = newest_checkpoint(workdir)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"float32", "int32"}
+
+
+def test_a_profile_is_written_on_request(run, tmp_path):
+    pretrain(dataclasses.replace(run, profile=1), tmp_path / "run")
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))

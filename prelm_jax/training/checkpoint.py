@@ -81,37 +81,36 @@ class Checkpoints:
         for checkpoint in reversed(self._checkpointer.checkpoints):
             path = self.directory / str(checkpoint.step)
             try:
-                return checkpoint.step, self._restore(checkpoint.step, items)
-            except InputError:
-                raise
-            except Exception as error:  # Whatever a damaged file makes a reader raise: the one before is used.
-                reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-                print(f"checkpoint {path} is damaged ({reason}): put aside", file=sys.stderr)
-                damaged.append(path)
-                aside = self.directory.parent / f"{self.directory.name}.damaged"
-                if jax.process_index() == 0:
-                    aside.mkdir(exist_ok=True)
-                    path.rename(aside / path.name)
-                self._checkpointer.reload()
+                recorded = self._checkpointer.metadata(checkpoint.step).custom_metadata
+                saved_format, saved_checksums = recorded["format"], recorded["checksums"]
+                if saved_format <= FORMAT:
+                    loaded = self._checkpointer.load_checkpointables(checkpoint.step, items)
+            except Exception as error:  # Whatever a damaged file makes the reader raise.
+                complaint = (str(error) or type(error).__name__).splitlines()[0][:200]
+            else:
+                if saved_format > FORMAT:
+                    raise InputError(f"{path} has format {saved_format}, newer than {FORMAT}: upgrade prelm_jax")
+                differing = [
+                    f"{item}/{name}"
+                    for item, tree in loaded.items()
+                    for name, checksum in _named(tree).items()
+                    if saved_checksums[item].get(name) != checksum
+                ]
+                if not differing:
+                    return checkpoint.step, loaded
+                complaint = f"the checksum of {differing[0]} differs"
+            print(f"checkpoint {path} is damaged ({complaint}): put aside", file=sys.stderr)
+            damaged.append(path)
+            aside = self.directory.parent / f"{self.directory.name}.damaged"
+            if jax.process_index() == 0:
+                aside.mkdir(exist_ok=True)
+                path.rename(aside / path.name)
+            self._checkpointer.reload()
         if damaged:
             raise InputError(
                 f"{self.directory}: none of {len(damaged)} checkpoints is whole; start in another --workdir"
             )
         return None
-
-    def _restore(self, step: int, items: dict[str, Tree]) -> dict[str, Tree]:
-        recorded = self._checkpointer.metadata(step).custom_metadata
-        if recorded["format"] > FORMAT:
-            raise InputError(
-                f"{self.directory / str(step)} has format {recorded['format']}, and this version of prelm_jax reads up "
-                f"to {FORMAT}: upgrade it"
-            )
-        loaded = self._checkpointer.load_checkpointables(step, items)
-        for item, tree in loaded.items():
-            for name, checksum in _named(tree).items():
-                if recorded["checksums"][item][name] != checksum:
-                    raise ValueError(f"the checksum of {item}/{name} differs")
-        return loaded
 
 
 def restore_params(directory: epath.PathLike, abstract_params: Tree) -> tuple[int, Tree]:

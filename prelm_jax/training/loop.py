@@ -220,15 +220,17 @@ def train(
     train_step = make_train_step(model, run.optimizer, run.accumulate, layout)
     dropout_key = Keys.of(run.seed).dropout
     start = int(state.step)
+    profile_from = start + 10
+    profile_to = min(profile_from + run.profile, run.steps)
     report = _Report(run, model, start, writer)
     pending = None
     with contextlib.closing(report), _Stop() as stop, jax.transfer_guard("disallow"):
         for step, batch in batches:
-            if step == start + 10 and run.profile:
+            if step == profile_from < profile_to:
                 jax.profiler.start_trace(str(workdir / "profile"))
             state, metrics = train_step(state, batch, dropout_key)
             done = step + 1
-            if done == start + 10 + run.profile and run.profile:
+            if done == profile_to > profile_from:
                 jax.profiler.stop_trace()
             # The device is at work on this step while the host looks at the one before.
             report.settle(pending)

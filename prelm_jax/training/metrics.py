@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from prelm_jax.errors import InputError
+
 # Dense bf16 peak in FLOP/s of one device, from the makers' data sheets.
 PEAKS = {
     "NVIDIA A100": 312e12,
@@ -52,6 +54,12 @@ class MetricsWriter:
         self._file = self._tensorboard = None
         if jax.process_index() != 0:
             return
+        if tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                raise InputError('--tensorboard needs a package: pip install "prelm_jax[tensorboard]"') from None
+            self._tensorboard = SummaryWriter(str(workdir), purge_step=resume_at)
         path = workdir / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_at]
@@ -59,10 +67,6 @@ class MetricsWriter:
             temporary.write_text("".join(line + "\n" for line in kept))
             temporary.replace(path)
         self._file = path.open("a")
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(workdir), purge_step=resume_at)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line; what is not finite is written as a string, for JSON has no word for it."""
