@@ -127,7 +127,7 @@ def test_fill_score_embed_tokenize(place, model, tmp_path, capsys):
 def test_mistakes_are_one_line_that_says_what_to_do(place, capsys, tmp_path):
     tiny = f"{place}/tiny.py:tiny"
     assert "did you mean pretrain?" in complaint(capsys, "pretrian", tiny)
-    assert "did you mean tiny?" in complaint(capsys, "pretrain", f"{place}/tiny.py:tyni")
+    assert "did you mean tiny?" in complaint(capsys, "pretrain", f"{place}/tiny.py:tinny")
     assert "no such experiment file" in complaint(capsys, "pretrain", f"{place}/tinny.py:tiny")
     assert "--model.num-layers" in complaint(capsys, "pretrain", tiny, "--model.layers", "4")
     assert "invalid literal" in complaint(capsys, "pretrain", tiny, "--steps", "many")

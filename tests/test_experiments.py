@@ -112,7 +112,8 @@ def test_golden(name):
 def test_initial_values_are_the_papers():
     """Truncated normal of 0.02 cut at two deviations, ones for scales, zeros for biases."""
     run = EXPERIMENTS["bert-demo"]()
-    model, _ = build(run)
+    assert EXPERIMENTS["bert-base"]().model.initializer_range == 0.02
+    model, _ = build(dataclasses.replace(run, model=dataclasses.replace(run.model, initializer_range=0.02)))
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.init_params(jax.random.key(0))):
         name = path_name(path)
         if name.endswith(("kernel", "embedding")):
