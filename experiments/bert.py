@@ -27,11 +27,11 @@ def demo() -> Run:
         tokenizer=WordPieceConfig(vocab_size=4096),
         model=_short_run(hidden_size=128, num_layers=2),
         data=_pairs(max_length=128, max_predictions=20),
-        optimizer=_adamw(learning_rate=1.5e-3, warmup_steps=100, decay_steps=2200, bias_correction=True),
+        optimizer=_adamw(learning_rate=1.5e-3, warmup_steps=100, decay_steps=2400, bias_correction=True),
         batch_size=16,
-        steps=2200,
-        evaluate_every=550,
-        save_every=550,
+        steps=2400,
+        evaluate_every=800,
+        save_every=800,
         log_every=50,
     )
 
