@@ -1,5 +1,5 @@
 # Two commands on a machine that has Python >= 3.11 and pip:
-#   make demo     pretrain, evaluate, export and use a small model (about 6 minutes on two cores)
+#   make demo     pretrain, evaluate, export and use a small model (about 4 minutes on two cores)
 #   make test     lint and the whole test suite
 
 PYTHON ?= python3
