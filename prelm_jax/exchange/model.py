@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from prelm_jax.errors import InputError
+from prelm_jax.paths import path_name
 from prelm_jax.text import tokenizer as tokenizers
 from prelm_jax.text.tokenizer import Tokenizer
 
@@ -84,11 +85,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def abstract_params(config: Any) -> Params:
     """The parameters of a configuration as jax.ShapeDtypeStruct; nothing is allocated."""
     return jax.eval_shape(config.build().init_params, jax.random.key(0))
-
-
-def path_name(path: tuple) -> str:
-    """A path of jax.tree_util as a name, "encoder/layer_0/attention/query/kernel"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def load(path: str | os.PathLike) -> Model:

@@ -10,7 +10,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from prelm_jax.errors import InputError
-from prelm_jax.training.sharding import path_name
+from prelm_jax.paths import path_name
 
 FORMAT = 1
 

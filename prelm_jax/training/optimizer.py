@@ -1,14 +1,13 @@
 """Optimizers and schedules, as configurations that build an optax transformation."""
 
 import dataclasses
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from prelm_jax.training.sharding import path_name
+from prelm_jax.paths import look_up, path_name
 
 # The last name on the path of every parameter, and whether its weight decays (google-research/bert,
 # optimization.py: everything but LayerNorm and biases, so embeddings too). Exhaustive.
@@ -21,13 +20,7 @@ DECAY = (
 def decays(params: Any) -> Any:
     """For every parameter whether weight decay applies, by the table DECAY."""
 
-    def decay(path: tuple, _: Any) -> bool:
-        for rule, answer in DECAY:
-            if re.search(rule, path_name(path)):
-                return answer
-        raise ValueError(f"no rule in {__name__}.DECAY covers {path_name(path)}")
-
-    return jax.tree_util.tree_map_with_path(decay, params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: look_up(DECAY, path_name(path)), params)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Where arrays live: one mesh with one axis, `data`; batches by rows, parameters replicated or sharded (FSDP)."""
 
 import dataclasses
-import re
 from typing import Any, Literal
 
 import jax
@@ -10,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prelm_jax.errors import InputError
+from prelm_jax.paths import look_up, path_name
 
 Tree = Any
 
@@ -38,17 +38,9 @@ class MeshConfig:
         return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
 
 
-def path_name(path: tuple) -> str:
-    """`encoder/layer_0/attention/query/kernel` for a path of jax.tree_util."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def partition(name: str, shape: tuple[int, ...], shards: int) -> P:
     """The partition under FSDP: the largest dimension that `shards` divides, where the rules say so."""
-    sharded = next((sharded for rule, sharded in RULES if re.search(rule, name)), None)
-    if sharded is None:
-        raise ValueError(f"no rule in {__name__}.RULES covers {name}")
-    if not sharded:
+    if not look_up(RULES, name):
         return P()
     axes = [axis for axis in range(len(shape)) if shape[axis] % shards == 0]
     if not axes:

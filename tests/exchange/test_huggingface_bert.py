@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 from prelm_jax.errors import InputError
 from prelm_jax.exchange import huggingface_bert
 from prelm_jax.exchange.huggingface_bert import tensor_name
-from prelm_jax.exchange.model import abstract_params, load, path_name, save
+from prelm_jax.exchange.model import abstract_params, load, save
 from prelm_jax.models.bert import BertConfig
+from prelm_jax.paths import path_name
 
 TOLERANCE = 2e-5
 TEXTS = ["the cat sat on the mat.", "", "unable cats", "a", " \t ", "cat! " * 9, "the mat sat, zing?"]

@@ -10,7 +10,8 @@ import pytest
 
 from prelm_jax.errors import InputError
 from prelm_jax.exchange.huggingface_bert import BertModel
-from prelm_jax.exchange.model import initial_params, load, path_name, read_lines, save, write_embeddings
+from prelm_jax.exchange.model import initial_params, load, read_lines, save, write_embeddings
+from prelm_jax.paths import path_name
 from prelm_jax.text.wordpiece import WordPiece
 from prelm_jax.training.checkpoint import Checkpoints
 

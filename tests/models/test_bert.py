@@ -13,10 +13,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prelm_jax.exchange.huggingface_bert import VOCABULARY_TABLES, tensor_name
-from prelm_jax.exchange.model import abstract_params, path_name
+from prelm_jax.exchange.model import abstract_params
 from prelm_jax.models import layers
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.layers import Dropout, random_bits
+from prelm_jax.paths import path_name
 
 CONFIG = BertConfig(
     vocab_size=37, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_position_embeddings=16
@@ -56,7 +57,7 @@ def theirs(state, path, shape):
 def ours(state):
     """A PyTorch state dict as our parameters."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.asarray(theirs(state, path_name(path), leaf.shape)), abstract_params(CONFIG)
+        lambda path, leaf: jnp.asarray(theirs(state(path), leaf.shape)), abstract_params(CONFIG)
     )
 
 

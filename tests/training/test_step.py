@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from prelm_jax.errors import InputError
+from prelm_jax.paths import path_name
 from prelm_jax.training import loop
 from prelm_jax.training.optimizer import AdamW, decays
-from prelm_jax.training.sharding import MeshConfig, partition, path_name, place
+from prelm_jax.training.sharding import MeshConfig, partition, place
 
 OPTIMIZER = AdamW(learning_rate=3e-3, warmup_steps=4, decay_steps=100, weight_decay=0.01)
 
@@ -107,12 +108,14 @@ def test_more_devices_than_there_are():
 
 def test_fsdp_that_divides_nothing(tiny_bert):
     mesh_config = MeshConfig(devices=5, parameters="fsdp")
-    with pytest.raises(InputError, match=r"5 devices divide no dimension of .*/kernel|embedding"):
+    with pytest.raises(
+        InputError, match=r"--mesh.parameters fsdp: 5 devices divide no dimension of \S+/(kernel|embedding) \("
+    ):
         loop.abstract_state(tiny_bert.build(), OPTIMIZER, 8, mesh_config.build(), "fsdp")
 
 
 def test_every_parameter_needs_a_rule():
-    with pytest.raises(ValueError, match=r"no rule in .*RULES covers encoder/gate"):
+    with pytest.raises(ValueError, match="no rule covers encoder/gate"):
         partition("encoder/gate", (4, 4), 2)
-    with pytest.raises(ValueError, match=r"no rule in .*DECAY covers encoder/gate"):
+    with pytest.raises(ValueError, match="no rule covers encoder/gate"):
         decays({"encoder": {"gate": np.ones(2)}})
