@@ -57,7 +57,7 @@ def theirs(state, path, shape):
 def ours(state):
     """A PyTorch state dict as our parameters."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.asarray(theirs(state(path), leaf.shape)), abstract_params(CONFIG)
+        lambda path, leaf: jnp.asarray(theirs(state, path_name(path), leaf.shape)), abstract_params(CONFIG)
     )
 
 
