@@ -63,8 +63,8 @@ def export(workdir: Positional[Path], directory: Positional[Path]) -> None:
 
 def tokenize(tokenizer: Positional[Path], input: Positional[Path], cased: bool = False) -> None:
     """Print the ids of each line of a text file as a JSON list, without special tokens."""
-    from prelm_jax.exchange.model import read_lines
     from prelm_jax.text import tokenizer as tokenizers
+    from prelm_jax.text.files import read_lines
 
     loaded = tokenizers.load(tokenizer, lowercase=not cased)
     for ids in loaded.encode_batch(read_lines(input)):
@@ -73,7 +73,8 @@ def tokenize(tokenizer: Positional[Path], input: Positional[Path], cased: bool =
 
 def embed(model: Positional[Path], input: Positional[Path], output: Positional[Path], truncate: bool = False) -> None:
     """Write the hidden states of each line of a text file to an HDF5 file, dataset "i" for line i."""
-    from prelm_jax.exchange.model import load, read_lines, write_embeddings
+    from prelm_jax.exchange.model import load, write_embeddings
+    from prelm_jax.text.files import read_lines
 
     _configure_jax()
     write_embeddings(load(model), read_lines(input), output, truncate)
@@ -81,7 +82,8 @@ def embed(model: Positional[Path], input: Positional[Path], output: Positional[P
 
 def score(model: Positional[Path], input: Positional[Path]) -> None:
     """Print the log-probability (natural) and the number of tokens of each line of a text file."""
-    from prelm_jax.exchange.model import load, read_lines
+    from prelm_jax.exchange.model import load
+    from prelm_jax.text.files import read_lines
 
     _configure_jax()
     for log_probability, tokens in load(model).score(read_lines(input)):
@@ -179,7 +181,7 @@ def _configure_jax() -> None:
     """Compiled programs are kept between runs, so that the second start is quick."""
     import jax
 
-    from prelm_jax.text.store import cache_directory
+    from prelm_jax.text.cache import cache_directory
 
     jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
 

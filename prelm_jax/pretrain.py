@@ -22,6 +22,7 @@ from prelm_jax.exchange import model as exchange
 from prelm_jax.text import store
 from prelm_jax.text import tokenizer as tokenizers
 from prelm_jax.text.corpus import Corpus
+from prelm_jax.text.files import read_json
 from prelm_jax.training import loop
 from prelm_jax.training.checkpoint import Checkpoints
 from prelm_jax.training.metrics import MetricsWriter
@@ -143,11 +144,11 @@ def pretrain(run: Run, workdir: Path) -> Summary:
         done = int(state.step)
         steps = _placed(batches, done, run.steps, mesh)
         with contextlib.closing(MetricsWriter(workdir, done, run.tensorboard)) as writer:
-            state = loop.train(
+            state, values = loop.train(
                 run, model, state, steps, batches.layout, evaluate_held_out, checkpoints, writer, workdir
             )
         baselines = batches.baselines(evaluation[i] for i in range(run.evaluate_batches))
-        return Summary(evaluate_held_out(state), baselines, _tokens_per_second(workdir))
+        return Summary(values or evaluate_held_out(state), baselines, _tokens_per_second(workdir))
 
 
 def evaluate(workdir: Path, sources: tuple[str, ...] = ()) -> Summary:
@@ -265,12 +266,9 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 def read_record(workdir: Path) -> dict[str, Any]:
     """The run.json of a work directory."""
     path = workdir / "run.json"
-    try:
-        record = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{workdir} is not a work directory of a run (it has no run.json)") from None
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error})") from None
+    if not path.is_file():
+        raise InputError(f"{workdir} is not a work directory of a run (it has no run.json)")
+    record = read_json(path)
     if record["format"] > 1:
         raise InputError(f"{path} was written by a newer version of prelm_jax: upgrade this one")
     return record

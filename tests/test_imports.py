@@ -27,7 +27,7 @@ HOMES = {
     "flax": ["models/"],
     "orbax": ["training/checkpoint.py"],
     "grain": ["data/loader.py"],
-    "tensorflow_datasets": ["text/corpus.py"],
+    "tensorflow_datasets": ["text/tfds.py"],
     "tensorboardX": ["training/metrics.py"],
     "tyro": ["cli.py"],
     "h5py": ["exchange/"],

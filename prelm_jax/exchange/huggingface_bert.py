@@ -20,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from prelm_jax.errors import InputError
-from prelm_jax.exchange.model import Model, Params, abstract_params, read_json
+from prelm_jax.exchange.model import Model, Params, abstract_params
 from prelm_jax.models.bert import Bert, BertConfig
 from prelm_jax.models.layers import cross_entropy
 from prelm_jax.paths import path_name
 from prelm_jax.text import tokenizer as tokenizers
+from prelm_jax.text.files import read_json
 
 # Every module that holds parameters, ours and theirs; those of a layer apart.
 MODULES = {

@@ -18,6 +18,7 @@ from rich.progress import track
 from prelm_jax.errors import InputError
 from prelm_jax.paths import path_name
 from prelm_jax.text import tokenizer as tokenizers
+from prelm_jax.text.files import read_json
 from prelm_jax.text.tokenizer import Tokenizer
 
 Params = dict[str, Any]
@@ -69,17 +70,6 @@ def _family(model_type: object, source: Path) -> type[Model]:
     if model_type not in families:
         raise InputError(f"{source}: model_type is {model_type!r}; supported: {', '.join(families)}")
     return families[model_type]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return value
 
 
 def abstract_params(config: Any) -> Params:
@@ -168,18 +158,6 @@ def initial_params(model: Model, config: Any, fresh: Params, tokenizer: Tokenize
         return loaded
 
     return jax.tree_util.tree_map_with_path(choose, fresh, model.params)
-
-
-def read_lines(path: str | os.PathLike) -> list[str]:
-    r"""The lines of a UTF-8 file. Lines end at \n only; a \n at the end of the file ends the last line."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: invalid UTF-8 at byte {error.start}; convert the file to UTF-8") from error
-    lines = text.split("\n")
-    return lines[:-1] if lines[-1] == "" else lines
 
 
 def write_embeddings(model: Model, lines: Sequence[str], path: str | os.PathLike, truncate: bool = False) -> None:

@@ -12,40 +12,30 @@ or, as on a command line, in the items that follow it.
 than one document is held at a time.
 """
 
-import ast
 import contextlib
 import dataclasses
 import functools
 import glob
-import gzip
 import hashlib
-import json
-import lzma
 import os
 import re
 import sys
-import sysconfig
 import time
-import uuid
-import warnings
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Literal, NamedTuple
 
-import zstandard
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from prelm_jax.errors import InputError
+from prelm_jax.text import python_docs, tfds
+from prelm_jax.text.cache import cached, digest
+from prelm_jax.text.files import Advance, endings, json_texts, opened, plain_texts
 
 Side = Literal["training", "held_out"]
-Advance = Callable[[float], None]  # told how many bytes of the source's files have been read since the last call
 
 OPTIONS = {"documents": ("blank-line", "file", "line"), "sentences": ("library", "line")}
 READING_VERSION = 1  # raise it when the same files would give other documents
-CHUNK_BYTES = 1 << 20
-DECOMPRESSORS = {".gz": gzip.open, ".xz": lzma.open}
 
 
 class Document(NamedTuple):
@@ -101,7 +91,7 @@ class Corpus:
         The content is read once: what was found is remembered in the cache directory by path, size and time of change.
         """
         files = [(source, path) for source in _parse(self.sources) for path in source.paths()]
-        options = [READING_VERSION, self.held_out, [(source.options(), _endings(path)) for source, path in files]]
+        options = [READING_VERSION, self.held_out, [(source.options(), endings(path)) for source, path in files]]
         stats = [(os.path.abspath(path), os.stat(path)) for _, path in files]
         states = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
@@ -111,36 +101,8 @@ class Corpus:
         return cached("corpora", digest([options, states]), hash_content)
 
 
-# ---- The cache directory ---------------------------------------------------------------------------------------------
-
-
-def cache_directory() -> Path:
-    """Where prepared data lies: $PRELM_CACHE, else `prelm_jax` in the user's cache directory."""
-    if "PRELM_CACHE" in os.environ:
-        return Path(os.environ["PRELM_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prelm_jax"
-
-
-def cached(kind: str, key: str, make: Callable[[], str]) -> str:
-    """The text kept in the cache directory under `kind` and `key`; made, and kept, if it is not there yet."""
-    path = cache_directory() / kind / f"{key}.txt"
-    if not path.exists():
-        text = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Written whole or not at all, whatever else writes the same file at the same time.
-        unfinished = path.with_name(f".unfinished-{uuid.uuid4().hex}")
-        unfinished.write_bytes(text.encode())
-        unfinished.replace(path)
-    return path.read_bytes().decode()
-
-
-def digest(value) -> str:
-    """SHA-256 (hex) of a value that JSON can hold."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
 def _file_digest(path: str) -> str:
-    with _opened(path) as file:
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -158,29 +120,26 @@ class _Source(NamedTuple):
 
     def paths(self) -> list[str]:
         if self.spec == "python-docs":
-            return _python_files()
+            return python_docs.files()
         if self.spec.startswith("tfds:"):
-            return _tfds_split(self.spec)[1]
+            return tfds.split(self.spec)[1]
         return _matching_files(self.spec)
 
     def texts(self, advance: Advance) -> Iterator[str]:
         if self.spec == "python-docs":
-            documents = _python_docs()
+            documents = python_docs.documents()
             share = sum(map(os.path.getsize, self.paths())) / len(documents)
             for text in documents:
                 yield text
                 advance(share)
         elif self.spec.startswith("tfds:"):
-            yield from _tfds_texts(self.spec, advance)
+            yield from tfds.texts(self.spec, advance)
         else:
-            yield from self._file_texts(advance)
-
-    def _file_texts(self, advance: Advance) -> Iterator[str]:
-        for path in self.paths():
-            if _endings(path)[0]:
-                yield from _json_texts(path, advance)
-            else:
-                yield from _plain_texts(path, self.documents or "blank-line", advance)
+            for path in self.paths():
+                if endings(path)[0]:
+                    yield from json_texts(path, advance)
+                else:
+                    yield from plain_texts(path, self.documents or "blank-line", advance)
 
 
 def _parse(specs: Iterable[str]) -> list[_Source]:
@@ -212,15 +171,10 @@ def _parse(specs: Iterable[str]) -> list[_Source]:
     if not sources:
         raise InputError("the corpus has no sources: give at least one file, python-docs or tfds:name")
     for source in sources:
-        others = source.spec == "python-docs" or source.spec.startswith("tfds:") or _endings(source.spec)[0]
+        others = source.spec == "python-docs" or source.spec.startswith("tfds:") or endings(source.spec)[0]
         if others and source.documents:
             raise InputError(f"{source.spec} is made of documents already: documents= is for files of plain text")
     return sources
-
-
-def _endings(path: str) -> tuple[str | None, str | None]:
-    """The endings of a file's name that decide how it is read: ".jsonl" or None, and ".gz", ".xz", ".zst" or None."""
-    return re.search(r"(\.jsonl)?(\.gz|\.xz|\.zst)?$", path).groups()
 
 
 def _matching_files(spec: str) -> list[str]:
@@ -234,220 +188,6 @@ def _matching_files(spec: str) -> list[str]:
     if matches := sorted(filter(os.path.isfile, glob.glob(path, recursive=True))):
         return matches
     raise InputError(f"no file matches {spec}")
-
-
-# ---- Files -----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[Any]:
-    try:
-        with open(path, "rb") as file:
-            yield file
-    except (EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
-        raise InputError(f"{path} is damaged ({error}): copy or download it again") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _chunks(path: str, advance: Advance) -> Iterator[bytes]:
-    """The content of a file, decompressed."""
-    compression = _endings(path)[1]
-    with _opened(path) as file:
-        if compression == ".zst":
-            chunks = _zstandard_chunks(file)
-        else:
-            content = DECOMPRESSORS[compression](file) if compression else file
-            chunks = iter(lambda: content.read(CHUNK_BYTES), b"")
-        position = 0
-        for chunk in chunks:
-            yield chunk
-            advance(file.tell() - position)
-            position = file.tell()
-
-
-def _zstandard_chunks(file) -> Iterator[bytes]:
-    """The frames of a .zst file. The library's own reader takes a file that breaks off for one that ends."""
-    frame = None
-    while chunk := file.read(CHUNK_BYTES):
-        while chunk:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            yield frame.decompress(chunk)
-            chunk = frame.unused_data
-            if frame.eof:
-                frame = None
-    if frame:
-        raise EOFError("the file breaks off")
-
-
-def _lines(path: str, advance: Advance) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, each with its byte offset in the decompressed file, without the "\\n" that ends it."""
-    offset, parts = 0, []
-    for chunk in _chunks(path, advance):
-        *ended, rest = chunk.split(b"\n")
-        for end in ended:
-            line = b"".join([*parts, end])
-            yield offset, line
-            offset += len(line) + 1
-            parts = []
-        parts.append(rest)
-    if line := b"".join(parts):
-        yield offset, line
-
-
-def _decode(path: str, offset: int, data: bytes) -> str:
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 at byte {offset + error.start}: convert the file") from None
-    if offset == 0:
-        text = text.removeprefix("\ufeff")
-    return text.replace("\r\n", "\n").removesuffix("\r")
-
-
-def _plain_texts(path: str, documents: str, advance: Advance) -> Iterator[str]:
-    start, lines = 0, []
-    for offset, line in _lines(path, advance):
-        if not lines:
-            start = offset
-        lines.append(line)
-        if documents == "line" or (documents == "blank-line" and not line.strip()):
-            yield from _nonblank(_decode(path, start, b"\n".join(lines)))
-            lines = []
-    yield from _nonblank(_decode(path, start, b"\n".join(lines)))
-
-
-def _nonblank(text: str) -> list[str]:
-    return [text.strip("\n")] if text.strip() else []
-
-
-def _json_texts(path: str, advance: Advance) -> Iterator[str]:
-    for number, (offset, line) in enumerate(_lines(path, advance), start=1):
-        if not (decoded := _decode(path, offset, line)).strip():
-            continue
-        try:
-            text = json.loads(decoded)["text"]
-            text.encode()  # a lone surrogate can be written in JSON, but it is no text
-        except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
-            raise InputError(f"{path}:{number} is not a JSON object with a string `text`: correct the line") from None
-        yield from _nonblank(text.replace("\r\n", "\n"))
-
-
-# ---- The prose inside every Python -----------------------------------------------------------------------------------
-
-
-def _python_files() -> list[str]:
-    """The source files of the standard library, without tests, installed packages and old tools."""
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo"}
-    paths = []
-    for folder, folders, files in os.walk(sysconfig.get_paths()["stdlib"]):
-        folders[:] = sorted(set(folders) - left_out)
-        paths += [os.path.join(folder, file) for file in sorted(files) if file.endswith(".py")]
-    return paths
-
-
-@functools.cache  # preparing reads a corpus several times, and to parse the library takes seconds
-def _python_docs() -> list[str]:
-    """A document for each topic of the language reference, then one for each module: its docstrings."""
-    from pydoc_data.topics import topics
-
-    texts = [_unwrap(topic) for _, topic in sorted(topics.items())]
-    for path in _python_files():
-        with _opened(path) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of invalid escapes in the file
-            try:
-                tree = ast.parse(file.read())
-            except (SyntaxError, ValueError):
-                continue
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        nodes = sorted((node for node in ast.walk(tree) if isinstance(node, documented)), key=_line_number)
-        texts.append("\n".join(filter(None, (_unwrap(ast.get_docstring(node) or "") for node in nodes))))
-    return [text for text in texts if text]
-
-
-def _line_number(node: ast.AST) -> int:
-    return getattr(node, "lineno", 0)  # a module has none
-
-
-def _unwrap(text: str) -> str:
-    """A paragraph on each line: lines of 50 characters or more were wrapped, so the next line continues them."""
-    lines = [""]
-    for line in map(str.strip, text.split("\n")):
-        if len(lines[-1]) >= 50 and re.match(r"[\w\"'(`*]", line) and not line.startswith("* "):
-            lines[-1] += " " + line
-        elif re.search(r"\w", line):  # no underlines of headings
-            lines.append(line)
-        else:
-            lines.append("")
-    return "\n".join(filter(None, lines))
-
-
-# ---- TensorFlow Datasets, without TensorFlow -------------------------------------------------------------------------
-
-
-def _import_tfds():
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError:
-        raise InputError('tfds: needs TensorFlow Datasets: pip install "prelm_jax[tfds]"') from None
-    return tfds
-
-
-def _tfds_split(spec: str) -> tuple[Any, list[str]]:
-    """The records of `tfds:name/config[:version][:split]` and the paths of the files that hold them."""
-    name, split = re.fullmatch(r"tfds:([^:]*(?::\d+\.\d+\.\d+)?)(?::(.*))?", spec).groups()
-    tfds = _import_tfds()
-    try:
-        builder = tfds.builder(name)
-        records = builder.as_data_source(split=split or "train")
-        paths = [os.fspath(path) for path in builder.info.splits[split or "train"].filepaths]
-    except (ValueError, RuntimeError, AssertionError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{spec}: {reason} (looked in {tfds.core.constants.DATA_DIR}; set TFDS_DATA_DIR)") from error
-    if "text" not in builder.info.features:
-        raise InputError(f"{spec} has no feature `text`, only {', '.join(builder.info.features)}")
-    return records, paths
-
-
-def _tfds_texts(spec: str, advance: Advance) -> Iterator[str]:
-    records, paths = _tfds_split(spec)
-    record_bytes = sum(map(os.path.getsize, paths)) / max(len(records), 1)
-    for index in range(len(records)):
-        try:
-            text = records[index]["text"].decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{spec}: record {index} is not UTF-8 at byte {error.start}") from None
-        yield from _nonblank(text.replace("\r\n", "\n"))
-        advance(record_bytes)
-
-
-def tfds_builder(corpus: Corpus, name: str, data_dir: str | os.PathLike | None = None):
-    """A TFDS builder whose `download_and_prepare()` writes the corpus as the dataset `name` (ArrayRecord, `train`).
-
-    Both sides are written, in order; whoever reads `tfds:name` with the same held-out fraction finds the same documents
-    on the same sides, because their text decides. TensorFlow is not needed, neither to write nor to read.
-    """
-    tfds = _import_tfds()
-    with tfds.core.registered.skip_registration():  # a dataset that is read from its files, not from this class
-
-        class Text(tfds.core.GeneratorBasedBuilder):
-            VERSION = tfds.core.Version("1.0.0")
-            # No downloads; to look for their checksums, TFDS 4.9.10 would import a package that it does not require.
-            url_infos = None
-
-            def _info(self):
-                features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
-                return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-            def _split_generators(self, dl_manager):
-                return {"train": self._generate_examples()}
-
-            def _generate_examples(self):
-                for index, document in enumerate(corpus.documents()):
-                    yield index, {"text": document.text}
-
-    Text.name = name
-    return Text(data_dir=data_dir, file_format="array_record")
 
 
 # ---- Progress --------------------------------------------------------------------------------------------------------

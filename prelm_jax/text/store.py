@@ -25,7 +25,8 @@ from typing import Any, get_args
 import numpy as np
 
 from prelm_jax.errors import InputError
-from prelm_jax.text.corpus import Corpus, Document, Side, cache_directory, digest
+from prelm_jax.text.cache import cache_directory, digest
+from prelm_jax.text.corpus import Corpus, Document, Side
 from prelm_jax.text.sentences import split
 from prelm_jax.text.tokenizer import Tokenizer
 

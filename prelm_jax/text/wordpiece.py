@@ -20,7 +20,9 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from prelm_jax.errors import InputError
-from prelm_jax.text.corpus import Corpus, cached, digest
+from prelm_jax.text.cache import cached, digest
+from prelm_jax.text.corpus import Corpus
+from prelm_jax.text.files import read_json, read_lines
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_WORD_CHARACTERS = 100
@@ -63,13 +65,7 @@ class WordPiece:
     @classmethod
     def from_vocab(cls, path: str | os.PathLike, lowercase: bool = True, strip_accents: bool | None = None):
         """Reads a `vocab.txt`: UTF-8, a token per line, the line number (from 0) its id."""
-        try:
-            text = Path(path).read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not a vocabulary: not UTF-8 at byte {error.start}") from None
-        except OSError as error:
-            raise InputError(f"cannot read the vocabulary {path}: {error.strerror}") from error
-        lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+        lines = [line.removesuffix("\r") for line in read_lines(path)]
         for number, line in enumerate(lines, start=1):
             if not line.strip(" \t"):
                 raise InputError(f"{path}:{number} is blank: a vocabulary has a token on every line")
@@ -85,7 +81,7 @@ class WordPiece:
             tokens, normalizer = _read_tokenizer_json(path)
             settings |= {"do_lower_case": normalizer["lowercase"], "strip_accents": normalizer["strip_accents"]}
         if (config := directory / "tokenizer_config.json").exists():
-            settings |= _read_json(config)
+            settings |= read_json(config)
         if not settings.get("tokenize_chinese_chars", True):
             raise InputError(f"{config}: tokenize_chinese_chars=false is not supported")
         options = (settings["do_lower_case"], settings.get("strip_accents"))
@@ -249,21 +245,9 @@ def _named(path: str | os.PathLike, cls: type[WordPiece], *arguments) -> WordPie
         raise InputError(f"{path}: {error}") from None
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is not a JSON object")
-    return value
-
-
 def _read_tokenizer_json(path: Path) -> tuple[list[str], dict]:
     """The vocabulary and the normalizer's settings, if these are BERT's."""
-    data = _read_json(path)
+    data = read_json(path)
     model, normalizer = data.get("model") or {}, data.get("normalizer") or {}
     found = {
         "model": (model.get("type"), model.get("continuing_subword_prefix"), model.get("max_input_chars_per_word")),

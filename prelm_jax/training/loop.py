@@ -9,9 +9,7 @@ batches     layout: which keys are `rows` of the batch and which are `replicated
 import contextlib
 import dataclasses
 import functools
-import math
 import signal
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,9 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
-from prelm_jax.errors import InputError, Preempted
+from prelm_jax.errors import Preempted
 from prelm_jax.training.checkpoint import Checkpoints
-from prelm_jax.training.metrics import MetricsWriter, TrainingProgress, peak_flops
+from prelm_jax.training.metrics import MetricsWriter, Report
 from prelm_jax.training.sharding import state_sharding
 
 Tree = Any
@@ -210,8 +208,10 @@ def train(
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     workdir: Path,
-) -> TrainState:
+) -> tuple[TrainState, dict[str, float] | None]:
     """Runs the steps from `state.step` to `run.steps`; the same bits as if it had never stopped before.
+
+    Returns the last state and its evaluation, which is None if there was no step left to run.
 
     run: optimizer, accumulate, seed, steps, log_every, evaluate_every, save_every, profile (see pretrain.Run).
     batches: (number of the step, batch on the devices), from `state.step` on, as many as there are steps left.
@@ -222,8 +222,8 @@ def train(
     start = int(state.step)
     profile_from = start + 10
     profile_to = min(profile_from + run.profile, run.steps)
-    report = _Report(run, model, start, writer)
-    pending = None
+    report = Report(run, model, start, writer)
+    pending = evaluation = None
     with contextlib.closing(report), _Stop() as stop, jax.transfer_guard("disallow"):
         for step, batch in batches:
             if step == profile_from < profile_to:
@@ -243,7 +243,8 @@ def train(
             report.settle(pending)  # Before anything is kept: a NaN never becomes the newest checkpoint.
             pending = None
             if evaluation_due:
-                report.evaluation(done, evaluate(state))
+                evaluation = evaluate(state)
+                report.evaluation(done, evaluation)
             if save_due or stopping:
                 checkpoints.save(done, state.items())
             report.restart_clock()
@@ -251,59 +252,4 @@ def train(
                 checkpoints.settle()
                 raise Preempted(f"stopped by SIGTERM after step {done}; the same command goes on from there")
     checkpoints.settle()
-    return state
-
-
-class _Report:
-    """Hands the metrics of settled steps to the files and to the person."""
-
-    def __init__(self, run: Any, model: Any, start: int, writer: MetricsWriter):
-        self._run, self._model, self._writer = run, model, writer
-        self._progress = TrainingProgress(start, run.steps)
-        self._peak = peak_flops(jnp.dtype(run.precision))
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Times nothing until the next step has settled: not compilation, evaluation, saving."""
-        self._clock = None
-
-    def settle(self, pending: tuple[int, dict, dict] | None) -> None:
-        """Waits for a step's metrics, stops at a NaN, writes them down if due."""
-        if pending is None:
-            return
-        step, metrics, batch = pending
-        metrics = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-            raise InputError(
-                f"the loss or its gradient is not finite at step {step} (loss {metrics['loss']}, gradient norm "
-                f"{metrics['grad_norm']}); the last checkpoint is from before: lower the learning rate or clip harder"
-            )
-        self._progress.advance(step)
-        tokens, places = metrics.pop("tokens")
-        if self._clock is None:
-            self._clock = (time.perf_counter(), 0, 0, 0.0)
-        else:
-            began, steps, seen, flops = self._clock
-            self._clock = (began, steps + 1, seen + tokens, flops + self._model.flops(batch))
-        if step % self._run.log_every:
-            return
-        values = {f"train/{name}": value for name, value in metrics.items()} | {"train/padding": 1 - tokens / places}
-        began, steps, seen, flops = self._clock
-        if steps:
-            seconds = time.perf_counter() - began
-            values |= {
-                "perf/seconds_per_step": seconds / steps,
-                "perf/tokens_per_second": seen / seconds,
-                "perf/mfu": flops / seconds / self._peak,
-            }
-            self._progress.report(step, values)
-            self._clock = (time.perf_counter(), 0, 0, 0.0)
-        self._writer.write(step, values)
-
-    def evaluation(self, step: int, values: dict[str, float]) -> None:
-        """Writes an evaluation down."""
-        self._writer.write(step, {f"evaluation/{name}": value for name, value in values.items()})
-        self._progress.say(f"step {step}  held-out  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
-
-    def close(self) -> None:
-        self._progress.close()
+    return state, evaluation

@@ -26,12 +26,12 @@ PEAKS = {
 }
 
 
-def peak_flops(dtype: jnp.dtype) -> float:
-    """Matmul FLOP/s of all devices: the data sheet's for bf16 on a known device, else measured on one (0.1 s)."""
+def peak_flops(dtype: jnp.dtype, devices: int) -> float:
+    """Matmul FLOP/s of so many devices: the data sheet's for bf16 on a known one, else measured on one (0.1 s)."""
     kind = jax.devices()[0].device_kind
     known = [peak for name, peak in PEAKS.items() if kind.startswith(name)]
     if known and dtype == jnp.bfloat16:
-        return known[0] * jax.device_count()
+        return known[0] * devices
     x = jnp.ones((1024, 1024), dtype)
     matmul = jax.jit(jnp.matmul)
     matmul(x, x).block_until_ready()
@@ -41,7 +41,7 @@ def peak_flops(dtype: jnp.dtype) -> float:
         matmul(x, x).block_until_ready()
         times.append(time.perf_counter() - start)
     # The virtual devices of a CPU share its cores.
-    return 2 * 1024**3 / min(times) * (1 if jax.default_backend() == "cpu" else jax.device_count())
+    return 2 * 1024**3 / min(times) * (1 if jax.default_backend() == "cpu" else devices)
 
 
 class MetricsWriter:
@@ -138,6 +138,61 @@ class TrainingProgress:
         """Takes the bar down."""
         if self._bar is not None:
             self._bar.stop()
+
+
+class Report:
+    """Hands the metrics of settled steps to the files and to the person; `run`, `model` as in loop.train."""
+
+    def __init__(self, run: Any, model: Any, start: int, writer: MetricsWriter):
+        self._run, self._model, self._writer = run, model, writer
+        self._progress = TrainingProgress(start, run.steps)
+        self._peak = peak_flops(jnp.dtype(run.precision), jax.sharding.get_mesh().size)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Times nothing until the next step has settled: not compilation, evaluation, saving."""
+        self._clock = None
+
+    def settle(self, pending: tuple[int, dict, dict] | None) -> None:
+        """Waits for a step's metrics, stops at a NaN, writes them down if due."""
+        if pending is None:
+            return
+        step, metrics, batch = pending
+        metrics = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+            raise InputError(
+                f"the loss or its gradient is not finite at step {step} (loss {metrics['loss']}, gradient norm "
+                f"{metrics['grad_norm']}); the last checkpoint is from before: lower the learning rate or clip harder"
+            )
+        self._progress.advance(step)
+        tokens, places = metrics.pop("tokens")
+        if self._clock is None:
+            self._clock = (time.perf_counter(), 0, 0, 0.0)
+        else:
+            began, steps, seen, flops = self._clock
+            self._clock = (began, steps + 1, seen + tokens, flops + self._model.flops(batch))
+        if step % self._run.log_every:
+            return
+        values = {f"train/{name}": value for name, value in metrics.items()} | {"train/padding": 1 - tokens / places}
+        began, steps, seen, flops = self._clock
+        if steps:
+            seconds = time.perf_counter() - began
+            values |= {
+                "perf/seconds_per_step": seconds / steps,
+                "perf/tokens_per_second": seen / seconds,
+                "perf/mfu": flops / seconds / self._peak,
+            }
+            self._progress.report(step, values)
+            self._clock = (time.perf_counter(), 0, 0, 0.0)
+        self._writer.write(step, values)
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Writes an evaluation down."""
+        self._writer.write(step, {f"evaluation/{name}": value for name, value in values.items()})
+        self._progress.say(f"step {step}  held-out  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+
+    def close(self) -> None:
+        self._progress.close()
 
 
 def _short(number: float) -> str:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from prelm_jax.errors import InputError
 from prelm_jax.text import corpus as corpus_module
-from prelm_jax.text.corpus import Corpus, cache_directory, tfds_builder
+from prelm_jax.text import files, python_docs, tfds
+from prelm_jax.text.corpus import Corpus
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}
 
@@ -87,7 +88,7 @@ def test_json_lines(write, suffix):
 
 
 def test_many_frames_and_chunks(write, monkeypatch):
-    monkeypatch.setattr(corpus_module, "CHUNK_BYTES", 7)
+    monkeypatch.setattr(files, "CHUNK_BYTES", 7)
     content = b"".join(b"line %d\n\n" % number for number in range(50))
     expected = [f"line {number}" for number in range(50)]
     for suffix, compress in COMPRESS.items():
@@ -115,7 +116,7 @@ def test_names_with_odd_characters(write, tmp_path, monkeypatch):
 
 def test_documents_are_streamed(write, monkeypatch):
     """Of a corpus whose end is damaged the first documents come out before the complaint."""
-    monkeypatch.setattr(corpus_module, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(files, "CHUNK_BYTES", 1000)
     content = lzma.compress("".join(f"{random.Random(number).random()}\n\n" for number in range(2000)).encode())
     documents = Corpus((write("a.xz", content[:-100]),)).documents()
     assert next(documents).text == str(random.Random(0).random())
@@ -128,7 +129,7 @@ def test_python_docs():
     assert len(documents) > 400
     assert sum(len(text.encode()) for text in documents) > 1_500_000
     assert documents == texts("python-docs")
-    assert not any("site-packages" in path or "/test/" in path for path in corpus_module._python_files())
+    assert not any("site-packages" in path or "/test/" in path for path in python_docs.files())
     module = next(text for text in documents if text.startswith("Command-line parsing library"))
     # A wrapped paragraph is one line; a class's docstring follows the module's.
     assert "\nThe following is a simple usage example that sums integers from the command-line" in module
@@ -284,30 +285,19 @@ def test_content_is_hashed_once(write, monkeypatch):
     assert Corpus((path,)).fingerprint != first
 
 
-def test_the_cache_directory(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("PRELM_CACHE", "~/mine")
-    assert cache_directory() == tmp_path / "mine"
-    monkeypatch.delenv("PRELM_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_directory() == tmp_path / "xdg/prelm_jax"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_directory() == tmp_path / ".cache/prelm_jax"
-
-
 # ---- TensorFlow Datasets ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def tfds_directory(tmp_path, monkeypatch):
-    tfds = pytest.importorskip("tensorflow_datasets")
-    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "tfds"))
+    library = pytest.importorskip("tensorflow_datasets")
+    monkeypatch.setattr(library.core.constants, "DATA_DIR", str(tmp_path / "tfds"))
     return tmp_path / "tfds"
 
 
 def test_tfds_round_trip(write, tfds_directory):
     source = write("a.txt", "one\ntwo\r\n\r\nthré\n\nfour\n\nfive\n\nsix")
-    tfds_builder(Corpus((source,), 0.5), "my_text", tfds_directory).download_and_prepare()
+    tfds.builder(Corpus((source,), 0.5), "my_text", tfds_directory).download_and_prepare()
     assert "tensorflow" not in sys.modules
     for side in (None, "training", "held_out"):
         assert texts("tfds:my_text", side=side, held_out=0.5) == texts(source, side=side, held_out=0.5)
@@ -318,7 +308,7 @@ def test_tfds_round_trip(write, tfds_directory):
 
 
 def test_tfds_complaints(write, tfds_directory):
-    tfds_builder(Corpus((write("a.txt", "one"),)), "my_text", tfds_directory).download_and_prepare()
+    tfds.builder(Corpus((write("a.txt", "one"),)), "my_text", tfds_directory).download_and_prepare()
     assert complaint("tfds:no_such/set").startswith("tfds:no_such/set: Dataset no_such not found. (looked in ")
     assert "Unknown split 'no'. Should be one of ['train']." in complaint("tfds:my_text:no")
     features = tfds_directory / "my_text/1.0.0/features.json"

@@ -252,7 +252,7 @@ def complaint(call, *arguments) -> str:
         (b"[PAD]\n\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n", ":2 is blank: a vocabulary has a token on every line"),
         (b"[PAD]\n \t\r\n[UNK]\n", ":2 is blank: a vocabulary has a token on every line"),
         (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n\n", ":6 is blank: a vocabulary has a token on every line"),
-        (b"", ":1 is blank: a vocabulary has a token on every line"),
+        (b"\n", ":1 is blank: a vocabulary has a token on every line"),
         (
             b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\na\n",
             ": the vocabulary holds 'a' more than once: remove all but one",
@@ -261,7 +261,7 @@ def complaint(call, *arguments) -> str:
             b"[PAD]\n[UNK]\n[CLS]\na\n",
             ": the vocabulary has no [SEP] and no [MASK]: it needs [PAD] [UNK] [CLS] [SEP] [MASK]",
         ),
-        (b"[PAD]\nab\xff\n", " is not a vocabulary: not UTF-8 at byte 8"),
+        (b"[PAD]\nab\xff\n", " is not UTF-8 at byte 8: convert the file"),
     ],
 )
 def test_a_wrong_vocabulary_is_refused(tmp_path, content, message):
@@ -275,7 +275,7 @@ def test_a_wrong_path_is_refused(tmp_path, monkeypatch):
     assert complaint(load, tmp_path / "no") == message
     message = f"{tmp_path} holds no tokenizer: give a directory with tokenizer.json or vocab.txt"
     assert complaint(load, tmp_path) == message
-    assert complaint(WordPiece.from_vocab, tmp_path) == f"cannot read the vocabulary {tmp_path}: Is a directory"
+    assert complaint(WordPiece.from_vocab, tmp_path) == f"cannot read {tmp_path}: Is a directory"
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,11 @@
 import contextlib
 import json
 import math
+import types
 
+import jax
 import jax.numpy as jnp
+import pytest
 
 from prelm_jax.training.metrics import MetricsWriter, peak_flops
 
@@ -39,5 +42,12 @@ def test_tensorboard(tmp_path):
     assert any(b"train/loss" in path.read_bytes() for path in tmp_path.glob("events.out.tfevents.*"))
 
 
-def test_peak_is_a_speed():
-    assert 1e8 < peak_flops(jnp.dtype("float32")) < 1e16
+@pytest.mark.parametrize(("kind", "peak"), [("TPU v5", 459e12), ("TPU v5 lite", 197e12), ("NVIDIA H200", 989e12)])
+def test_peak_of_a_known_device_is_its_data_sheets(monkeypatch, kind, peak):
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
+    assert peak_flops(jnp.dtype("bfloat16"), 4) == 4 * peak
+
+
+def test_peak_of_another_device_is_measured_once_for_all_that_share_it():
+    # The virtual devices of a CPU are one processor; no processor does a FLOP in a femtosecond.
+    assert 1e8 < peak_flops(jnp.dtype("float32"), 1_000_000) < 1e15
