@@ -47,13 +47,13 @@ def mini() -> Run:
     return Run(
         corpus=("corpus/*.txt",),
         held_out=0.01,
-        tokenizer=WordPieceConfig(vocab_size=16384),
+        tokenizer=WordPieceConfig(vocab_size=8192),
         model=_short_run(hidden_size=256, num_layers=4),
-        data=_pairs(max_length=128, max_predictions=20),
-        optimizer=_adamw(learning_rate=1e-3, warmup_steps=200, decay_steps=1800, bias_correction=True),
-        batch_size=16,
-        steps=1800,
-        evaluate_every=600,
+        data=_pairs(max_length=64, max_predictions=10),
+        optimizer=_adamw(learning_rate=1e-3, warmup_steps=200, decay_steps=2700, bias_correction=True),
+        batch_size=32,
+        steps=2700,
+        evaluate_every=900,
         save_every=300,
     )
 

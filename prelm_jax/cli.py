@@ -2,14 +2,17 @@
 
 import contextlib
 import difflib
+import errno
 import functools
 import importlib.util
 import inspect
 import io
 import json
+import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +26,9 @@ from prelm_jax.errors import InputError, Preempted
 USER_ERROR = 1
 PREEMPTED = 75
 
+# What the system says of a disk that is full or a place that is not the user's; reading has its own complaints.
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
 Positional = tyro.conf.Positional
 
 
@@ -33,10 +39,15 @@ def pretrain(experiment: str, arguments: list[str]) -> None:
     run_type = Annotated[type(run), tyro.conf.arg(name="")]
 
     def command(run: run_type = run, workdir: Path = Path("runs") / name) -> None:
+        import jax
+
         from prelm_jax import pretrain
 
         _configure_jax()
+        _join_processes()
         summary = pretrain.pretrain(run, workdir)
+        if jax.process_index() != 0:
+            return
         _print_summary(summary)
         print(f"\nThe run is in {workdir}. Next:")
         print(f"  prelm export {workdir} DIRECTORY    write it for transformers")
@@ -111,6 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"  {name:10} {inspect.getdoc(verb)}")
         return
     verb, *rest = arguments
+    _hush_orbax()
     try:
         if verb not in VERBS:
             raise InputError(f"prelm has no {verb!r}{_suggestion(verb, VERBS)}; prelm --help lists the verbs")
@@ -126,11 +138,16 @@ def main(arguments: list[str] | None = None) -> None:
     except Preempted as stop:
         print(f"prelm: {stop}", file=sys.stderr)
         sys.exit(PREEMPTED)
+    except BrokenPipeError:  # `prelm … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        print(f"prelm: cannot write {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         print("prelm: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # `prelm … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _call(command: Callable[..., None], arguments: list[str], program: str) -> None:
@@ -184,6 +201,35 @@ def _configure_jax() -> None:
     from prelm_jax.text.cache import cache_directory
 
     jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
+
+
+def _hush_orbax() -> None:
+    """What its threads tell of a save or a restore that fails, pages of tracebacks, also comes as one exception."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
+
+    # TensorStore finishes what Orbax no longer waits for, in threads whose exceptions Python hands to this hook.
+    usual = sys.unraisablehook
+
+    def unraisablehook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            usual(unraisable)
+
+    sys.unraisablehook = unraisablehook
+
+
+def _join_processes() -> None:
+    """One of several processes, if the environment says so in the words of jax.distributed.initialize.
+
+    JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID; the last two may be
+    left out where JAX knows the cluster.
+    """
+    import jax
+
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        numbers = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
+        jax.distributed.initialize(**{name: number and int(number) for name, number in numbers.items()})
 
 
 def _print_summary(summary: Any) -> None:

@@ -234,14 +234,11 @@ def _claim(workdir: Path, run: Run, corpus: Corpus, tokenizer: Any) -> None:
             fields = ", ".join(f"{name} ({there.get(name)} there, {here.get(name)} here)" for name in differing)
             raise InputError(f"{workdir} holds another run, which differs in {fields}: choose another --workdir")
     if jax.process_index() == 0:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            tokenizer.save(workdir / "tokenizer")
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-            temporary.replace(path)
-        except OSError as error:
-            raise InputError(f"cannot write to the work directory {workdir}: {error.strerror}") from error
+        workdir.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(workdir / "tokenizer")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        temporary.replace(path)
 
 
 def _record(run: Run, corpus: Corpus, tokenizer: Any) -> dict[str, Any]:

@@ -3,84 +3,30 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import os
-import random
 import signal
 
 import jax
 import numpy as np
 import pytest
+import tiny
+from tiny import assert_same_bits, metrics, newest_checkpoint
 
 from prelm_jax import pretrain as module
-from prelm_jax.data.pairs import PairsConfig
 from prelm_jax.errors import InputError, Preempted
 from prelm_jax.exchange.model import load
-from prelm_jax.models.bert import BertConfig
 from prelm_jax.pretrain import Run, pretrain
 from prelm_jax.text.wordpiece import WordPieceConfig
-from prelm_jax.training import loop
-from prelm_jax.training.checkpoint import Checkpoints
 from prelm_jax.training.optimizer import AdamW
 from prelm_jax.training.sharding import MeshConfig
-
-WORDS = ["the", "a", "cat", "dog", "bird", "house", "river", "sees", "finds", "likes", "in", "on", "big", "old", "new"]
-
-
-def text(seed: int, documents: int = 40) -> str:
-    """Documents of two to six sentences of words, blank lines between."""
-    rng = random.Random(seed)
-
-    def sentence() -> str:
-        return " ".join(rng.choices(WORDS, k=rng.randint(4, 9))).capitalize() + "."
-
-    return "\n\n".join("\n".join(sentence() for _ in range(rng.randint(2, 6))) for _ in range(documents)) + "\n"
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
     """Twelve steps of a tiny BERT, with a checkpoint every five and an evaluation every six."""
     corpus = tmp_path_factory.mktemp("corpus") / "corpus.txt"
-    corpus.write_text(text(seed=0))
-    return Run(
-        corpus=(str(corpus),),
-        held_out=0.3,
-        tokenizer=WordPieceConfig(vocab_size=150),
-        model=BertConfig(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, max_position_embeddings=32),
-        data=PairsConfig(max_length=32, max_predictions=4, short_sequence_probability=0.1),
-        optimizer=AdamW(learning_rate=1e-3, warmup_steps=3, decay_steps=100, weight_decay=0.01),
-        batch_size=8,
-        steps=12,
-        mesh=MeshConfig(devices=1),
-        evaluate_every=6,
-        evaluate_batches=2,
-        save_every=5,
-        keep=2,
-        log_every=2,
-    )
-
-
-def metrics(workdir) -> list[dict]:
-    """The lines of metrics.jsonl without timings."""
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines]
-
-
-def assert_same_bits(workdir, other) -> None:
-    """The newest checkpoints and the metrics."""
-    assert metrics(workdir) == metrics(other)
-    (step, state), (other_step, other_state) = map(newest_checkpoint, (workdir, other))
-    assert step == other_step
-    for a, b in zip(*map(jax.tree.leaves, (state, other_state)), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def newest_checkpoint(workdir) -> tuple[int, dict]:
-    config = load(workdir).config
-    optimizer = AdamW(learning_rate=0, warmup_steps=0, decay_steps=1)
-    abstract = loop.abstract_state(config.build(), optimizer, 8, MeshConfig(devices=1).build(), "replicated")
-    with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
-        return checkpoints.restore(abstract.items())
+    corpus.write_text(tiny.text(seed=0))
+    return dataclasses.replace(tiny.bert(), corpus=(str(corpus),))
 
 
 @contextlib.contextmanager
@@ -154,7 +100,7 @@ def test_circumstances_may_change(run, tmp_path):
     workdir = tmp_path / "run"
     pretrain(dataclasses.replace(run, steps=6), workdir)
     moved = tmp_path / "elsewhere.txt"
-    moved.write_text(text(seed=0))
+    moved.write_text(tiny.text(seed=0))
     pretrain(dataclasses.replace(run, corpus=(str(moved),), mesh=MeshConfig(devices=2), steps=8), workdir)
     assert [line["step"] for line in metrics(workdir)] == [2, 4, 6, 6, 8, 8]
 
@@ -174,7 +120,7 @@ def test_another_identity_is_refused_with_the_fields(run, uninterrupted, tmp_pat
     assert "\n" not in message and "steps" not in message
 
     other = tmp_path / "other.txt"
-    other.write_text(text(seed=1))
+    other.write_text(tiny.text(seed=1))
     with pytest.raises(InputError, match="corpus_fingerprint"):
         pretrain(dataclasses.replace(run, corpus=(str(other),)), uninterrupted)
 
@@ -210,7 +156,7 @@ def test_evaluate_a_work_directory(run, uninterrupted, tmp_path):
     last = metrics(uninterrupted)[-1]
     np.testing.assert_allclose(summary.evaluation["masked_lm_loss"], last["evaluation/masked_lm_loss"], rtol=1e-5)
     other = tmp_path / "other.txt"
-    other.write_text(text(seed=5))
+    other.write_text(tiny.text(seed=5))
     assert module.evaluate(uninterrupted, (str(other),)).evaluation != summary.evaluation
 
 
@@ -267,7 +213,7 @@ def test_nothing_held_out(run, tmp_path):
 def test_without_next_sentences(run, tmp_path):
     """A switch of the data: the loss and the metric are gone, and documents of one sentence will do."""
     corpus = tmp_path / "lines.txt"
-    corpus.write_text(text(seed=2).replace("\n\n", "\n"))
+    corpus.write_text(tiny.text(seed=2).replace("\n\n", "\n"))
     data = dataclasses.replace(run.data, next_sentence=False)
     changed = dataclasses.replace(run, corpus=(str(corpus), "documents=line"), data=data, steps=2)
     summary = pretrain(changed, tmp_path / "run")

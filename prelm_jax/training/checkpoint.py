@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -34,6 +35,11 @@ def checksums(tree: Tree) -> Tree:
     return jax.tree.map(checksum, tree)
 
 
+def _first_line(error: Exception) -> str:
+    line = (str(error) or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 400 else f"{line[:200]} … {line[-200:]}"
+
+
 def _named(tree: Tree) -> dict[str, int]:
     sums, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(checksums(tree)))
     return {path_name(path): int(value) for path, value in sums}
@@ -58,18 +64,32 @@ class Checkpoints:
         """Starts to save; waits only for a save that is still going on, whose errors come with this call."""
         self.settle()
         metadata = {"format": FORMAT, "checksums": {item: _named(tree) for item, tree in items.items()}}
-        self._saving = self._checkpointer.save_checkpointables_async(step, items, custom_metadata=metadata)
+        with self._writing(step):
+            saving = self._checkpointer.save_checkpointables_async(step, items, custom_metadata=metadata)
+        self._saving = (step, saving)
 
     def settle(self) -> None:
-        """Waits until the save that is going on, if any, is on disk."""
+        """Waits until the save that is going on, if any, is on disk; InputError if it cannot be written."""
         if self._saving is not None:
-            self._saving.result()
-            self._saving = None
+            (step, saving), self._saving = self._saving, None
+            with self._writing(step):
+                saving.result()
+
+    @contextlib.contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Whatever a full disk makes Orbax raise.
+            raise InputError(
+                f"cannot write the checkpoint {self.directory / str(step)} ({_first_line(error)}); those before it are "
+                "whole: make room, and the same command goes on"
+            ) from error
 
     def close(self) -> None:
         """Settles, and releases what Orbax holds."""
         self.settle()
-        self._checkpointer.close()
+        with contextlib.suppress(Exception):  # It raises again what a failed save has raised before.
+            self._checkpointer.close()
 
     def restore(self, items: dict[str, Tree]) -> tuple[int, dict[str, Tree]] | None:
         """(step, items) of the newest checkpoint that is whole, or None where there is none.
@@ -86,7 +106,7 @@ class Checkpoints:
                 if saved_format <= FORMAT:
                     loaded = self._checkpointer.load_checkpointables(checkpoint.step, items)
             except Exception as error:  # Whatever a damaged file makes the reader raise.
-                complaint = (str(error) or type(error).__name__).splitlines()[0][:200]
+                complaint = _first_line(error)
             else:
                 if saved_format > FORMAT:
                     raise InputError(f"{path} has format {saved_format}, newer than {FORMAT}: upgrade prelm_jax")

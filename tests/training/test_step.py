@@ -102,7 +102,7 @@ def test_a_batch_without_weight_has_no_loss_and_no_nan(tiny_bert, random_bert_ba
 
 
 def test_more_devices_than_there_are():
-    with pytest.raises(InputError, match=r"--mesh.devices 9: this machine has 8"):
+    with pytest.raises(InputError, match=r"--mesh.devices 9: there are 8"):
         MeshConfig(devices=9).build()
 
 

@@ -1,0 +1,156 @@
+"""What only processes of their own can show: kill -9, a full disk, several processes that train one model.
+
+PRELM_KILLS says how often the run is killed.
+"""
+
+import contextlib
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import assert_same_bits, metrics, text
+
+KILLS = int(os.environ.get("PRELM_KILLS", "3"))
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """`launch(workdir, *options, **environment)` starts `prelm pretrain` on the tiny experiment."""
+    corpus = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    corpus.write_text(text(seed=0))
+    running = []
+
+    def launch(workdir: Path, *options: object, limit: int | None = None, **environment: object) -> subprocess.Popen:
+        command = ["-m", "prelm_jax", "pretrain", Path(__file__).with_name("tiny.py:bert")]
+        command += ["--corpus", corpus, "--workdir", workdir, *options]
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            env=os.environ | {name: str(value) for name, value in environment.items()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if limit is not None:
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+        running.append(process)
+        return process
+
+    yield launch
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Waits for success; what the process printed."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def wait_for_step(process: subprocess.Popen, reports: int = 1) -> None:
+    """Waits until the process has reported on its training so many times."""
+    for line in process.stderr:
+        reports -= line.startswith("step ")
+        if reports == 0:
+            return
+    pytest.fail(f"the process ended with {process.wait()} before it trained")
+
+
+def test_killed_at_random_moments_equals_undisturbed(launch, tmp_path):
+    """Before the first step, between steps, during saves: a save is under way during most of the steps."""
+    options = ("--steps", 100 * (KILLS + 1), "--save-every", 10, "--log-every", 5, "--evaluate-every", 50)
+    finish(launch(tmp_path / "undisturbed", *options))
+    rng = random.Random(0)
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    during_saves = 0
+    for kill in range(KILLS):
+        process = launch(tmp_path / "killed", *options)
+        if kill % 3 < 2:
+            wait_for_step(process, rng.randint(1, 8))
+        # In every third kill any moment from the start of Python on; else within a step or a save.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=rng.uniform(0, 5) if kill % 3 == 2 else rng.uniform(0, 0.05))
+        while kill % 3 == 0 and not list(checkpoints.glob("*tmp*")):
+            assert process.poll() is None
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        during_saves += bool(list(checkpoints.glob("*tmp*")))
+    assert during_saves
+    finish(launch(tmp_path / "killed", *options))
+    assert_same_bits(tmp_path / "killed", tmp_path / "undisturbed")
+
+
+def test_a_full_disk_is_named_and_the_last_checkpoint_stays(launch, tmp_path):
+    options = ("--model.hidden-size", 128, "--model.intermediate-size", 512, "--evaluate-every", 5)
+    finish(launch(tmp_path / "undisturbed", *options))
+    finish(launch(tmp_path / "filled", *options, "--steps", 10))
+    process = launch(tmp_path / "filled", *options, limit=200_000)  # Bytes of a file; a checkpoint has larger ones.
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1, err
+    line = err.splitlines()[-1]
+    assert line.startswith(f"prelm: cannot write the checkpoint {tmp_path}/filled/checkpoints/12 (")
+    assert "File too large" in line and line.endswith("make room, and the same command goes on")
+    assert "Traceback" not in err
+    assert (tmp_path / "filled" / "checkpoints" / "10").is_dir()
+    finish(launch(tmp_path / "filled", *options))
+    assert_same_bits(tmp_path / "filled", tmp_path / "undisturbed")
+
+
+# Several processes
+
+
+@pytest.fixture
+def launch_two(launch):
+    """`launch_two(workdir, *options)` starts two processes of four devices each that train one model."""
+
+    def launch_two(workdir: Path, *options: object) -> list[subprocess.Popen]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        cluster = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": 2, "JAX_NUM_CPU_DEVICES": 4}
+        return [launch(workdir, *options, **cluster, JAX_PROCESS_ID=index) for index in range(2)]
+
+    return launch_two
+
+
+def test_stopped_on_two_processes_and_resumed_on_one(launch, launch_two, tmp_path):
+    options = ("--mesh.devices", "None", "--log-every", 1)
+    first, second = launch_two(tmp_path / "two", *options, "--steps", 500)
+    wait_for_step(first, 5)
+    second.send_signal(signal.SIGTERM)  # One is told; both stop, after the same step.
+    for process in (first, second):
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 75, err
+        assert "stopped by SIGTERM after step" in err
+    steps = max(20, metrics(tmp_path / "two")[-1]["step"] + 1)
+    for workdir in ("two", "one"):
+        finish(launch(tmp_path / workdir, *options, "--steps", steps, JAX_NUM_CPU_DEVICES=8))
+    assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"))
+
+
+def test_stopped_on_one_process_and_resumed_on_two(launch, launch_two, tmp_path):
+    """With parameters and moments in shares, half of them on each process."""
+    options = ("--mesh.devices", "None", "--mesh.parameters", "fsdp", "--log-every", 1)
+    for workdir, steps in [("two", 10), ("one", 20)]:
+        finish(launch(tmp_path / workdir, *options, "--steps", steps, JAX_NUM_CPU_DEVICES=8))
+    outputs = [finish(process) for process in launch_two(tmp_path / "two", *options, "--steps", 20)]
+    assert ["masked lm loss" in output for output in outputs] == [True, False]
+    assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"))
+
+
+def losses(workdir: Path) -> list[float]:
+    return [line["train/loss"] for line in metrics(workdir) if "train/loss" in line]
+
+
+def assert_close(found: list[float], reference: list[float]) -> None:
+    """As far as another order of summation reaches: it differs between processes and within one."""
+    np.testing.assert_allclose(found[0], reference[0], rtol=1e-6)
+    np.testing.assert_allclose(found[:20], reference[:20], rtol=1e-4)

@@ -1,0 +1,74 @@
+"""A small world: a run of a second, also for processes of their own, the text it reads, and what it leaves behind."""
+
+import contextlib
+import json
+import random
+
+import jax
+import numpy as np
+
+from prelm_jax.data.pairs import PairsConfig
+from prelm_jax.exchange.model import load
+from prelm_jax.models.bert import BertConfig
+from prelm_jax.pretrain import Run
+from prelm_jax.text.wordpiece import WordPieceConfig
+from prelm_jax.training import loop
+from prelm_jax.training.checkpoint import Checkpoints
+from prelm_jax.training.optimizer import AdamW
+from prelm_jax.training.sharding import MeshConfig
+
+WORDS = ["the", "a", "cat", "dog", "bird", "house", "river", "sees", "finds", "likes", "in", "on", "big", "old", "new"]
+
+
+def text(seed: int, documents: int = 40) -> str:
+    """Documents of two to six sentences of words, blank lines between."""
+    rng = random.Random(seed)
+
+    def sentence() -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(4, 9))).capitalize() + "."
+
+    return "\n\n".join("\n".join(sentence() for _ in range(rng.randint(2, 6))) for _ in range(documents)) + "\n"
+
+
+def bert() -> Run:
+    """Twelve steps of a tiny BERT, with a checkpoint every five and an evaluation every six."""
+    return Run(
+        corpus=("corpus.txt",),
+        held_out=0.3,
+        tokenizer=WordPieceConfig(vocab_size=150),
+        model=BertConfig(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, max_position_embeddings=32),
+        data=PairsConfig(max_length=32, max_predictions=4, short_sequence_probability=0.1),
+        optimizer=AdamW(learning_rate=1e-3, warmup_steps=3, decay_steps=100, weight_decay=0.01),
+        batch_size=8,
+        steps=12,
+        mesh=MeshConfig(devices=1),
+        evaluate_every=6,
+        evaluate_batches=2,
+        save_every=5,
+        keep=2,
+        log_every=2,
+    )
+
+
+def metrics(workdir) -> list[dict]:
+    """The lines of metrics.jsonl without timings."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines]
+
+
+def assert_same_bits(workdir, other) -> None:
+    """The newest checkpoints and the metrics."""
+    assert metrics(workdir) == metrics(other)
+    (step, state), (other_step, other_state) = map(newest_checkpoint, (workdir, other))
+    assert step == other_step
+    for a, b in zip(*map(jax.tree.leaves, (state, other_state)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def newest_checkpoint(workdir) -> tuple[int, dict]:
+    """(step, items), on one device."""
+    config = load(workdir).config
+    optimizer = AdamW(learning_rate=0, warmup_steps=0, decay_steps=1)
+    abstract = loop.abstract_state(config.build(), optimizer, 8, MeshConfig(devices=1).build(), "replicated")
+    with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
+        return checkpoints.restore(abstract.items())
