@@ -27,7 +27,11 @@ USER_ERROR = 1
 PREEMPTED = 75
 
 # What the system says of a disk that is full or a place that is not the user's; reading has its own complaints.
-UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+UNWRITABLE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+}
 
 Positional = tyro.conf.Positional
 

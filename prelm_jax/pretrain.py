@@ -22,7 +22,6 @@ from prelm_jax.exchange import model as exchange
 from prelm_jax.text import store
 from prelm_jax.text import tokenizer as tokenizers
 from prelm_jax.text.corpus import Corpus
-from prelm_jax.text.files import read_json
 from prelm_jax.training import loop
 from prelm_jax.training.checkpoint import Checkpoints
 from prelm_jax.training.metrics import MetricsWriter
@@ -156,7 +155,7 @@ def evaluate(workdir: Path, sources: tuple[str, ...] = ()) -> Summary:
 
     The batches, as many as in the training, are drawn from all documents of that side.
     """
-    record = read_record(workdir)
+    record = exchange.read_record(workdir)
     circumstance, rows = record["circumstance"], record["batch_size"]
     tokenizer = tokenizers.load(workdir / "tokenizer")
     training, held_out = store.prepare(Corpus(tuple(circumstance["corpus"]), record["held_out"]), tokenizer)
@@ -177,7 +176,7 @@ def evaluate(workdir: Path, sources: tuple[str, ...] = ()) -> Summary:
 
 def export(workdir: Path, directory: Path) -> None:
     """Writes the newest checkpoint of a work directory as a model directory, in the format that others read."""
-    record = read_record(workdir)
+    record = exchange.read_record(workdir)
     exchange.save(exchange.load(workdir), directory, _card(workdir, record))
 
 
@@ -227,7 +226,7 @@ def _claim(workdir: Path, run: Run, corpus: Corpus, tokenizer: Any) -> None:
     path = workdir / "run.json"
     if path.exists():
         there, here = (
-            _flat({k: v for k, v in r.items() if k != "circumstance"}) for r in (read_record(workdir), record)
+            _flat({k: v for k, v in r.items() if k != "circumstance"}) for r in (exchange.read_record(workdir), record)
         )
         differing = sorted(name for name in there | here if there.get(name) != here.get(name))
         if differing:
@@ -247,7 +246,7 @@ def _record(run: Run, corpus: Corpus, tokenizer: Any) -> dict[str, Any]:
     identity = {name: value for name, value in fields.items() if name not in CIRCUMSTANCE}
     identity |= {"corpus_fingerprint": corpus.fingerprint, "tokenizer_fingerprint": tokenizer.fingerprint}
     circumstance = {name: value for name, value in fields.items() if name in CIRCUMSTANCE}
-    record = {"format": 1, **identity, "circumstance": circumstance | {"command": sys.argv[1:]}}
+    record = {"format": exchange.RECORD_FORMAT, **identity, "circumstance": circumstance | {"command": sys.argv[1:]}}
     record = json.loads(json.dumps(record, default=dataclasses.asdict))
     record["model"] = {"model_type": run.model.model_type, **record["model"]}
     record["optimizer"] = {"name": type(run.optimizer).__name__, **record["optimizer"]}
@@ -258,17 +257,6 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {name: value}
     return {k: v for key, x in value.items() for k, v in _flat(x, f"{name}.{key}" if name else key).items()}
-
-
-def read_record(workdir: Path) -> dict[str, Any]:
-    """The run.json of a work directory."""
-    path = workdir / "run.json"
-    if not path.is_file():
-        raise InputError(f"{workdir} is not a work directory of a run (it has no run.json)")
-    record = read_json(path)
-    if record["format"] > 1:
-        raise InputError(f"{path} was written by a newer version of prelm_jax: upgrade this one")
-    return record
 
 
 def _from_json(cls: type, fields: dict[str, Any]) -> Any:

@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 import sys
 
 import h5py
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from prelm_jax.cli import main
 
@@ -137,6 +139,82 @@ def test_mistakes_are_one_line_that_says_what_to_do(place, capsys, tmp_path):
     assert "neither a model directory" in complaint(capsys, "fill", tmp_path, "[MASK]")
     assert 'no "[MASK]"' in complaint(capsys, "fill", place / "model", "no mask here")
     assert "FILE.py:FUNCTION" in complaint(capsys, "pretrain")
+
+
+def test_text_that_will_not_do(place, capsys, tmp_path):
+    def pretrain(content: bytes, *options) -> str:
+        (tmp_path / "text.txt").write_bytes(content)
+        corpus = ("--corpus", tmp_path / "text.txt", "--workdir", tmp_path / "run")
+        return complaint(capsys, "pretrain", f"{place}/tiny.py:tiny", *corpus, *options)
+
+    assert pretrain(b"") == f"prelm: the corpus {tmp_path}/text.txt holds no text: give files with text in them"
+    assert pretrain(b"A cat.\n\xff\n") == f"prelm: {tmp_path}/text.txt is not UTF-8 at byte 7: convert the file"
+    one_document = b"The old cat sees a hen. The dog sees a cow.\n"
+    message = pretrain(one_document)
+    assert message.startswith("prelm: no next sentences in this corpus: 1 documents, 1 with two sentences or more")
+    assert message.endswith("give a corpus of several documents, or --data.no-next-sentence")
+    assert "held-out side: raise --held-out" in pretrain(one_document, "--data.no-next-sentence")
+
+
+def test_numbers_that_do_not_fit_each_other(place, capsys, tmp_path):
+    def pretrain(*options) -> str:
+        return complaint(capsys, "pretrain", f"{place}/tiny.py:tiny", "--workdir", tmp_path / "run", *options)
+
+    assert "vocab_size=3 is too small for the" in pretrain("--tokenizer.vocab-size", 3)
+    assert "--model.vocab-size 20: the tokenizer has" in pretrain("--model.vocab-size", 20)
+    message = (
+        "--batch-size 6 cannot be divided into 1 micro-batches (--accumulate) for 4 devices: choose a multiple of 4"
+    )
+    assert message in pretrain("--batch-size", 6, "--mesh.devices", 4)
+    assert "--batch-size 8 cannot be divided into 3 micro-batches" in pretrain("--accumulate", 3)
+    assert "--model.num-heads 3 does not divide --model.hidden-size 16" in pretrain("--model.num-heads", 3)
+    assert not (tmp_path / "run").exists(), "nothing is left behind"
+
+
+def test_work_directories_that_will_not_do(place, capsys, tmp_path, monkeypatch):
+    tiny = f"{place}/tiny.py:tiny"
+    message = complaint(capsys, "pretrain", tiny, "--workdir", place / "run", "--seed", 7, "--model.num-layers", 2)
+    assert "holds another run, which differs in model.num_layers (1 there, 2 here), seed (0 there, 7 here)" in message
+    file = place / "corpus.txt"
+    assert complaint(capsys, "pretrain", tiny, "--workdir", file) == f"prelm: cannot write {file}: File exists"
+    assert "cannot write" in complaint(capsys, "pretrain", tiny, "--workdir", file / "run")
+    assert "cannot write" in complaint(capsys, "export", place / "run", file / "model")
+
+    def refuse(path, *arguments):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.mkdir", refuse)
+        message = complaint(capsys, "pretrain", tiny, "--workdir", tmp_path / "run")
+    assert message == f"prelm: cannot write {tmp_path}/run: Permission denied"
+
+
+def test_what_a_newer_version_wrote(place, capsys, tmp_path):
+    for name, old, new in [("run.json", '"format": 1', '"format": 2'), ("checkpoints/3/_CHECKPOINT_METADATA", "", "")]:
+        shutil.copytree(place / "run", tmp_path / "run", dirs_exist_ok=True)
+        file = tmp_path / "run" / name
+        content = file.read_text()
+        file.write_text(content.replace(old, new) if old else re.sub(r'"format": ?1', '"format": 2', content))
+        assert file.read_text() != content
+        assert "upgrade" in complaint(capsys, "fill", tmp_path / "run", "[MASK]")
+        assert "upgrade" in complaint(
+            capsys, "pretrain", f"{place}/tiny.py:tiny", "--workdir", tmp_path / "run", "--steps", 3
+        )
+
+
+def test_models_that_are_not_whole(place, capsys, tmp_path):
+    file = tmp_path / "model" / "model.safetensors"
+
+    def fill(name, tensor=None) -> str:
+        shutil.copytree(place / "model", tmp_path / "model", dirs_exist_ok=True)
+        tensors = load_file(file)
+        del tensors[name]
+        save_file(tensors if tensor is None else tensors | {name: tensor}, file)
+        return complaint(capsys, "fill", tmp_path / "model", "[MASK]")
+
+    name = "bert.encoder.layer.0.output.dense.weight"
+    assert f"no tensor {name} [16, 32]" in fill(name)
+    assert f"tensor {name} is [32, 16], but config.json asks for [16, 32]" in fill(name, np.ones((32, 16)))
 
 
 def test_an_experiment_that_raises_shows_its_own_traceback(place):

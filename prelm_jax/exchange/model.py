@@ -23,6 +23,8 @@ from prelm_jax.text.tokenizer import Tokenizer
 
 Params = dict[str, Any]
 
+RECORD_FORMAT = 1  # of run.json
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model(abc.ABC):
@@ -88,11 +90,22 @@ def load(path: str | os.PathLike) -> Model:
     raise InputError(f"{directory}: neither a model directory (no config.json) nor a work directory (no run.json)")
 
 
+def read_record(workdir: Path) -> dict[str, Any]:
+    """The run.json of a work directory, which `prelm_jax.pretrain` writes."""
+    path = workdir / "run.json"
+    if not path.is_file():
+        raise InputError(f"{workdir} is not a work directory of a run (it has no run.json)")
+    record = read_json(path)
+    if record.get("format", 1) > RECORD_FORMAT:
+        raise InputError(f"{path} was written by a newer version of prelm_jax: upgrade this one")
+    return record
+
+
 def _load_run(directory: Path) -> Model:
     from prelm_jax.training.checkpoint import restore_params  # Here, because only this needs Orbax.
 
     source = directory / "run.json"
-    fields = dict(read_json(source).get("model", {}))
+    fields = dict(read_record(directory).get("model", {}))
     family = _family(fields.pop("model_type", None), source)
     try:
         config = family.config_class(**fields)

@@ -53,6 +53,12 @@ class BertConfig:
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
 
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads:
+            raise InputError(
+                f"--model.num-heads {self.num_heads} does not divide --model.hidden-size {self.hidden_size}"
+            )
+
     def build(self, dtype: jnp.dtype = jnp.float32) -> "Bert":
         """The model, computing in `dtype`."""
         return Bert(self, dtype)
