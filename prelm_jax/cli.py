@@ -205,6 +205,7 @@ def _configure_jax() -> None:
     from prelm_jax.text.cache import cache_directory
 
     jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def _hush_orbax() -> None:

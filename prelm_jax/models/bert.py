@@ -28,6 +28,7 @@ from prelm_jax.models.layers import (
     cross_entropy,
     gelu,
     padded_vocabulary,
+    truncated_normal,
 )
 from prelm_jax.models.transformer import Transformer, TransformerConfig
 
@@ -72,8 +73,7 @@ class Bert(nn.Module):
 
     def setup(self):
         c = self.config
-        # Cut at two standard deviations, as tf.truncated_normal does (the effective deviation is 0.88 of the nominal).
-        initializer = nn.initializers.truncated_normal(c.initializer_range)
+        initializer = truncated_normal(c.initializer_range)
         dense = partial(Dense, initializer=initializer)
         self.word_embeddings = Embedding(padded_vocabulary(c.vocab_size), c.hidden_size, initializer)
         self.position_embeddings = Embedding(c.max_position_embeddings, c.hidden_size, initializer)

@@ -11,12 +11,13 @@ import torch
 import transformers
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from scipy import stats
 
 from prelm_jax.exchange.huggingface_bert import VOCABULARY_TABLES, tensor_name
 from prelm_jax.exchange.model import abstract_params
 from prelm_jax.models import layers
 from prelm_jax.models.bert import BertConfig
-from prelm_jax.models.layers import Dropout, random_bits
+from prelm_jax.models.layers import Dropout, random_bits, truncated_normal
 from prelm_jax.paths import path_name
 
 CONFIG = BertConfig(
@@ -273,6 +274,16 @@ def test_every_random_bit_is_set_half_of_the_time():
     bits = np.asarray(random_bits(jax.random.key(0), (256, 8, 64)))
     rates = [(bits >> i & 1).mean() for i in range(32)]
     np.testing.assert_allclose(rates, 0.5, atol=4 * 0.5 / math.sqrt(bits.size))
+
+
+def test_initial_values_are_of_a_truncated_normal():
+    """The largest gap between the distribution functions (Kolmogorov and Smirnov); two parameters share nothing."""
+    first, second = (np.asarray(truncated_normal(0.5)(jax.random.key(seed), (1000, 1000))) for seed in (0, 1))
+    values = np.sort(first, axis=None)
+    gap = np.abs(stats.truncnorm.cdf(values, -2, 2, scale=0.5) - np.arange(values.size) / values.size).max()
+    assert gap < 2 / math.sqrt(values.size)
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 5 / math.sqrt(values.size)
+    assert abs(np.corrcoef(first[:, :-1].ravel(), first[:, 1:].ravel())[0, 1]) < 5 / math.sqrt(values.size)
 
 
 @pytest.mark.parametrize("spec", [P("a"), P(None, "a"), P("b", "a"), P(None, None, ("a", "b"))])
