@@ -40,7 +40,8 @@ def mini() -> Run:
     """BERT-mini, 4 layers of 256: a first model of a language or a domain.
 
     Target: held-out masked-LM loss 1.0 nat under the unigram's on Simple English Wikipedia (106 MB). Cost: 20 minutes
-    on two CPU cores. For more, give more steps: --steps 20000 --optimizer.decay-steps 20000.
+    on two CPU cores. Short sequences and a small vocabulary learn most in that time; for more, give more steps:
+    --steps 20000 --optimizer.decay-steps 20000.
 
         prelm pretrain experiments/bert.py:mini --corpus simplewiki.txt.xz
     """
