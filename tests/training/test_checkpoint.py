@@ -96,7 +96,15 @@ def remove_metadata(directory):
     (directory / "_CHECKPOINT_METADATA").unlink()
 
 
-@pytest.mark.parametrize("damage", [flip, truncate, remove, remove_metadata])
+def change_values(directory):
+    """What a flipped bit does that the compression does not notice: other values than those that were saved."""
+    metadata = directory / "_CHECKPOINT_METADATA"
+    recorded = json.loads(metadata.read_text())
+    recorded["custom_metadata"]["checksums"]["params"]["bias"] ^= 1 << 7
+    metadata.write_text(json.dumps(recorded))
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, remove, remove_metadata, change_values])
 def test_damage_is_named_and_the_one_before_used(directory, capsys, damage):
     damage(directory / "3")
     step, restored = restore(directory)

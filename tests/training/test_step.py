@@ -92,6 +92,24 @@ def test_one_batch_overfits(train, tiny_bert, random_bert_batch):
     assert losses[-1] < 0.05
 
 
+def test_an_evaluation_is_one_division_without_dropout(tiny_bert, random_bert_batch):
+    """Over batches of unequal weights, against the logits of the model and NumPy."""
+    model, batches = tiny_bert.build(), [random_bert_batch(step) for step in range(3)]
+    params = model.init_params(jax.random.key(0))
+    total = weight = 0.0
+    for batch in batches:
+        inputs = [batch[name] for name in ("tokens", "token_types", "positions", "segments")]
+        hidden = model.apply({"params": params}, *inputs, method="hidden_states")[-1]
+        masked = np.take_along_axis(np.asarray(hidden), batch["masked_positions"][..., None], 1)
+        logits = np.asarray(model.apply({"params": params}, masked, method="masked_lm_logits"), np.float64)
+        log_normalizer = np.log(np.exp(logits).sum(-1))
+        picked = np.take_along_axis(logits, batch["masked_targets"][..., None], -1)[..., 0]
+        total += ((log_normalizer - picked) * batch["masked_weights"]).sum()
+        weight += batch["masked_weights"].sum()
+    values = loop.make_evaluate(model)(params, {}, batches)
+    np.testing.assert_allclose(values["masked_lm_loss"], total / weight, rtol=1e-5)
+
+
 def test_a_batch_without_weight_has_no_loss_and_no_nan(tiny_bert, random_bert_batch):
     batch = random_bert_batch(0) | {"next_sentence_weights": np.zeros((8, 1), np.float32)}
     model = tiny_bert.build()
