@@ -1,0 +1,157 @@
+"""What the timings beside peers share: contenders that take turns, matmul peaks, a table for people, JSON for machines.
+
+A contender is a function without arguments that does one step, waits until all of it is done, and returns the loss.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+Contenders = dict[str, Callable[[], float]]
+Times = dict[str, np.ndarray]
+
+
+def limit_threads(threads: int) -> None:
+    """As many threads for all contenders. Call it before JAX starts: XLA has a thread for each core it may use."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    if torch is not None:
+        torch.set_num_threads(threads)
+
+
+def torch_device() -> Any:
+    """The device that JAX uses, for PyTorch; None, and a line that says why, where there is no such peer."""
+    wanted = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    if torch is None or (wanted == "cuda" and not torch.cuda.is_available()):
+        print(f"PyTorch {'is not installed' if torch is None else 'has no GPU here'}: only ours is timed")
+        return None
+    torch.set_float32_matmul_precision("highest" if wanted == "cpu" else "high")  # JAX takes TF32 on a GPU too.
+    return torch.device(wanted)
+
+
+def matmuls(dtype: str, device: Any) -> tuple[float, Contenders]:
+    """Square products, to know the peak by: the FLOP of one, and who computes it."""
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    x, matmul = jnp.ones((n, n), dtype), jax.jit(jnp.matmul)
+    contenders = {"matmul, JAX": lambda: float(matmul(x, x)[0, 0])}
+    if device is not None:
+        y = torch.ones((n, n), dtype=getattr(torch, dtype), device=device)
+        contenders["matmul, PyTorch"] = lambda: (y @ y)[0, 0].item()
+    return 2.0 * n**3, contenders
+
+
+def warm_up(contenders: Contenders, optional: set[str], steps: int = 3) -> dict[str, float]:
+    """The loss of each contender's first step; an optional one that cannot run is named in a line and taken out."""
+    losses = {}
+    for name, step in list(contenders.items()):
+        try:
+            losses[name] = step()
+        except Exception as error:  # Whatever torch.compile raises where there is no C++ compiler.
+            if name not in optional:
+                raise
+            print(f"{name}: left out, for {(str(error) or type(error).__name__).strip().splitlines()[0]}")
+            del contenders[name]
+            continue
+        for _ in range(steps - 1):
+            step()
+    return losses
+
+
+def take_turns(contenders: Contenders, rounds: int, steps: int) -> Times:
+    """Seconds [rounds, steps] of each: A A … B B … in a round, so that what disturbs the machine disturbs all alike."""
+    times = {name: np.zeros((rounds, steps)) for name in contenders}
+    for r in range(rounds):
+        for name, step in contenders.items():
+            for s in range(steps):
+                start = time.perf_counter()
+                step()
+                times[name][r, s] = time.perf_counter() - start
+    return times
+
+
+def ratio(times: Times, ours: str, peer: str) -> np.ndarray:
+    """How many times as fast ours is: quartiles and median over the rounds, each compared in itself."""
+    return np.percentile(np.median(times[peer], 1) / np.median(times[ours], 1), (25, 50, 75))
+
+
+def results(times: Times, ours: str, tokens: int, flops: float, matmul_flops: float) -> dict[str, Any]:
+    """The figures of one setting. Peak: the fastest product of either library; the share of it is the MFU."""
+    peak = max(matmul_flops / t.min() for name, t in times.items() if name.startswith("matmul"))
+    rows = {}
+    for name, t in times.items():
+        low, median, high = np.percentile(t, (25, 50, 75)).tolist()
+        is_step = not name.startswith("matmul")
+        rate = (flops if is_step else matmul_flops) / median
+        rows[name] = {"seconds": median, "quartiles": [low, high], "flops_per_second": rate, "mfu": rate / peak}
+        if is_step:
+            rows[name]["tokens_per_second"] = tokens / median
+            rows[name]["ours_is_times_as_fast"] = ratio(times, ours, name).tolist()
+    return {"peak": peak, "flops_per_step": flops, "rows": rows}
+
+
+def show(title: str, result: dict[str, Any]) -> None:
+    """The figures as a table."""
+    columns = ("", "ms, median", "quartiles", "tokens/s", "GFLOP/s", "of peak", "ours is … × as fast")
+    table = Table(*columns, title=title, title_justify="left")
+    for name, row in result["rows"].items():
+        low, high = (f"{1e3 * x:.4g}" for x in row["quartiles"])
+        cells = [name, f"{1e3 * row['seconds']:.4g}", f"{low} to {high}", "", f"{row['flops_per_second'] / 1e9:,.0f}"]
+        cells += [f"{row['mfu']:.0%}", ""]
+        if "tokens_per_second" in row:
+            cells[3] = f"{row['tokens_per_second']:,.0f}"
+            low, median, high = row["ours_is_times_as_fast"]
+            cells[6] = f"{median:.2f} ({low:.2f} to {high:.2f})"
+        table.add_row(*cells)
+    console = Console()
+    console.width = max(console.width, 110)
+    console.print(table)
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what this was measured."""
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), cpu)
+    versions = {"python": platform.python_version()}
+    for package in ("jax", "jaxlib", "flax", "torch", "transformers"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "device": jax.devices()[0].device_kind,
+        "versions": versions,
+        "environment": {name: os.environ.get(name) for name in ("GLIBC_TUNABLES", "XLA_FLAGS")},
+    }
+
+
+def introduce(record: dict[str, Any]) -> None:
+    """The machine, in lines."""
+    print(f"{record['cpu']}, {record['cores']} cores, device {record['device']}")
+    print(", ".join(f"{name} {version}" for name, version in record["versions"].items() if version))
+    print(", ".join(f"{name}={value}" for name, value in record["environment"].items() if value) or "plain environment")
+
+
+def write_json(path: Path | None, record: dict[str, Any]) -> None:
+    """The record as JSON, if there is a path for it."""
+    if path is not None:
+        path.write_text(json.dumps(record, indent=1) + "\n")
