@@ -28,6 +28,7 @@ HOMES = {
     "orbax": ["training/checkpoint.py"],
     "grain": ["data/loader.py"],
     "tensorflow_datasets": ["text/tfds.py"],
+    "ftfy": ["text/cleaning.py"],
     "tensorboardX": ["training/metrics.py"],
     "tyro": ["cli.py"],
     "h5py": ["exchange/"],

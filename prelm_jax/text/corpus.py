@@ -8,8 +8,9 @@ JSON-lines files (plain, .gz, .xz or .zst), or `tfds:name/config[:split]`, with 
 or, as on a command line, in the items that follow it.
 
 `documents=blank-line|file|line` says where a document of a text file ends (the end of a file always ends one), and
-`sentences=library|line` how its sentences are found (`prelm_jax.text.sentences`). Files are read as streams: no more
-than one document is held at a time.
+`sentences=library|line` how its sentences are found (`prelm_jax.text.sentences`). With `cleaning=gpt` documents are
+cleaned as for GPT-1 (`prelm_jax.text.cleaning`; extra `cleaning`). Files are read as streams: no more than one document
+is held at a time.
 """
 
 import contextlib
@@ -28,13 +29,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from prelm_jax.errors import InputError
-from prelm_jax.text import python_docs, tfds
+from prelm_jax.text import cleaning, python_docs, tfds
 from prelm_jax.text.cache import cached, digest
 from prelm_jax.text.files import Advance, endings, json_texts, opened, plain_texts
 
 Side = Literal["training", "held_out"]
 
-OPTIONS = {"documents": ("blank-line", "file", "line"), "sentences": ("library", "line")}
+OPTIONS = {
+    "documents": ("blank-line", "file", "line"),
+    "sentences": ("library", "line"),
+    "cleaning": ("none", "gpt"),
+}
 READING_VERSION = 1  # raise it when the same files would give other documents
 
 
@@ -113,10 +118,12 @@ class _Source(NamedTuple):
     spec: str
     documents: str | None = None
     sentences: str = "library"
+    cleaning: str = "none"
 
     def options(self) -> list:
         """What decides the documents besides the files."""
-        return [self.documents, self.sentences, self.spec if self.spec.startswith("tfds:") else None]
+        options = [self.documents, self.sentences, self.spec if self.spec.startswith("tfds:") else None]
+        return options if self.cleaning == "none" else [*options, self.cleaning, cleaning.version()]
 
     def paths(self) -> list[str]:
         if self.spec == "python-docs":
@@ -126,6 +133,10 @@ class _Source(NamedTuple):
         return _matching_files(self.spec)
 
     def texts(self, advance: Advance) -> Iterator[str]:
+        texts = self._texts(advance)
+        return texts if self.cleaning == "none" else map(cleaning.clean, texts)
+
+    def _texts(self, advance: Advance) -> Iterator[str]:
         if self.spec == "python-docs":
             documents = python_docs.documents()
             share = sum(map(os.path.getsize, self.paths())) / len(documents)
@@ -164,7 +175,7 @@ def _parse(specs: Iterable[str]) -> list[_Source]:
             sources.append(_Source(spec))
         for name, _, value in (text.partition("=") for text in options.split(",") if text):
             if name not in OPTIONS:
-                raise InputError(f"{item}: no option is called {name}: the options are {' and '.join(OPTIONS)}")
+                raise InputError(f"{item}: no option is called {name}: the options are {', '.join(OPTIONS)}")
             if value not in OPTIONS[name]:
                 raise InputError(f"{item}: {name} is one of {', '.join(OPTIONS[name])}, not {value or 'nothing'}")
             sources[first:] = [source._replace(**{name: value}) for source in sources[first:]]

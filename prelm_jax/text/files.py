@@ -43,6 +43,15 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     return value
 
 
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """What is wrong inside the block is wrong with the file: complaints name it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
 def endings(path: str) -> tuple[str | None, str | None]:
     """The endings of a file's name that decide how it is read: ".jsonl" or None, and ".gz", ".xz", ".zst" or None."""
     return re.search(r"(\.jsonl)?(\.gz|\.xz|\.zst)?$", path).groups()

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Protocol
 
 from prelm_jax.errors import InputError
+from prelm_jax.text.bpe import BPE, beside
+from prelm_jax.text.files import read_json
 from prelm_jax.text.wordpiece import WordPiece
 
 
@@ -16,7 +18,7 @@ class Tokenizer(Protocol):
     """
 
     tokens: list[str]  # id -> string
-    special_ids: dict[str, int]  # for WordPiece: "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
+    special_ids: dict[str, int]  # for WordPiece "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", for BPE "<unk>"
     unknown_id: int | None  # the id that stands for what the vocabulary cannot spell
     fingerprint: str  # SHA-256 (hex) of the vocabulary and the settings
 
@@ -33,16 +35,26 @@ class Tokenizer(Protocol):
 
 
 def load(path: str | os.PathLike, lowercase: bool = True) -> Tokenizer:
-    """The tokenizer in a Hugging Face directory or a `vocab.txt`.
+    """The tokenizer in a directory (with Hugging Face's files or OpenAI's), a `vocab.txt`, or a `vocab.json`.
 
-    `lowercase` is for a vocabulary that comes without settings; a directory that has them says itself.
+    The merges lie beside a `vocab.json`. `lowercase` is for a WordPiece vocabulary that comes without settings: a
+    directory that has them says itself, and GPT-1's BPE is always lower-cased.
     Raises InputError where there is no tokenizer, or one that this package does not have.
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        if (path / "tokenizer.json").exists() or (path / "vocab.txt").exists():
+        json_path = path / "tokenizer.json"
+        if json_path.exists() and "merges" in (read_json(json_path).get("model") or {}):
+            return BPE.from_directory(path)
+        if json_path.exists() or (path / "vocab.txt").exists():
             return WordPiece.from_directory(path, lowercase)
-        raise InputError(f"{path} holds no tokenizer: give a directory with tokenizer.json or vocab.txt")
+        if any(vocabulary.exists() for vocabulary, _ in beside(path)):
+            return BPE.from_directory(path)
+        names = "tokenizer.json, vocab.txt, or vocab.json and merges.txt"
+        raise InputError(f"{path} holds no tokenizer: give a directory with {names}")
     if not path.exists():
-        raise InputError(f"there is no tokenizer at {path}: give a directory or a vocab.txt")
+        raise InputError(f"there is no tokenizer at {path}: give a directory, a vocab.txt or a vocab.json")
+    for files in beside(path.parent):
+        if path in files:
+            return BPE.from_files(*files)
     return WordPiece.from_vocab(path, lowercase)

@@ -10,9 +10,7 @@ import dataclasses
 import itertools
 import json
 import os
-import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +18,14 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from prelm_jax.errors import InputError
+from prelm_jax.text.alphabet import alphabet, training_texts
 from prelm_jax.text.cache import cached, digest
 from prelm_jax.text.corpus import Corpus
-from prelm_jax.text.files import read_json, read_lines
+from prelm_jax.text.files import naming, read_json, read_lines
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_WORD_CHARACTERS = 100
 TRAINING_VERSION = 1  # raise it when the same corpus would give another vocabulary
-
-# A trained vocabulary spells the most frequent characters that make up this share of the corpus. The others, thousands
-# in a web-like corpus and each seen a few times, would take the place of words; a word with one of them is [UNK].
-ALPHABET_COVERAGE = 0.9999
 REMEMBERED_WORDS = 1 << 20
 
 
@@ -69,7 +64,8 @@ class WordPiece:
         for number, line in enumerate(lines, start=1):
             if not line.strip(" \t"):
                 raise InputError(f"{path}:{number} is blank: a vocabulary has a token on every line")
-        return _named(path, cls, lines, lowercase, strip_accents)
+        with naming(path):
+            return cls(lines, lowercase, strip_accents)
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike, lowercase: bool = True):
@@ -87,7 +83,8 @@ class WordPiece:
         options = (settings["do_lower_case"], settings.get("strip_accents"))
         if tokens is None:
             return cls.from_vocab(directory / "vocab.txt", *options)
-        return _named(path, cls, tokens, *options)
+        with naming(path):
+            return cls(tokens, *options)
 
     @property
     def vocab_size(self) -> int:
@@ -178,12 +175,12 @@ def train(corpus: Corpus, vocab_size: int, lowercase: bool = True) -> list[str]:
     Raises InputError if `vocab_size` is too small for the characters.
     """
     tokenizer = _pipeline(SPECIAL_TOKENS, lowercase)
-    alphabet = _alphabet(corpus, tokenizer.normalizer)
-    continuing = [character for character in alphabet if _continues(character, tokenizer)]
-    base = [*SPECIAL_TOKENS, *alphabet, *(f"##{character}" for character in continuing)]
+    letters = alphabet(corpus, tokenizer.normalizer)
+    continuing = [character for character in letters if _continues(character, tokenizer)]
+    base = [*SPECIAL_TOKENS, *letters, *(f"##{character}" for character in continuing)]
     if len(base) > vocab_size:
         raise InputError(
-            f"vocab_size={vocab_size} is too small for the {len(alphabet)} characters of the corpus:"
+            f"vocab_size={vocab_size} is too small for the {len(letters)} characters of the corpus:"
             f" give at least {len(base)}, better several times as many"
         )
     # The library numbers characters in the order of a hash table that differs between processes, and breaks ties
@@ -192,11 +189,11 @@ def train(corpus: Corpus, vocab_size: int, lowercase: bool = True) -> list[str]:
         vocab_size=vocab_size,
         min_frequency=2,
         special_tokens=base,
-        initial_alphabet=alphabet,
-        limit_alphabet=len(alphabet),
+        initial_alphabet=letters,
+        limit_alphabet=len(letters),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(corpus, "learning the vocabulary"), trainer)
+    tokenizer.train_from_iterator(training_texts(corpus, "learning the vocabulary"), trainer)
     # Of the trained tokenizer only the vocabulary is of use: it would match its special tokens, here every letter.
     ids = tokenizer.get_vocab(with_added_tokens=False)
     return sorted(ids, key=ids.__getitem__)
@@ -212,37 +209,9 @@ def _pipeline(tokens: Iterable[str], lowercase: bool, strip_accents: bool | None
     return tokenizer
 
 
-def _texts(corpus: Corpus, task: str) -> Iterator[str]:
-    return (document.text for document in corpus.documents("training", task))
-
-
-def _alphabet(corpus: Corpus, normalizer: normalizers.Normalizer) -> list[str]:
-    """The characters that make up ALPHABET_COVERAGE of the training side, the most frequent first."""
-    code_points = np.zeros(sys.maxunicode + 1, np.int64)
-    texts = _texts(corpus, "counting characters")
-    while batch := list(itertools.islice(texts, 1000)):
-        found, counts = np.unique(np.frombuffer("".join(batch).encode("utf-32-le"), np.uint32), return_counts=True)
-        code_points[found] += counts
-    characters: Counter[str] = Counter()
-    for code_point in np.flatnonzero(code_points):
-        for character in "".join(normalizer.normalize_str(chr(code_point)).split()):
-            characters[character] += int(code_points[code_point])
-    ranked = sorted(characters, key=lambda character: (-characters[character], character))
-    cumulative = np.cumsum([characters[character] for character in ranked])
-    return ranked[: np.searchsorted(cumulative, ALPHABET_COVERAGE * cumulative[-1]) + 1] if ranked else []
-
-
 def _continues(character: str, tokenizer: tokenizers.Tokenizer) -> bool:
     """False for what is always a word of its own: punctuation and ideographs."""
     return len(tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str("a" + character))) == 1
-
-
-def _named(path: str | os.PathLike, cls: type[WordPiece], *arguments) -> WordPiece:
-    """Makes a WordPiece; its complaints name the file."""
-    try:
-        return cls(*arguments)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def _read_tokenizer_json(path: Path) -> tuple[list[str], dict]:

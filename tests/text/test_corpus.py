@@ -148,7 +148,7 @@ def test_python_docs():
             ("documents=file",),
             "the option documents=file stands before any source: write a source first, then its options",
         ),
-        (("a.txt,document=file",), "no option is called document: the options are documents and sentences"),
+        (("a.txt,document=file",), "no option is called document: the options are documents, sentences, cleaning"),
         (("a.txt", "documents=page"), "documents=page: documents is one of blank-line, file, line, not page"),
         (("a.txt,sentences=",), "a.txt,sentences=: sentences is one of library, line, not nothing"),
         (

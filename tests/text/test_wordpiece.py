@@ -271,9 +271,10 @@ def test_a_wrong_vocabulary_is_refused(tmp_path, content, message):
 
 
 def test_a_wrong_path_is_refused(tmp_path, monkeypatch):
-    message = f"there is no tokenizer at {tmp_path}/no: give a directory or a vocab.txt"
+    message = f"there is no tokenizer at {tmp_path}/no: give a directory, a vocab.txt or a vocab.json"
     assert complaint(load, tmp_path / "no") == message
-    message = f"{tmp_path} holds no tokenizer: give a directory with tokenizer.json or vocab.txt"
+    names = "tokenizer.json, vocab.txt, or vocab.json and merges.txt"
+    message = f"{tmp_path} holds no tokenizer: give a directory with {names}"
     assert complaint(load, tmp_path) == message
     assert complaint(WordPiece.from_vocab, tmp_path) == f"cannot read {tmp_path}: Is a directory"
 
