@@ -24,6 +24,7 @@ from prelm_jax.models.layers import (
     Dropout,
     Embedding,
     LayerNorm,
+    add_bias,
     attention_mask,
     cross_entropy,
     gelu,
@@ -123,7 +124,7 @@ class Bert(nn.Module):
             x_BMD.reshape(-1, x_BMD.shape[-1]), table_VD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
         bias_V = jnp.where(jnp.arange(len(table_VD)) < self.config.vocab_size, self.masked_lm_bias, MASKED)
-        return (logits + bias_V[None]).reshape(*x_BMD.shape[:-1], -1)
+        return add_bias(logits, bias_V).reshape(*x_BMD.shape[:-1], -1)
 
     def next_sentence_logits(self, pooled_BKD: Array) -> Array:
         """[B, K, 2], fp32: index 0 says that B follows A (the reference's polarity)."""
