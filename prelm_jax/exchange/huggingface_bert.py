@@ -5,26 +5,22 @@ embeddings. Read: any BERT, with or without heads, prefix and legacy names. Pick
 """
 
 import dataclasses
-import json
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from prelm_jax.errors import InputError
+from prelm_jax.exchange import batching, huggingface
 from prelm_jax.exchange.model import Model, Params, abstract_params
 from prelm_jax.models.bert import Bert, BertConfig
 from prelm_jax.models.layers import cross_entropy
 from prelm_jax.paths import path_name
-from prelm_jax.text import tokenizer as tokenizers
 from prelm_jax.text.files import read_json
 
 # Every module that holds parameters, ours and theirs; those of a layer apart.
@@ -72,13 +68,6 @@ FIELDS = {
 # What a config.json may say otherwise, but this BERT does not do.
 FIXED = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
 
-# Texts are padded to a few lengths and run so many tokens at a time: few programs to compile, and the shape in which a
-# text is computed depends on its own length alone.
-SHORTEST = 16
-TOKENS_PER_BATCH = 2048
-# The hidden states of so many tokens are held at once, while texts are put back into their order.
-TOKENS_PER_WINDOW = 8 * TOKENS_PER_BATCH
-
 
 def tensor_name(path: str) -> str:
     """The name in the state dict of `BertForPreTraining` of the parameter at a path of ours."""
@@ -97,36 +86,9 @@ def _published_name(name: str) -> str:
     return f"bert.{name}" if name.startswith(("embeddings.", "encoder.", "pooler.")) else name
 
 
-def _tensors(directory: Path) -> dict[str, Callable[[], np.ndarray]]:
-    """By published name, a function that reads the tensor, from the one file or those that the index lists."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.is_file():
-        files = [single]
-    elif index.is_file():
-        files = [directory / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    elif (directory / "pytorch_model.bin").is_file():
-        raise InputError(
-            f"{directory}: pytorch_model.bin is a pickle, which is not read; load it with transformers, as the class "
-            "under architectures in config.json, and save_pretrained it as safetensors"
-        )
-    else:
-        raise InputError(f"{directory}: no model.safetensors")
-    tensors = {}
-    for file in files:
-        try:
-            opened = safe_open(file, framework="np")
-            names = opened.keys()
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{file}: cannot be read as safetensors ({error})") from error
-        tensors |= {_published_name(name): partial(opened.get_tensor, name) for name in names}
-    return tensors
-
-
 def _read_config(source: Path) -> BertConfig:
     settings = read_json(source)
-    for key, value in FIXED.items():
-        if settings.get(key, value) != value:
-            raise InputError(f"{source}: {key} is {settings[key]!r}; only {value!r} is supported")
+    huggingface.require(settings, FIXED, source)
     if "vocab_size" not in settings:
         raise InputError(f"{source}: no vocab_size")
     # Files of other writers leave out keys; the defaults of BertConfig are those of the format.
@@ -135,7 +97,7 @@ def _read_config(source: Path) -> BertConfig:
 
 def read_params(directory: Path, config: BertConfig) -> tuple[Params, frozenset[str]]:
     """The parameters in a directory, fp32, and the paths of those that it lacks, which are zeros."""
-    tensors = _tensors(directory)
+    tensors = huggingface.open_tensors(directory, _published_name)
     missing = set()
 
     def parameter(path: tuple, abstract: jax.ShapeDtypeStruct) -> Array:
@@ -177,9 +139,9 @@ def read_params(directory: Path, config: BertConfig) -> tuple[Params, frozenset[
 
 @partial(jax.jit, static_argnums=0)
 def _hidden_states(bert: Bert, params: Params, tokens_BT: Array, segments_BT: Array) -> Array:
-    """[B, L + 1, T, D]. In full fp32, which TPUs and GPUs by default give up for speed."""
+    """[B, T, L + 1, D]. In full fp32, which TPUs and GPUs by default give up for speed."""
     with jax.default_matmul_precision("highest"):
-        return jnp.stack(_encode(bert, params, tokens_BT, segments_BT), 1)
+        return jnp.stack(_encode(bert, params, tokens_BT, segments_BT), 2)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -200,54 +162,6 @@ def _encode(bert: Bert, params: Params, tokens_BT: Array, segments_BT: Array) ->
     return bert.apply({"params": params}, *inputs, method="hidden_states")
 
 
-def _padded_length(length: int, longest: int) -> int:
-    """The next power of two."""
-    return min(longest, max(SHORTEST, 1 << (length - 1).bit_length()))
-
-
-def _batch(examples: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, segments) [B, T]: the examples are segment 1, the padding after and below them is segment 0."""
-    tokens_BT, segments_BT = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
-    for row, example in enumerate(examples):
-        tokens_BT[row, : len(example)] = example
-        segments_BT[row, : len(example)] = 1
-    return tokens_BT, segments_BT
-
-
-def _batches(
-    examples: Iterable[tuple[Any, Sequence[int]]], longest: int
-) -> Iterator[tuple[tuple, np.ndarray, np.ndarray]]:
-    """(tags, tokens, segments) of tagged examples of about one length; all batches of a length have the same shape."""
-    waiting = defaultdict(list)
-
-    def rows(length: int) -> int:
-        return max(1, TOKENS_PER_BATCH // length)
-
-    def batch(length: int) -> tuple[tuple, np.ndarray, np.ndarray]:
-        tags, full = zip(*waiting.pop(length), strict=True)
-        return tags, *_batch(full, rows(length), length)
-
-    for tag, ids in examples:
-        length = _padded_length(len(ids), longest)
-        waiting[length].append((tag, ids))
-        if len(waiting[length]) == rows(length):
-            yield batch(length)
-    for length in list(waiting):
-        yield batch(length)
-
-
-def _windows(encoded: Iterable[list[int]]) -> Iterator[list[list[int]]]:
-    """The texts one after the other, about TOKENS_PER_WINDOW tokens at a time."""
-    window, tokens = [], 0
-    for ids in encoded:
-        window.append(ids)
-        tokens += len(ids)
-        if tokens >= TOKENS_PER_WINDOW:
-            yield window
-            window, tokens = [], 0
-    yield window
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class BertModel(Model):
     """A BERT with what one does with it: `embed`, `fill`, `score`; each text is one segment, [CLS] text [SEP]."""
@@ -263,12 +177,7 @@ class BertModel(Model):
     @classmethod
     def read(cls, directory: Path) -> Self:
         config = _read_config(directory / "config.json")
-        tokenizer = tokenizers.load(directory)
-        if tokenizer.vocab_size > config.vocab_size:
-            raise InputError(
-                f"{directory}: the tokenizer has {tokenizer.vocab_size} entries, but vocab_size in config.json is "
-                f"{config.vocab_size}"
-            )
+        tokenizer = huggingface.load_tokenizer(directory, config.vocab_size)
         params, missing = read_params(directory, config)
         return cls(config, params, tokenizer, missing)
 
@@ -283,27 +192,17 @@ class BertModel(Model):
             if ours.endswith("/kernel"):
                 tensor = tensor.T
             tensors[tensor_name(ours)] = np.ascontiguousarray(tensor)
-        # Not save_file, which makes a file that only its owner may read.
-        (directory / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
         settings = {key: getattr(self.config, field) for field, key in FIELDS.items()}
         settings |= {"model_type": "bert", "architectures": ["BertForPreTraining"], "hidden_act": "gelu"}
         settings |= {"dtype": "float32", "pad_token_id": self.tokenizer.special_ids["[PAD]"]}
-        text = json.dumps(settings, indent=2, sort_keys=True)
-        (directory / "config.json").write_text(text + "\n", encoding="utf-8")
+        huggingface.write(directory, tensors, settings)
         self.tokenizer.save(directory, model_max_length=self.config.max_position_embeddings)
 
     def _encode(self, texts: Sequence[str], truncate: bool = False) -> list[list[int]]:
         """The ids of each text with [CLS] and [SEP]; none for a blank one."""
         special = self.tokenizer.special_ids
-        room = self.config.max_position_embeddings - 2
-        encoded = []
-        for number, ids in enumerate(self.tokenizer.encode_batch(list(texts)), 1):
-            if len(ids) > room and not truncate:
-                raise InputError(
-                    f"line {number} has {len(ids)} tokens, but the model takes {room}; split or truncate it"
-                )
-            encoded.append([special["[CLS]"], *ids[:room], special["[SEP]"]] if ids else [])
-        return encoded
+        encoded = batching.encode(self.tokenizer, texts, self.config.max_position_embeddings - 2, truncate)
+        return [[special["[CLS]"], *ids, special["[SEP]"]] if ids else [] for ids in encoded]
 
     def embed(self, texts: Sequence[str], truncate: bool = False) -> Iterator[tuple[list[str], np.ndarray]]:
         """For each text, in order, its tokens with [CLS] and [SEP] and its hidden states, f32 [L + 1, tokens, D].
@@ -311,16 +210,11 @@ class BertModel(Model):
         A blank text has no tokens. One that is too long is an InputError naming its line, or cut if `truncate`.
         """
         c = self.config
-        for window in _windows(self._encode(texts, truncate)):
-            hidden = {}
-            examples = ((i, ids) for i, ids in enumerate(window) if ids)
-            for tags, *inputs in _batches(examples, c.max_position_embeddings):
-                states = np.asarray(_hidden_states(c.build(), self.params, *inputs))
-                for i, states_LTD in zip(tags, states, strict=False):
-                    hidden[i] = states_LTD[:, : len(window[i])].copy()
-            for i, ids in enumerate(window):
-                tokens = [self.tokenizer.tokens[id_] for id_ in ids]
-                yield tokens, hidden.get(i, np.zeros((c.num_layers + 1, 0, c.hidden_size), np.float32))
+        states = partial(_hidden_states, c.build(), self.params)
+        for ids, states_TLD in batching.in_order(self._encode(texts, truncate), states, c.max_position_embeddings):
+            if states_TLD is None:
+                states_TLD = np.zeros((0, c.num_layers + 1, c.hidden_size), np.float32)
+            yield [self.tokenizer.tokens[id_] for id_ in ids], states_TLD.swapaxes(0, 1)
 
     def _require_masked_lm(self) -> None:
         lacking = sorted(path for path in self.missing if path.startswith("masked_lm_"))
@@ -342,7 +236,7 @@ class BertModel(Model):
         longest = self.config.max_position_embeddings
         if len(ids) > longest:
             raise InputError(f"the text has {len(ids) - 2} tokens, but the model takes {longest - 2}")
-        inputs = _batch([ids], 1, _padded_length(len(ids), longest))
+        inputs = batching.batch([ids], 1, batching.padded_length(len(ids), longest))
         logits_BMV = _masked_lm_logits(self.config.build(), self.params, *inputs, np.array([positions]))
         probabilities_MV = jax.nn.softmax(logits_BMV[0])[:, : self.tokenizer.vocab_size]
         values_MK, ids_MK = jax.lax.top_k(probabilities_MV, min(top_k, self.tokenizer.vocab_size))
@@ -365,7 +259,7 @@ class BertModel(Model):
             for position in range(1, len(ids) - 1)
         )
         sums = [0.0] * len(encoded)
-        for tags, *inputs in _batches(examples, self.config.max_position_embeddings):
+        for tags, *inputs in batching.batches(examples, self.config.max_position_embeddings):
             positions_B1, targets_B1 = np.zeros((2, len(inputs[0]), 1), np.int32)
             lines, positions_B1[: len(tags), 0], targets_B1[: len(tags), 0] = zip(*tags, strict=True)
             logits_B1V = _masked_lm_logits(self.config.build(), self.params, *inputs, positions_B1)

@@ -24,6 +24,7 @@ from prelm_jax.text.tokenizer import Tokenizer
 Params = dict[str, Any]
 
 RECORD_FORMAT = 1  # of run.json
+ORIGINAL_GPT = "params_shapes.json"  # in the directory of a GPT as its authors published it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,9 +67,10 @@ class Model(abc.ABC):
 
 
 def _family(model_type: object, source: Path) -> type[Model]:
-    from prelm_jax.exchange.huggingface_bert import BertModel  # Here, because it imports this module.
+    from prelm_jax.exchange.huggingface_bert import BertModel  # Here, because they import this module.
+    from prelm_jax.exchange.huggingface_gpt import GPTModel
 
-    families = {"bert": BertModel}
+    families = {"bert": BertModel, "openai-gpt": GPTModel}
     if model_type not in families:
         raise InputError(f"{source}: model_type is {model_type!r}; supported: {', '.join(families)}")
     return families[model_type]
@@ -84,6 +86,8 @@ def load(path: str | os.PathLike) -> Model:
     directory = Path(path)
     if (directory / "run.json").is_file():
         return _load_run(directory)
+    if (directory / ORIGINAL_GPT).is_file():
+        return _family("openai-gpt", directory / ORIGINAL_GPT).read(directory)
     if (directory / "config.json").is_file():
         source = directory / "config.json"
         return _family(read_json(source).get("model_type"), source).read(directory)

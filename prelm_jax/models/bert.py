@@ -26,6 +26,7 @@ from prelm_jax.models.layers import (
     LayerNorm,
     add_bias,
     attention_mask,
+    check_rows,
     cross_entropy,
     gelu,
     padded_vocabulary,
@@ -158,13 +159,10 @@ class Bert(nn.Module):
         return {}
 
     def check(self, batch: dict[str, np.ndarray]) -> None:
-        """Raises InputError where a batch asks for rows that the tables lack (a lookup would not notice)."""
-        for key, rows, option in (
-            ("tokens", self.config.vocab_size, "vocab_size"),
-            ("positions", self.config.max_position_embeddings, "max_position_embeddings"),
-        ):
-            if batch[key].max() >= rows:
-                raise InputError(f"{key} go up to {batch[key].max()}, but the model's {option} is {rows}: raise it")
+        """Raises InputError where a batch asks for rows that the tables lack."""
+        c = self.config
+        positions = (c.max_position_embeddings, "max_position_embeddings")
+        check_rows(batch, tokens=(c.vocab_size, "vocab_size"), positions=positions)
 
     def loss(self, params: Params, carry: Params, batch: Batch, key: Array | None) -> tuple[Sums, Sums, Params]:
         """(losses, metrics, carry): names to (sum, weight). `key` None: evaluation, without dropout."""

@@ -5,6 +5,7 @@ The letters that name the axes of an array, in suffixes (`x_BTD`) and einsums, e
     B batch        T time (queries)   S source time (keys)   D model width    F feed-forward width
     N heads        H head width       V vocabulary           L layers         M masked positions
     C characters   U distinct words   P LSTM projection      K pairs packed into a row
+    G tokens of a batch taken together, whatever rows they are of
 
 Parameters are fp32; a layer computes in the dtype of its input. Norms, softmax and losses compute in fp32.
 """
@@ -15,14 +16,32 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from prelm_jax.errors import InputError
 
 MASKED = -1e9  # Finite, so that a row with nothing to attend to (all padding) gives a mean and not a NaN.
+
+# So many tokens on a device have their logits in memory at once, where the cross-entropy goes by chunks. On a CPU few,
+# whose logits stay in its cache; elsewhere many, because every chunk reads and writes the gradient of the table.
+CHUNK_TOKENS, CHUNK_TOKENS_ON_CPU = 4096, 512
 
 
 def padded_vocabulary(vocab_size: int) -> int:
     """The rows of a vocabulary table: a multiple of 128, the width of a TPU lane and of a GPU's matmul tile."""
     return math.ceil(vocab_size / 128) * 128
+
+
+def check_rows(batch: dict[str, np.ndarray], **rows: tuple[int, str]) -> None:
+    """Raises InputError where a batch asks for rows that a table lacks (a lookup would not notice).
+
+    For each key of the batch: the number of rows, and the option that sets it.
+    """
+    for key, (number, option) in rows.items():
+        if batch[key].max() >= number:
+            raise InputError(f"{key} go up to {batch[key].max()}, but the model's {option} is {number}: raise it")
 
 
 def _mix(h: Array) -> Array:
@@ -55,9 +74,20 @@ def truncated_normal(stddev: float) -> nn.initializers.Initializer:
     Drawn from `random_bits`: to compile threefry for each shape took as long as to compile the rest of a small model.
     """
 
+    return _normal(stddev, math.erf(math.sqrt(2)))
+
+
+def normal(stddev: float) -> nn.initializers.Initializer:
+    """A normal distribution, drawn like `truncated_normal`; its tails end at 5.4 standard deviations."""
+    return _normal(stddev, 1 - 2.0**-24)
+
+
+def _normal(stddev: float, within: float) -> nn.initializers.Initializer:
+    """The middle of a normal distribution that holds the share `within` of it."""
+
     def initializer(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
-        uniform = ((random_bits(key, shape) >> 8).astype(jnp.float32) + 0.5) * 2.0**-24  # Strictly between 0 and 1.
-        normal = math.sqrt(2) * jax.lax.erf_inv(math.erf(math.sqrt(2)) * (2 * uniform - 1))
+        uniform = ((random_bits(key, shape) >> 8).astype(jnp.float32) + 0.5) * 2.0**-24  # Between 0 and 1.
+        normal = math.sqrt(2) * jax.lax.erf_inv(within * (2 * uniform - 1))
         return (stddev * normal).astype(dtype)
 
     return initializer
@@ -128,6 +158,11 @@ def gelu(x: Array) -> Array:
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
+def gelu_tanh(x: Array) -> Array:
+    """x Φ(x) with Φ approximated by tanh, as GPT-1 has it; up to 5e-4 from the exact form."""
+    return jax.nn.gelu(x, approximate=True)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _dropout(x: Array, rate: float, key: Array) -> Array:
     keep = random_bits(key, x.shape) >= jnp.uint32(round(rate * 2**32))
@@ -159,6 +194,11 @@ def attention_mask(segments_BT: Array) -> Array:
     return (same_BTS & (segments_BT != 0)[:, None, :])[:, None]
 
 
+def causal_mask(length: int) -> Array:
+    """[1, 1, T, S]: a token attends to itself and to those before it in the row."""
+    return jnp.tril(jnp.ones((length, length), bool))[None, None]
+
+
 def attention(q_BTNH: Array, k_BSNH: Array, v_BSNH: Array, mask_B1TS: Array, dropout: Dropout) -> Array:
     """Scaled dot-product attention (Vaswani et al. 2017, 3.2.1), [B, T, N, H]; softmax in fp32."""
     B, T, N, H = q_BTNH.shape
@@ -178,3 +218,91 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
     picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     log_normalizer = highest + jnp.log(jnp.exp(logits - highest[..., None]).sum(-1))
     return log_normalizer - picked, (picked == highest).astype(jnp.float32)
+
+
+def tied_logits(x_GD: Array, table_VD: Array, vocab_size: int) -> Array:
+    """[G, V], fp32: products with a vocabulary table; the rows past `vocab_size` are padding and never win."""
+    logits_GV = jax.lax.dot_general(
+        x_GD, table_VD.astype(x_GD.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    return jnp.where((jnp.arange(len(table_VD)) < vocab_size)[None], logits_GV, MASKED)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def tied_cross_entropy(
+    x_BTD: Array, table_VD: Array, targets_BT: Array, weights_BT: Array, vocab_size: int
+) -> tuple[Array, Array]:
+    """`cross_entropy` of `tied_logits`, summed with weights: (nats, targets that have the highest logit), scalars.
+
+    The logits exist for a few tokens of a device at a time (CHUNK_TOKENS), and in the forward pass alone: where a
+    gradient is asked for, it is computed there, by chunks too. There is none for the weights.
+    """
+    return _by_chunks(x_BTD, table_VD, targets_BT, weights_BT, vocab_size, gradients=False)[0]
+
+
+def _tied_cross_entropy_forward(*arguments):
+    return _by_chunks(*arguments, gradients=True)
+
+
+def _tied_cross_entropy_backward(vocab_size: int, gradients: tuple[Array, Array], cotangents: tuple[Array, Array]):
+    dx_BTD, dtable_VD = gradients
+    return (cotangents[0] * dx_BTD).astype(dx_BTD.dtype), cotangents[0] * dtable_VD, None, None
+
+
+tied_cross_entropy.defvjp(_tied_cross_entropy_forward, _tied_cross_entropy_backward)
+
+
+def _by_chunks(
+    x_BTD: Array, table_VD: Array, targets_BT: Array, weights_BT: Array, vocab_size: int, gradients: bool
+) -> tuple[tuple[Array, Array], tuple[Array, Array] | None]:
+    """The sums of `tied_cross_entropy`, and their gradients by x and by the table."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1 or len(x_BTD) % mesh.size:  # 0 where no mesh is set.
+        return _local_chunks(x_BTD, table_VD, targets_BT, weights_BT, vocab_size, gradients)
+
+    # Each device goes through its own rows: chunks of the global batch would each be on a few devices only, and the
+    # gradient of the table would be summed over the devices after every chunk instead of once.
+    def local(*arguments):
+        sums, found = _local_chunks(*arguments, vocab_size, gradients)
+        sums = jax.lax.psum(sums, mesh.axis_names)
+        return sums, (found[0], jax.lax.psum(found[1], mesh.axis_names)) if gradients else None
+
+    rows = P(mesh.axis_names)
+    out_specs = ((P(), P()), (rows, P()) if gradients else None)
+    sharded = jax.shard_map(local, in_specs=(rows, P(), rows, rows), out_specs=out_specs, check_vma=False)
+    return sharded(x_BTD, table_VD, targets_BT, weights_BT)
+
+
+def _local_chunks(
+    x_BTD: Array, table_VD: Array, targets_BT: Array, weights_BT: Array, vocab_size: int, gradients: bool
+) -> tuple[tuple[Array, Array], tuple[Array, Array] | None]:
+    tokens = targets_BT.size
+    chunks = math.ceil(tokens / (CHUNK_TOKENS_ON_CPU if jax.default_backend() == "cpu" else CHUNK_TOKENS))
+    padding = -tokens % chunks  # Tokens of weight zero.
+    table = table_VD.astype(x_BTD.dtype)
+
+    def split(values: Array) -> Array:
+        flat = values.reshape(tokens, *values.shape[2:])
+        return jnp.pad(flat, [(0, padding)] + [(0, 0)] * (flat.ndim - 1)).reshape(chunks, -1, *flat.shape[1:])
+
+    def chunk(totals: tuple, values: tuple[Array, Array, Array]) -> tuple[tuple, Array | None]:
+        (loss, correct), dtable_VD = totals
+        x_GD, targets_G, weights_G = values
+        logits_GV = tied_logits(x_GD, table, vocab_size)
+        nll_G, correct_G = cross_entropy(logits_GV, targets_G)
+        sums = (loss + (nll_G * weights_G).sum(), correct + (correct_G * weights_G).sum())
+        if not gradients:
+            return (sums, None), None
+        picked_G = jnp.take_along_axis(logits_GV, targets_G[:, None], 1)[:, 0]
+        probabilities_GV = jnp.exp(logits_GV - (nll_G + picked_G)[:, None])
+        hits_GV = jnp.arange(logits_GV.shape[1])[None] == targets_G[:, None]
+        dlogits_GV = ((probabilities_GV - hits_GV) * weights_G[:, None]).astype(x_GD.dtype)
+        dtable_VD += jax.lax.dot_general(dlogits_GV, x_GD, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        return (sums, dtable_VD), dlogits_GV @ table
+
+    zero = jnp.zeros(())
+    start = ((zero, zero), jnp.zeros_like(table_VD, jnp.float32) if gradients else None)
+    (sums, dtable_VD), dx = jax.lax.scan(chunk, start, (split(x_BTD), split(targets_BT), split(weights_BT)))
+    if not gradients:
+        return sums, None
+    return sums, (dx.reshape(-1, x_BTD.shape[-1])[:tokens].reshape(x_BTD.shape), dtable_VD)

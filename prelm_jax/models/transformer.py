@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jax import Array
 
 from prelm_jax.models.layers import Dense, Dropout, LayerNorm, attention
@@ -36,9 +37,17 @@ class Attention(nn.Module):
         q_BTNH, k_BSNH, v_BSNH = (
             Dense(c.hidden_size, c.initializer, name=name)(x_BTD).reshape(heads) for name in ("query", "key", "value")
         )
+        if self.has_variable("cache", "keys"):  # These are the next tokens of a text whose others are known already.
+            k_BSNH, v_BSNH = self._appended("keys", k_BSNH), self._appended("values", v_BSNH)
         y_BTNH = attention(q_BTNH, k_BSNH, v_BSNH, mask_B1TS, Dropout(c.attention_dropout, name="weights_dropout"))
         y_BTD = Dense(c.hidden_size, c.initializer, name="output")(y_BTNH.reshape(x_BTD.shape))
         return LayerNorm(c.layer_norm_eps, name="layer_norm")(x_BTD + Dropout(c.hidden_dropout)(y_BTD))
+
+    def _appended(self, name: str, new_BTNH: Array) -> Array:
+        """The cache of that name with new entries at its end; as many fall out at its beginning."""
+        cache_BSNH = jnp.concatenate([self.get_variable("cache", name), new_BTNH], 1)[:, new_BTNH.shape[1] :]
+        self.put_variable("cache", name, cache_BSNH)
+        return cache_BSNH
 
 
 class Layer(nn.Module):

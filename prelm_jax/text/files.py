@@ -32,14 +32,14 @@ def read_lines(path: str | os.PathLike) -> list[str]:
     return lines[:-1] if lines[-1] == "" else lines
 
 
-def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """The JSON object in a file."""
+def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
+    """The JSON object in a file, or with `kind=list` the array."""
     try:
         value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is not a JSON object")
+    if not isinstance(value, kind):
+        raise InputError(f"{path} is not a JSON {'object' if kind is dict else 'array'}")
     return value
 
 

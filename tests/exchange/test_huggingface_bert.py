@@ -11,7 +11,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from prelm_jax.errors import InputError
-from prelm_jax.exchange import huggingface_bert
+from prelm_jax.exchange import batching
 from prelm_jax.exchange.huggingface_bert import tensor_name
 from prelm_jax.exchange.model import abstract_params, load, save
 from prelm_jax.models.bert import BertConfig
@@ -273,7 +273,7 @@ def test_embed_equals_transformers(model, reference, tokenizer):
 
 
 def test_embed_does_not_depend_on_the_company(model, monkeypatch):
-    monkeypatch.setattr(huggingface_bert, "TOKENS_PER_WINDOW", 30)
+    monkeypatch.setattr(batching, "TOKENS_PER_WINDOW", 30)
     many = list(model.embed(TEXTS * 3))
     assert len(many) == 3 * len(TEXTS)
     for i, text in enumerate(TEXTS * 3):
@@ -283,7 +283,7 @@ def test_embed_does_not_depend_on_the_company(model, monkeypatch):
 
 
 def test_embed_runs_full_batches(model, monkeypatch):
-    monkeypatch.setattr(huggingface_bert, "TOKENS_PER_BATCH", 48)  # Rows: 3 of 16, 2 of 24.
+    monkeypatch.setattr(batching, "TOKENS_PER_BATCH", 48)  # Rows: 3 of 16, 2 of 24.
     few, many = list(model.embed(TEXTS)), list(model.embed(TEXTS * 4))
     for i, (tokens, hidden) in enumerate(many):
         assert tokens == few[i % len(TEXTS)][0]
