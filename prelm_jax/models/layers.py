@@ -5,7 +5,7 @@ The letters that name the axes of an array, in suffixes (`x_BTD`) and einsums, e
     B batch        T time (queries)   S source time (keys)   D model width    F feed-forward width
     N heads        H head width       V vocabulary           L layers         M masked positions
     C characters   U distinct words   P LSTM projection      K pairs packed into a row
-    G tokens of a batch taken together, whatever rows they are of
+    A heads of all rows, B · N     G tokens of a batch taken together, whatever rows they are of
 
 Parameters are fp32; a layer computes in the dtype of its input. Norms, softmax and losses compute in fp32.
 """
@@ -203,12 +203,12 @@ def attention(q_BTNH: Array, k_BSNH: Array, v_BSNH: Array, mask_B1TS: Array, dro
     """Scaled dot-product attention (Vaswani et al. 2017, 3.2.1), [B, T, N, H]; softmax in fp32."""
     B, T, N, H = q_BTNH.shape
     # One batch axis, and that first: left to itself, XLA's CPU backend transposes more.
-    q_GTH, k_GSH, v_GSH = (x.swapaxes(1, 2).reshape(B * N, -1, H) for x in (q_BTNH / math.sqrt(H), k_BSNH, v_BSNH))
-    scores_BNTS = jnp.einsum("GTH,GSH->GTS", q_GTH, k_GSH).reshape(B, N, T, -1)
+    q_ATH, k_ASH, v_ASH = (x.swapaxes(1, 2).reshape(B * N, -1, H) for x in (q_BTNH / math.sqrt(H), k_BSNH, v_BSNH))
+    scores_BNTS = jnp.einsum("ATH,ASH->ATS", q_ATH, k_ASH).reshape(B, N, T, -1)
     scores_BNTS = jnp.where(mask_B1TS, scores_BNTS.astype(jnp.float32), MASKED)
     weights_BNTS = dropout(jax.nn.softmax(scores_BNTS).astype(v_BSNH.dtype))
-    y_GTH = jnp.einsum("GTS,GSH->GTH", weights_BNTS.reshape(B * N, T, -1), v_GSH)
-    return y_GTH.reshape(B, N, T, H).swapaxes(1, 2)
+    y_ATH = jnp.einsum("ATS,ASH->ATH", weights_BNTS.reshape(B * N, T, -1), v_ASH)
+    return y_ATH.reshape(B, N, T, H).swapaxes(1, 2)
 
 
 def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
