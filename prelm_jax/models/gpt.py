@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from prelm_jax.errors import InputError
 from prelm_jax.models.layers import (
     Dropout,
     Embedding,
@@ -30,7 +29,7 @@ from prelm_jax.models.layers import (
     tied_cross_entropy,
     tied_logits,
 )
-from prelm_jax.models.transformer import Transformer, TransformerConfig
+from prelm_jax.models.transformer import Transformer, TransformerConfig, check_heads
 
 Params = dict[str, Any]
 Batch = dict[str, Array]
@@ -57,10 +56,7 @@ class GPTConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self):
-        if self.hidden_size % self.num_heads:
-            raise InputError(
-                f"--model.num-heads {self.num_heads} does not divide --model.hidden-size {self.hidden_size}"
-            )
+        check_heads(self.hidden_size, self.num_heads)
 
     def build(self, dtype: jnp.dtype = jnp.float32) -> "GPT":
         """The model, computing in `dtype`."""

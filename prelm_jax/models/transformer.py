@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from prelm_jax.errors import InputError
 from prelm_jax.models.layers import Dense, Dropout, LayerNorm, attention
 
 
@@ -23,6 +24,12 @@ class TransformerConfig:
     hidden_dropout: float
     attention_dropout: float
     initializer: nn.initializers.Initializer
+
+
+def check_heads(hidden_size: int, num_heads: int) -> None:
+    """Raises InputError where the heads cannot be of one width."""
+    if hidden_size % num_heads:
+        raise InputError(f"--model.num-heads {num_heads} does not divide --model.hidden-size {hidden_size}")
 
 
 class Attention(nn.Module):

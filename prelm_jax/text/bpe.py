@@ -11,7 +11,6 @@ ideographs are set apart, and it is split at white space and punctuation: "don't
 """
 
 import dataclasses
-import itertools
 import json
 import os
 from collections.abc import Iterable
@@ -25,13 +24,13 @@ from prelm_jax.text.alphabet import alphabet, training_texts
 from prelm_jax.text.cache import cached, digest
 from prelm_jax.text.corpus import Corpus
 from prelm_jax.text.files import naming, read_json, read_lines
+from prelm_jax.text.word_encoder import WordEncoder
 
 UNKNOWN = "<unk>"
 END_OF_WORD = "</w>"
 # Vocabulary and merges under the names of Hugging Face, and of OpenAI.
 FILES = (("vocab.json", "merges.txt"), ("encoder_bpe_40000.json", "vocab_40000.bpe"))
 TRAINING_VERSION = 1  # raise it when the same corpus would give another vocabulary
-REMEMBERED_WORDS = 1 << 20
 
 Merge = tuple[str, str]
 
@@ -64,8 +63,7 @@ class BPE:
         self.unknown_id = ids[UNKNOWN]
         self.fingerprint = digest([self.tokens, self.merges])
         # Without special tokens: what is written "<unk>" in a text is text.
-        self._tokenizer = _pipeline(self.tokens, self.merges)
-        self._word_ids: dict[str, list[int]] = {}
+        self._encoder = WordEncoder(_pipeline(self.tokens, self.merges))
 
     @classmethod
     def from_files(cls, vocabulary: str | os.PathLike, merges: str | os.PathLike) -> "BPE":
@@ -99,20 +97,11 @@ class BPE:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text."""
-        # Neither cleaning nor splitting looks across a space, so each space-separated word is encoded once and
-        # remembered: several times faster than encoding the texts, with the same ids.
-        if len(self._word_ids) > REMEMBERED_WORDS:
-            self._word_ids = {}
-        known = self._word_ids
-        split = [text.split(" ") for text in texts]
-        new = [word for word in set(itertools.chain.from_iterable(split)) if word not in known]
-        encodings = self._tokenizer.encode_batch_fast(new, add_special_tokens=False)
-        known.update(zip(new, (encoding.ids for encoding in encodings), strict=True))
-        return [list(itertools.chain.from_iterable(map(known.__getitem__, words))) for words in split]
+        return self._encoder.encode_batch(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Words with spaces between them, as transformers decodes."""
-        return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=False)
+        return self._encoder.decode(ids)
 
     def save(self, directory: str | os.PathLike, model_max_length: int | None = None) -> None:
         """Writes vocab.json, merges.txt, tokenizer.json, tokenizer_config.json and special_tokens_map.json.

@@ -7,7 +7,6 @@ spelled, or is longer than 100 characters, is [UNK]. The `tokenizers` library do
 """
 
 import dataclasses
-import itertools
 import json
 import os
 from collections.abc import Iterable
@@ -22,11 +21,11 @@ from prelm_jax.text.alphabet import alphabet, training_texts
 from prelm_jax.text.cache import cached, digest
 from prelm_jax.text.corpus import Corpus
 from prelm_jax.text.files import naming, read_json, read_lines
+from prelm_jax.text.word_encoder import WordEncoder
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_WORD_CHARACTERS = 100
 TRAINING_VERSION = 1  # raise it when the same corpus would give another vocabulary
-REMEMBERED_WORDS = 1 << 20
 
 
 class WordPiece:
@@ -54,8 +53,7 @@ class WordPiece:
         self.fingerprint = digest(settings)
         self.continuation = np.array([token.startswith("##") for token in self.tokens])
         # Without special tokens: what is written "[MASK]" in a text is text.
-        self._tokenizer = _pipeline(self.tokens, lowercase, strip_accents)
-        self._word_ids: dict[str, list[int]] = {}
+        self._encoder = WordEncoder(_pipeline(self.tokens, lowercase, strip_accents))
 
     @classmethod
     def from_vocab(cls, path: str | os.PathLike, lowercase: bool = True, strip_accents: bool | None = None):
@@ -92,20 +90,11 @@ class WordPiece:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, without special tokens."""
-        # Neither cleaning nor splitting looks across a space, so each space-separated word is encoded once and
-        # remembered: several times faster than encoding the texts, with the same ids.
-        if len(self._word_ids) > REMEMBERED_WORDS:
-            self._word_ids = {}
-        known = self._word_ids
-        split = [text.split(" ") for text in texts]
-        new = [word for word in set(itertools.chain.from_iterable(split)) if word not in known]
-        encodings = self._tokenizer.encode_batch_fast(new, add_special_tokens=False)
-        known.update(zip(new, (encoding.ids for encoding in encodings), strict=True))
-        return [list(itertools.chain.from_iterable(map(known.__getitem__, words))) for words in split]
+        return self._encoder.encode_batch(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Words with spaces between them, pieces joined, as transformers decodes."""
-        return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=False)
+        return self._encoder.decode(ids)
 
     def save(self, directory: str | os.PathLike, model_max_length: int | None = None) -> None:
         """Writes vocab.txt, tokenizer.json, tokenizer_config.json and special_tokens_map.json.

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, OpenAIGPTTokenizer
 
 from prelm_jax.errors import InputError
+from prelm_jax.text import bpe
 from prelm_jax.text.bpe import BPE, FILES, BPEConfig, train
 from prelm_jax.text.corpus import Corpus
 from prelm_jax.text.tokenizer import load
@@ -155,14 +156,6 @@ def test_the_name_of_the_unknown_is_text():
 def test_decode_joins_pieces():
     ids = [TOKENS.index(token) for token in ("<unk>", "un", "able</w>", ".</w>", "ab</w>")]
     assert tokenizer().decode(np.array(ids)) == "<unk>unable . ab"
-
-
-def test_words_are_forgotten_and_learnt_again(monkeypatch):
-    monkeypatch.setattr("prelm_jax.text.bpe.REMEMBERED_WORDS", 2)
-    ours, fresh = tokenizer(), tokenizer()
-    texts = ["a b ab", "unable a", "b b", "a"]
-    assert [ours.encode_batch([text])[0] for text in texts] == fresh.encode_batch(texts)
-    assert len(ours._word_ids) <= 5
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
@@ -360,7 +353,7 @@ def test_merges_are_the_most_frequent_pairs(prose):
     """The first merges by counting, one word at a time; where pairs are as frequent, any of them will do."""
     _, merges = train(prose, 12)
     words = Counter()
-    ours = BPE(["<unk>", "a</w>"], [])._tokenizer
+    ours = bpe._pipeline(["<unk>", "a</w>"], [])
     for document in prose.documents():
         normal = ours.normalizer.normalize_str(document.text)
         words.update((*word[:-1], word[-1] + "</w>") for word, _ in ours.pre_tokenizer.pre_tokenize_str(normal))

@@ -158,11 +158,11 @@ def test_continuation_marks_the_pieces_that_continue():
 
 
 def test_words_are_forgotten_and_learnt_again(monkeypatch):
-    monkeypatch.setattr("prelm_jax.text.wordpiece.REMEMBERED_WORDS", 2)
+    monkeypatch.setattr("prelm_jax.text.word_encoder.REMEMBERED_WORDS", 2)
     tokenizer, fresh = WordPiece(TOKENS), WordPiece(TOKENS)
     texts = ["a b ab", "unaffable a", "b b", "a"]
     assert [tokenizer.encode_batch([text])[0] for text in texts] == fresh.encode_batch(texts)
-    assert len(tokenizer._word_ids) <= 5
+    assert len(tokenizer._encoder._word_ids) <= 5
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
