@@ -234,7 +234,13 @@ def _join_processes() -> None:
 
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         numbers = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
-        jax.distributed.initialize(**{name: number and int(number) for name, number in numbers.items()})
+        try:
+            jax.distributed.initialize(**{name: number and int(number) for name, number in numbers.items()})
+        except ValueError as error:
+            raise InputError(
+                f"JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID do not make one of several processes "
+                f"({error}): set them all, or none"
+            ) from None
 
 
 def _print_summary(summary: Any) -> None:

@@ -189,6 +189,13 @@ def test_work_directories_that_will_not_do(place, capsys, tmp_path, monkeypatch)
     assert message == f"prelm: cannot write {tmp_path}/run: Permission denied"
 
 
+def test_one_of_several_processes_needs_its_number(place, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    message = complaint(capsys, "pretrain", f"{place}/tiny.py:tiny", "--workdir", tmp_path / "run")
+    assert "JAX_NUM_PROCESSES and JAX_PROCESS_ID do not make" in message and "'two'" in message
+
+
 def test_what_a_newer_version_wrote(place, capsys, tmp_path):
     for name, old, new in [("run.json", '"format": 1', '"format": 2'), ("checkpoints/3/_CHECKPOINT_METADATA", "", "")]:
         shutil.copytree(place / "run", tmp_path / "run", dirs_exist_ok=True)

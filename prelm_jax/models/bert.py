@@ -18,17 +18,16 @@ import numpy as np
 from jax import Array
 
 from prelm_jax.models.layers import (
-    MASKED,
     Dense,
     Dropout,
     Embedding,
     LayerNorm,
-    add_bias,
     attention_mask,
     check_rows,
     cross_entropy,
     gelu,
     padded_vocabulary,
+    tied_logits,
     truncated_normal,
 )
 from prelm_jax.models.transformer import Transformer, TransformerConfig, check_heads
@@ -116,12 +115,9 @@ class Bert(nn.Module):
         """[B, M, padded vocabulary], fp32: the transform, then the product with the word embeddings and a bias."""
         x_BMD = gelu(self.masked_lm_transform(hidden_BMD))
         x_BMD = self.masked_lm_layer_norm(x_BMD)
-        table_VD = self.word_embeddings.table.astype(self.dtype)
-        logits = jax.lax.dot_general(
-            x_BMD.reshape(-1, x_BMD.shape[-1]), table_VD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
-        bias_V = jnp.where(jnp.arange(len(table_VD)) < self.config.vocab_size, self.masked_lm_bias, MASKED)
-        return add_bias(logits, bias_V).reshape(*x_BMD.shape[:-1], -1)
+        x_GD, table_VD = x_BMD.reshape(-1, x_BMD.shape[-1]), self.word_embeddings.table
+        logits_GV = tied_logits(x_GD, table_VD, self.config.vocab_size, self.masked_lm_bias)
+        return logits_GV.reshape(*x_BMD.shape[:-1], -1)
 
     def next_sentence_logits(self, pooled_BKD: Array) -> Array:
         """[B, K, 2], fp32: index 0 says that B follows A (the reference's polarity)."""

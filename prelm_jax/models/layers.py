@@ -73,7 +73,6 @@ def truncated_normal(stddev: float) -> nn.initializers.Initializer:
 
     Drawn from `random_bits`: to compile threefry for each shape took as long as to compile the rest of a small model.
     """
-
     return _normal(stddev, math.erf(math.sqrt(2)))
 
 
@@ -220,12 +219,12 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
     return log_normalizer - picked, (picked == highest).astype(jnp.float32)
 
 
-def tied_logits(x_GD: Array, table_VD: Array, vocab_size: int) -> Array:
+def tied_logits(x_GD: Array, table_VD: Array, vocab_size: int, bias_V: Array | float = 0.0) -> Array:
     """[G, V], fp32: products with a vocabulary table; the rows past `vocab_size` are padding and never win."""
     logits_GV = jax.lax.dot_general(
         x_GD, table_VD.astype(x_GD.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
-    return jnp.where((jnp.arange(len(table_VD)) < vocab_size)[None], logits_GV, MASKED)
+    return add_bias(logits_GV, jnp.where(jnp.arange(len(table_VD)) < vocab_size, bias_V, MASKED))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
