@@ -66,7 +66,8 @@ class Model(abc.ABC):
         """For each text the sum of the natural-log probabilities of its tokens, and their number."""
 
 
-def _family(model_type: object, source: Path) -> type[Model]:
+def family(model_type: object, source: str | os.PathLike) -> type[Model]:
+    """The codec of a `model_type`; InputError, which names the source, for one that there is none for."""
     from prelm_jax.exchange.huggingface_bert import BertModel  # Here, because they import this module.
     from prelm_jax.exchange.huggingface_gpt import GPTModel
 
@@ -87,10 +88,10 @@ def load(path: str | os.PathLike) -> Model:
     if (directory / "run.json").is_file():
         return _load_run(directory)
     if (directory / ORIGINAL_GPT).is_file():
-        return _family("openai-gpt", directory / ORIGINAL_GPT).read(directory)
+        return family("openai-gpt", directory / ORIGINAL_GPT).read(directory)
     if (directory / "config.json").is_file():
         source = directory / "config.json"
-        return _family(read_json(source).get("model_type"), source).read(directory)
+        return family(read_json(source).get("model_type"), source).read(directory)
     raise InputError(f"{directory}: neither a model directory (no config.json) nor a work directory (no run.json)")
 
 
@@ -110,13 +111,13 @@ def _load_run(directory: Path) -> Model:
 
     source = directory / "run.json"
     fields = dict(read_record(directory).get("model", {}))
-    family = _family(fields.pop("model_type", None), source)
+    codec = family(fields.pop("model_type", None), source)
     try:
-        config = family.config_class(**fields)
+        config = codec.config_class(**fields)
     except TypeError as error:
-        raise InputError(f"{source}: not the fields of a {family.config_class.__name__} ({error})") from error
+        raise InputError(f"{source}: not the fields of a {codec.config_class.__name__} ({error})") from error
     _, params = restore_params(directory / "checkpoints", abstract_params(config))
-    return family(config, params, tokenizers.load(directory / "tokenizer"))
+    return codec(config, params, tokenizers.load(directory / "tokenizer"))
 
 
 def save(model: Model, directory: str | os.PathLike, card: str) -> None:
