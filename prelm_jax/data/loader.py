@@ -12,7 +12,8 @@ class Batches(Protocol):
 
     batch_size: int
     layout: dict[str, str]
-    """For each key "rows" (a host builds its own rows) or "replicated" (the same on every host)."""
+    """For each key "rows" (a host builds its own rows), or what every host builds whole: "replicated" (every device
+    gets all of it) or "shared" (a part of its first axis each; never cut into micro-batches)."""
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         """The global batch of a step."""

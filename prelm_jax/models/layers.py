@@ -6,6 +6,8 @@ The letters that name the axes of an array, in suffixes (`x_BTD`) and einsums, e
     N heads        H head width       V vocabulary           L layers         M masked positions
     C characters   U distinct words   P LSTM projection      K pairs packed into a row
     A heads of all rows, B · N     G tokens of a batch taken together, whatever rows they are of
+    E LSTM cell width    Z its gates, 4 · E  S negatives of a sampled softmax, too
+    In the encoder of words, D is the width of a character's vector and F the number of filters.
 
 Parameters are fp32; a layer computes in the dtype of its input. Norms, softmax and losses compute in fp32.
 """
@@ -27,6 +29,7 @@ MASKED = -1e9  # Finite, so that a row with nothing to attend to (all padding) g
 # So many tokens on a device have their logits in memory at once, where the cross-entropy goes by chunks. On a CPU few,
 # whose logits stay in its cache; elsewhere many, because every chunk reads and writes the gradient of the table.
 CHUNK_TOKENS, CHUNK_TOKENS_ON_CPU = 4096, 512
+CHUNK_LOGITS = 2**28  # And no more logits than that, 1 GB, however large the vocabulary.
 
 
 def padded_vocabulary(vocab_size: int) -> int:
@@ -92,6 +95,16 @@ def _normal(stddev: float, within: float) -> nn.initializers.Initializer:
     return initializer
 
 
+def uniform(limit: float) -> nn.initializers.Initializer:
+    """Between -limit and limit, drawn like `truncated_normal`."""
+
+    def initializer(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+        uniform = ((random_bits(key, shape) >> 8).astype(jnp.float32) + 0.5) * 2.0**-24  # Between 0 and 1.
+        return (limit * (2 * uniform - 1)).astype(dtype)
+
+    return initializer
+
+
 @jax.custom_vjp
 def add_bias(x: Array, bias: Array) -> Array:
     """x + bias for a 2-D x. The gradient of the bias is a product with ones: XLA's CPU backend sums columns slowly."""
@@ -113,11 +126,12 @@ class Dense(nn.Module):
 
     features: int
     initializer: nn.initializers.Initializer
+    initial_bias: float = 0.0
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", self.initializer, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        bias = self.param("bias", nn.initializers.constant(self.initial_bias), (self.features,))
         y = add_bias(x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype), bias.astype(x.dtype))
         return y.reshape(*x.shape[:-1], self.features)
 
@@ -227,56 +241,79 @@ def tied_logits(x_GD: Array, table_VD: Array, vocab_size: int, bias_V: Array | f
     return add_bias(logits_GV, jnp.where(jnp.arange(len(table_VD)) < vocab_size, bias_V, MASKED))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def tied_cross_entropy(
-    x_BTD: Array, table_VD: Array, targets_BT: Array, weights_BT: Array, vocab_size: int
+    x_BTD: Array,
+    table_VD: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    vocab_size: int,
+    bias_V: Array | None = None,
 ) -> tuple[Array, Array]:
     """`cross_entropy` of `tied_logits`, summed with weights: (nats, targets that have the highest logit), scalars.
 
     The logits exist for a few tokens of a device at a time (CHUNK_TOKENS), and in the forward pass alone: where a
     gradient is asked for, it is computed there, by chunks too. There is none for the weights.
     """
-    return _by_chunks(x_BTD, table_VD, targets_BT, weights_BT, vocab_size, gradients=False)[0]
+    bias_V = jnp.zeros(len(table_VD)) if bias_V is None else bias_V
+    return _tied_cross_entropy(vocab_size, x_BTD, table_VD, bias_V, targets_BT, weights_BT)
 
 
-def _tied_cross_entropy_forward(*arguments):
-    return _by_chunks(*arguments, gradients=True)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tied_cross_entropy(vocab_size: int, *arguments: Array) -> tuple[Array, Array]:
+    return _by_chunks(*arguments, vocab_size, gradients=False)[0]
 
 
-def _tied_cross_entropy_backward(vocab_size: int, gradients: tuple[Array, Array], cotangents: tuple[Array, Array]):
-    dx_BTD, dtable_VD = gradients
-    return (cotangents[0] * dx_BTD).astype(dx_BTD.dtype), cotangents[0] * dtable_VD, None, None
+def _tied_cross_entropy_forward(vocab_size: int, *arguments: Array):
+    return _by_chunks(*arguments, vocab_size, gradients=True)
 
 
-tied_cross_entropy.defvjp(_tied_cross_entropy_forward, _tied_cross_entropy_backward)
+def _tied_cross_entropy_backward(vocab_size: int, gradients: tuple[Array, ...], cotangents: tuple[Array, Array]):
+    return *((cotangents[0] * gradient).astype(gradient.dtype) for gradient in gradients), None, None
+
+
+_tied_cross_entropy.defvjp(_tied_cross_entropy_forward, _tied_cross_entropy_backward)
 
 
 def _by_chunks(
-    x_BTD: Array, table_VD: Array, targets_BT: Array, weights_BT: Array, vocab_size: int, gradients: bool
-) -> tuple[tuple[Array, Array], tuple[Array, Array] | None]:
-    """The sums of `tied_cross_entropy`, and their gradients by x and by the table."""
+    x_BTD: Array,
+    table_VD: Array,
+    bias_V: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    vocab_size: int,
+    gradients: bool,
+) -> tuple[tuple[Array, Array], tuple[Array, Array, Array] | None]:
+    """The sums of `tied_cross_entropy`, and their gradients by x, by the table and by the bias."""
+    arguments = (x_BTD, table_VD, bias_V, targets_BT, weights_BT)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1 or len(x_BTD) % mesh.size:  # 0 where no mesh is set.
-        return _local_chunks(x_BTD, table_VD, targets_BT, weights_BT, vocab_size, gradients)
+        return _local_chunks(*arguments, vocab_size, gradients)
 
     # Each device goes through its own rows: chunks of the global batch would each be on a few devices only, and the
     # gradient of the table would be summed over the devices after every chunk instead of once.
     def local(*arguments):
         sums, found = _local_chunks(*arguments, vocab_size, gradients)
         sums = jax.lax.psum(sums, mesh.axis_names)
-        return sums, (found[0], jax.lax.psum(found[1], mesh.axis_names)) if gradients else None
+        return sums, (found[0], *jax.lax.psum(found[1:], mesh.axis_names)) if gradients else None
 
     rows = P(mesh.axis_names)
-    out_specs = ((P(), P()), (rows, P()) if gradients else None)
-    sharded = jax.shard_map(local, in_specs=(rows, P(), rows, rows), out_specs=out_specs, check_vma=False)
-    return sharded(x_BTD, table_VD, targets_BT, weights_BT)
+    out_specs = ((P(), P()), (rows, P(), P()) if gradients else None)
+    sharded = jax.shard_map(local, in_specs=(rows, P(), P(), rows, rows), out_specs=out_specs, check_vma=False)
+    return sharded(*arguments)
 
 
 def _local_chunks(
-    x_BTD: Array, table_VD: Array, targets_BT: Array, weights_BT: Array, vocab_size: int, gradients: bool
-) -> tuple[tuple[Array, Array], tuple[Array, Array] | None]:
+    x_BTD: Array,
+    table_VD: Array,
+    bias_V: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    vocab_size: int,
+    gradients: bool,
+) -> tuple[tuple[Array, Array], tuple[Array, Array, Array] | None]:
     tokens = targets_BT.size
-    chunks = math.ceil(tokens / (CHUNK_TOKENS_ON_CPU if jax.default_backend() == "cpu" else CHUNK_TOKENS))
+    at_once = CHUNK_TOKENS_ON_CPU if jax.default_backend() == "cpu" else CHUNK_TOKENS
+    chunks = math.ceil(tokens / min(at_once, max(1, CHUNK_LOGITS // len(table_VD))))
     padding = -tokens % chunks  # Tokens of weight zero.
     table = table_VD.astype(x_BTD.dtype)
 
@@ -285,9 +322,9 @@ def _local_chunks(
         return jnp.pad(flat, [(0, padding)] + [(0, 0)] * (flat.ndim - 1)).reshape(chunks, -1, *flat.shape[1:])
 
     def chunk(totals: tuple, values: tuple[Array, Array, Array]) -> tuple[tuple, Array | None]:
-        (loss, correct), dtable_VD = totals
+        (loss, correct), found = totals
         x_GD, targets_G, weights_G = values
-        logits_GV = tied_logits(x_GD, table, vocab_size)
+        logits_GV = tied_logits(x_GD, table, vocab_size, bias_V)
         nll_G, correct_G = cross_entropy(logits_GV, targets_G)
         sums = (loss + (nll_G * weights_G).sum(), correct + (correct_G * weights_G).sum())
         if not gradients:
@@ -295,13 +332,15 @@ def _local_chunks(
         picked_G = jnp.take_along_axis(logits_GV, targets_G[:, None], 1)[:, 0]
         probabilities_GV = jnp.exp(logits_GV - (nll_G + picked_G)[:, None])
         hits_GV = jnp.arange(logits_GV.shape[1])[None] == targets_G[:, None]
-        dlogits_GV = ((probabilities_GV - hits_GV) * weights_G[:, None]).astype(x_GD.dtype)
-        dtable_VD += jax.lax.dot_general(dlogits_GV, x_GD, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        return (sums, dtable_VD), dlogits_GV @ table
+        dlogits_GV = (probabilities_GV - hits_GV) * weights_G[:, None]
+        dbias_V = jnp.matmul(jnp.ones((1, len(dlogits_GV))), dlogits_GV, precision="highest")[0]  # As in `add_bias`.
+        dlogits_GV = dlogits_GV.astype(x_GD.dtype)
+        dtable_VD = jax.lax.dot_general(dlogits_GV, x_GD, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        return (sums, (found[0] + dtable_VD, found[1] + dbias_V)), dlogits_GV @ table
 
     zero = jnp.zeros(())
-    start = ((zero, zero), jnp.zeros_like(table_VD, jnp.float32) if gradients else None)
-    (sums, dtable_VD), dx = jax.lax.scan(chunk, start, (split(x_BTD), split(targets_BT), split(weights_BT)))
+    start = ((zero, zero), (jnp.zeros(table_VD.shape), jnp.zeros(bias_V.shape)) if gradients else None)
+    (sums, found), dx = jax.lax.scan(chunk, start, (split(x_BTD), split(targets_BT), split(weights_BT)))
     if not gradients:
         return sums, None
-    return sums, (dx.reshape(-1, x_BTD.shape[-1])[:tokens].reshape(x_BTD.shape), dtable_VD)
+    return sums, (dx.reshape(-1, x_BTD.shape[-1])[:tokens].reshape(x_BTD.shape), *found)

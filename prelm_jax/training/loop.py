@@ -3,7 +3,7 @@
 model       init_params(key), init_carry(rows), loss(params, carry, batch, key), weights(batch), coefficients,
             tokens(batch), flops(batch): see models/bert.py
 optimizer   build() -> optax.GradientTransformation, schedule(step): see optimizer.py
-batches     layout: which keys are `rows` of the batch and which are `replicated`, see data/pairs.py
+batches     layout: which keys are `rows` of the batch and which belong to all of them, see sharding.place
 """
 
 import contextlib

@@ -75,6 +75,35 @@ class AdamW:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Adagrad:
+    """Adagrad (Duchi et al. 2011) as ELMo was trained with it; a constant rate, no epsilon, no weight decay.
+
+    The sums of squares start at `initial_accumulator`, which only means something beside the size of the gradients:
+    these are of `unroll_steps` times the mean loss of a token (bilm-tf, training.py, which takes the gradient of
+    `loss * unroll_steps`). Then they are clipped to a global norm of `clip_norm`, after accumulation and over all
+    devices.
+    """
+
+    learning_rate: float
+    unroll_steps: int = 1
+    initial_accumulator: float = 1.0
+    clip_norm: float = 10.0
+
+    def schedule(self, step: jax.Array | int) -> jax.Array:
+        """The learning rate of a step."""
+        return jnp.full(jnp.shape(step), self.learning_rate, jnp.float32)
+
+    def build(self) -> optax.GradientTransformation:
+        """The transformation of gradients into updates."""
+        return optax.chain(
+            optax.scale(self.unroll_steps),
+            optax.clip_by_global_norm(self.clip_norm),
+            optax.scale_by_rss(self.initial_accumulator, eps=0.0),
+            optax.scale_by_learning_rate(self.learning_rate),
+        )
+
+
 def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     """m / (sqrt(v) + eps), the moments as they are: the first steps are 3 × larger than Adam's."""
     init = optax.scale_by_adam(b1, b2, eps).init

@@ -16,6 +16,7 @@ Tree = Any
 # The last name on the path of every array of the train state, and whether FSDP shards it. Moments carry the path of
 # their parameter. Exhaustive: a path that no rule knows is an error, so that nothing is replicated by oversight.
 RULES = (
+    (r"(^|/)(characters|convolution_\d+)/", False),  # ELMo's: small, and of sizes that many devices do not divide.
     (r"(^|/)(kernel|embedding)$", True),
     (r"(^|/)(\w*bias|scale|count|step)$", False),
 )
@@ -66,9 +67,18 @@ def state_sharding(state: Tree, mesh: jax.sharding.Mesh, parameters: str) -> Tre
 
 
 def place(batch: dict[str, np.ndarray], layout: dict[str, str], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """A batch on the devices: this process's rows of the keys laid out as `rows`, all of those `replicated`."""
-    layouts = {name: NamedSharding(mesh, P("data") if name == "rows" else P()) for name in ("rows", "replicated")}
+    """A batch on the devices, from what this process has of it.
+
+    Of keys laid out as `rows` that is its own rows; of those `replicated` and `shared` it is everything, and each
+    device gets all of it, or (`shared`) an equal part of its first axis where the devices divide that.
+    """
+    split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+
+    def placed(key: str, array: np.ndarray) -> jax.Array:
+        if layout[key] == "rows":
+            return jax.make_array_from_process_local_data(split, array)
+        sharding = split if layout[key] == "shared" and len(array) % mesh.size == 0 else whole
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
     with jax.transfer_guard("allow"):  # This is the one transfer that is meant; with several processes JAX cannot tell.
-        return {
-            key: jax.make_array_from_process_local_data(layouts[layout[key]], array) for key, array in batch.items()
-        }
+        return {key: placed(key, array) for key, array in batch.items()}
