@@ -12,7 +12,8 @@ class Batches(Protocol):
 
     batch_size: int
     layout: dict[str, str]
-    """For each key "rows" (a host builds its own rows) or "replicated" (the same on every host)."""
+    """For each key "rows" (a host builds its own rows), "replicated" (the same on every host and device) or "shared"
+    (the same on every host; cut over the devices along the first axis, whatever rows they have)."""
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         """The global batch of a step."""
