@@ -5,15 +5,15 @@ ELMo, section 3.1 (Peters et al., 2018); bilm-tf, bilm/data.py.
 The sentences of an epoch, in random order, stand end to end as a line of places: a sentence of n words has n + 1. The
 forward direction reads `<S> w1 … wn` there to predict `w1 … wn </S>`, the backward direction `</S> wn … w1` to predict
 `wn … w1 <S>`: at each place both are in the same sentence, one that much after its beginning, the other as much before
-its end. The line is cut into as many equal slices as there are rows, of the same place in every epoch; a row reads its
-slice of one epoch, then that of the next, without end, T places a step, so it goes on where the step before stopped.
-There is no padding, and a loss at every place.
+its end. The line is cut into as many equal slices as there are rows; a row reads its slice of one epoch, then that of
+the next, without end, T places a step, so it goes on where the step before stopped. Where a slice is a place shorter
+than others, its row reads the place after it too, without weight: all rows begin an epoch together.
 
 Divergences from that reference:
 
-- Both directions read the same sentences, so that a word's characters are encoded once for both; what only one of them
-  reads in a step is the rest of a sentence that the step's border cuts. In the reference each direction has its own
-  random order: `independent_directions`.
+- Both directions read the same sentences, so that a word's characters are encoded once for both. Only of a sentence
+  that the border of a step cuts do they read different parts: the one its beginning, the other its end. In the
+  reference each direction has its own random order (`independent_directions`).
 - A row is the owner of its slice; in the reference rows take sentences from one queue, whenever they have none. The
   sentences at the borders of slices, one for each row, are read by two rows, each a part.
 - Sentences are in random order in the whole corpus, not only within the shard that was loaded.
@@ -28,13 +28,14 @@ import numpy as np
 
 from prelm_jax.data.ngrams import trigram_loss
 from prelm_jax.data.randomness import bits, key, permute, uniform
+from prelm_jax.data.windows import count_up
 from prelm_jax.errors import InputError
 from prelm_jax.text.store import Store
 
 DIRECTIONS = ("forward", "backward")
 FEWEST_WORDS = 128  # for which a batch has room: a multiple of the devices that share them
 PERMUTED_AT_ONCE = 1 << 20
-EPOCHS_KEPT = 2  # rows do not come to the end of one at quite the same step
+EPOCHS_KEPT = 2  # a step may have the end of one and the beginning of the next
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ class StreamBatches:
 
     Keys, int32 unless said: `characters` [U, 50], the character ids of the different words of the global batch, padded
     to one of a few U; and for each direction d, forward and backward, `d_words` [B, T], what is read, as numbers of
-    rows of `characters`; `d_targets` [B, T], what is predicted, ids of the vocabulary; `d_weights` (float32) [B, T],
-    1; `d_negatives` [num_negatives], different ids in the order they were drawn; and `d_tries` [], how many draws it
-    took to have so many different ones.
+    rows of `characters`; `d_targets` [B, T], what is predicted, ids of the vocabulary; `d_weights` (float32) [B, T], 1
+    or, for the place after a slice, 0; `d_negatives` [num_negatives], different ids in the order they were drawn; and
+    `d_tries` [], how many draws it took to have so many different ones.
     """
 
     def __init__(self, config: StreamsConfig, store: Store, tokenizer, batch_size: int, seed: int):
@@ -90,16 +91,18 @@ class StreamBatches:
         streams = DIRECTIONS if config.independent_directions else ("forward", "forward")
         self._epoch_keys = {d: key(seed, f"streams: epoch {s}") for d, s in zip(DIRECTIONS, streams, strict=True)}
         self._negative_keys = {d: key(seed, f"streams: negatives {d}") for d in DIRECTIONS}
+        if n := config.num_negatives:
+            _, tries = log_uniform(self._negative_keys["forward"], n, self._vocab_size, n)
+            # About as many as are needed at every step.
+            self._negatives = partial(log_uniform, n=n, vocab_size=self._vocab_size, at_once=int(tries * 1.1) + 1)
         self._epochs: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
-        self._places = store.num_tokens + store.num_sentences
-        if self._places < batch_size:
-            raise InputError(
-                f"{store.num_sentences} sentences of {store.num_tokens} words do not give each of {batch_size} rows a "
-                "word to predict: give a larger corpus or a smaller --batch-size"
-            )
-        borders = np.arange(batch_size + 1) * self._places // batch_size
+        places = store.num_tokens + store.num_sentences
+        if not places:
+            raise InputError("the corpus is empty: give one with at least one word")
+        borders = np.arange(batch_size + 1) * places // batch_size
         self._slice_begins, self._slice_lengths = borders[:-1], np.diff(borders)
+        self._slice = int(self._slice_lengths[-1])  # the longest, by one
 
     @property
     def layout(self) -> dict[str, str]:
@@ -116,21 +119,27 @@ class StreamBatches:
 
     def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """Rows start to stop of the batch of a step; what belongs to all rows is of the global batch."""
+        T = self._config.max_length
+        weights_BT = (step * T + np.arange(T)) % self._slice < self._slice_lengths[start:stop, None]
         read_2BT, targets = [], {}
+        located = None
         for direction in DIRECTIONS:
-            words_BT, targets[direction] = self._read(step, direction)
-            read_2BT.append(words_BT)
+            if located is None or self._config.independent_directions:
+                located = self._locate(step, direction)
+            begin_BT, end_BT, offset_BT = located
+            read_2BT.append(self._words(direction, begin_BT, end_BT, offset_BT - 1))
+            targets[direction] = self._targets(
+                direction, begin_BT[start:stop], end_BT[start:stop], offset_BT[start:stop]
+            )
         words_U, number_2BT = np.unique(np.stack(read_2BT), return_inverse=True)
         padding = np.full(bucket(len(words_U)) - len(words_U), self._unknown_id)
         batch = {"characters": self._store.words.characters(np.append(words_U, padding))}
         for direction, number_BT in zip(DIRECTIONS, number_2BT.astype(np.int32), strict=True):
             batch[f"{direction}_words"] = number_BT[start:stop]
-            batch[f"{direction}_targets"] = targets[direction][start:stop]
-            batch[f"{direction}_weights"] = np.ones((stop - start, self._config.max_length), np.float32)
+            batch[f"{direction}_targets"] = targets[direction]
+            batch[f"{direction}_weights"] = weights_BT.astype(np.float32)
             if self._config.num_negatives:
-                drawn = log_uniform(
-                    bits(self._negative_keys[direction], step), self._config.num_negatives, self._vocab_size
-                )
+                drawn = self._negatives(bits(self._negative_keys[direction], step))
                 batch[f"{direction}_negatives"], batch[f"{direction}_tries"] = drawn
         return batch
 
@@ -164,39 +173,37 @@ class StreamBatches:
             }
         return result
 
-    def _read(self, step: int, direction: str) -> tuple[np.ndarray, np.ndarray]:
-        """What a direction reads, ids of the store, and predicts, ids of the vocabulary: [B, T] each."""
-        T = self._config.max_length
-        epoch_BT, place_BT = np.divmod(step * T + np.arange(T), self._slice_lengths[:, None])
-        place_BT += self._slice_begins[:, None]
-        sentence_BT, offset_BT = np.empty_like(place_BT), np.empty_like(place_BT)
-        for epoch in range(epoch_BT.min(), epoch_BT.max() + 1):
-            sentences, begins = self._epoch(epoch, direction)
-            there = epoch_BT == epoch
-            place = place_BT[there]
-            number = np.searchsorted(begins, place, side="right") - 1
-            sentence_BT[there] = sentences[number]
-            offset_BT[there] = place - begins[number]
-        return self._words(direction, sentence_BT, offset_BT - 1), self._targets(direction, sentence_BT, offset_BT)
+    def _locate(self, step: int, direction: str) -> np.ndarray:
+        """For each place of a batch the tokens between which its sentence lies, and the words before the place in it.
 
-    def _words(self, direction: str, sentence: np.ndarray, offset: np.ndarray) -> np.ndarray:
-        """Ids of the words (from 0) of sentences in a direction: before them and after them are the marks."""
-        begin, end = self._store.sentence_offsets[sentence], self._store.sentence_offsets[sentence + 1]
-        before, after = self._marks[direction]
-        position = begin + offset if direction == "forward" else end - 1 - offset
-        words = self._store.gather(np.clip(position, 0, self._store.num_tokens - 1))
-        words[offset < 0] = before
-        words[offset == end - begin] = after
-        return words
+        int64 [3, B, T]: begin, end and offset.
+        """
+        place, stop = step * self._config.max_length, (step + 1) * self._config.max_length
+        located = []
+        while place < stop:
+            epoch, offset = divmod(place, self._slice)
+            count = min(self._slice - offset, stop - place)
+            located.append(self._sentences(self._slice_begins + offset, count, epoch, direction))
+            place += count
+        return np.concatenate(located, axis=2)
 
-    def _targets(self, direction: str, sentence: np.ndarray, offset: np.ndarray) -> np.ndarray:
-        """The same as ids of the vocabulary."""
-        words = self._words(direction, sentence, offset)
-        words[words >= self._vocab_size] = self._unknown_id
-        return words
+    def _sentences(self, begin_B: np.ndarray, count: int, epoch: int, direction: str) -> np.ndarray:
+        """What `_locate` tells, for `count` places from some on in the line of an epoch: [3, B, count]."""
+        sentences, offsets = self._epoch(epoch, direction)
+        # The pieces (P) of all rows: a sentence each, as far as it lies there.
+        first_B = np.searchsorted(offsets, begin_B, side="right") - 1
+        count_B = np.searchsorted(offsets, begin_B + count) - first_B
+        number_P = np.repeat(first_B, count_B) + count_up(count_B)
+        begin_P = np.maximum(offsets[number_P], np.repeat(begin_B, count_B))
+        length_P = np.minimum(offsets[number_P + 1], np.repeat(begin_B + count, count_B)) - begin_P
+        bounds, sentence_P = self._store.sentence_offsets, sentences[number_P]
+        located = [bounds[sentence_P], bounds[sentence_P + 1], begin_P - offsets[number_P]]
+        located = np.repeat(located, length_P, axis=1)
+        located[2] += count_up(length_P)
+        return located.reshape(3, len(begin_B), count)
 
     def _epoch(self, epoch: int, direction: str) -> tuple[np.ndarray, np.ndarray]:
-        """The sentences of an epoch in their order, and the place where each begins."""
+        """The sentences of an epoch in their order, and the place where each begins (and the number of places)."""
         epoch_key = bits(self._epoch_keys[direction], epoch)
         name = int(epoch_key)
         if name not in self._epochs:
@@ -204,26 +211,43 @@ class StreamBatches:
             sentences = np.empty(n, np.min_scalar_type(n))
             for start in range(0, n, PERMUTED_AT_ONCE):
                 index = np.arange(start, min(start + PERMUTED_AT_ONCE, n))
-                sentences[index] = permute(index, n, epoch_key)
-            places = np.diff(self._store.sentence_offsets)[sentences] + 1
+                sentences[start : start + len(index)] = permute(index, n, epoch_key)
+            offsets = np.append(0, np.cumsum(np.diff(self._store.sentence_offsets)[sentences] + 1))
             if len(self._epochs) >= EPOCHS_KEPT * len(DIRECTIONS):
                 del self._epochs[next(iter(self._epochs))]
-            self._epochs[name] = sentences, np.cumsum(places) - places
+            self._epochs[name] = sentences, offsets
         return self._epochs[name]
+
+    def _words(self, direction: str, begin: np.ndarray, end: np.ndarray, offset: np.ndarray) -> np.ndarray:
+        """The ids of the words so many after the first of sentences in a direction; the marks before and after them."""
+        before, after = self._marks[direction]
+        position = begin + offset if direction == "forward" else end - 1 - offset
+        words = self._store.gather(np.clip(position, 0, self._store.num_tokens - 1))
+        words[offset < 0] = before
+        words[offset == end - begin] = after
+        return words
+
+    def _targets(self, direction: str, begin: np.ndarray, end: np.ndarray, offset: np.ndarray) -> np.ndarray:
+        """The same as ids of the vocabulary."""
+        words = self._words(direction, begin, end, offset)
+        words[words >= self._vocab_size] = self._unknown_id
+        return words
 
 
 class _Line:
     """The targets of all sentences as a store of documents, each a sentence: what a trigram is fitted on."""
 
-    def __init__(self, store: Store, targets: Callable[[np.ndarray, np.ndarray], np.ndarray]):
+    def __init__(self, store: Store, targets: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]):
         self.num_tokens = store.num_tokens + store.num_sentences
         self.sentence_offsets = store.sentence_offsets + np.arange(store.num_sentences + 1)
         self.document_offsets = np.arange(store.num_sentences + 1)
+        self._bounds = store.sentence_offsets
         self._targets = targets
 
     def gather(self, positions: np.ndarray) -> np.ndarray:
         sentence = np.searchsorted(self.sentence_offsets, positions, side="right") - 1
-        return self._targets(sentence, positions - self.sentence_offsets[sentence])
+        begin, end = self._bounds[sentence], self._bounds[sentence + 1]
+        return self._targets(begin, end, positions - self.sentence_offsets[sentence])
 
 
 def bucket(n: int) -> int:
@@ -232,17 +256,22 @@ def bucket(n: int) -> int:
     return size * 3 // 4 if n <= size * 3 // 4 and size > FEWEST_WORDS else size
 
 
-def log_uniform(key: np.ndarray, n: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+def log_uniform(key: np.ndarray, n: int, vocab_size: int, at_once: int) -> tuple[np.ndarray, np.ndarray]:
     """n different ids of a vocabulary sorted by falling count, and how many draws it took.
 
     As TensorFlow's LogUniformCandidateSampler: id k is drawn with the probability log((k + 2) / (k + 1)) /
-    log(vocab_size + 1), again and again, until there are n different ones. Returns int32 [n], in the order they were
-    drawn, and int32 [].
+    log(vocab_size + 1), again and again, until there are n different ones. `at_once`, how many draws are made before
+    they are looked at, changes nothing but the time it takes.
+
+    Returns int32 [n], in the order they were drawn, and int32 [].
     """
-    draws = np.empty(0, np.int64)
     while True:
-        more = uniform(key, np.arange(len(draws), 2 * len(draws) + 2 * n))
-        draws = np.append(draws, np.exp(more * np.log(vocab_size + 1)).astype(np.int64) - 1)
-        first = np.sort(np.unique(draws, return_index=True)[1])
+        draws = np.exp(uniform(key, np.arange(at_once)) * np.log(vocab_size + 1)).astype(np.int64) - 1
+        # Of several draws of an id the first is written last.
+        number = np.arange(at_once, dtype=np.int32)
+        first_V = np.empty(vocab_size, np.int32)
+        first_V[draws[::-1]] = number[::-1]
+        first = np.flatnonzero(first_V[draws] == number)
         if len(first) >= n:
             return draws[first[:n]].astype(np.int32), np.array(first[n - 1] + 1, np.int32)
+        at_once *= 2

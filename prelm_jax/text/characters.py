@@ -42,9 +42,11 @@ class Spellings:
         length_U = np.minimum(self.offsets[word_U + 1] - begin_U, MAX_CHARACTERS - 2)
         ids_UC = np.full((len(word_U), MAX_CHARACTERS), PAD, np.int32)
         ids_UC[:, 0] = BOW
-        written_UC = np.arange(MAX_CHARACTERS - 2) < length_U[:, None]
-        row, column = np.nonzero(written_UC)
-        ids_UC[row, column + 1] = self.bytes[begin_U[row] + column]
+        # All bytes that are kept, end to end: most words are short.
+        end_U = np.cumsum(length_U)
+        byte = np.arange(length_U.sum())
+        source_U, place_U = begin_U - end_U + length_U, np.arange(len(word_U)) * MAX_CHARACTERS + 1 - end_U + length_U
+        ids_UC.ravel()[byte + np.repeat(place_U, length_U)] = self.bytes[byte + np.repeat(source_U, length_U)]
         ids_UC[np.arange(len(word_U)), length_U + 1] = EOW
         for mark, id in ((BEGIN_SENTENCE, BOS), (END_SENTENCE, EOS)):
             same = np.flatnonzero(length_U == len(mark))
