@@ -88,8 +88,7 @@ class StreamBatches:
         self._unknown_id = tokenizer.unknown_id
         begin, end = (tokenizer.special_ids[token] for token in ("<S>", "</S>"))
         self._marks = {"forward": (begin, end), "backward": (end, begin)}
-        streams = DIRECTIONS if config.independent_directions else ("forward", "forward")
-        self._epoch_keys = {d: key(seed, f"streams: epoch {s}") for d, s in zip(DIRECTIONS, streams, strict=True)}
+        self._epoch_keys = {d: key(seed, f"streams: epoch {d}") for d in DIRECTIONS}
         self._negative_keys = {d: key(seed, f"streams: negatives {d}") for d in DIRECTIONS}
         if n := config.num_negatives:
             _, tries = log_uniform(self._negative_keys["forward"], n, self._vocab_size, n)
