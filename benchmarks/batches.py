@@ -1,4 +1,4 @@
-"""How fast batches are built: tokens per second of one core, padding included.
+"""How fast batches are built: tokens per second of one core, padding included; for ELMo words, each read twice.
 
     python benchmarks/batches.py [STORE]
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from prelm_jax.data.masking import MaskingConfig
 from prelm_jax.data.pairs import PairsConfig
+from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.text.store import Store
 
 VOCAB_SIZE = 30_522
@@ -22,6 +23,9 @@ TOKENIZER = SimpleNamespace(
     special_ids={"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103},
     tokens=["##" * (i % 4 == 0) + str(i) for i in range(VOCAB_SIZE)],
 )
+# As in ELMo's training on the One Billion Word Benchmark.
+WORDS = SimpleNamespace(vocab_size=793_471, special_ids={"<S>": 0, "</S>": 1, "<UNK>": 2}, unknown_id=2)
+NUM_TYPES = 2_000_000
 BATCH_SIZE, STEPS = 256, 200
 
 
@@ -32,6 +36,24 @@ def articles(num_documents: int = 20_000) -> Store:
     lengths = np.clip(rng.lognormal(3.1, 0.55, num_sentences.sum()), 1, 300).astype(int)
     sentences = iter(np.split(rng.integers(1000, VOCAB_SIZE, lengths.sum()), np.cumsum(lengths)[:-1]))
     return Store.from_documents([[next(sentences) for _ in range(n)] for n in num_sentences])
+
+
+def words() -> Store:
+    """A million sentences of some 25 words that follow Zipf's law; a word is some 8 letters."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(3.1, 0.5, 1_000_000), 1, 300).astype(int)
+    ids = np.exp(rng.random(lengths.sum()) * np.log(NUM_TYPES - 3)).astype(np.uint32) + 2
+    return Store(
+        {
+            "ids": ids,
+            "sentence_offsets": np.append(0, np.cumsum(lengths)),
+            "document_offsets": np.arange(len(lengths) + 1),
+            "document_bytes": np.zeros(len(lengths), np.int64),
+            "word_bytes": rng.integers(97, 123, 8 * NUM_TYPES, np.uint8),
+            "word_offsets": np.arange(NUM_TYPES + 1) * 8,
+        },
+        {},
+    )
 
 
 def seconds(build) -> float:
@@ -61,6 +83,17 @@ def main():
             print(
                 f"T={T} B={BATCH_SIZE}{name}: pairs with masking {BATCH_SIZE * T / both / 1e6:.1f} M tokens/s, "
                 f"masking alone {BATCH_SIZE * T / alone / 1e6:.1f} M tokens/s, filled {batch['segments'].mean():.1%}"
+            )
+    store = words()
+    for independent in (False, True):
+        for num_negatives in (0, 8192):
+            options = dict(independent_directions=independent, num_negatives=num_negatives)
+            batches = StreamsConfig(**options).build(store, WORDS, BATCH_SIZE, seed=0)
+            batches[0]
+            speed = BATCH_SIZE * 20 / seconds(batches.__getitem__) / 1e6
+            print(
+                f"T=20 B={BATCH_SIZE}{', independent directions' * independent}: streams with {num_negatives} "
+                f"negatives {speed:.1f} M words/s, {len(batches[0]['characters'])} different words"
             )
 
 

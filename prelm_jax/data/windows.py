@@ -130,13 +130,13 @@ class WindowBatches:
         # The pieces (P) of all rows: a run each, as far as it lies in the window.
         first_B = np.searchsorted(offsets, begin_B, side="right") - 1
         count_B = np.searchsorted(offsets, end_B) - first_B
-        order_P = _count_up(count_B)
+        order_P = count_up(count_B)
         run_P = np.repeat(first_B, count_B) + order_P
         begin_P = np.maximum(offsets[run_P], np.repeat(begin_B, count_B))
         length_P = np.minimum(offsets[run_P + 1], np.repeat(end_B, count_B)) - begin_P
 
         real_BT = np.arange(T) < (end_B - begin_B)[:, None]
-        position = _count_up(length_P)
+        position = count_up(length_P)
         token = np.repeat(self._run_begins[run_P] + begin_P - offsets[run_P], length_P) + position
         if self._config.across_documents:
             position = np.nonzero(real_BT)[1]
@@ -153,7 +153,7 @@ class WindowBatches:
         return batch | {"weights": real_BT.astype(np.float32)}
 
 
-def _count_up(length: np.ndarray) -> np.ndarray:
+def count_up(length: np.ndarray) -> np.ndarray:
     """0, 1, … in runs of the given lengths, end to end."""
     ends = np.cumsum(length)
     return np.arange(ends[-1]) - np.repeat(ends - length, length)

@@ -1,11 +1,17 @@
 """The token store: a tokenised corpus as flat arrays on disk, memory-mapped.
 
-A store is a directory with `manifest.json` and four little-endian arrays, each a bare file:
+A store is a directory with `manifest.json` and little-endian arrays, each a bare file:
 
     ids               uint16, or uint32 where the vocabulary has more than 65,536 entries: token ids, end to end
     sentence_offsets  int64 [sentences + 1]: index of the first token of each sentence, and the number of tokens
     document_offsets  int64 [documents + 1]: index of the first sentence of each document, and the number of sentences
     document_bytes    int64 [documents]: UTF-8 bytes of each document's original text, before cleaning and lower-casing
+
+Ids of words (ELMo's, `prelm_jax.text.words`) number every word of the corpus: first the vocabulary, then the words
+outside of it as they were met, on either side. Two more arrays spell them:
+
+    word_bytes        uint8: the UTF-8 bytes of the words, end to end
+    word_offsets      int64 [words + 1]: index of the first byte of each word, and the number of bytes
 
 The arrays are written from beginning to end while the corpus is read, so preparing holds a batch of documents in
 memory, never the corpus.
@@ -26,21 +32,25 @@ import numpy as np
 
 from prelm_jax.errors import InputError
 from prelm_jax.text.cache import cache_directory, digest
+from prelm_jax.text.characters import Spellings
 from prelm_jax.text.corpus import Corpus, Document, Side
 from prelm_jax.text.sentences import split
 from prelm_jax.text.tokenizer import Tokenizer
+from prelm_jax.text.words import Words
 
 FORMAT = 2  # raise it when the same corpus and tokenizer would give another store
 BATCH_CHARACTERS = 4_000_000
 COUNTED_AT_ONCE = 1 << 24
 ARRAYS = ("ids", "sentence_offsets", "document_offsets", "document_bytes")
+WORD_ARRAYS = ("word_bytes", "word_offsets")
 
 
 class Store:
     """Token ids with the offsets of their sentences and documents; no sentence and no document is empty.
 
     `manifest` holds the counts (`documents`, `sentences`, `tokens`, `bytes`, `unknown_tokens`, and `empty_documents`,
-    which were left out), the fingerprints of corpus and tokenizer, and a checksum for each array.
+    which were left out), the fingerprints of corpus and tokenizer, and a checksum for each array. `words` spells each
+    id where ids are words, else it is None.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], manifest: dict[str, Any]):
@@ -48,6 +58,7 @@ class Store:
         self.sentence_offsets = arrays["sentence_offsets"]
         self.document_offsets = arrays["document_offsets"]
         self.document_bytes = arrays["document_bytes"]
+        self.words = Spellings(arrays["word_bytes"], arrays["word_offsets"]) if "word_bytes" in arrays else None
         self.manifest = manifest
 
     @functools.cached_property
@@ -79,10 +90,17 @@ class Store:
         return counts
 
     @classmethod
-    def from_documents(cls, documents: Iterable[Sequence[Sequence[int]]]) -> "Store":
-        """A store in memory, of documents of sentences of ids. The sizes of the texts are not known: they are 0."""
+    def from_documents(
+        cls, documents: Iterable[Sequence[Sequence[int]]], words: Iterable[str] | None = None
+    ) -> "Store":
+        """A store in memory, of documents of sentences of ids, which are those of `words` if these are given.
+
+        The sizes of the texts are not known: they are 0.
+        """
         parts, empty = _flatten(((document, 0) for document in documents), np.uint32)
         arrays = {name: np.concatenate([[0], part]) if "offsets" in name else part for name, part in parts.items()}
+        if words is not None:
+            arrays |= _spelled(words)
         checksums = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
         return cls(arrays, {"empty_documents": empty, "checksums": checksums})
 
@@ -97,7 +115,7 @@ class Store:
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{directory} is no complete token store ({error!r}): {again}") from None
         arrays = {}
-        for name in ARRAYS:
+        for name in (*ARRAYS, *(name for name in WORD_ARRAYS if name in lengths)):
             path, dtype = directory / name, np.dtype(dtypes[name])
             size = path.stat().st_size if path.exists() else 0
             if size != lengths[name] * dtype.itemsize:
@@ -132,20 +150,26 @@ def prepare(corpus: Corpus, tokenizer: Tokenizer, directory: str | os.PathLike |
 
 
 def _write(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None:
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    writers = {side: _Writer(directory / side, dtype) for side in get_args(Side)}
+    # Words outside of the vocabulary are numbered too.
+    numbers = {word: number for number, word in enumerate(tokenizer.tokens)} if isinstance(tokenizer, Words) else None
+    dtype = np.uint16 if numbers is None and tokenizer.vocab_size <= 1 << 16 else np.uint32
+    names = ARRAYS if numbers is None else ARRAYS + WORD_ARRAYS
+    writers = {side: _Writer(directory / side, names, dtype) for side in get_args(Side)}
     for batch in _batches(corpus.documents(task="tokenising")):
         sentences = [split(document.text, document.sentences) for document in batch]
-        encoded = iter(tokenizer.encode_batch(list(itertools.chain.from_iterable(sentences))))
+        texts = list(itertools.chain.from_iterable(sentences))
+        encoded = iter(tokenizer.encode_batch(texts) if numbers is None else tokenizer.number_batch(texts, numbers))
         documents: dict[Side, list] = {side: [] for side in writers}
         for document, parts in zip(batch, sentences, strict=True):
             ids = list(itertools.islice(encoded, len(parts)))
             documents[document.side].append((ids, document.bytes))
         for side, writer in writers.items():
-            writer.append(documents[side], tokenizer.unknown_id)
+            writer.append(documents[side], tokenizer)
     if not any(writer.counts["tokens"] for writer in writers.values()):
         raise InputError(f"the corpus {' '.join(corpus.sources)} has no tokens: nothing in it is text to the tokenizer")
     for side, writer in writers.items():
+        if numbers is not None:
+            writer.write(_spelled(numbers))
         writer.finish({"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint, "side": side})
 
 
@@ -179,32 +203,45 @@ def _flatten(documents: Iterable[tuple[Sequence[Sequence[int]], int]], dtype) ->
     return arrays, empty
 
 
+def _spelled(words: Iterable[str]) -> dict[str, np.ndarray]:
+    """The arrays that spell words."""
+    spellings = Spellings.of(words)
+    return {"word_bytes": spellings.bytes, "word_offsets": spellings.offsets}
+
+
 class _Writer:
     """Appends documents to the arrays of one side."""
 
-    def __init__(self, directory: Path, dtype):
+    def __init__(self, directory: Path, arrays: Iterable[str], dtype):
         directory.mkdir()
         self.directory = directory
-        self.dtypes = {name: np.dtype(dtype if name == "ids" else np.int64).newbyteorder("<") for name in ARRAYS}
-        self.checksums = {name: hashlib.sha256() for name in ARRAYS}
-        self.lengths = dict.fromkeys(ARRAYS, 0)
+        dtypes = dict.fromkeys(arrays, np.int64) | {"ids": dtype}
+        if "word_bytes" in dtypes:
+            dtypes["word_bytes"] = np.uint8
+        self.dtypes = {name: np.dtype(dtype).newbyteorder("<") for name, dtype in dtypes.items()}
+        self.checksums = {name: hashlib.sha256() for name in dtypes}
+        self.lengths = dict.fromkeys(dtypes, 0)
         names = ("documents", "sentences", "tokens", "bytes", "unknown_tokens", "empty_documents")
         self.counts = dict.fromkeys(names, 0)
-        self._write({name: np.zeros(int("offsets" in name), np.int64) for name in ARRAYS})
+        self.write({name: np.zeros(int("offsets" in name), np.int64) for name in ARRAYS})
 
-    def append(self, documents: list[tuple[list[list[int]], int]], unknown_id: int | None) -> None:
+    def append(self, documents: list[tuple[list[list[int]], int]], tokenizer: Tokenizer) -> None:
         arrays, empty = _flatten(documents, self.dtypes["ids"])
         arrays["sentence_offsets"] += self.counts["tokens"]
         arrays["document_offsets"] += self.counts["sentences"]
-        self._write(arrays)
+        self.write(arrays)
         self.counts["documents"] += len(arrays["document_bytes"])
         self.counts["sentences"] += len(arrays["sentence_offsets"])
         self.counts["tokens"] += len(arrays["ids"])
         self.counts["bytes"] += int(arrays["document_bytes"].sum())
-        self.counts["unknown_tokens"] += int((arrays["ids"] == unknown_id).sum()) if unknown_id is not None else 0
+        unknown = arrays["ids"] >= tokenizer.vocab_size
+        if tokenizer.unknown_id is not None:
+            unknown |= arrays["ids"] == tokenizer.unknown_id
+        self.counts["unknown_tokens"] += int(unknown.sum())
         self.counts["empty_documents"] += empty
 
-    def _write(self, arrays: dict[str, np.ndarray]) -> None:
+    def write(self, arrays: dict[str, np.ndarray]) -> None:
+        """Appends to the arrays."""
         for name, array in arrays.items():
             data = array.astype(self.dtypes[name]).tobytes()
             with open(self.directory / name, "ab") as file:

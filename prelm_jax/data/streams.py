@@ -1,0 +1,276 @@
+"""ELMo's examples: endless rows of sentences, read in both directions; a batch is a pure function of (seed, step).
+
+ELMo, section 3.1 (Peters et al., 2018); bilm-tf, bilm/data.py.
+
+The sentences of an epoch, in random order, stand end to end as a line of places: a sentence of n words has n + 1. The
+forward direction reads `<S> w1 … wn` there to predict `w1 … wn </S>`, the backward direction `</S> wn … w1` to predict
+`wn … w1 <S>`: at each place both are in the same sentence, one that much after its beginning, the other as much before
+its end. The line is cut into as many equal slices as there are rows; a row reads its slice of one epoch, then that of
+the next, without end, T places a step, so it goes on where the step before stopped. Where a slice is a place shorter
+than others, its row reads the place after it too, without weight: all rows begin an epoch together.
+
+Divergences from that reference:
+
+- Both directions read the same sentences, so that a word's characters are encoded once for both. Only of a sentence
+  that the border of a step cuts do they read different parts: the one its beginning, the other its end. In the
+  reference each direction has its own random order (`independent_directions`).
+- A row is the owner of its slice; in the reference rows take sentences from one queue, whenever they have none. The
+  sentences at the borders of slices, one for each row, are read by two rows, each a part.
+- Sentences are in random order in the whole corpus, not only within the shard that was loaded.
+- The negatives are the same for all devices; in the reference each device draws its own.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from prelm_jax.data.ngrams import trigram_loss
+from prelm_jax.data.randomness import bits, key, permute, uniform
+from prelm_jax.data.windows import count_up
+from prelm_jax.errors import InputError
+from prelm_jax.text.store import Store
+
+DIRECTIONS = ("forward", "backward")
+FEWEST_WORDS = 128  # for which a batch has room: a multiple of the devices that share them
+PERMUTED_AT_ONCE = 1 << 20
+EPOCHS_KEPT = 2  # a step may have the end of one and the beginning of the next
+
+
+@dataclass(frozen=True)
+class StreamsConfig:
+    """Rows that are cut every `max_length` (T) words. `num_negatives` words are drawn for sampled softmax.
+
+    With `num_negatives=0` there are none, for a model that has the full softmax in training too.
+    """
+
+    max_length: int = 20
+    num_negatives: int = 8192
+    independent_directions: bool = False
+
+    def __post_init__(self):
+        if not 1 <= self.max_length < 2**16:
+            raise InputError(f"data.max_length is {self.max_length}: give a number of words from 1 to 65535")
+        if self.num_negatives < 0:
+            raise InputError(f"data.num_negatives is {self.num_negatives}: give 0 or more")
+
+    def build(self, store: Store, tokenizer, batch_size: int, seed: int) -> "StreamBatches":
+        """The batches of a run; `tokenizer` has `vocab_size`, `special_ids` and `unknown_id` (`prelm_jax.text.words`).
+
+        Raises InputError if the store is not one of words, or has less of them than there are rows.
+        """
+        return StreamBatches(self, store, tokenizer, batch_size, seed)
+
+
+class StreamBatches:
+    """`batches[step]`: the batch of a step, a dict of arrays; pure in (seed, step), without end (epochs reshuffle).
+
+    Keys, int32 unless said: `characters` [U, 50], the character ids of the different words of the global batch, padded
+    to one of a few U; and for each direction d, forward and backward, `d_words` [B, T], what is read, as numbers of
+    rows of `characters`; `d_targets` [B, T], what is predicted, ids of the vocabulary; `d_weights` (float32) [B, T], 1
+    or, for the place after a slice, 0; `d_negatives` [num_negatives], different ids in the order they were drawn; and
+    `d_tries` [], how many draws it took to have so many different ones.
+    """
+
+    def __init__(self, config: StreamsConfig, store: Store, tokenizer, batch_size: int, seed: int):
+        if store.words is None:
+            raise InputError("the tokens of this store are not words: streams need a vocabulary of words (WordsConfig)")
+        if 0 < config.num_negatives >= tokenizer.vocab_size:
+            raise InputError(
+                f"data.num_negatives is {config.num_negatives}, but the vocabulary has only {tokenizer.vocab_size} "
+                "words: give fewer, or 0 for the full softmax"
+            )
+        self.batch_size = batch_size
+        self._config = config
+        self._store = store
+        self._vocab_size = tokenizer.vocab_size
+        self._unknown_id = tokenizer.unknown_id
+        begin, end = (tokenizer.special_ids[token] for token in ("<S>", "</S>"))
+        self._marks = {"forward": (begin, end), "backward": (end, begin)}
+        self._epoch_keys = {d: key(seed, f"streams: epoch {d}") for d in DIRECTIONS}
+        self._negative_keys = {d: key(seed, f"streams: negatives {d}") for d in DIRECTIONS}
+        if n := config.num_negatives:
+            _, tries = log_uniform(self._negative_keys["forward"], n, self._vocab_size, n)
+            # About as many as are needed at every step.
+            self._negatives = partial(log_uniform, n=n, vocab_size=self._vocab_size, at_once=int(tries * 1.1) + 1)
+        self._epochs: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+
+        places = store.num_tokens + store.num_sentences
+        if not places:
+            raise InputError("the corpus is empty: give one with at least one word")
+        borders = np.arange(batch_size + 1) * places // batch_size
+        self._slice_begins, self._slice_lengths = borders[:-1], np.diff(borders)
+        self._slice = int(self._slice_lengths[-1])  # the longest, by one
+
+    @property
+    def layout(self) -> dict[str, str]:
+        """Which keys hold a host's rows ("rows"), and which are the same on every host ("shared", "replicated")."""
+        layout = {"characters": "shared"}
+        for direction in DIRECTIONS:
+            layout |= {f"{direction}_{name}": "rows" for name in ("words", "targets", "weights")}
+            if self._config.num_negatives:
+                layout |= {f"{direction}_{name}": "replicated" for name in ("negatives", "tries")}
+        return layout
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        return self.rows(step, 0, self.batch_size)
+
+    def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Rows start to stop of the batch of a step; what belongs to all rows is of the global batch."""
+        T = self._config.max_length
+        weights_BT = (step * T + np.arange(T)) % self._slice < self._slice_lengths[start:stop, None]
+        read_2BT, targets = [], {}
+        located = None
+        for direction in DIRECTIONS:
+            if located is None or self._config.independent_directions:
+                located = self._locate(step, direction)
+            begin_BT, end_BT, offset_BT = located
+            read_2BT.append(self._words(direction, begin_BT, end_BT, offset_BT - 1))
+            targets[direction] = self._targets(
+                direction, begin_BT[start:stop], end_BT[start:stop], offset_BT[start:stop]
+            )
+        words_U, number_2BT = np.unique(np.stack(read_2BT), return_inverse=True)
+        padding = np.full(bucket(len(words_U)) - len(words_U), self._unknown_id)
+        batch = {"characters": self._store.words.characters(np.append(words_U, padding))}
+        for direction, number_BT in zip(DIRECTIONS, number_2BT.astype(np.int32), strict=True):
+            batch[f"{direction}_words"] = number_BT[start:stop]
+            batch[f"{direction}_targets"] = targets[direction]
+            batch[f"{direction}_weights"] = weights_BT.astype(np.float32)
+            if self._config.num_negatives:
+                drawn = self._negatives(bits(self._negative_keys[direction], step))
+                batch[f"{direction}_negatives"], batch[f"{direction}_tries"] = drawn
+        return batch
+
+    def baselines(self, evaluation: Iterable[dict[str, np.ndarray]]) -> dict[str, dict[str, float]]:
+        """What models that know next to nothing reach on consecutive evaluation batches, after training on this store.
+
+        For each direction's loss the cross-entropy (nats) of the targets under the training frequencies (plus one
+        each), and under an interpolated trigram (`prelm_jax.data.ngrams`) that reads in that direction.
+        """
+        batches = list(evaluation)
+        counts = self._store.token_counts(len(self._store.words))
+        counts_V = counts[: self._vocab_size] + 1
+        counts_V[self._unknown_id] += counts[self._vocab_size :].sum()
+        result = {}
+        for direction in DIRECTIONS:
+            end = self._marks[direction][1]
+            frequencies_V = counts_V.copy()
+            frequencies_V[end] += self._store.num_sentences
+            # Row by row the batches go on, so the targets before a target are those it is predicted from.
+            targets_BT = np.concatenate([batch[f"{direction}_targets"] for batch in batches], axis=1)
+            nothing = np.full((len(targets_BT), 2), self._vocab_size)
+            before_BT = np.concatenate([nothing, np.where(targets_BT == end, self._vocab_size, targets_BT)], axis=1)
+            second_BT = before_BT[:, 1:-1]
+            first_BT = np.where(second_BT == self._vocab_size, self._vocab_size, before_BT[:, :-2])
+            trigrams = np.stack([first_BT.ravel(), second_BT.ravel(), targets_BT.ravel()])
+            result[f"{direction}_loss"] = {
+                "unigram": float(np.log(frequencies_V.sum()) - np.log(frequencies_V)[targets_BT].mean()),
+                "trigram": trigram_loss(
+                    _Line(self._store, partial(self._targets, direction)), self._vocab_size, trigrams
+                ),
+            }
+        return result
+
+    def _locate(self, step: int, direction: str) -> np.ndarray:
+        """For each place of a batch the tokens between which its sentence lies, and the words before the place in it.
+
+        int64 [3, B, T]: begin, end and offset.
+        """
+        place, stop = step * self._config.max_length, (step + 1) * self._config.max_length
+        located = []
+        while place < stop:
+            epoch, offset = divmod(place, self._slice)
+            count = min(self._slice - offset, stop - place)
+            located.append(self._sentences(self._slice_begins + offset, count, epoch, direction))
+            place += count
+        return np.concatenate(located, axis=2)
+
+    def _sentences(self, begin_B: np.ndarray, count: int, epoch: int, direction: str) -> np.ndarray:
+        """What `_locate` tells, for `count` places from some on in the line of an epoch: [3, B, count]."""
+        sentences, offsets = self._epoch(epoch, direction)
+        # The pieces (P) of all rows: a sentence each, as far as it lies there.
+        first_B = np.searchsorted(offsets, begin_B, side="right") - 1
+        count_B = np.searchsorted(offsets, begin_B + count) - first_B
+        number_P = np.repeat(first_B, count_B) + count_up(count_B)
+        begin_P = np.maximum(offsets[number_P], np.repeat(begin_B, count_B))
+        length_P = np.minimum(offsets[number_P + 1], np.repeat(begin_B + count, count_B)) - begin_P
+        bounds, sentence_P = self._store.sentence_offsets, sentences[number_P]
+        located = [bounds[sentence_P], bounds[sentence_P + 1], begin_P - offsets[number_P]]
+        located = np.repeat(located, length_P, axis=1)
+        located[2] += count_up(length_P)
+        return located.reshape(3, len(begin_B), count)
+
+    def _epoch(self, epoch: int, direction: str) -> tuple[np.ndarray, np.ndarray]:
+        """The sentences of an epoch in their order, and the place where each begins (and the number of places)."""
+        epoch_key = bits(self._epoch_keys[direction], epoch)
+        name = int(epoch_key)
+        if name not in self._epochs:
+            n = self._store.num_sentences
+            sentences = np.empty(n, np.min_scalar_type(n))
+            for start in range(0, n, PERMUTED_AT_ONCE):
+                index = np.arange(start, min(start + PERMUTED_AT_ONCE, n))
+                sentences[start : start + len(index)] = permute(index, n, epoch_key)
+            offsets = np.append(0, np.cumsum(np.diff(self._store.sentence_offsets)[sentences] + 1))
+            if len(self._epochs) >= EPOCHS_KEPT * len(DIRECTIONS):
+                del self._epochs[next(iter(self._epochs))]
+            self._epochs[name] = sentences, offsets
+        return self._epochs[name]
+
+    def _words(self, direction: str, begin: np.ndarray, end: np.ndarray, offset: np.ndarray) -> np.ndarray:
+        """The ids of the words so many after the first of sentences in a direction; the marks before and after them."""
+        before, after = self._marks[direction]
+        position = begin + offset if direction == "forward" else end - 1 - offset
+        words = self._store.gather(np.clip(position, 0, self._store.num_tokens - 1))
+        words[offset < 0] = before
+        words[offset == end - begin] = after
+        return words
+
+    def _targets(self, direction: str, begin: np.ndarray, end: np.ndarray, offset: np.ndarray) -> np.ndarray:
+        """The same as ids of the vocabulary."""
+        words = self._words(direction, begin, end, offset)
+        words[words >= self._vocab_size] = self._unknown_id
+        return words
+
+
+class _Line:
+    """The targets of all sentences as a store of documents, each a sentence: what a trigram is fitted on."""
+
+    def __init__(self, store: Store, targets: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]):
+        self.num_tokens = store.num_tokens + store.num_sentences
+        self.sentence_offsets = store.sentence_offsets + np.arange(store.num_sentences + 1)
+        self.document_offsets = np.arange(store.num_sentences + 1)
+        self._bounds = store.sentence_offsets
+        self._targets = targets
+
+    def gather(self, positions: np.ndarray) -> np.ndarray:
+        sentence = np.searchsorted(self.sentence_offsets, positions, side="right") - 1
+        begin, end = self._bounds[sentence], self._bounds[sentence + 1]
+        return self._targets(begin, end, positions - self.sentence_offsets[sentence])
+
+
+def bucket(n: int) -> int:
+    """The least of 128, 192, 256, 384, … (powers of two, and one and a half times these) that has room for n."""
+    size = max(1 << (n - 1).bit_length(), FEWEST_WORDS)
+    return size * 3 // 4 if n <= size * 3 // 4 and size > FEWEST_WORDS else size
+
+
+def log_uniform(key: np.ndarray, n: int, vocab_size: int, at_once: int) -> tuple[np.ndarray, np.ndarray]:
+    """n different ids of a vocabulary sorted by falling count, and how many draws it took.
+
+    As TensorFlow's LogUniformCandidateSampler: id k is drawn with the probability log((k + 2) / (k + 1)) /
+    log(vocab_size + 1), again and again, until there are n different ones. `at_once`, how many draws are made before
+    they are looked at, changes nothing but the time it takes.
+
+    Returns int32 [n], in the order they were drawn, and int32 [].
+    """
+    while True:
+        draws = np.exp(uniform(key, np.arange(at_once)) * np.log(vocab_size + 1)).astype(np.int64) - 1
+        # Of several draws of an id the first is written last.
+        number = np.arange(at_once, dtype=np.int32)
+        first_V = np.empty(vocab_size, np.int32)
+        first_V[draws[::-1]] = number[::-1]
+        first = np.flatnonzero(first_V[draws] == number)
+        if len(first) >= n:
+            return draws[first[:n]].astype(np.int32), np.array(first[n - 1] + 1, np.int32)
+        at_once *= 2
