@@ -9,16 +9,20 @@ from prelm_jax.errors import InputError
 from prelm_jax.text.bpe import BPE, beside
 from prelm_jax.text.files import read_json
 from prelm_jax.text.wordpiece import WordPiece
+from prelm_jax.text.words import Words
 
 
 class Tokenizer(Protocol):
     """Text to ids and back.
 
-    The names of special tokens mean nothing in a text: "[MASK]" is encoded as a bracket, a word and a bracket.
+    The names of special tokens mean nothing in a text: "[MASK]" is encoded as a bracket, a word and a bracket. (Only
+    those of `words` do where they stand between white space, see there.)
     """
 
     tokens: list[str]  # id -> string
-    special_ids: dict[str, int]  # for WordPiece "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", for BPE "<unk>"
+    special_ids: dict[
+        str, int
+    ]  # "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"; BPE "<unk>"; words "<S>", "</S>", "<UNK>"
     unknown_id: int | None  # the id that stands for what the vocabulary cannot spell
     fingerprint: str  # SHA-256 (hex) of the vocabulary and the settings
 
@@ -38,7 +42,8 @@ def load(path: str | os.PathLike, lowercase: bool = True) -> Tokenizer:
     """The tokenizer in a directory (with Hugging Face's files or OpenAI's), a `vocab.txt`, or a `vocab.json`.
 
     The merges lie beside a `vocab.json`. `lowercase` is for a WordPiece vocabulary that comes without settings: a
-    directory that has them says itself, and GPT-1's BPE is always lower-cased.
+    directory that has them says itself, and GPT-1's BPE is always lower-cased. A vocabulary that begins with <S>, </S>
+    and <UNK> is one of words (ELMo).
     Raises InputError where there is no tokenizer, or one that this package does not have.
     """
     path = Path(path).expanduser()
@@ -46,7 +51,10 @@ def load(path: str | os.PathLike, lowercase: bool = True) -> Tokenizer:
         json_path = path / "tokenizer.json"
         if json_path.exists() and "merges" in (read_json(json_path).get("model") or {}):
             return BPE.from_directory(path)
-        if json_path.exists() or (path / "vocab.txt").exists():
+        vocabulary = path / "vocab.txt"
+        if not json_path.exists() and vocabulary.exists() and Words.at(vocabulary):
+            return Words.from_directory(path)
+        if json_path.exists() or vocabulary.exists():
             return WordPiece.from_directory(path, lowercase)
         if any(vocabulary.exists() for vocabulary, _ in beside(path)):
             return BPE.from_directory(path)
@@ -57,4 +65,4 @@ def load(path: str | os.PathLike, lowercase: bool = True) -> Tokenizer:
     for files in beside(path.parent):
         if path in files:
             return BPE.from_files(*files)
-    return WordPiece.from_vocab(path, lowercase)
+    return Words.from_vocab(path) if Words.at(path) else WordPiece.from_vocab(path, lowercase)

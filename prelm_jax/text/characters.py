@@ -1,0 +1,61 @@
+"""Words as ELMo reads them: rows of 50 character ids, the bytes of UTF-8 between marks (bilm-tf, bilm/data.py).
+
+A row is BOW, the first 48 bytes of the word, EOW, and PAD to the end. The ids are those of training, 0 to 260; readers
+of the published weights add one to each, and have 0 for what is no word at all.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+MAX_CHARACTERS = 50  # of a word, with the marks
+NUM_CHARACTERS = 261
+BOS, EOS, BOW, EOW, PAD = range(256, NUM_CHARACTERS)
+
+# These two are no words: their rows are those of one character of their own. "<UNK>" is a word like any other.
+BEGIN_SENTENCE, END_SENTENCE = "<S>", "</S>"
+
+
+class Spellings:
+    """How words are written: their UTF-8 bytes end to end, and where each begins. 10 bytes or so for a word, and 8.
+
+    bytes: uint8. offsets: int64 [words + 1].
+    """
+
+    def __init__(self, bytes: np.ndarray, offsets: np.ndarray):
+        self.bytes = bytes
+        self.offsets = offsets
+
+    @classmethod
+    def of(cls, words: Iterable[str]) -> "Spellings":
+        """The spellings of words, without what UTF-8 cannot write (lone surrogates)."""
+        encoded = [word.encode("utf-8", "ignore") for word in words]
+        offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def characters(self, word_U: np.ndarray) -> np.ndarray:
+        """The character ids of the words of some numbers: int32 [U, 50]."""
+        begin_U = self.offsets[word_U]
+        length_U = np.minimum(self.offsets[word_U + 1] - begin_U, MAX_CHARACTERS - 2)
+        ids_UC = np.full((len(word_U), MAX_CHARACTERS), PAD, np.int32)
+        ids_UC[:, 0] = BOW
+        # All bytes that are kept, end to end: most words are short.
+        end_U = np.cumsum(length_U)
+        byte = np.arange(length_U.sum())
+        source_U, place_U = begin_U - end_U + length_U, np.arange(len(word_U)) * MAX_CHARACTERS + 1 - end_U + length_U
+        ids_UC.ravel()[byte + np.repeat(place_U, length_U)] = self.bytes[byte + np.repeat(source_U, length_U)]
+        ids_UC[np.arange(len(word_U)), length_U + 1] = EOW
+        for mark, id in ((BEGIN_SENTENCE, BOS), (END_SENTENCE, EOS)):
+            same = np.flatnonzero(length_U == len(mark))
+            same = same[(ids_UC[same, 1 : len(mark) + 1] == list(mark.encode())).all(axis=1)]
+            ids_UC[same, 1 : len(mark) + 2] = [id, EOW] + [PAD] * (len(mark) - 1)
+        return ids_UC
+
+
+def characters(words: Iterable[str]) -> np.ndarray:
+    """The character ids of words, training numbering: int32 [n, 50]."""
+    spellings = Spellings.of(words)
+    return spellings.characters(np.arange(len(spellings)))
