@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -91,13 +91,30 @@ def tokenize(tokenizer: Positional[Path], input: Positional[Path], cased: bool =
         print(json.dumps(ids))
 
 
-def embed(model: Positional[Path], input: Positional[Path], output: Positional[Path], truncate: bool = False) -> None:
-    """Write the hidden states of each line of a text file to an HDF5 file, dataset "i" for line i."""
+def embed(
+    model: Positional[Path],
+    input: Positional[Path],
+    output: Positional[Path],
+    truncate: bool = False,
+    tokenize: bool = False,
+    state: Literal["zero", "warm", "carry"] | None = None,
+    batch_size: int | None = None,
+) -> None:
+    """Write the hidden states of each line of a text file to an HDF5 file, dataset "i" for line i.
+
+    Args:
+        truncate: Cut lines that are too long for the model.
+        tokenize: ELMo: split the lines into words as the training text was; without it, at white space alone.
+        state: ELMo: what its LSTMs start a line from: zeros; the state after an empty line; what the line before left.
+        batch_size: ELMo, --state carry: line i goes on from line i - BATCH_SIZE, as in bilm-tf and AllenNLP.
+    """
     from prelm_jax.exchange.model import load, write_embeddings
     from prelm_jax.text.files import read_lines
 
     _configure_jax()
-    write_embeddings(load(model), read_lines(input), output, truncate)
+    options = {"truncate": truncate, "tokenize": tokenize, "state": state, "batch_size": batch_size}
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    write_embeddings(load(model), read_lines(input), output, **given)
 
 
 def score(model: Positional[Path], input: Positional[Path]) -> None:
@@ -140,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: prelm VERB … (--help after a verb says more)\n")
         for name, verb in VERBS.items():
-            print(f"  {name:10} {inspect.getdoc(verb)}")
+            print(f"  {name:10} {inspect.getdoc(verb).splitlines()[0]}")
         return
     verb, *rest = arguments
     _hush_orbax()
