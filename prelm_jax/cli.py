@@ -34,7 +34,7 @@ UNWRITABLE = {
 }
 
 # What one does with a trained model, by the first of these verbs that it has.
-EXAMPLES = {"fill": '"The [MASK] is returned."', "generate": '--prompt "The"'}
+EXAMPLES = {"fill": '"The [MASK] is returned."', "generate": '--prompt "The"', "embed": "LINES.txt VECTORS.hdf5"}
 
 Positional = tyro.conf.Positional
 

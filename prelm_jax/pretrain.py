@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from prelm_jax.data import loader
 from prelm_jax.data.pairs import PairsConfig
+from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.data.windows import WindowsConfig
 from prelm_jax.errors import InputError
 from prelm_jax.exchange import model as exchange
@@ -29,7 +30,7 @@ from prelm_jax.training.metrics import MetricsWriter
 from prelm_jax.training.sharding import MeshConfig, place
 
 # What makes the batches of each model, to find it again in a work directory.
-DATA = {"bert": PairsConfig, "openai-gpt": WindowsConfig}
+DATA = {"bert": PairsConfig, "openai-gpt": WindowsConfig, "elmo": StreamsConfig}
 
 # The batches on which a model is evaluated are the same in every run.
 EVALUATION_SEED = 0
@@ -143,7 +144,8 @@ def pretrain(run: Run, workdir: Path) -> Summary:
 
         def evaluate_held_out(state: loop.TrainState) -> dict[str, float]:
             placed = _placed(evaluation, 0, run.evaluate_batches, mesh)
-            values = evaluate(state.params, model.init_carry(run.batch_size), (batch for _, batch in placed))
+            carry = loop.initial_carry(model, run.batch_size, mesh)
+            values = evaluate(state.params, carry, (batch for _, batch in placed))
             return _with_other_units(evaluation, values)
 
         done = int(state.step)
@@ -174,7 +176,8 @@ def evaluate(workdir: Path, sources: tuple[str, ...] = ()) -> Summary:
     mesh = MeshConfig(devices=1).build()
     with jax.set_mesh(mesh):
         placed = _placed(evaluation, 0, circumstance["evaluate_batches"], mesh)
-        values = loop.make_evaluate(model)(loaded.params, model.init_carry(rows), (batch for _, batch in placed))
+        carry = loop.initial_carry(model, rows, mesh)
+        values = loop.make_evaluate(model)(loaded.params, carry, (batch for _, batch in placed))
     values = _with_other_units(evaluation, values)
     batches = data.build(training, tokenizer, rows, record["seed"])
     return _summary(workdir, values, batches, evaluation, circumstance["evaluate_batches"], held_out)

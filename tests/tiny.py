@@ -9,16 +9,19 @@ import jax
 import numpy as np
 
 from prelm_jax.data.pairs import PairsConfig
+from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.data.windows import WindowsConfig
 from prelm_jax.exchange.model import load
 from prelm_jax.models.bert import BertConfig
+from prelm_jax.models.elmo import ELMoConfig
 from prelm_jax.models.gpt import GPTConfig
 from prelm_jax.pretrain import Run
 from prelm_jax.text.bpe import BPEConfig
 from prelm_jax.text.wordpiece import WordPieceConfig
+from prelm_jax.text.words import WordsConfig
 from prelm_jax.training import loop
 from prelm_jax.training.checkpoint import Checkpoints
-from prelm_jax.training.optimizer import AdamW
+from prelm_jax.training.optimizer import Adagrad, AdamW
 from prelm_jax.training.sharding import MeshConfig
 
 WORDS = ["the", "a", "cat", "dog", "bird", "house", "river", "sees", "finds", "likes", "in", "on", "big", "old", "new"]
@@ -65,7 +68,24 @@ def gpt() -> Run:
     )
 
 
-FAMILIES = {"bert": bert, "openai-gpt": gpt}
+def elmo() -> Run:
+    """The same of a tiny ELMo."""
+    return dataclasses.replace(
+        bert(),
+        tokenizer=WordsConfig(vocab_size=16, min_count=1),
+        model=ELMoConfig(
+            character_embedding_size=4,
+            filters=((1, 4), (2, 8)),
+            num_highways=1,
+            projection_size=8,
+            hidden_size=16,
+        ),
+        data=StreamsConfig(max_length=8, num_negatives=6),
+        optimizer=Adagrad(learning_rate=0.2, unroll_steps=8),
+    )
+
+
+FAMILIES = {"bert": bert, "openai-gpt": gpt, "elmo": elmo}
 
 
 def metrics(workdir) -> list[dict]:

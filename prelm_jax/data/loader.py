@@ -12,13 +12,8 @@ class Batches(Protocol):
 
     batch_size: int
     layout: dict[str, str]
-<<<<<<< HEAD
     """For each key "rows" (a host builds its own rows), or what every host builds whole: "replicated" (every device
     gets all of it) or "shared" (a part of its first axis each; never cut into micro-batches)."""
-=======
-    """For each key "rows" (a host builds its own rows), "replicated" (the same on every host and device) or "shared"
-    (the same on every host; cut over the devices along the first axis, whatever rows they have)."""
->>>>>>> a330adeec6d8b041e58e32689e06251e8b195581
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         """The global batch of a step."""

@@ -20,6 +20,7 @@ Divergences from that reference:
 - The negatives are the same for all devices; in the reference each device draws its own.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -170,7 +171,13 @@ class StreamBatches:
                     _Line(self._store, partial(self._targets, direction)), self._vocab_size, trigrams
                 ),
             }
+        result["loss"] = {name: sum(result[f"{d}_loss"][name] for d in DIRECTIONS) / 2 for name in ("unigram", "trigram")}
         return result
+
+    def in_other_units(self, name: str, value: float) -> dict[str, float]:
+        """The perplexity of each direction, and of both: their geometric mean, as bilm-tf's `run_test.py` has it."""
+        units = {"loss": "perplexity"} | {f"{direction}_loss": f"{direction}_perplexity" for direction in DIRECTIONS}
+        return {units[name]: math.exp(value)} if name in units else {}
 
     def _locate(self, step: int, direction: str) -> np.ndarray:
         """For each place of a batch the tokens between which its sentence lies, and the words before the place in it.

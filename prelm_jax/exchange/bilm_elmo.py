@@ -231,7 +231,7 @@ class ELMoModel(Model):
     config_class: ClassVar[type] = ELMoConfig
     settings: ClassVar[tuple[str, str]] = ("options.json", "char_cnn")
     vocabulary_tables: ClassVar[frozenset[str]] = SOFTMAX
-    free_fields: ClassVar[frozenset[str]] = frozenset({"vocab_size", "dropout", "num_negatives"})
+    free_fields: ClassVar[frozenset[str]] = frozenset({"vocab_size", "dropout"})
 
     @classmethod
     def read(cls, directory: Path) -> Self:

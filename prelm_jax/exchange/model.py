@@ -140,7 +140,7 @@ def _load_run(directory: Path) -> Model:
 
     source = directory / "run.json"
     fields = {name: _frozen(value) for name, value in read_record(directory).get("model", {}).items()}
-    family = family(fields.pop("model_type", None), source)
+    codec = family(fields.pop("model_type", None), source)
     try:
         config = codec.config_class(**fields)
     except TypeError as error:

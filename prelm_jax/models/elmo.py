@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from prelm_jax.errors import InputError
 from prelm_jax.models.character_cnn import CharacterCNN, CharacterCNNConfig
 from prelm_jax.models.layers import (
     MASKED,
@@ -48,7 +47,7 @@ class ELMoConfig:
     """ELMo's sizes; the defaults are the original. `vocab_size` None: as many as the vocabulary has.
 
     `filters`: (width in characters, how many of them). `hidden_size` is that of an LSTM's cell, `projection_size` that
-    of its output and of an encoded word. `num_negatives` 0: in training too the softmax is over the whole vocabulary.
+    of its output and of an encoded word.
     """
 
     model_type: ClassVar[str] = "elmo"
@@ -64,7 +63,6 @@ class ELMoConfig:
     projection_clip: float = 3.0
     use_skip_connections: bool = True
     dropout: float = 0.1
-    num_negatives: int = 8192
 
     def build(self, dtype: jnp.dtype = jnp.float32) -> "ELMo":
         """The model, computing in `dtype`."""
@@ -159,7 +157,7 @@ class ELMo(nn.Module):
         losses = {}
         for d in DIRECTIONS:
             x_BTP, targets_BT, weights_BT = self.dropout(outputs[d][-1]), batch[f"{d}_targets"], batch[f"{d}_weights"]
-            if self.config.num_negatives and self.has_rng("dropout"):
+            if f"{d}_negatives" in batch and self.has_rng("dropout"):  # Only in training.
                 negatives_S, tries = batch[f"{d}_negatives"], batch[f"{d}_tries"]
                 x_GP, targets_G = x_BTP.reshape(-1, x_BTP.shape[-1]), targets_BT.reshape(-1)
                 nll_G = sampled_nll(x_GP, table_VP, bias_V, targets_G, negatives_S, tries, self.config.vocab_size)
@@ -191,18 +189,14 @@ class ELMo(nn.Module):
         return {d: {f"layer_{i}": layer() for i in range(c.num_layers)} for d in DIRECTIONS}
 
     def check(self, batch: dict[str, np.ndarray]) -> None:
-        """Raises InputError where a batch asks for rows that the tables lack, or has not the negatives it should."""
-        c = self.config
-        for d in DIRECTIONS:
-            check_rows(batch, **{f"{d}_targets": (c.vocab_size, "vocab_size")})
-            found = len(batch[f"{d}_negatives"]) if f"{d}_negatives" in batch else 0
-            if c.num_negatives != found:
-                raise InputError(
-                    f"{d}_negatives are {found}, but the model's num_negatives is {c.num_negatives}: make them equal"
-                )
+        """Raises InputError where a batch asks for rows that the tables lack."""
+        check_rows(batch, **{f"{d}_targets": (self.config.vocab_size, "vocab_size") for d in DIRECTIONS})
 
     def loss(self, params: Params, carry: Params, batch: Batch, key: Array | None) -> tuple[Sums, Sums, Params]:
-        """(losses, metrics, carry): names to (sum, weight). `key` None: evaluation, no dropout, full softmax."""
+        """(losses, metrics, carry): names to (sum, weight).
+
+        `key` None: evaluation, no dropout, full softmax; so it is in training on batches without negatives.
+        """
         rngs = {} if key is None else {"dropout": key}
         losses, carry = self.apply({"params": params}, batch, carry, rngs=rngs, method=ELMo._losses)
         return losses, {}, carry
@@ -232,7 +226,8 @@ class ELMo(nn.Module):
         features = sum(n for _, n in c.filters)
         word = convolutions + 4 * c.num_highways * features**2 + 2 * features * c.projection_size
         layer = 18 * c.projection_size * c.hidden_size
-        softmax = 2 * c.projection_size * (1 + c.num_negatives if c.num_negatives else c.vocab_size)
+        negatives = batch.get("forward_negatives")
+        softmax = 2 * c.projection_size * (c.vocab_size if negatives is None else 1 + negatives.size)
         return 3.0 * (words * word + 2 * places * (c.num_layers * layer + softmax))
 
 

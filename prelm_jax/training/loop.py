@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prelm_jax.errors import Preempted
@@ -88,6 +89,11 @@ def new_state(
 
 def _with_params(model: Any, optimizer: Any, rows: int, params: Tree) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.build().init(params), model.init_carry(rows))
+
+
+def initial_carry(model: Any, rows: int, mesh: jax.sharding.Mesh) -> Tree:
+    """What the first step is handed, sharded with its rows."""
+    return jax.jit(model.init_carry, static_argnums=0, out_shardings=NamedSharding(mesh, P("data")))(rows)
 
 
 def make_train_step(model: Any, optimizer: Any, accumulate: int, layout: dict[str, str]):
