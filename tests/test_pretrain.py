@@ -118,13 +118,17 @@ def test_another_identity_is_refused_with_the_fields(run, uninterrupted, tmp_pat
     changed = dataclasses.replace(
         run,
         seed=7,
-        model=dataclasses.replace(run.model, num_layers=2),
-        data=dataclasses.replace(run.data, max_length=16),
+        model=dataclasses.replace(run.model, num_layers=3),
+        data=dataclasses.replace(run.data, max_length=7),
     )
     with pytest.raises(InputError) as refused:
         pretrain(changed, uninterrupted)
     message = str(refused.value)
-    for part in ("model.num_layers (1 there, 2 here)", "seed (0 there, 7 here)", "data.max_length (32 there, 16 here)"):
+    for part in (
+        f"model.num_layers ({run.model.num_layers} there, 3 here)",
+        "seed (0 there, 7 here)",
+        f"data.max_length ({run.data.max_length} there, 7 here)",
+    ):
         assert part in message
     assert "\n" not in message and "steps" not in message
 
@@ -136,7 +140,7 @@ def test_another_identity_is_refused_with_the_fields(run, uninterrupted, tmp_pat
 
 def test_a_nan_stops_the_run_and_is_not_kept(run, tmp_path):
     workdir = tmp_path / "run"
-    optimizer = AdamW(learning_rate=1e30, warmup_steps=6, decay_steps=100)
+    optimizer = dataclasses.replace(run.optimizer, learning_rate=1e30)
     with pytest.raises(InputError, match=r"not finite at step \d"):
         pretrain(dataclasses.replace(run, optimizer=optimizer, save_every=1), workdir)
     _, state = newest_checkpoint(workdir)
@@ -189,27 +193,32 @@ def test_continued_pretraining(run, uninterrupted, tmp_path):
     vocabulary = type(run.tokenizer)(path=with_two_entries_more(directory, tmp_path))
     pretrain(dataclasses.replace(run, tokenizer=vocabulary, **fields), tmp_path / "larger")
     pretrain(dataclasses.replace(run, **{**fields, "init_from": str(uninterrupted)}), tmp_path / "same")
-    old, larger, same = load(directory), load(tmp_path / "larger"), load(tmp_path / "same")
+    old, larger, same = load(uninterrupted), load(tmp_path / "larger"), load(tmp_path / "same")
+    missing = load(directory).missing  # What the published format has no place for begins afresh.
     size = old.tokenizer.vocab_size
-    assert larger.tokenizer.vocab_size == size + 2 and old.missing == frozenset()
+    assert larger.tokenizer.vocab_size == size + 2
     leaves = map(jax.tree.leaves, (larger.params, same.params))
-    for (path, there), *here in zip(jax.tree_util.tree_leaves_with_path(old.params), *leaves, strict=True):
+    for (path, there), from_directory, from_run in zip(
+        jax.tree_util.tree_leaves_with_path(old.params), *leaves, strict=True
+    ):
         is_vocabulary = path_name(path) in old.vocabulary_tables
         rows = slice(size) if is_vocabulary else slice(None)
-        for leaf in here:
-            np.testing.assert_array_equal(leaf[rows], there[rows])
+        np.testing.assert_array_equal(from_run[rows], there[rows])
+        if path_name(path) not in missing:
+            np.testing.assert_array_equal(from_directory[rows], there[rows])
         if is_vocabulary and there.ndim == 2:
-            added = here[0][size : size + 2]
-            assert (np.abs(added) <= 0.1).all() and added.std() > 0.005
+            assert from_directory[size : size + 2].std() > 0.005
 
 
 def test_vocabulary_smaller_than_the_tokenizer(run, tmp_path):
-    model = dataclasses.replace(run.model, vocab_size=50)
-    with pytest.raises(InputError, match=r"--model.vocab-size 50: the tokenizer has \d+ entries"):
+    model = dataclasses.replace(run.model, vocab_size=5)
+    with pytest.raises(InputError, match=r"--model.vocab-size 5: the tokenizer has \d+ entries"):
         pretrain(dataclasses.replace(run, model=model), tmp_path / "run")
 
 
-def test_positions_beyond_the_table(run, tmp_path):
+@pytest.mark.parametrize("family", ["bert", "openai-gpt"])
+def test_positions_beyond_the_table(family, corpus, tmp_path):
+    run = dataclasses.replace(tiny.FAMILIES[family](), corpus=(corpus,))
     model = dataclasses.replace(run.model, max_position_embeddings=16)
     with pytest.raises(InputError, match="positions go up to 31, but the model's max_position_embeddings is 16"):
         pretrain(dataclasses.replace(run, model=model), tmp_path / "run")
