@@ -35,7 +35,7 @@ def demo() -> Run:
 
 
 def mini() -> Run:
-    """A first model of a genre: 4 layers of 256 on some dozens of novels (57 MB).
+    """A first model of a genre: 4 layers of 192 on some dozens of novels (57 MB).
 
     Target: fewer bits per byte on held-out novels than a trigram of all of them. Cost: 20 minutes on two CPU cores. For
     more, give more steps: --steps 20000 --optimizer.decay-steps 20000.
@@ -45,14 +45,15 @@ def mini() -> Run:
     return Run(
         corpus=("novels/*.txt,documents=file",),
         held_out=0.05,
-        tokenizer=BPEConfig(num_merges=4000),
-        model=_short_run(hidden_size=256, num_layers=4),
+        tokenizer=BPEConfig(num_merges=2000),
+        model=_short_run(hidden_size=192, num_layers=4),
         data=WindowsConfig(max_length=128),
-        optimizer=_adamw(learning_rate=2e-3, warmup_steps=200, decay_steps=2700),
-        batch_size=16,
-        steps=2700,
-        evaluate_every=900,
-        save_every=300,
+        optimizer=_adamw(learning_rate=1e-3, warmup_steps=500, decay_steps=11_000),
+        batch_size=4,
+        steps=11_000,
+        evaluate_every=2000,
+        evaluate_batches=128,
+        save_every=1000,
     )
 
 
