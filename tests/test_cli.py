@@ -60,6 +60,9 @@ def place(tmp_path_factory):
     gpt = [f"{Path(__file__).parent}/tiny.py:gpt", "--corpus", f"{place}/corpus.txt", "--steps", "3"]
     main(["pretrain", *gpt, "--workdir", f"{place}/gpt"])
     main(["export", f"{place}/gpt", f"{place}/gpt-model"])
+    elmo = [f"{Path(__file__).parent}/tiny.py:elmo", "--corpus", f"{place}/corpus.txt", "--steps", "3"]
+    main(["pretrain", *elmo, "--workdir", f"{place}/elmo"])
+    main(["export", f"{place}/elmo", f"{place}/elmo-model"])
     (place / "lines.txt").write_text("The old cat sees a hen.\n\nA dog\n")
     return place
 
@@ -151,6 +154,34 @@ def test_a_language_model_has_its_own_figures(place, capsys):
     out = capsys.readouterr().out
     for part in ("lm loss", "unigram", "trigram", "perplexity", "bits per byte", "unknown tokens"):
         assert part in out
+
+
+def test_elmo_embeds_with_options_of_its_own(place, capsys, tmp_path):
+    """Lines that are blank, long, of long words, of emoji and Chinese; each alone, or going on from one before."""
+    lines = ["The old cat sees a hen.", "", "猫 sees a 🐈", "x" * 200, "cat " * 3000, "The old cat sees a hen."]
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+
+    def embed(*options) -> list[np.ndarray]:
+        main(["embed", f"{place}/elmo-model", f"{tmp_path}/lines.txt", f"{tmp_path}/vectors.hdf5", *options])
+        with h5py.File(tmp_path / "vectors.hdf5") as file:
+            return [file[str(i)][()] for i in range(len(lines))]
+
+    alone, split, carried = embed(), embed("--tokenize"), embed("--state", "carry", "--batch-size", "5")
+    assert [x.shape for x in alone] == [(3, n, 16) for n in (6, 0, 4, 1, 3000, 6)]
+    assert split[0].shape == (3, 7, 16)
+    np.testing.assert_array_equal(alone[0], alone[5])
+    np.testing.assert_allclose(carried[0], alone[0], atol=1e-6)
+    assert np.abs(carried[5] - alone[5]).max() > 1e-3
+    arguments = (place / "model", tmp_path / "lines.txt", tmp_path / "vectors.hdf5", "--state", "warm")
+    assert "--state: bert has no such option; leave it out" in complaint(capsys, "embed", *arguments)
+
+
+def test_a_vocabulary_of_words_in_another_order(place, capsys, tmp_path):
+    words = (place / "elmo" / "tokenizer" / "vocab.txt").read_text().split()
+    (tmp_path / "vocab.txt").write_text("\n".join([*words[:3], *reversed(words[3:])]) + "\n")
+    options = ("--corpus", place / "corpus.txt", "--workdir", tmp_path / "run", "--tokenizer.path")
+    message = complaint(capsys, "pretrain", f"{Path(__file__).parent}/tiny.py:elmo", *options, tmp_path / "vocab.txt")
+    assert "vocab.txt is not sorted by falling count, from which sampled softmax takes" in message
 
 
 def test_a_family_without_that_verb(place, capsys):

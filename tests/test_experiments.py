@@ -19,9 +19,9 @@ from jax.sharding import PartitionSpec as P
 
 from prelm_jax.paths import path_name
 from prelm_jax.pretrain import CIRCUMSTANCE, DATA, Run
+from prelm_jax.text import wordpiece, words
 from prelm_jax.text.bpe import BPEConfig
 from prelm_jax.text.store import Store
-from prelm_jax.text.wordpiece import SPECIAL_TOKENS
 from prelm_jax.training import loop
 from prelm_jax.training.optimizer import decays
 from prelm_jax.training.sharding import MeshConfig, partition
@@ -62,8 +62,10 @@ class TokenizerOfSize:
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
-        self.special_ids = {token: i for i, token in enumerate(SPECIAL_TOKENS)}
-        self.tokens = [*SPECIAL_TOKENS, *map(str, range(len(SPECIAL_TOKENS), vocab_size))]
+        specials = (*wordpiece.SPECIAL_TOKENS, *words.SPECIAL_TOKENS)
+        self.special_ids = {token: i for i, token in enumerate(specials)}
+        self.unknown_id = self.special_ids["<UNK>"]
+        self.tokens = [*specials, *map(str, range(len(specials), vocab_size))]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -74,17 +76,20 @@ def test_one_step_lowers_on_four_devices(name):
     run = function()
     model, _ = build(run)
     assert type(run.data) is DATA[run.model.model_type]
-    store = Store.from_documents([[[5, 6, 7]] * 400, [[8, 9]] * 400])
-    batches = run.data.build(store, TokenizerOfSize(vocab_size(run.tokenizer)), run.batch_size, run.seed)
-    model.check(batches[0])
+    tokenizer = TokenizerOfSize(vocab_size(run.tokenizer))
+    store = Store.from_documents([[[5, 6, 7]] * 400, [[8, 9]] * 400], tokenizer.tokens)
+    batches = run.data.build(store, tokenizer, run.batch_size, run.seed)
+    example = batches[0]
+    model.check(example)
     mesh = MeshConfig(devices=4).build()
     with jax.set_mesh(mesh):
         state = loop.abstract_state(model, run.optimizer, run.batch_size, mesh, "fsdp")
+        parts = {"rows": P("data"), "shared": P("data"), "replicated": P()}
         batch = {
             key: jax.ShapeDtypeStruct(
-                array.shape, array.dtype, sharding=NamedSharding(mesh, P("data") if layout == "rows" else P())
+                example[key].shape, example[key].dtype, sharding=NamedSharding(mesh, parts[layout])
             )
-            for (key, array), layout in zip(batches[0].items(), batches.layout.values(), strict=True)
+            for key, layout in batches.layout.items()
         }
         step = loop.make_train_step(model, run.optimizer, run.accumulate, batches.layout)
         new_state, metrics = step.eval_shape(state, batch, jax.random.key(0))
