@@ -159,7 +159,7 @@ def zipf(sentences, kinds, seed=0):
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 @pytest.mark.parametrize("independent", [False, True])
 def test_hosts_build_the_rows_of_the_global_batch(hosts, independent):
-    documents = corpus(random_sizes(40))
+    documents = corpus([30] * 16 + [2])  # 499 places: the slices of no two hosts are alike
     options = dict(max_length=50, independent_directions=independent, num_negatives=5)
     expected = batches_of(documents, 16, **options)[1000]
     batches = batches_of(documents, 16, **options)
@@ -261,6 +261,7 @@ def test_words_outside_the_vocabulary_keep_their_characters():
 # ---- Negatives -------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 1000), vocab_size=st.integers(2, 60), share=st.floats(0, 1), at_once=st.integers(1, 500))
 def test_negatives_are_drawn_until_there_are_enough(seed, vocab_size, share, at_once):
     n = 1 + int(share * (vocab_size - 2))
