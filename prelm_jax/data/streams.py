@@ -77,7 +77,7 @@ class StreamBatches:
     def __init__(self, config: StreamsConfig, store: Store, tokenizer, batch_size: int, seed: int):
         if store.words is None:
             raise InputError("the tokens of this store are not words: streams need a vocabulary of words (WordsConfig)")
-        if 0 < config.num_negatives >= tokenizer.vocab_size:
+        if config.num_negatives >= tokenizer.vocab_size:
             raise InputError(
                 f"data.num_negatives is {config.num_negatives}, but the vocabulary has only {tokenizer.vocab_size} "
                 "words: give fewer, or 0 for the full softmax"
@@ -95,7 +95,7 @@ class StreamBatches:
             _, tries = log_uniform(self._negative_keys["forward"], n, self._vocab_size, n)
             # About as many as are needed at every step.
             self._negatives = partial(log_uniform, n=n, vocab_size=self._vocab_size, at_once=int(tries * 1.1) + 1)
-        self._epochs: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
         places = store.num_tokens + store.num_sentences
         if not places:
@@ -164,9 +164,10 @@ class StreamBatches:
             before_BT = np.concatenate([nothing, np.where(targets_BT == end, self._vocab_size, targets_BT)], axis=1)
             second_BT = before_BT[:, 1:-1]
             first_BT = np.where(second_BT == self._vocab_size, self._vocab_size, before_BT[:, :-2])
-            trigrams = np.stack([first_BT.ravel(), second_BT.ravel(), targets_BT.ravel()])
+            real_BT = np.concatenate([batch[f"{direction}_weights"] for batch in batches], axis=1) > 0
+            trigrams = np.stack([first_BT[real_BT], second_BT[real_BT], targets_BT[real_BT]])
             result[f"{direction}_loss"] = {
-                "unigram": float(np.log(frequencies_V.sum()) - np.log(frequencies_V)[targets_BT].mean()),
+                "unigram": float(np.log(frequencies_V.sum()) - np.log(frequencies_V)[trigrams[2]].mean()),
                 "trigram": trigram_loss(
                     _Line(self._store, partial(self._targets, direction)), self._vocab_size, trigrams
                 ),

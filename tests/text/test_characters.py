@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from prelm_jax.text.characters import Spellings, characters
@@ -54,12 +54,14 @@ WORD = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(words=st.lists(WORD, max_size=8))
 @example(words=[])
 def test_any_words(words):
     assert characters(words).tolist() == [expected(word) for word in words]
 
 
+@settings(deadline=None)
 @given(words=st.lists(WORD, min_size=1, max_size=8), data=st.data())
 def test_any_of_the_words_in_any_order(words, data):
     spellings = Spellings.of(words)
