@@ -219,12 +219,16 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
     return log_normalizer - picked, (picked == highest).astype(jnp.float32)
 
 
-def tied_logits(x_GD: Array, table_VD: Array, vocab_size: int, bias_V: Array | float = 0.0) -> Array:
+def tied_logits(x_GD: Array, table_VD: Array, vocab_size: int, bias_V: Array | None = None) -> Array:
     """[G, V], fp32: products with a vocabulary table; the rows past `vocab_size` are padding and never win."""
     logits_GV = jax.lax.dot_general(
         x_GD, table_VD.astype(x_GD.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
-    return add_bias(logits_GV, jnp.where(jnp.arange(len(table_VD)) < vocab_size, bias_V, MASKED))
+    if bias_V is not None:
+        logits_GV = add_bias(logits_GV, bias_V)
+    # An update is written where the products are; a condition on the column would write all of them a second time.
+    padding_GV = jnp.full((len(x_GD), len(table_VD) - vocab_size), MASKED)
+    return jax.lax.dynamic_update_slice(logits_GV, padding_GV, (0, vocab_size))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -288,16 +292,24 @@ def _local_chunks(
         (loss, correct), dtable_VD = totals
         x_GD, targets_G, weights_G = values
         logits_GV = tied_logits(x_GD, table, vocab_size)
-        nll_G, correct_G = cross_entropy(logits_GV, targets_G)
+        # As in `cross_entropy`, but with one exponential of each logit for the loss and the gradient.
+        highest_G = logits_GV.max(-1)
+        exp_GV = jnp.exp(logits_GV - highest_G[:, None])
+        total_G = exp_GV.sum(-1)
+        picked_G = jnp.take_along_axis(logits_GV, targets_G[:, None], 1)[:, 0]
+        nll_G, correct_G = highest_G + jnp.log(total_G) - picked_G, (picked_G == highest_G).astype(jnp.float32)
         sums = (loss + (nll_G * weights_G).sum(), correct + (correct_G * weights_G).sum())
         if not gradients:
             return (sums, None), None
-        picked_G = jnp.take_along_axis(logits_GV, targets_G[:, None], 1)[:, 0]
-        probabilities_GV = jnp.exp(logits_GV - (nll_G + picked_G)[:, None])
-        hits_GV = jnp.arange(logits_GV.shape[1])[None] == targets_G[:, None]
-        dlogits_GV = ((probabilities_GV - hits_GV) * weights_G[:, None]).astype(x_GD.dtype)
-        dtable_VD += jax.lax.dot_general(dlogits_GV, x_GD, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        return (sums, dtable_VD), dlogits_GV @ table
+        # The gradient by a logit is weight · (exp / total - hit). Here it is without its factor weight / total, which
+        # is of a whole row, and is taken in where there are D columns and not V.
+        hit_G = jnp.exp(picked_G - highest_G) - total_G
+        dlogits_GV = exp_GV.astype(x_GD.dtype).at[jnp.arange(len(hit_G)), targets_G].set(hit_G.astype(x_GD.dtype))
+        factor_G1 = (weights_G / total_G)[:, None]
+        product = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+        dtable_VD += product(dlogits_GV, (factor_G1 * x_GD).astype(x_GD.dtype), (((0,), (0,)), ((), ())))
+        dx_GD = factor_G1 * product(dlogits_GV, table, (((1,), (0,)), ((), ())))
+        return (sums, dtable_VD), dx_GD.astype(x_GD.dtype)
 
     zero = jnp.zeros(())
     start = ((zero, zero), jnp.zeros_like(table_VD, jnp.float32) if gradients else None)
