@@ -1,8 +1,10 @@
-"""What the timings beside peers share: contenders that take turns, matmul peaks, a table for people, JSON for machines.
+"""What the timings beside peers share: steps that take turns, matmul peaks, a table for people, JSON for machines.
 
 A contender is a function without arguments that does one step, waits until all of it is done, and returns the loss.
 """
 
+import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -10,13 +12,19 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # On a GPU, to leave room for PyTorch.
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from prelm_jax.training import loop
+from prelm_jax.training.optimizer import AdamW
+from prelm_jax.training.sharding import MeshConfig, place
 
 try:
     import torch
@@ -25,6 +33,26 @@ except ImportError:
 
 Contenders = dict[str, Callable[[], float]]
 Times = dict[str, np.ndarray]
+OURS, COMPILED = "ours", ", compiled"
+LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-4, 0.01, 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all train steps are measured under; each hidden size is a measurement of its own."""
+
+    hidden_size: tuple[int, ...]
+    vocab_size: int
+    batch_size: int
+    length: int
+    num_layers: int = 4
+    dropout: float = 0.1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    threads: int = 2
+    compile: bool = True
+    rounds: int = 8
+    steps: int = 3
+    json: Path | None = None
 
 
 def limit_threads(threads: int) -> None:
@@ -43,6 +71,66 @@ def torch_device() -> Any:
         return None
     torch.set_float32_matmul_precision("highest" if wanted == "cpu" else "high")  # JAX takes TF32 on a GPU too.
     return torch.device(wanted)
+
+
+class OurStep:
+    """The step as `prelm_jax.pretrain` makes it, ready to run: a contender, whose `temporaries` are bytes."""
+
+    def __init__(self, model: Any, batch: dict[str, np.ndarray]):
+        optimizer = AdamW(LEARNING_RATE, 0, 10**6, weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM)
+        layout, rows = dict.fromkeys(batch, "rows"), len(batch["tokens"])
+        self._mesh, self._key = MeshConfig(devices=1).build(), loop.Keys.of(0).dropout
+        with jax.set_mesh(self._mesh):
+            abstract = loop.abstract_state(model, optimizer, rows, self._mesh, "replicated")
+            self.state = loop.new_state(model, optimizer, rows, 0, abstract)
+            self._batch = place(batch, layout, self._mesh)
+            train_step = loop.make_train_step(model, optimizer, 1, layout)
+            self._step = train_step.lower(self.state, self._batch, self._key).compile()
+        self.temporaries = self._step.memory_analysis().temp_size_in_bytes
+        self.flops, self.tokens = model.flops(batch), batch["tokens"].size
+        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+
+    def __call__(self) -> float:
+        self.state, metrics = jax.block_until_ready(self._step(self.state, self._batch, self._key))
+        return float(metrics["loss"])
+
+
+class TorchStep:
+    """A contender in PyTorch: the loss in the precision of the settings, gradients, clipping, the optimizer."""
+
+    def __init__(self, s: Settings, model: Any, optimizer: Any, loss_of_batch: Callable[[], Any]):
+        self._model, self._optimizer, self._loss = model, optimizer, loss_of_batch
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self._kind = next(model.parameters()).device.type
+        mixed = s.precision == "bfloat16"
+        self._precision = torch.autocast(self._kind, torch.bfloat16) if mixed else contextlib.nullcontext()
+
+    def __call__(self) -> float:
+        self._optimizer.zero_grad(set_to_none=True)
+        with self._precision:
+            loss = self._loss()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), CLIP_NORM)
+        self._optimizer.step()
+        if self._kind == "cuda":
+            torch.cuda.synchronize()
+        return loss.item()
+
+
+def torch_adamw(model: Any) -> Any:
+    """PyTorch's fastest AdamW, without decay on biases and norms."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]
+    try:
+        return torch.optim.AdamW(groups, LEARNING_RATE, fused=True)
+    except RuntimeError:
+        return torch.optim.AdamW(groups, LEARNING_RATE, foreach=True)
+
+
+def to_torch(arrays: dict[str, np.ndarray], device: Any) -> dict[str, Any]:
+    """The integers among the arrays."""
+    return {k: torch.from_numpy(x.astype(np.int64)).to(device) for k, x in arrays.items() if x.dtype == np.int32}
 
 
 def matmuls(dtype: str, device: Any) -> tuple[float, Contenders]:
@@ -142,6 +230,45 @@ def machine() -> dict[str, Any]:
         "versions": versions,
         "environment": {name: os.environ.get(name) for name in ("GLIBC_TUNABLES", "XLA_FLAGS")},
     }
+
+
+def compare(
+    s: Settings, flop: str, steps: Contenders, device: Any, expected: tuple[float, str], title: str
+) -> dict[str, Any]:
+    """The figures of a setting: of the steps, `ours` the first of them, beside matrix products.
+
+    Prints them, and ends the program where the steps differ in size or do not start near the loss that chance gives,
+    `expected`: a number, and how it comes about.
+    """
+    matmul_flops, contenders = matmuls(s.precision, device)
+    contenders |= steps
+    ours = steps[OURS]
+    for name, step in steps.items():
+        if step.parameters != ours.parameters:
+            raise SystemExit(f"{name} has {step.parameters:,} parameters, ours {ours.parameters:,}: not the same model")
+    losses = warm_up(contenders, {name for name in contenders if name.endswith(COMPILED)})
+    losses = {name: loss for name, loss in losses.items() if name in steps}
+    for name, loss in losses.items():
+        if abs(loss - expected[0]) > 0.5:
+            raise SystemExit(f"{name} starts at a loss of {loss:.2f}, not near {expected[1]} = {expected[0]:.2f}")
+    times = take_turns(contenders, s.rounds, s.steps)
+    result = results(times, OURS, ours.tokens, ours.flops, matmul_flops)
+    result |= {"parameters": ours.parameters, "first_losses": losses}
+    first = ", ".join(f"{loss:.3f}" for loss in losses.values())
+    print(f"\n{title}: {ours.parameters:,} parameters each; losses of the first step {first}")
+    print(f"a step is {flop} = {ours.flops / 1e9:,.1f} GFLOP, a product {matmul_flops / 1e9:,.1f} GFLOP")
+    show(f"batch {s.batch_size} × {s.length}, dropout {s.dropout}, {s.precision}", result)
+    return result
+
+
+def run(settings: Settings, flop: str, measure: Callable[[Settings, int, Any], dict[str, Any]]) -> None:
+    """The figures at each hidden size, `measure(settings, hidden size, PyTorch's device)`, written as JSON if asked."""
+    limit_threads(settings.threads)
+    record = {"machine": machine(), "settings": dataclasses.asdict(settings) | {"json": None}, "flop": flop}
+    introduce(record["machine"])
+    device = torch_device()
+    record["results"] = [{"hidden_size": n} | measure(settings, n, device) for n in settings.hidden_size]
+    write_json(settings.json, record)
 
 
 def introduce(record: dict[str, Any]) -> None:

@@ -172,7 +172,9 @@ class StreamBatches:
                     _Line(self._store, partial(self._targets, direction)), self._vocab_size, trigrams
                 ),
             }
-        result["loss"] = {name: sum(result[f"{d}_loss"][name] for d in DIRECTIONS) / 2 for name in ("unigram", "trigram")}
+        result["loss"] = {
+            name: sum(result[f"{d}_loss"][name] for d in DIRECTIONS) / 2 for name in ("unigram", "trigram")
+        }
         return result
 
     def in_other_units(self, name: str, value: float) -> dict[str, float]:

@@ -233,12 +233,16 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
     return log_normalizer - picked, (picked == highest).astype(jnp.float32)
 
 
-def tied_logits(x_GD: Array, table_VD: Array, vocab_size: int, bias_V: Array | float = 0.0) -> Array:
+def tied_logits(x_GD: Array, table_VD: Array, vocab_size: int, bias_V: Array | None = None) -> Array:
     """[G, V], fp32: products with a vocabulary table; the rows past `vocab_size` are padding and never win."""
     logits_GV = jax.lax.dot_general(
         x_GD, table_VD.astype(x_GD.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
-    return add_bias(logits_GV, jnp.where(jnp.arange(len(table_VD)) < vocab_size, bias_V, MASKED))
+    if bias_V is not None:
+        logits_GV = add_bias(logits_GV, bias_V)
+    # An update is written where the products are; a condition on the column would write all of them a second time.
+    padding_GV = jnp.full((len(x_GD), len(table_VD) - vocab_size), MASKED)
+    return jax.lax.dynamic_update_slice(logits_GV, padding_GV, (0, vocab_size))
 
 
 def tied_cross_entropy(
@@ -254,7 +258,6 @@ def tied_cross_entropy(
     The logits exist for a few tokens of a device at a time (CHUNK_TOKENS), and in the forward pass alone: where a
     gradient is asked for, it is computed there, by chunks too. There is none for the weights.
     """
-    bias_V = jnp.zeros(len(table_VD)) if bias_V is None else bias_V
     return _tied_cross_entropy(vocab_size, x_BTD, table_VD, bias_V, targets_BT, weights_BT)
 
 
@@ -268,7 +271,7 @@ def _tied_cross_entropy_forward(vocab_size: int, *arguments: Array):
 
 
 def _tied_cross_entropy_backward(vocab_size: int, gradients: tuple[Array, ...], cotangents: tuple[Array, Array]):
-    return *((cotangents[0] * gradient).astype(gradient.dtype) for gradient in gradients), None, None
+    return *jax.tree.map(lambda gradient: (cotangents[0] * gradient).astype(gradient.dtype), gradients), None, None
 
 
 _tied_cross_entropy.defvjp(_tied_cross_entropy_forward, _tied_cross_entropy_backward)
@@ -277,12 +280,12 @@ _tied_cross_entropy.defvjp(_tied_cross_entropy_forward, _tied_cross_entropy_back
 def _by_chunks(
     x_BTD: Array,
     table_VD: Array,
-    bias_V: Array,
+    bias_V: Array | None,
     targets_BT: Array,
     weights_BT: Array,
     vocab_size: int,
     gradients: bool,
-) -> tuple[tuple[Array, Array], tuple[Array, Array, Array] | None]:
+) -> tuple[tuple[Array, Array], tuple[Array, Array, Array | None] | None]:
     """The sums of `tied_cross_entropy`, and their gradients by x, by the table and by the bias."""
     arguments = (x_BTD, table_VD, bias_V, targets_BT, weights_BT)
     mesh = jax.sharding.get_abstract_mesh()
@@ -305,12 +308,12 @@ def _by_chunks(
 def _local_chunks(
     x_BTD: Array,
     table_VD: Array,
-    bias_V: Array,
+    bias_V: Array | None,
     targets_BT: Array,
     weights_BT: Array,
     vocab_size: int,
     gradients: bool,
-) -> tuple[tuple[Array, Array], tuple[Array, Array, Array] | None]:
+) -> tuple[tuple[Array, Array], tuple[Array, Array, Array | None] | None]:
     tokens = targets_BT.size
     at_once = CHUNK_TOKENS_ON_CPU if jax.default_backend() == "cpu" else CHUNK_TOKENS
     chunks = math.ceil(tokens / min(at_once, max(1, CHUNK_LOGITS // len(table_VD))))
@@ -325,21 +328,30 @@ def _local_chunks(
         (loss, correct), found = totals
         x_GD, targets_G, weights_G = values
         logits_GV = tied_logits(x_GD, table, vocab_size, bias_V)
-        nll_G, correct_G = cross_entropy(logits_GV, targets_G)
+        # As in `cross_entropy`, but with one exponential of each logit for the loss and the gradient.
+        highest_G = logits_GV.max(-1)
+        exp_GV = jnp.exp(logits_GV - highest_G[:, None])
+        total_G = exp_GV.sum(-1)
+        picked_G = jnp.take_along_axis(logits_GV, targets_G[:, None], 1)[:, 0]
+        nll_G, correct_G = highest_G + jnp.log(total_G) - picked_G, (picked_G == highest_G).astype(jnp.float32)
         sums = (loss + (nll_G * weights_G).sum(), correct + (correct_G * weights_G).sum())
         if not gradients:
             return (sums, None), None
-        picked_G = jnp.take_along_axis(logits_GV, targets_G[:, None], 1)[:, 0]
-        probabilities_GV = jnp.exp(logits_GV - (nll_G + picked_G)[:, None])
-        hits_GV = jnp.arange(logits_GV.shape[1])[None] == targets_G[:, None]
-        dlogits_GV = (probabilities_GV - hits_GV) * weights_G[:, None]
-        dbias_V = jnp.matmul(jnp.ones((1, len(dlogits_GV))), dlogits_GV, precision="highest")[0]  # As in `add_bias`.
-        dlogits_GV = dlogits_GV.astype(x_GD.dtype)
-        dtable_VD = jax.lax.dot_general(dlogits_GV, x_GD, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        return (sums, (found[0] + dtable_VD, found[1] + dbias_V)), dlogits_GV @ table
+        # The gradient by a logit is weight · (exp / total - hit). Here it is without its factor weight / total, which
+        # is of a whole row, and is taken in where there are D columns and not V.
+        hit_G = jnp.exp(picked_G - highest_G) - total_G
+        dlogits_GV = exp_GV.astype(x_GD.dtype).at[jnp.arange(len(hit_G)), targets_G].set(hit_G.astype(x_GD.dtype))
+        factor_G1 = (weights_G / total_G)[:, None]
+        product = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+        dtable_VD = product(dlogits_GV, (factor_G1 * x_GD).astype(x_GD.dtype), (((0,), (0,)), ((), ())))
+        dx_GD = factor_G1 * product(dlogits_GV, table, (((1,), (0,)), ((), ())))
+        dbias_V = None
+        if bias_V is not None:  # As a product, see `add_bias`.
+            dbias_V = jnp.matmul(factor_G1.T, dlogits_GV.astype(jnp.float32), precision="highest")[0]
+        return (sums, jax.tree.map(jnp.add, found, (dtable_VD, dbias_V))), dx_GD.astype(x_GD.dtype)
 
     zero = jnp.zeros(())
-    start = ((zero, zero), (jnp.zeros(table_VD.shape), jnp.zeros(bias_V.shape)) if gradients else None)
+    start = ((zero, zero), jax.tree.map(lambda x: jnp.zeros(x.shape), (table_VD, bias_V)) if gradients else None)
     (sums, found), dx = jax.lax.scan(chunk, start, (split(x_BTD), split(targets_BT), split(weights_BT)))
     if not gradients:
         return sums, None
