@@ -1,5 +1,5 @@
 # Two commands on a machine that has Python >= 3.11 and pip:
-#   make demo     pretrain, evaluate, export and use a small BERT (5 minutes on two cores); or MODEL=gpt1
+#   make demo     pretrain, evaluate, export and use a small BERT (5 minutes on two cores); or MODEL=gpt1, MODEL=elmo
 #   make test     lint and the whole test suite
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ PRELM = .venv/bin/prelm
 # Large pages for large arrays: XLA on a Linux CPU spends a tenth of its time in page faults otherwise.
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
-.PHONY: demo use-bert use-gpt1 test format
+.PHONY: demo use-bert use-gpt1 use-elmo test format
 
 demo: .venv/installed
 	$(PRELM) pretrain experiments/$(MODEL).py:demo
@@ -24,6 +24,10 @@ use-bert:
 use-gpt1:
 	$(PRELM) generate $(RUN)/exported --prompt "If the list is empty," --max-tokens 40 --temperature 0.7
 	$(PRELM) generate $(RUN)/exported --prompt "Return a new" --max-tokens 40 --temperature 0.7
+
+use-elmo:
+	.venv/bin/python examples/neighbours.py $(RUN)/exported --word set --sentences \
+		"A set is an unordered collection with no duplicate elements." "The flag is set if the call fails."
 
 test: .venv/installed-test
 	.venv/bin/ruff check .

@@ -172,9 +172,8 @@ class StreamBatches:
                     _Line(self._store, partial(self._targets, direction)), self._vocab_size, trigrams
                 ),
             }
-        result["loss"] = {
-            name: sum(result[f"{d}_loss"][name] for d in DIRECTIONS) / 2 for name in ("unigram", "trigram")
-        }
+        forward, backward = (result[f"{direction}_loss"] for direction in DIRECTIONS)
+        result["loss"] = {name: (forward[name] + backward[name]) / 2 for name in forward}
         return result
 
     def in_other_units(self, name: str, value: float) -> dict[str, float]:
