@@ -191,7 +191,6 @@ def measure_step(s: Settings, device: Any) -> dict[str, Any]:
         num_highways=1,
         projection_size=s.step_projection_size,
         hidden_size=s.step_hidden_size,
-        num_negatives=s.num_negatives,
     )
     batch = random_batch(s)
     step, parameters, flops = our_step(s, config, batch)

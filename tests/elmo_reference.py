@@ -88,7 +88,7 @@ def losses(p, c, batch, carry, drop=None):
         x, total = dropped(outputs[-1]), 0.0
         for b, t in np.ndindex(*batch[f"{d}_targets"].shape):
             target = batch[f"{d}_targets"][b, t]
-            if drop and c.num_negatives:
+            if drop and f"{d}_negatives" in batch:
                 nll = sampled_nll(p, c, x[b, t], target, batch[f"{d}_negatives"], batch[f"{d}_tries"])
             else:
                 nll = full_nll(p, c, x[b, t], target)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from functools import partial
 
 import elmo_reference as reference
@@ -30,8 +31,8 @@ CONFIG = ELMoConfig(
     hidden_size=16,
     cell_clip=0.4,
     projection_clip=0.25,
-    num_negatives=12,
 )
+NEGATIVES = 12
 DIRECTIONS = ("forward", "backward")
 ROWS, LENGTH, WORDS = 8, 5, 16
 LAYOUT = {"characters": "shared"} | {
@@ -41,7 +42,7 @@ LAYOUT = {"characters": "shared"} | {
 }
 
 
-def make_batch(seed=0, config=CONFIG, rows=ROWS, length=LENGTH):
+def make_batch(seed=0, config=CONFIG, rows=ROWS, length=LENGTH, negatives=NEGATIVES):
     """Words of 1 to 48 bytes; some targets are among the negatives; some places have no weight."""
     rng = np.random.default_rng(seed)
     characters = np.full((WORDS, 50), 260)
@@ -53,8 +54,8 @@ def make_batch(seed=0, config=CONFIG, rows=ROWS, length=LENGTH):
             f"{d}_words": rng.integers(0, WORDS, (rows, length)),
             f"{d}_targets": rng.integers(0, config.vocab_size, (rows, length)),
             f"{d}_weights": (rng.random((rows, length)) < 0.8).astype(np.float32),
-            f"{d}_negatives": rng.permutation(config.vocab_size)[: config.num_negatives],
-            f"{d}_tries": np.array(19 if d == "forward" else config.num_negatives),
+            f"{d}_negatives": rng.permutation(config.vocab_size)[:negatives],
+            f"{d}_tries": np.array(19 if d == "forward" else negatives),
         }
     return {name: x.astype(np.int32) if x.dtype == np.int64 else x for name, x in batch.items()}
 
@@ -134,11 +135,15 @@ def test_evaluation_is_without_dropout_and_over_the_whole_vocabulary(params, car
         assert 0.02 < clipped.mean() < 0.9
 
 
-@pytest.mark.parametrize("negatives", [CONFIG.num_negatives, 0])
-def test_training_loss_and_gradients_equal_the_reference(params, carry, masks, monkeypatch, negatives):
+def without_negatives(batch):
+    return {name: x for name, x in batch.items() if not name.endswith(("negatives", "tries"))}
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_training_loss_and_gradients_equal_the_reference(params, carry, masks, monkeypatch, sampled):
     """Dropout by given masks; the gradient of every parameter along a random direction, by finite differences."""
     monkeypatch.setattr(layers, "CHUNK_TOKENS_ON_CPU", 7)
-    config, batch = dataclasses.replace(CONFIG, num_negatives=negatives), make_batch()
+    config, batch = CONFIG, make_batch() if sampled else without_negatives(make_batch())
     step = jax.jit(jax.value_and_grad(partial(objective, config.build()), has_aux=True))
     (total, (_, states)), gradients = step(fp32(params), fp32(carry), batch, jax.random.key(0))
 
@@ -170,8 +175,8 @@ def test_training_loss_and_gradients_equal_the_reference(params, carry, masks, m
 
 def test_a_negative_that_is_the_target_does_not_count_twice(params, carry):
     """With every word a negative and equal expected counts it is the full softmax."""
-    config = dataclasses.replace(CONFIG, num_negatives=CONFIG.vocab_size, dropout=0.0)
-    batch = make_batch(config=config) | {f"{d}_tries": np.int32(10**9) for d in DIRECTIONS}
+    config = dataclasses.replace(CONFIG, dropout=0.0)
+    batch = make_batch(negatives=config.vocab_size) | {f"{d}_tries": np.int32(10**9) for d in DIRECTIONS}
     run = jax.jit(partial(objective, config.build()))
     sampled, full = (run(fp32(params), fp32(carry), batch, key=key)[0] for key in (jax.random.key(0), None))
     close(sampled, full)
@@ -384,7 +389,7 @@ def test_published_sizes_have_their_parameters(sizes, encoder_and_lstm):
 
 def test_a_step_of_the_original_has_its_operations():
     """The published arithmetic, forward, MFLOP for a word in one direction: 17.6 + 33.6 + 2.1, 75.5, 8.4."""
-    batch = {"characters": np.zeros((1, 50)), "forward_words": np.zeros((0, 20))}
+    batch = {"characters": np.zeros((1, 50)), "forward_words": np.zeros((0, 20)), "forward_negatives": np.zeros(8192)}
     model = ELMoConfig(vocab_size=793_471).build()
     np.testing.assert_allclose(model.flops(batch) / 3e6, 17.6 + 33.6 + 2.1, rtol=0.002)
     one = model.flops(batch | {"forward_words": np.zeros((1, 1))}) - model.flops(batch)
@@ -414,19 +419,22 @@ def test_initial_values_are_those_of_the_reference():
     biases = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(params) if path_name(p).endswith("bias")}
     for name, bias in biases.items():
         assert (bias == (-2 if "carry" in name else 0)).all(), name
-    tanh = dataclasses.replace(CONFIG, activation="tanh", filters=((7, 4000),)).build().init_params(jax.random.key(0))
+    tanh = dataclasses.replace(CONFIG, activation="tanh", filters=((7, 400),), num_highways=0).build()
+    tanh = jax.jit(tanh.init_params)(jax.random.key(0))
     assert gap(tanh["encoder"]["convolution_0"]["kernel"], stats.norm(0, (7 * 4) ** -0.5)) < 2
 
 
 def test_a_batch_that_does_not_fit_the_model_is_refused():
     model = CONFIG.build()
     model.check(make_batch())
-    for key, values, complaint in (
-        ("backward_targets", np.full((1, 1), 41), "backward_targets go up to 41, but the model's vocab_size is 41"),
-        ("forward_negatives", np.arange(5), "forward_negatives are 5, but the model's num_negatives is 12"),
-    ):
-        with pytest.raises(InputError, match=complaint):
-            model.check(make_batch() | {key: values})
+    with pytest.raises(InputError, match="backward_targets go up to 41, but the model's vocab_size is 41"):
+        model.check(make_batch() | {"backward_targets": np.full((1, 1), 41)})
+
+
+def test_filters_are_those_of_a_word():
+    assert ELMoConfig(filters=[[1, 32], [7, 8]]) == ELMoConfig(filters=((1, 32), (7, 8)))
+    with pytest.raises(InputError, match=r"--model.filters: 51 characters are wider than a word, which has 50"):
+        ELMoConfig(filters=((3, 4), (51, 4)))
 
 
 def test_words_are_counted_once_for_both_directions():
@@ -480,6 +488,21 @@ def test_a_mesh_gives_the_losses_of_one_device(one_device, parameters):
     assert kernel.addressable_shards[0].data.size * (8 if parameters == "fsdp" else 1) == kernel.size
 
 
+def test_devices_hand_each_other_words_and_not_vocabularies():
+    """The gradient of the softmax's table is sparse: its rows are gathered, tables are not summed."""
+    model, mesh = CONFIG.build(), MeshConfig(8).build()
+    optimizer = Adagrad(0.2, unroll_steps=LENGTH)
+    with jax.set_mesh(mesh):
+        state = loop.abstract_state(model, optimizer, ROWS, mesh, "replicated")
+        batch = place(make_batch(), LAYOUT, mesh)
+        step = loop.make_train_step(model, optimizer, 1, LAYOUT)
+        text = step.lower(state, batch, loop.Keys.of(0).dropout).compile().as_text()
+    collectives = [line for line in text.splitlines() if re.search(r" all-(reduce|gather|to-all)(-start)?\(", line)]
+    assert "f32[128,8]" in text
+    assert collectives
+    assert not [line for line in collectives if "f32[128,8]" in line]
+
+
 def test_accumulated_micro_batches_equal_one_batch():
     """Rows have unequal weights; each keeps its state."""
     without_dropout = dataclasses.replace(CONFIG, dropout=0.0)
@@ -490,8 +513,8 @@ def test_accumulated_micro_batches_equal_one_batch():
 
 
 def test_one_batch_is_learned():
-    config = dataclasses.replace(CONFIG, dropout=0.0, num_negatives=0, cell_clip=3.0, projection_clip=3.0)
-    batch = {name: x for name, x in make_batch().items() if not name.endswith(("negatives", "tries"))}
+    config = dataclasses.replace(CONFIG, dropout=0.0, cell_clip=3.0, projection_clip=3.0)
+    batch = without_negatives(make_batch())
     batch = lambda step, batch=batch: batch  # noqa: E731
     losses, _ = train(150, config=config, batch=batch, learning_rate=0.5)
     assert abs(losses[0] - math.log(41)) < 0.3
