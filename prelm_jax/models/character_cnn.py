@@ -1,4 +1,4 @@
-"""The encoder of words by their characters (Kim et al. 2015; Jozefowicz et al. 2016): convolutions, highways, projection.
+"""Words from their characters (Kim et al. 2015; Jozefowicz et al. 2016): convolutions, highways, a projection.
 
 Reference: allenai/bilm-tf, bilm/training.py, `_build_word_char_embeddings`.
 """
@@ -45,7 +45,7 @@ class Convolution(nn.Module):
 
 
 class Highway(nn.Module):
-    """g · relu(x W + b) + (1 - g) · x (Srivastava et al. 2015); the reference calls the gate g of what is new "carry"."""
+    """g · relu(x W + b) + (1 - g) · x (Srivastava et al. 2015); g, the gate of what is new, is called carry."""
 
     initializer: nn.initializers.Initializer
 

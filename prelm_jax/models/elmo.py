@@ -9,10 +9,10 @@ Reference: allenai/bilm-tf, bilm/training.py. Divergences:
 """
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -23,6 +23,7 @@ from prelm_jax.models.layers import (
     MASKED,
     Dropout,
     Embedding,
+    add_bias,
     check_rows,
     cross_entropy,
     normal,
@@ -116,12 +117,10 @@ class ELMo(nn.Module):
             "forward": lambda x_BTP: x_BTP,
             "backward": lambda x_BTP: jnp.take_along_axis(x_BTP, reversed_BT1, 1),
         }
-        inputs = {d: order(words_BTP.astype(self.dtype)).swapaxes(0, 1) for d, order in orders.items()}
+        inputs = {d: order(words_BTP) for d, order in orders.items()}
         outputs, carry = self._layers(inputs, carry, lengths_B)
-        return {
-            d: jnp.stack([jnp.where(real_BT[..., None], orders[d](x_TBP.swapaxes(0, 1)), 0) for x_TBP in outputs[d]])
-            for d in DIRECTIONS
-        }, carry
+        real_BT1 = real_BT[..., None]
+        return {d: jnp.stack([jnp.where(real_BT1, orders[d](x), 0) for x in outputs[d]]) for d in DIRECTIONS}, carry
 
     def logits(self, hidden_BTP: Array) -> Array:
         """[B, T, padded vocabulary], fp32: the word that comes next in the direction of the LSTM that gave `hidden`."""
@@ -131,7 +130,7 @@ class ELMo(nn.Module):
         return logits_GV.reshape(*hidden_BTP.shape[:-1], -1)
 
     def _layers(self, x: dict[str, Array], carry: Params, lengths_B: Array | None = None):
-        """The outputs [T, B, P] of every layer for inputs [T, B, P], and the new states; for each direction.
+        """The outputs [B, T, P] of every layer for inputs [B, T, P], and the new states; for each direction.
 
         With lengths, the new states are those after so many steps.
         """
@@ -155,53 +154,34 @@ class ELMo(nn.Module):
 
     def _losses(self, batch: Batch, carry: Params) -> tuple[Sums, Params]:
         words_UP = self.encode(batch["characters"])
-        inputs = {d: jnp.take(words_UP, batch[f"{d}_words"].T, axis=0) for d in DIRECTIONS}
-        outputs, carry = self._layers(inputs, carry)
+        outputs, carry = self._layers({d: jnp.take(words_UP, batch[f"{d}_words"], axis=0) for d in DIRECTIONS}, carry)
+        table_VP, bias_V = self.softmax()
         losses = {}
         for d in DIRECTIONS:
-            x_TBP, targets_BT, weights_BT = self.dropout(outputs[d][-1]), batch[f"{d}_targets"], batch[f"{d}_weights"]
+            x_BTP, targets_BT, weights_BT = self.dropout(outputs[d][-1]), batch[f"{d}_targets"], batch[f"{d}_weights"]
             if self.config.num_negatives and self.has_rng("dropout"):
-                nll_TB = self._sampled_nll(x_TBP, targets_BT.T, batch[f"{d}_negatives"], batch[f"{d}_tries"])
-                loss = (nll_TB * weights_BT.T).sum()
+                negatives_S, tries = batch[f"{d}_negatives"], batch[f"{d}_tries"]
+                x_GP, targets_G = x_BTP.reshape(-1, x_BTP.shape[-1]), targets_BT.reshape(-1)
+                nll_G = sampled_nll(x_GP, table_VP, bias_V, targets_G, negatives_S, tries, self.config.vocab_size)
+                loss = (nll_G * weights_BT.reshape(-1)).sum()
             else:
-                table_VP, bias_V = self.softmax()
-                loss, _ = tied_cross_entropy(
-                    x_TBP.swapaxes(0, 1), table_VP, targets_BT, weights_BT, self.config.vocab_size, bias_V
-                )
+                loss, _ = tied_cross_entropy(x_BTP, table_VP, targets_BT, weights_BT, self.config.vocab_size, bias_V)
             losses[f"{d}_loss"] = (loss, weights_BT.sum())
         return losses, carry
 
-    def _sampled_nll(self, x_TBP: Array, targets_TB: Array, negatives_S: Array, tries: Array) -> Array:
-        """Negative log-likelihoods among a target and the negatives, as tf.nn.sampled_softmax_loss has them, [T, B]."""
-        table_VP, bias_V = self.softmax()
-        x_GP, targets_G = x_TBP.reshape(-1, x_TBP.shape[-1]), targets_TB.reshape(-1)
-        true_GP, sampled_SP = (jnp.take(table_VP, ids, axis=0).astype(x_GP.dtype) for ids in (targets_G, negatives_S))
-        true_G = (x_GP.astype(jnp.float32) * true_GP).sum(-1)
-        sampled_GS = jax.lax.dot_general(x_GP, sampled_SP, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        correction = lambda ids: (
-            jnp.take(bias_V, ids)
-            - log_expected_count(  # noqa: E731
-                ids, tries, len(negatives_S), self.config.vocab_size
-            )
-        )
-        sampled_GS = sampled_GS + correction(negatives_S)[None]
-        hits_GS = targets_G[:, None] == negatives_S[None]
-        logits = jnp.concatenate([(true_G + correction(targets_G))[:, None], jnp.where(hits_GS, MASKED, sampled_GS)], 1)
-        nll_G, _ = cross_entropy(logits, jnp.zeros_like(targets_G))
-        return nll_G.reshape(targets_TB.shape)
+    def _use_parameters(self, characters_UC: Array) -> None:
+        self.encode(characters_UC)
+        for weights in (self.forward, self.backward, self.softmax):
+            weights()
 
     # The contract with the training room.
 
     def init_params(self, key: Array) -> Params:
         """Fresh fp32 parameters."""
-        one = jnp.zeros((1, 1), jnp.int32)
-        batch = {"characters": jnp.zeros((1, MAX_CHARACTERS), jnp.int32)}
-        for d in DIRECTIONS:
-            batch |= {f"{d}_words": one, f"{d}_targets": one, f"{d}_weights": jnp.zeros((1, 1))}
-        return self.init(key, batch, self.init_carry(1), method=ELMo._losses)["params"]
+        return self.init(key, jnp.zeros((1, MAX_CHARACTERS), jnp.int32), method=ELMo._use_parameters)["params"]
 
     def init_carry(self, batch_size: int) -> Params:
-        """The states with which a text begins: zeros, for each direction and layer `cell` [B, E] and `hidden` [B, P]."""
+        """The states before the first word: zeros, for each direction and layer `cell` [B, E] and `hidden` [B, P]."""
         c = self.config
 
         def layer() -> Params:
@@ -218,11 +198,11 @@ class ELMo(nn.Module):
             found = len(batch[f"{d}_negatives"]) if f"{d}_negatives" in batch else 0
             if c.num_negatives != found:
                 raise InputError(
-                    f"a batch has {found} {d} negatives, but the model's num_negatives is {c.num_negatives}: let them agree"
+                    f"{d}_negatives are {found}, but the model's num_negatives is {c.num_negatives}: make them equal"
                 )
 
     def loss(self, params: Params, carry: Params, batch: Batch, key: Array | None) -> tuple[Sums, Sums, Params]:
-        """(losses, metrics, carry): names to (sum, weight). `key` None: evaluation, without dropout, by full softmax."""
+        """(losses, metrics, carry): names to (sum, weight). `key` None: evaluation, no dropout, full softmax."""
         rngs = {} if key is None else {"dropout": key}
         losses, carry = self.apply({"params": params}, batch, carry, rngs=rngs, method=ELMo._losses)
         return losses, {}, carry
@@ -259,15 +239,37 @@ class ELMo(nn.Module):
 def log_expected_count(ids: Array, tries: Array, sampled: int, vocab_size: int) -> Array:
     """The logarithm of how often each id is expected among `sampled` distinct ids that took `tries` log-uniform draws.
 
-    tensorflow/core/kernels/range_sampler.cc, `ExpectedCountHelper` of a LogUniformSampler.
+    tensorflow/core/kernels/range_sampler.cc, `ExpectedCountHelper` with the probabilities of a LogUniformSampler.
     """
-    probabilities = jnp.log1p(1 / (ids.astype(jnp.float32) + 1)) / np.log1p(vocab_size)
+    probabilities = jnp.log1p(1 / (ids.astype(jnp.float32) + 1)) / math.log1p(vocab_size)
     distinct = -jnp.expm1(tries.astype(jnp.float32) * jnp.log1p(-probabilities))
     return jnp.log(jnp.where(tries == sampled, sampled * probabilities, distinct))
 
 
-def _state_after(lengths_B: Array, state: Params, hidden_TBP: Array, cells_TBE: Array) -> Params:
-    """The state of each row after so many steps; none: the one before."""
+def sampled_nll(
+    x_GP: Array, table_VP: Array, bias_V: Array, targets_G: Array, negatives_S: Array, tries: Array, vocab_size: int
+) -> Array:
+    """[G], fp32: the negative log-likelihood of each target among itself and the negatives (Jean et al. 2015).
+
+    As tf.nn.sampled_softmax_loss: logits less the logarithm of the expected count; a negative that is the target of a
+    place does not count there. `negatives_S` are distinct ids, which took `tries` draws.
+    """
+
+    def row_and_bias(ids: Array) -> tuple[Array, Array]:
+        count = log_expected_count(ids, tries, len(negatives_S), vocab_size)
+        return jnp.take(table_VP, ids, axis=0).astype(x_GP.dtype), jnp.take(bias_V, ids) - count
+
+    (true_GP, true_bias_G), (sampled_SP, sampled_bias_S) = row_and_bias(targets_G), row_and_bias(negatives_S)
+    true_G1 = jnp.einsum("GP,GP->G", x_GP, true_GP, preferred_element_type=jnp.float32)[:, None] + true_bias_G[:, None]
+    sampled_GS = jnp.einsum("GP,SP->GS", x_GP, sampled_SP, preferred_element_type=jnp.float32)
+    sampled_GS = add_bias(sampled_GS, sampled_bias_S)
+    sampled_GS = jnp.where(targets_G[:, None] == negatives_S[None], MASKED, sampled_GS)
+    nll_G, _ = cross_entropy(jnp.concatenate([true_G1, sampled_GS], 1), jnp.zeros_like(targets_G))
+    return nll_G
+
+
+def _state_after(lengths_B: Array, state: Params, hidden_BTP: Array, cells_BTE: Array) -> Params:
+    """The state of each row after so many steps; after none, the one before."""
+    steps = {"cell": cells_BTE, "hidden": hidden_BTP.astype(jnp.float32)}
     rows = jnp.arange(len(lengths_B))
-    steps = {"cell": cells_TBE, "hidden": hidden_TBP.astype(jnp.float32)}
-    return {name: jnp.concatenate([state[name][None], x])[lengths_B, rows] for name, x in steps.items()}
+    return {name: jnp.concatenate([state[name][:, None], x], 1)[rows, lengths_B] for name, x in steps.items()}

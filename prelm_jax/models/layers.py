@@ -6,7 +6,8 @@ The letters that name the axes of an array, in suffixes (`x_BTD`) and einsums, e
     N heads        H head width       V vocabulary           L layers         M masked positions
     C characters   U distinct words   P LSTM projection      K pairs packed into a row
     A heads of all rows, B · N     G tokens of a batch taken together, whatever rows they are of
-    E cells of an LSTM   Z its gates, 4 · E      (of words, D is the width of a character's vector, F that of all filters)
+    E LSTM cell width    Z its gates, 4 · E  S negatives of a sampled softmax, too
+    In the encoder of words, D is the width of a character's vector and F the number of filters.
 
 Parameters are fp32; a layer computes in the dtype of its input. Norms, softmax and losses compute in fp32.
 """

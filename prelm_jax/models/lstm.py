@@ -1,4 +1,4 @@
-"""LSTM with a projection (Sak et al. 2014) and clipping, as TensorFlow's LSTMCell: the layers of ELMo, with their own VJP.
+"""The LSTM of ELMo, with projection (Sak et al. 2014) and clipping, as TensorFlow's LSTMCell; with a VJP of its own.
 
 One step, gates in TensorFlow's order i, j, f, o:
 
@@ -8,7 +8,8 @@ One step, gates in TensorFlow's order i, j, f, o:
 
 The products with x are computed for all steps at once, before the scan, and the gradients of the weights after the scan
 of the backward pass, as one product over all steps: autodiff of the scan would read and write them in every step.
-Several LSTMs side by side, the two directions of ELMo, go through one scan.
+Several LSTMs side by side, the two directions of ELMo, go through one scan. Inside, rows are the last axis: XLA's CPU
+backend computes weights [Z, P] times states [P, B] at twice the speed of states [B, P] times weights [P, Z].
 """
 
 import math
@@ -22,7 +23,7 @@ from jax import Array
 from prelm_jax.models.layers import add_bias, uniform
 
 Weights = dict[str, Array]  # kernel [P + P, Z], the rows of the input first; bias [Z]; projection [E, P]
-State = dict[str, Array]  # cell [B, E], hidden [B, P]; fp32
+State = dict[str, Array]  # cell [B, E], hidden [B, P]; fp32, whatever the dtype of the inputs
 
 
 class Kernel(nn.Module):
@@ -67,9 +68,9 @@ class LSTMStack(nn.Module):
 def lstm(
     weights: list[Weights], inputs: list[Array], states: list[State], cell_clip: float, projection_clip: float
 ) -> tuple[list[Array], list[State], list[Array]]:
-    """LSTMs side by side, each over its own inputs [T, B, P] and from its own state.
+    """LSTMs side by side, each over its own inputs [B, T, P] and from its own state.
 
-    Of each: the hidden states [T, B, P], in the dtype of the input; the last state; the cells [T, B, E] after every
+    Of each: the hidden states [B, T, P], in the dtype of the input; the last state; the cells [B, T, E] after every
     step, fp32, through which there is no gradient.
     """
     outputs, _ = _forward(weights, inputs, states, cell_clip, projection_clip)
@@ -77,112 +78,118 @@ def lstm(
 
 
 def _forward(weights, inputs, states, cell_clip, projection_clip):
-    kernels = [_split(w, x) for w, x in zip(weights, inputs, strict=True)]
-    hoisted = [
-        _input_gates(x, kernel, w["bias"]) for x, (kernel, _, _), w in zip(inputs, kernels, weights, strict=True)
-    ]
+    hoisted, kernels = [], []
+    for w, x_BTP in zip(weights, inputs, strict=True):
+        input_PZ, recurrent_PZ, projection_EP = _kernels(w, x_BTP)
+        z_GZ = add_bias(_flat(x_BTP) @ input_PZ, w["bias"].astype(x_BTP.dtype))
+        hoisted.append(z_GZ.reshape(*x_BTP.shape[:2], -1).transpose(1, 2, 0))
+        kernels.append((recurrent_PZ.T, projection_EP.T))
 
-    def step(states: list[State], inputs_BZ: list[Array]):
-        done = [
-            _step(state, x_BZ, recurrent, projection, cell_clip, projection_clip)
-            for state, x_BZ, (_, recurrent, projection) in zip(states, inputs_BZ, kernels, strict=True)
-        ]
-        return [state for state, _ in done], [kept for _, kept in done]
+    def step(states, steps):
+        each = zip(states, steps, kernels, strict=True)
+        return _unzip(_step(state, z_ZB, *kernel, cell_clip, projection_clip) for state, z_ZB, kernel in each)
 
-    last, kept = jax.lax.scan(step, states, hoisted)
-    hidden = [jnp.clip(raw, -projection_clip, projection_clip).astype(x.dtype) for (_, _, raw), x in zip(kept, inputs)]
-    return (hidden, last, [cells for _, cells, _ in kept]), (weights, inputs, states, kept)
-
-
-def _step(
-    state: State, x_BZ: Array, recurrent_PZ: Array, projection_EP: Array, cell_clip: float, projection_clip: float
-):
-    """The next state; what the backward pass needs: the gates after their activation, the cell, h' before it is clipped."""
-    dtype = x_BZ.dtype
-    i, j, f, o = jnp.split(x_BZ.astype(jnp.float32) + _product(state["hidden"].astype(dtype), recurrent_PZ), 4, 1)
-    i, j, f, o = jax.nn.sigmoid(i), jnp.tanh(j), jax.nn.sigmoid(f + 1), jax.nn.sigmoid(o)
-    cell_BE = jnp.clip(f * state["cell"] + i * j, -cell_clip, cell_clip)
-    raw_BP = _product((o * jnp.tanh(cell_BE)).astype(dtype), projection_EP)
-    hidden_BP = jnp.clip(raw_BP, -projection_clip, projection_clip)
-    return {"cell": cell_BE, "hidden": hidden_BP}, (jnp.concatenate([i, j, f, o], 1).astype(dtype), cell_BE, raw_BP)
+    last, kept = jax.lax.scan(step, [_transposed(state) for state in states], hoisted)
+    hidden, cells = [], []
+    for x_BTP, (_, cell_TEB, raw_TPB) in zip(inputs, kept, strict=True):
+        hidden.append(jnp.clip(raw_TPB, -projection_clip, projection_clip).astype(x_BTP.dtype).transpose(2, 0, 1))
+        cells.append(cell_TEB.transpose(2, 0, 1))
+    return (hidden, [_transposed(state) for state in last], cells), (weights, inputs, states, kept)
 
 
 def _backward(cell_clip, projection_clip, residuals, cotangents):
     weights, inputs, states, kept = residuals
     dhidden, dlast, _ = cotangents
-    kernels = [_split(w, x) for w, x in zip(weights, inputs, strict=True)]
-    before = [jnp.concatenate([state["cell"][None], cells[:-1]]) for state, (_, cells, _) in zip(states, kept)]
+    kernels = [_kernels(*each)[1:] for each in zip(weights, inputs, strict=True)]
 
     def step(dstates, steps):
-        done = [
-            _step_back(dstate, *values, recurrent, projection, cell_clip, projection_clip)
-            for dstate, values, (_, recurrent, projection) in zip(dstates, steps, kernels, strict=True)
-        ]
-        return [dstate for dstate, _ in done], [gradients for _, gradients in done]
+        each = zip(dstates, steps, kernels, strict=True)
+        return _unzip(_step_back(dstate, *x, *kernel, cell_clip, projection_clip) for dstate, x, kernel in each)
 
-    steps = [(dy, cell, *values) for dy, cell, values in zip(dhidden, before, kept, strict=True)]
-    dstates, gradients = jax.lax.scan(step, dlast, steps, reverse=True)
-    done = [
-        _weight_gradients(*values, projection_clip)
-        for values in zip(weights, inputs, states, kept, gradients, strict=True)
+    steps = [
+        (dy_BTP.transpose(1, 2, 0), jnp.concatenate([state["cell"].T[None], values[1][:-1]]), *values)
+        for dy_BTP, state, values in zip(dhidden, states, kept, strict=True)
     ]
-    return [dweights for dweights, _ in done], [dx for _, dx in done], dstates
-
-
-def _step_back(
-    dstate, dhidden_BP, before_BE, gates_BZ, cell_BE, raw_BP, recurrent_PZ, projection_EP, cell_clip, projection_clip
-):
-    """The gradient by the state before; those by the gates before their activation and by h' before it is clipped."""
-    dtype = gates_BZ.dtype
-    i, j, f, o = jnp.split(gates_BZ.astype(jnp.float32), 4, 1)
-    draw_BP = jnp.where(jnp.abs(raw_BP) <= projection_clip, dstate["hidden"] + dhidden_BP.astype(jnp.float32), 0)
-    dout_BE = _product(draw_BP.astype(dtype), projection_EP.T)
-    squashed_BE = jnp.tanh(cell_BE)
-    dcell_BE = dstate["cell"] + dout_BE * o * (1 - squashed_BE**2)
-    dcell_BE = jnp.where(jnp.abs(f * before_BE + i * j) <= cell_clip, dcell_BE, 0)
-    dgates = (
-        dcell_BE * j * i * (1 - i),
-        dcell_BE * i * (1 - j**2),
-        dcell_BE * before_BE * f * (1 - f),
-        dout_BE * squashed_BE * o * (1 - o),
-    )
-    dgates_BZ = jnp.concatenate(dgates, 1).astype(dtype)
-    dbefore = {"cell": dcell_BE * f, "hidden": _product(dgates_BZ, recurrent_PZ.T)}
-    return dbefore, (dgates_BZ, draw_BP.astype(dtype))
-
-
-def _weight_gradients(weights, x_TBP, state, kept, gradients, projection_clip):
-    """Those of the weights, each as one product over all steps, and that of the input."""
-    (gates_TBZ, cells_TBE, raw_TBP), (dgates_TBZ, draw_TBP) = kept, gradients
-    dtype = x_TBP.dtype
-    hidden_TBP = jnp.clip(jnp.concatenate([state["hidden"][None], raw_TBP[:-1]]), -projection_clip, projection_clip)
-    flat = lambda x: x.astype(dtype).reshape(-1, x.shape[-1])  # noqa: E731
-    dgates_GZ = flat(dgates_TBZ)
-    out_GE = flat(gates_TBZ[..., -cells_TBE.shape[-1] :].astype(jnp.float32) * jnp.tanh(cells_TBE))
-    dweights = {
-        "kernel": _product(flat(jnp.concatenate([x_TBP, hidden_TBP.astype(dtype)], -1)).T, dgates_GZ),
-        "bias": _product(jnp.ones((1, len(dgates_GZ)), dtype), dgates_GZ)[0],
-        "projection": _product(out_GE.T, flat(draw_TBP)),
-    }
-    dx_TBP = _product(dgates_GZ, _split(weights, x_TBP)[0].T).astype(dtype).reshape(x_TBP.shape)
-    return dweights, dx_TBP
+    dstates, gradients = jax.lax.scan(step, [_transposed(dstate) for dstate in dlast], steps, reverse=True)
+    each = zip(weights, inputs, states, kept, gradients, strict=True)
+    dweights, dinputs = _unzip(_after_steps_back(*values, projection_clip) for values in each)
+    return dweights, dinputs, [_transposed(dstate) for dstate in dstates]
 
 
 lstm.defvjp(_forward, _backward)
 
 
-def _input_gates(x_TBP: Array, kernel_PZ: Array, bias_Z: Array) -> Array:
-    """The share of the input in the gates, of all steps at once, [T, B, Z]."""
-    return add_bias(x_TBP.reshape(-1, x_TBP.shape[-1]) @ kernel_PZ, bias_Z.astype(x_TBP.dtype)).reshape(
-        *x_TBP.shape[:2], -1
-    )
+def _step(state, z_ZB, recurrent_ZP, projection_PE, cell_clip, projection_clip):
+    """The next state, and what the backward pass needs: the gates, the cell, and h' as it is before it is clipped."""
+    dtype = z_ZB.dtype
+    z_ZB = _wide(z_ZB) + _product(recurrent_ZP, state["hidden"].astype(dtype))
+    i, j, f, o = jnp.split(z_ZB, 4)
+    i, j, f, o = jax.nn.sigmoid(i), jnp.tanh(j), jax.nn.sigmoid(f + 1), jax.nn.sigmoid(o)
+    cell_EB = jnp.clip(f * state["cell"] + i * j, -cell_clip, cell_clip)
+    raw_PB = _product(projection_PE, (o * jnp.tanh(cell_EB)).astype(dtype))
+    hidden_PB = jnp.clip(raw_PB, -projection_clip, projection_clip)
+    return {"cell": cell_EB, "hidden": hidden_PB}, (jnp.concatenate([i, j, f, o]).astype(dtype), cell_EB, raw_PB)
 
 
-def _split(weights: Weights, x: Array) -> tuple[Array, Array, Array]:
-    """The kernel of the input, that of the hidden state, and the projection, in the dtype of the input."""
+def _step_back(
+    dstate, dhidden_PB, before_EB, gates_ZB, cell_EB, raw_PB, recurrent_PZ, projection_EP, cell_clip, projection_clip
+):
+    """The gradient by the state before; those by z, and by h' as it is before it is clipped.
+
+    What is clipped passes no gradient; what lies on the bound does, as in tf.clip_by_value.
+    """
+    dtype = gates_ZB.dtype
+    i, j, f, o = jnp.split(_wide(gates_ZB), 4)
+    draw_PB = jnp.where(jnp.abs(raw_PB) <= projection_clip, dstate["hidden"] + _wide(dhidden_PB), 0)
+    draw_PB = draw_PB.astype(dtype)
+    dout_EB = _product(projection_EP, draw_PB)
+    squashed_EB = jnp.tanh(cell_EB)
+    dcell_EB = dstate["cell"] + dout_EB * o * (1 - squashed_EB**2)
+    dcell_EB = jnp.where(jnp.abs(f * before_EB + i * j) <= cell_clip, dcell_EB, 0)
+    di, dj, df = dcell_EB * j * i * (1 - i), dcell_EB * i * (1 - j**2), dcell_EB * before_EB * f * (1 - f)
+    dz_ZB = jnp.concatenate([di, dj, df, dout_EB * squashed_EB * o * (1 - o)]).astype(dtype)
+    return {"cell": dcell_EB * f, "hidden": _product(recurrent_PZ, dz_ZB)}, (dz_ZB, draw_PB)
+
+
+def _after_steps_back(weights, x_BTP, state, kept, gradients, projection_clip):
+    """The gradients of the weights, each as one product over all steps, and that of the input."""
+    (gates_TZB, cell_TEB, raw_TPB), (dz_TZB, draw_TPB) = kept, gradients
+    dtype, size = x_BTP.dtype, cell_TEB.shape[1]
+    hidden_TPB = jnp.clip(raw_TPB[:-1], -projection_clip, projection_clip)
+    hidden_BTP = jnp.concatenate([state["hidden"][:, None], hidden_TPB.transpose(2, 0, 1)], 1).astype(dtype)
+    out_TEB = (_wide(gates_TZB[:, -size:]) * jnp.tanh(cell_TEB)).astype(dtype)
+    dz_GZ, draw_GP = _flat(dz_TZB.transpose(2, 0, 1)), _flat(draw_TPB.transpose(2, 0, 1))
+    dweights = {
+        "kernel": _product(jnp.concatenate([_flat(x_BTP).T, _flat(hidden_BTP).T]), dz_GZ),
+        "bias": _product(jnp.ones((1, len(dz_GZ)), dtype), dz_GZ)[0],
+        "projection": _product(out_TEB.transpose(1, 2, 0).reshape(size, -1), draw_GP),
+    }
+    input_PZ, _, _ = _kernels(weights, x_BTP)
+    return dweights, _product(dz_GZ, input_PZ.T).astype(dtype).reshape(x_BTP.shape)
+
+
+def _kernels(weights: Weights, x: Array) -> tuple[Array, Array, Array]:
+    """That of the input, that of the hidden state, and the projection, in the dtype of the input."""
     kernel, size = weights["kernel"].astype(x.dtype), x.shape[-1]
     return kernel[:size], kernel[size:], weights["projection"].astype(x.dtype)
 
 
 def _product(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+    return jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _flat(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _transposed(state: State) -> State:
+    return {name: x.T for name, x in state.items()}
+
+
+def _unzip(pairs) -> tuple[list, list]:
+    first, second = zip(*pairs, strict=True)
+    return list(first), list(second)

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from prelm_jax.paths import path_name
-from prelm_jax.training.optimizer import AdamW, decays
+from prelm_jax.training.optimizer import Adagrad, AdamW, decays
 
 
 @pytest.mark.parametrize("bias_correction", [True, False])
@@ -37,6 +37,30 @@ def test_adamw_equals_numpy(bias_correction):
                 update = update + 0.01 * theirs[name]
             theirs[name] = theirs[name] - rate * update
             np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-5, atol=1e-6)
+
+
+def test_adagrad_equals_numpy():
+    """Reference: bilm-tf, training.py, with tf.train.AdagradOptimizer; some steps are clipped and some are not."""
+    config = Adagrad(learning_rate=0.2, unroll_steps=20)
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.normal(size=(3, 2)).astype(np.float32), "bias": rng.normal(size=2).astype(np.float32)}
+    optimizer = config.build()
+    state, ours = optimizer.init(params), params
+    theirs = {name: x.astype(np.float64) for name, x in params.items()}
+    accumulators = {name: np.ones_like(x) for name, x in theirs.items()}
+    norms = []
+    for scale in (0.05, 1.0, 0.0, 0.2):
+        gradients = {name: (scale * rng.normal(size=x.shape)).astype(np.float32) for name, x in params.items()}
+        updates, state = optimizer.update(gradients, state, ours)
+        ours = optax.apply_updates(ours, updates)
+        norms.append(np.sqrt(sum(((20 * g.astype(np.float64)) ** 2).sum() for g in gradients.values())))
+        for name, gradient in gradients.items():
+            clipped = 20 * gradient.astype(np.float64) * min(1, 10 / max(norms[-1], 1e-9))
+            accumulators[name] += clipped**2
+            theirs[name] -= 0.2 * clipped / np.sqrt(accumulators[name])
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
+    assert min(norms) < 10 < max(norms)
+    assert config.schedule(0) == config.schedule(10**6) == np.float32(0.2)
 
 
 def test_schedule_at_named_steps():
