@@ -173,6 +173,11 @@ class WordsConfig:
     def _train(self, corpus: Corpus) -> list[str]:
         counts = count(corpus, self.tokenize)
         words = [word for word, n in counts.items() if n >= self.min_count and word not in SPECIAL_TOKENS]
+        if not words:
+            raise InputError(
+                f"no word is {self.min_count} times in the training side of the corpus: "
+                "give a larger corpus or a smaller --tokenizer.min-count"
+            )
         words.sort(key=lambda word: (-counts[word], word))
         return [*SPECIAL_TOKENS, *words[: self.vocab_size - len(SPECIAL_TOKENS)]]
 
@@ -201,7 +206,7 @@ def check_order(tokens: list[str], counts: Counter[str], source: object) -> None
     counts_V = np.array([counts[token] for token in tokens[len(SPECIAL_TOKENS) :]])
     log_V = np.log(np.arange(len(counts_V)) + len(SPECIAL_TOKENS) + 1)
     found, sorted_ = counts_V @ log_V, np.sort(counts_V)[::-1] @ log_V
-    if found - sorted_ > (counts_V.sum() * log_V.mean() - sorted_) / 2:
+    if found - sorted_ > (counts_V.sum() * log_V.sum() / max(len(log_V), 1) - sorted_) / 2:
         raise InputError(
             f"{source} is not sorted by falling count, from which sampled softmax takes how frequent its words are: "
             "sort it, or leave out --tokenizer.path and let the corpus decide"
