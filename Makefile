@@ -1,5 +1,5 @@
 # Two commands on a machine that has Python >= 3.11 and pip:
-#   make demo     pretrain, evaluate, export and use a small model (about 4 minutes on two cores)
+#   make demo     pretrain, evaluate, export and use a small BERT (5 minutes on two cores); or MODEL=gpt1
 #   make test     lint and the whole test suite
 
 PYTHON ?= python3
@@ -10,13 +10,20 @@ PRELM = .venv/bin/prelm
 # Large pages for large arrays: XLA on a Linux CPU spends a tenth of its time in page faults otherwise.
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
-.PHONY: demo test format
+.PHONY: demo use-bert use-gpt1 test format
 
 demo: .venv/installed
 	$(PRELM) pretrain experiments/$(MODEL).py:demo
-	$(PRELM) export $(RUN) $(RUN)/huggingface
-	$(PRELM) fill $(RUN)/huggingface "If the [MASK] is empty, an error is raised."
-	$(PRELM) fill $(RUN)/huggingface "Return a new [MASK] with the same elements."
+	$(PRELM) export $(RUN) $(RUN)/exported
+	@$(MAKE) --no-print-directory use-$(MODEL)
+
+use-bert:
+	$(PRELM) fill $(RUN)/exported "If the [MASK] is empty, an error is raised."
+	$(PRELM) fill $(RUN)/exported "Return a new [MASK] with the same elements."
+
+use-gpt1:
+	$(PRELM) generate $(RUN)/exported --prompt "If the list is empty," --max-tokens 40 --temperature 0.7
+	$(PRELM) generate $(RUN)/exported --prompt "Return a new" --max-tokens 40 --temperature 0.7
 
 test: .venv/installed-test
 	.venv/bin/ruff check .

@@ -7,7 +7,9 @@ start on `experiments/bert.py:demo`, as its users see it: from the command to th
 the token store already made, without and with the compiled programs of an earlier start.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import os
 import runpy
 import shutil
@@ -36,11 +38,11 @@ SAVE_EVERY = 200
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """`steps` are timed together, `rounds` times; `starts`: how often the command is started cold, and warm."""
+    """`rounds`: of five steps on real batches and five plain ones, and a fifth as many of 20 with and without a save;
+    `starts`: how often the command is started cold, and warm."""
 
     corpus: tuple[str, ...]
-    steps: int = 20
-    rounds: int = 8
+    rounds: int = 40
     starts: int = 3
     threads: int = 2
     json: Path | None = None
@@ -83,35 +85,40 @@ class Mini:
         return time.perf_counter() - start
 
 
-def batches_and_checkpoints(s: Settings) -> dict[str, list[float]]:
-    """Quartiles over rounds of `steps` steps each: plain, on real batches, with a save that they wait for."""
-    mini, constant = Mini(s.corpus), lambda: [mini.constant] * s.steps
-    times = {"plain": [], "real batches": [], "one save": []}
-    blocked = []
-    with tempfile.TemporaryDirectory() as directory:
-        checkpoints = Checkpoints(Path(directory) / "checkpoints", keep=3)
-        for r in range(s.rounds):
+def real_batches(mini: Mini, rounds: int, steps: int = 5) -> dict[str, list[float]]:
+    """Quartiles over rounds of a few steps on a constant batch and as many on real ones, from one loader.
 
-            def save(r: int = r) -> None:
-                start = time.perf_counter()
-                checkpoints.save(r + 1, mini.state.items())
-                blocked.append(time.perf_counter() - start)
+    The loader is a few batches ahead and fills up as they are used, so each round bears what its own batches cost.
+    """
+    plain, real = [], []
+    with contextlib.closing(mini.real(0, (rounds + 1) * steps)) as loader:
+        batches = (batch for _, batch in loader)
+        for _ in range(rounds + 1):
+            plain.append(mini.seconds(lambda: None, [mini.constant] * steps))
+            real.append(mini.seconds(lambda: None, itertools.islice(batches, steps)))
+    plain, real = np.array(plain[1:]), np.array(real[1:])
+    return {"seconds_per_step": _quartiles(plain / steps), "real_batches_percent": _quartiles(100 * (real / plain - 1))}
 
-            times["plain"].append(mini.seconds(lambda: None, constant()))
-            # The loader starts before the clock, and builds as many batches as are used and a few more.
-            real = mini.real(r * s.steps, (r + 2) * s.steps)
-            next(real)
-            times["real batches"].append(
-                mini.seconds(lambda: None, (batch for _, (_, batch) in zip(range(s.steps), real, strict=False)))
-            )
-            real.close()
-            times["one save"].append(mini.seconds(save, constant(), checkpoints.settle))
-        checkpoints.close()
-    plain, real, saving = (np.array(t) for t in times.values())
+
+def saves(mini: Mini, rounds: int, steps: int = 20) -> dict[str, list[float]]:
+    """Quartiles over rounds of steps without a save, and as many with one that they wait for."""
+    plain, saving, blocked = [], [], []
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        contextlib.closing(Checkpoints(Path(directory) / "checkpoints", keep=3)) as checkpoints,
+    ):
+
+        def save() -> None:
+            start = time.perf_counter()
+            checkpoints.save(len(plain), mini.state.items())
+            blocked.append(time.perf_counter() - start)
+
+        for _ in range(rounds):
+            plain.append(mini.seconds(lambda: None, [mini.constant] * steps))
+            saving.append(mini.seconds(save, [mini.constant] * steps, checkpoints.settle))
+    plain, saving = np.array(plain), np.array(saving)
     return {
-        "seconds_per_step": _quartiles(plain / s.steps),
-        "real_batches_percent": _quartiles(100 * (real / plain - 1)),
-        "checkpoint_percent": _quartiles(100 * (saving - plain) / (plain / s.steps * SAVE_EVERY)),
+        "checkpoint_percent": _quartiles(100 * (saving - plain) / (plain / steps * SAVE_EVERY)),
         "save_blocks_seconds": _quartiles(np.array(blocked)),
     }
 
@@ -160,7 +167,8 @@ def main(settings: Settings) -> None:
     record = {"machine": harness.machine(), "settings": dataclasses.asdict(settings) | {"json": None}}
     harness.introduce(record["machine"])
     record["start"] = start(settings.starts)
-    record["mini"] = batches_and_checkpoints(settings)
+    mini = Mini(settings.corpus)
+    record["mini"] = real_batches(mini, settings.rounds) | saves(mini, settings.rounds // 5)
     for title, figures in record.items():
         for name, value in figures.items() if title in ("start", "mini") else ():
             low, median, high = value

@@ -27,7 +27,7 @@ def demo() -> Run:
         tokenizer=WordPieceConfig(vocab_size=2048),
         model=_short_run(hidden_size=128, num_layers=2),
         data=_pairs(max_length=64, max_predictions=10),
-        optimizer=_adamw(learning_rate=1.5e-3, warmup_steps=100, decay_steps=2400, bias_correction=True),
+        optimizer=_adamw(learning_rate=1.5e-3, warmup_steps=100, decay_steps=2400, bias_correction="moments"),
         batch_size=32,
         steps=2400,
         evaluate_every=800,
@@ -51,7 +51,7 @@ def mini() -> Run:
         tokenizer=WordPieceConfig(vocab_size=8192),
         model=_short_run(hidden_size=256, num_layers=4),
         data=_pairs(max_length=64, max_predictions=10),
-        optimizer=_adamw(learning_rate=1e-3, warmup_steps=200, decay_steps=2700, bias_correction=True),
+        optimizer=_adamw(learning_rate=1e-3, warmup_steps=200, decay_steps=2700, bias_correction="moments"),
         batch_size=32,
         steps=2700,
         evaluate_every=900,
@@ -73,7 +73,7 @@ def base() -> Run:
         tokenizer=WordPieceConfig(vocab_size=30522),
         model=BertConfig(),
         data=_pairs(max_length=128, max_predictions=20),
-        optimizer=_adamw(learning_rate=1e-4, warmup_steps=10_000, decay_steps=1_000_000, bias_correction=False),
+        optimizer=_adamw(learning_rate=1e-4, warmup_steps=10_000, decay_steps=1_000_000, bias_correction="none"),
         batch_size=256,
         steps=900_000,
         precision="bfloat16",
@@ -94,7 +94,7 @@ def base_512() -> Run:
     return dataclasses.replace(
         base(),
         data=_pairs(max_length=512, max_predictions=76),
-        optimizer=_adamw(learning_rate=1e-5, warmup_steps=0, decay_steps=100_000, bias_correction=False),
+        optimizer=_adamw(learning_rate=1e-5, warmup_steps=0, decay_steps=100_000, bias_correction="none"),
         steps=100_000,
     )
 
@@ -139,7 +139,7 @@ def _pairs(max_length: int, max_predictions: int) -> PairsConfig:
     )
 
 
-def _adamw(learning_rate: float, warmup_steps: int, decay_steps: int, bias_correction: bool) -> AdamW:
+def _adamw(learning_rate: float, warmup_steps: int, decay_steps: int, bias_correction: str) -> AdamW:
     return AdamW(
         learning_rate,
         warmup_steps,

@@ -33,6 +33,9 @@ UNWRITABLE = {
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
 }
 
+# What one does with a trained model, by the first of these verbs that it has.
+EXAMPLES = {"fill": '"The [MASK] is returned."', "generate": '--prompt "The"', "embed": "INPUT.txt OUTPUT.hdf5"}
+
 Positional = tyro.conf.Positional
 
 
@@ -46,6 +49,7 @@ def pretrain(experiment: str, arguments: list[str]) -> None:
         import jax
 
         from prelm_jax import pretrain
+        from prelm_jax.exchange.model import family
 
         _configure_jax()
         _join_processes()
@@ -54,8 +58,9 @@ def pretrain(experiment: str, arguments: list[str]) -> None:
             return
         _print_summary(summary)
         print(f"\nThe run is in {workdir}. Next:")
-        print(f"  prelm export {workdir} DIRECTORY    write it for transformers")
-        print(f'  prelm fill {workdir} "The [MASK] is returned."')
+        print(f"  prelm export {workdir} DIRECTORY")
+        verb = next(verb for verb in EXAMPLES if hasattr(family(run.model.model_type, workdir), verb))
+        print(f"  prelm {verb} {workdir} {EXAMPLES[verb]}")
 
     _call(command, arguments, f"prelm pretrain {experiment}")
 
@@ -124,14 +129,26 @@ def score(model: Positional[Path], input: Positional[Path]) -> None:
 
 def fill(model: Positional[Path], text: Positional[str], top_k: int = 5) -> None:
     """Print the likeliest tokens for each [MASK] of a text."""
-    from prelm_jax.exchange.model import load
-
     _configure_jax()
-    for candidates in load(model).fill(text, top_k):
+    for candidates in _load(model, "fill").fill(text, top_k):
         print("  ".join(f"{token} {probability:.3f}" for token, probability in candidates))
 
 
-VERBS = {verb.__name__: verb for verb in (pretrain, evaluate, export, tokenize, embed, score, fill)}
+def generate(
+    model: Positional[Path],
+    prompt: str,
+    max_tokens: int = 100,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Print a prompt and what the model goes on to write; temperature 0 takes the likeliest tokens."""
+    _configure_jax()
+    print(_load(model, "generate").generate(prompt, max_tokens, temperature, top_k, top_p, seed))
+
+
+VERBS = {verb.__name__: verb for verb in (pretrain, evaluate, export, tokenize, embed, score, fill, generate)}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -210,6 +227,16 @@ def _experiment(reference: str) -> tuple[str, Any]:
     return f"{path.stem}-{function}".replace("_", "-"), experiments[function]()
 
 
+def _load(path: Path, verb: str) -> Any:
+    """The model at a path; InputError for one of a family without that verb."""
+    from prelm_jax.exchange.model import load
+
+    model = load(path)
+    if not hasattr(model, verb):
+        raise InputError(f"{path} is a model of type {model.config.model_type}, which cannot {verb}")
+    return model
+
+
 def _suggestion(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
@@ -267,5 +294,6 @@ def _print_summary(summary: Any) -> None:
         baselines = ", ".join(f"{known} {x:.3f}" for known, x in summary.baselines.get(name, {}).items())
         table.add_row(name.replace("_", " "), f"{value:.3f}", baselines)
     table.add_section()
+    table.add_row("unknown tokens", f"{summary.unknown_tokens:.2%}", "")
     table.add_row("training, tokens/s", f"{summary.tokens_per_second:,.0f}", "")
     Console(width=None if sys.stdout.isatty() else 120).print(table)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from prelm_jax.data import loader
 from prelm_jax.data.pairs import PairsConfig
+from prelm_jax.data.windows import WindowsConfig
 from prelm_jax.errors import InputError
 from prelm_jax.exchange import model as exchange
 from prelm_jax.text import store
@@ -28,7 +29,7 @@ from prelm_jax.training.metrics import MetricsWriter
 from prelm_jax.training.sharding import MeshConfig, place
 
 # What makes the batches of each model, to find it again in a work directory.
-DATA = {"bert": PairsConfig}
+DATA = {"bert": PairsConfig, "openai-gpt": WindowsConfig}
 
 # The batches on which a model is evaluated are the same in every run.
 EVALUATION_SEED = 0
@@ -92,10 +93,14 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """How a model does on held-out text, beside what knows next to nothing, and the median speed of its training."""
+    """How a model does on held-out text, beside what knows next to nothing, and the median speed of its training.
+
+    `unknown_tokens`: the share of the held-out tokens that the vocabulary cannot spell.
+    """
 
     evaluation: dict[str, float]
     baselines: dict[str, dict[str, float]]
+    unknown_tokens: float
     tokens_per_second: float
 
 
@@ -138,7 +143,8 @@ def pretrain(run: Run, workdir: Path) -> Summary:
 
         def evaluate_held_out(state: loop.TrainState) -> dict[str, float]:
             placed = _placed(evaluation, 0, run.evaluate_batches, mesh)
-            return evaluate(state.params, model.init_carry(run.batch_size), (batch for _, batch in placed))
+            values = evaluate(state.params, model.init_carry(run.batch_size), (batch for _, batch in placed))
+            return _with_other_units(evaluation, values)
 
         done = int(state.step)
         steps = _placed(batches, done, run.steps, mesh)
@@ -146,8 +152,8 @@ def pretrain(run: Run, workdir: Path) -> Summary:
             state, values = loop.train(
                 run, model, state, steps, batches.layout, evaluate_held_out, checkpoints, writer, workdir
             )
-        baselines = batches.baselines(evaluation[i] for i in range(run.evaluate_batches))
-        return Summary(values or evaluate_held_out(state), baselines, _tokens_per_second(workdir))
+        values = values or evaluate_held_out(state)
+        return _summary(workdir, values, batches, evaluation, run.evaluate_batches, held_out)
 
 
 def evaluate(workdir: Path, sources: tuple[str, ...] = ()) -> Summary:
@@ -169,9 +175,9 @@ def evaluate(workdir: Path, sources: tuple[str, ...] = ()) -> Summary:
     with jax.set_mesh(mesh):
         placed = _placed(evaluation, 0, circumstance["evaluate_batches"], mesh)
         values = loop.make_evaluate(model)(loaded.params, model.init_carry(rows), (batch for _, batch in placed))
+    values = _with_other_units(evaluation, values)
     batches = data.build(training, tokenizer, rows, record["seed"])
-    baselines = batches.baselines(evaluation[i] for i in range(circumstance["evaluate_batches"]))
-    return Summary(values, baselines, _tokens_per_second(workdir))
+    return _summary(workdir, values, batches, evaluation, circumstance["evaluate_batches"], held_out)
 
 
 def export(workdir: Path, directory: Path) -> None:
@@ -218,6 +224,24 @@ def _evaluation_batches(data: Any, held_out: store.Store, tokenizer: Any, rows: 
     if held_out.num_documents == 0:
         raise InputError("no document fell on the held-out side: raise --held-out")
     return data.build(held_out, tokenizer, rows, EVALUATION_SEED)
+
+
+def _with_other_units(batches: Any, values: dict[str, float]) -> dict[str, float]:
+    units = (batches.in_other_units(name, value) for name, value in values.items())
+    return values | {name: value for unit in units for name, value in unit.items()}
+
+
+def _summary(
+    workdir: Path, values: dict[str, float], batches: Any, evaluation: Any, steps: int, held_out: store.Store
+) -> Summary:
+    """With baselines that learned from `batches`."""
+    baselines = batches.baselines(evaluation[i] for i in range(steps))
+    for name, known in list(baselines.items()):
+        for model, value in known.items():
+            for unit, x in evaluation.in_other_units(name, value).items():
+                baselines.setdefault(unit, {})[model] = x
+    unknown = held_out.manifest["unknown_tokens"] / held_out.num_tokens
+    return Summary(values, baselines, unknown, _tokens_per_second(workdir))
 
 
 def _claim(workdir: Path, run: Run, corpus: Corpus, tokenizer: Any) -> None:

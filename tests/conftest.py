@@ -52,6 +52,35 @@ def tiny_bert():
 
 
 @pytest.fixture(scope="session")
+def tiny_gpt():
+    """The configuration of a GPT that compiles in a second or two."""
+    from prelm_jax.models.gpt import GPTConfig
+
+    return GPTConfig(vocab_size=120, hidden_size=32, num_layers=2, num_heads=2, max_position_embeddings=32)
+
+
+@pytest.fixture(scope="session")
+def random_gpt_batch():
+    """`(step, rows) -> batch` of random tokens in two segments, with padding and positions that are not predicted."""
+
+    def batch(step: int = 0, rows: int = 8, length: int = 16) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(step)
+        lengths_B1 = rng.integers(length // 2, length + 1, (rows, 1))
+        columns_BT = np.broadcast_to(np.arange(length), (rows, length))
+        real_BT, second_BT = columns_BT < lengths_B1, columns_BT >= lengths_B1 // 2
+        integers = {
+            "tokens": np.where(real_BT, rng.integers(1, 120, (rows, length)), 0),
+            "targets": np.where(real_BT, rng.integers(1, 120, (rows, length)), 0),
+            "positions": np.where(real_BT, columns_BT - second_BT * (lengths_B1 // 2), 0),
+            "segments": np.where(real_BT, 1 + second_BT, 0),
+        }
+        weights_BT = (real_BT & (rng.random((rows, length)) < 0.9)).astype(np.float32)
+        return {name: array.astype(np.int32) for name, array in integers.items()} | {"weights": weights_BT}
+
+    return batch
+
+
+@pytest.fixture(scope="session")
 def random_bert_batch():
     """`(step, rows) -> batch` of random tokens, with padding, unequal numbers of masks, and both labels."""
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -56,6 +57,9 @@ def place(tmp_path_factory):
     (place / "tiny.py").write_text(EXPERIMENT.replace("CORPUS", str(place / "corpus.txt")))
     main(["pretrain", f"{place}/tiny.py:tiny", "--workdir", f"{place}/run", "--steps", "3"])
     main(["export", f"{place}/run", f"{place}/model"])
+    gpt = [f"{Path(__file__).parent}/tiny.py:gpt", "--corpus", f"{place}/corpus.txt", "--steps", "3"]
+    main(["pretrain", *gpt, "--workdir", f"{place}/gpt"])
+    main(["export", f"{place}/gpt", f"{place}/gpt-model"])
     (place / "lines.txt").write_text("The old cat sees a hen.\n\nA dog\n")
     return place
 
@@ -124,6 +128,44 @@ def test_fill_score_embed_tokenize(place, model, tmp_path, capsys):
     main(["tokenize", str(tokenizer), f"{place}/lines.txt"])
     ids = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert ids[1] == [] and len(ids[0]) == len(tokens) - 2
+
+
+def test_generate(place, capsys):
+    """From a work directory and from a model directory alike."""
+
+    def generate(prompt, model="gpt", seed=3) -> str:
+        options = ["--max-tokens", "8", "--temperature", "0.8", "--top-k", "20", "--top-p", "0.9", "--seed", str(seed)]
+        main(["generate", f"{place}/{model}", "--prompt", prompt, *options])
+        return capsys.readouterr().out.removesuffix("\n")
+
+    once = generate("The old cat")
+    assert once.startswith("the old cat ")
+    assert once == generate("The old cat", "gpt-model") != generate("The old cat", seed=4)
+    longer = " ".join(["the old cat sees a hen ."] * 10)  # Than the window of 32: its end counts.
+    assert generate(longer).startswith(longer)
+    assert generate("The ☃ cat").startswith("the <unk>cat ")  # So does transformers write it.
+
+
+def test_a_language_model_has_its_own_figures(place, capsys):
+    main(["evaluate", f"{place}/gpt"])
+    out = capsys.readouterr().out
+    for part in ("lm loss", "unigram", "trigram", "perplexity", "bits per byte", "unknown tokens"):
+        assert part in out
+
+
+def test_a_family_without_that_verb(place, capsys):
+    message = complaint(capsys, "fill", place / "gpt-model", "The [MASK].")
+    assert message == f"prelm: {place}/gpt-model is a model of type openai-gpt, which cannot fill"
+    message = complaint(capsys, "generate", place / "model", "--prompt", "The")
+    assert message == f"prelm: {place}/model is a model of type bert, which cannot generate"
+
+
+def test_gpt_without_enough_text(place, capsys, tmp_path):
+    assert "the prompt is blank" in complaint(capsys, "generate", place / "gpt-model", "--prompt", " ")
+    (tmp_path / "short.txt").write_text("A cat sees a hen.\n\nA dog.\n")
+    options = ("--corpus", tmp_path / "short.txt", "--workdir", tmp_path / "run", "--tokenizer.num-merges", 0)
+    message = complaint(capsys, "pretrain", f"{Path(__file__).parent}/tiny.py:gpt", *options)
+    assert re.search(r"\d+ tokens to predict in \d documents do not fill a window of 32: give a larger corpus", message)
 
 
 def test_mistakes_are_one_line_that_says_what_to_do(place, capsys, tmp_path):
@@ -232,7 +274,9 @@ def test_an_experiment_that_raises_shows_its_own_traceback(place):
 def test_help(capsys):
     main(["--help"])
     out = capsys.readouterr().out
-    assert all(verb in out for verb in ("pretrain", "evaluate", "export", "tokenize", "embed", "score", "fill"))
+    assert all(
+        verb in out for verb in ("pretrain", "evaluate", "export", "tokenize", "embed", "score", "fill", "generate")
+    )
     with pytest.raises(SystemExit) as stopped:
         main(["score", "--help"])
     assert stopped.value.code == 0

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from prelm_jax.paths import path_name
 from prelm_jax.pretrain import CIRCUMSTANCE, DATA, Run
+from prelm_jax.text.bpe import BPEConfig
 from prelm_jax.text.store import Store
 from prelm_jax.text.wordpiece import SPECIAL_TOKENS
 from prelm_jax.training import loop
@@ -45,9 +46,14 @@ def experiments() -> dict:
 EXPERIMENTS = experiments()
 
 
+def vocab_size(tokenizer) -> int:
+    """Of a trained vocabulary; that of BPE with GPT-1's alphabet."""
+    return tokenizer.num_merges + 478 if isinstance(tokenizer, BPEConfig) else tokenizer.vocab_size
+
+
 def build(run: Run):
     """The model at the size of its vocabulary, and its parameters without values."""
-    model = dataclasses.replace(run.model, vocab_size=run.tokenizer.vocab_size).build(jnp.dtype(run.precision))
+    model = dataclasses.replace(run.model, vocab_size=vocab_size(run.tokenizer)).build(jnp.dtype(run.precision))
     return model, jax.eval_shape(model.init_params, jax.random.key(0))
 
 
@@ -69,7 +75,7 @@ def test_one_step_lowers_on_four_devices(name):
     model, _ = build(run)
     assert type(run.data) is DATA[run.model.model_type]
     store = Store.from_documents([[[5, 6, 7]] * 400, [[8, 9]] * 400])
-    batches = run.data.build(store, TokenizerOfSize(run.tokenizer.vocab_size), run.batch_size, run.seed)
+    batches = run.data.build(store, TokenizerOfSize(vocab_size(run.tokenizer)), run.batch_size, run.seed)
     model.check(batches[0])
     mesh = MeshConfig(devices=4).build()
     with jax.set_mesh(mesh):

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import os
+import shutil
 import signal
 
 import jax
@@ -15,18 +17,25 @@ from tiny import assert_same_bits, metrics, newest_checkpoint
 from prelm_jax import pretrain as module
 from prelm_jax.errors import InputError, Preempted
 from prelm_jax.exchange.model import load
+from prelm_jax.paths import path_name
 from prelm_jax.pretrain import Run, pretrain
-from prelm_jax.text.wordpiece import WordPieceConfig
+from prelm_jax.text.corpus import Corpus
 from prelm_jax.training.optimizer import AdamW
 from prelm_jax.training.sharding import MeshConfig
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
-    """Twelve steps of a tiny BERT, with a checkpoint every five and an evaluation every six."""
-    corpus = tmp_path_factory.mktemp("corpus") / "corpus.txt"
-    corpus.write_text(tiny.text(seed=0))
-    return dataclasses.replace(tiny.bert(), corpus=(str(corpus),))
+def corpus(tmp_path_factory) -> str:
+    """The path of a small text."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text(tiny.text(seed=0))
+    return str(path)
+
+
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def run(request, corpus) -> Run:
+    """Twelve steps of a tiny model of each family, with a checkpoint every five and an evaluation every six."""
+    return dataclasses.replace(tiny.FAMILIES[request.param](), corpus=(corpus,))
 
 
 @contextlib.contextmanager
@@ -154,37 +163,44 @@ def test_evaluate_a_work_directory(run, uninterrupted, tmp_path):
     """The same figures as at the end of the training; other text has others."""
     summary = module.evaluate(uninterrupted)
     last = metrics(uninterrupted)[-1]
-    np.testing.assert_allclose(summary.evaluation["masked_lm_loss"], last["evaluation/masked_lm_loss"], rtol=1e-5)
+    np.testing.assert_allclose(summary.evaluation["loss"], last["evaluation/loss"], rtol=1e-5)
     other = tmp_path / "other.txt"
     other.write_text(tiny.text(seed=5))
     assert module.evaluate(uninterrupted, (str(other),)).evaluation != summary.evaluation
+
+
+def with_two_entries_more(exported, folder) -> str:
+    """The path of an exported vocabulary that was made larger."""
+    if (exported / "vocab.txt").exists():
+        (folder / "vocab.txt").write_text((exported / "vocab.txt").read_text() + "zebra\nzebras\n")
+        return str(folder / "vocab.txt")
+    ids = json.loads((exported / "vocab.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(ids | {"zebra</w>": len(ids), "zebras</w>": len(ids) + 1}))
+    shutil.copy(exported / "merges.txt", folder)
+    return str(folder / "vocab.json")
 
 
 def test_continued_pretraining(run, uninterrupted, tmp_path):
     """Starts where the model stands, from a work directory or a model directory, with a larger vocabulary too."""
     directory = tmp_path / "exported"
     module.export(uninterrupted, directory)
-    vocabulary = tmp_path / "vocab.txt"
-    vocabulary.write_text((directory / "vocab.txt").read_text() + "zebra\nzebras\n")
     frozen = AdamW(learning_rate=0.0, warmup_steps=0, decay_steps=1)
     fields = {"steps": 1, "optimizer": frozen, "init_from": str(directory), "seed": 3}
-    pretrain(dataclasses.replace(run, tokenizer=WordPieceConfig(path=str(vocabulary)), **fields), tmp_path / "larger")
-    old, new = load(directory), load(tmp_path / "larger")
-    assert new.tokenizer.vocab_size == old.tokenizer.vocab_size + 2
-    size = old.tokenizer.vocab_size
-    for name in old.params:
-        for a, b in zip(jax.tree.leaves(old.params[name]), jax.tree.leaves(new.params[name]), strict=True):
-            np.testing.assert_array_equal(a[:size], b[:size]) if a.shape[0] > size else np.testing.assert_array_equal(
-                a, b
-            )
-    added = np.asarray(new.params["word_embeddings"]["embedding"][size : size + 2])
-    assert (np.abs(added) <= 0.04).all() and added.std() > 0.005
-
+    vocabulary = type(run.tokenizer)(path=with_two_entries_more(directory, tmp_path))
+    pretrain(dataclasses.replace(run, tokenizer=vocabulary, **fields), tmp_path / "larger")
     pretrain(dataclasses.replace(run, **{**fields, "init_from": str(uninterrupted)}), tmp_path / "same")
-    for a, b in zip(
-        jax.tree.leaves(old.params["encoder"]), jax.tree.leaves(load(tmp_path / "same").params["encoder"]), strict=True
-    ):
-        np.testing.assert_array_equal(a, b)
+    old, larger, same = load(directory), load(tmp_path / "larger"), load(tmp_path / "same")
+    size = old.tokenizer.vocab_size
+    assert larger.tokenizer.vocab_size == size + 2 and old.missing == frozenset()
+    leaves = map(jax.tree.leaves, (larger.params, same.params))
+    for (path, there), *here in zip(jax.tree_util.tree_leaves_with_path(old.params), *leaves, strict=True):
+        is_vocabulary = path_name(path) in old.vocabulary_tables
+        rows = slice(size) if is_vocabulary else slice(None)
+        for leaf in here:
+            np.testing.assert_array_equal(leaf[rows], there[rows])
+        if is_vocabulary and there.ndim == 2:
+            added = here[0][size : size + 2]
+            assert (np.abs(added) <= 0.1).all() and added.std() > 0.005
 
 
 def test_vocabulary_smaller_than_the_tokenizer(run, tmp_path):
@@ -210,15 +226,33 @@ def test_nothing_held_out(run, tmp_path):
         pretrain(dataclasses.replace(run, held_out=0.0), tmp_path / "run")
 
 
-def test_without_next_sentences(run, tmp_path):
+def test_without_next_sentences(tmp_path):
     """A switch of the data: the loss and the metric are gone, and documents of one sentence will do."""
     corpus = tmp_path / "lines.txt"
     corpus.write_text(tiny.text(seed=2).replace("\n\n", "\n"))
-    data = dataclasses.replace(run.data, next_sentence=False)
-    changed = dataclasses.replace(run, corpus=(str(corpus), "documents=line"), data=data, steps=2)
-    summary = pretrain(changed, tmp_path / "run")
-    assert set(summary.evaluation) == {"loss", "masked_lm_loss", "masked_lm_accuracy"}
+    data = dataclasses.replace(tiny.bert().data, next_sentence=False)
+    run = dataclasses.replace(tiny.bert(), corpus=(str(corpus), "documents=line"), data=data, steps=2)
+    summary = pretrain(run, tmp_path / "run")
+    assert set(summary.evaluation) == {"loss", "masked_lm_loss", "masked_lm_accuracy", "masked_lm_perplexity"}
     assert summary.evaluation["loss"] == summary.evaluation["masked_lm_loss"]
+
+
+def test_bits_per_byte_are_those_of_the_text(corpus, tmp_path):
+    """From the loss and the held-out documents themselves; the baselines' as well, and the unknown tokens beside it."""
+    run = dataclasses.replace(tiny.gpt(), corpus=(corpus,), steps=2)
+    summary = pretrain(run, tmp_path / "run")
+    documents = [document.text for document in Corpus(run.corpus, run.held_out).documents("held_out")]
+    tokens = sum(map(len, load(tmp_path / "run").tokenizer.encode_batch(documents)))
+    per_byte = tokens / sum(len(text.encode()) for text in documents) / np.log(2)
+    trigram = {name: known["trigram"] for name, known in summary.baselines.items() if "trigram" in known}
+    for values in (summary.evaluation, trigram):
+        np.testing.assert_allclose(values["perplexity"], np.exp(values["lm_loss"]), rtol=1e-6)
+        np.testing.assert_allclose(values["bits_per_byte"], values["lm_loss"] * per_byte, rtol=1e-6)
+    assert summary.unknown_tokens == 0
+
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(["The cat sees ☃ in the house."] * 30))
+    assert module.evaluate(tmp_path / "run", (str(other),)).unknown_tokens == 1 / 8
 
 
 def test_bfloat16_is_close_to_float32(run, uninterrupted, tmp_path):

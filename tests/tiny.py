@@ -1,6 +1,7 @@
-"""A small world: a run of a second, also for processes of their own, the text it reads, and what it leaves behind."""
+"""A small world: a run of a second for each family, the text it reads, and what it leaves behind."""
 
 import contextlib
+import dataclasses
 import json
 import random
 
@@ -8,9 +9,12 @@ import jax
 import numpy as np
 
 from prelm_jax.data.pairs import PairsConfig
+from prelm_jax.data.windows import WindowsConfig
 from prelm_jax.exchange.model import load
 from prelm_jax.models.bert import BertConfig
+from prelm_jax.models.gpt import GPTConfig
 from prelm_jax.pretrain import Run
+from prelm_jax.text.bpe import BPEConfig
 from prelm_jax.text.wordpiece import WordPieceConfig
 from prelm_jax.training import loop
 from prelm_jax.training.checkpoint import Checkpoints
@@ -50,6 +54,20 @@ def bert() -> Run:
     )
 
 
+def gpt() -> Run:
+    """The same of a tiny GPT."""
+    return dataclasses.replace(
+        bert(),
+        tokenizer=BPEConfig(num_merges=60),
+        model=GPTConfig(hidden_size=16, num_layers=1, num_heads=2, max_position_embeddings=32),
+        data=WindowsConfig(max_length=32),
+        optimizer=AdamW(learning_rate=1e-3, warmup_steps=3, decay_steps=100, weight_decay=0.01, decay="cosine"),
+    )
+
+
+FAMILIES = {"bert": bert, "openai-gpt": gpt}
+
+
 def metrics(workdir) -> list[dict]:
     """The lines of metrics.jsonl without timings."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
@@ -68,7 +86,7 @@ def assert_same_bits(workdir, other) -> None:
 def newest_checkpoint(workdir) -> tuple[int, dict]:
     """(step, items), on one device."""
     config = load(workdir).config
-    optimizer = AdamW(learning_rate=0, warmup_steps=0, decay_steps=1)
+    optimizer = FAMILIES[config.model_type]().optimizer
     abstract = loop.abstract_state(config.build(), optimizer, 8, MeshConfig(devices=1).build(), "replicated")
     with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
         return checkpoints.restore(abstract.items())

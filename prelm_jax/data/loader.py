@@ -1,6 +1,6 @@
 """Batches built ahead of the steps that need them, and placed on the devices."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import grain
@@ -20,6 +20,12 @@ class Batches(Protocol):
 
     def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """Rows start to stop of the global batch of a step, built without the others."""
+
+    def baselines(self, evaluation: Iterable[dict[str, np.ndarray]]) -> dict[str, dict[str, float]]:
+        """Loss or metric → model → value: what models that know next to nothing reach on evaluation batches."""
+
+    def in_other_units(self, name: str, value: float) -> dict[str, float]:
+        """A loss of these batches as its readers know it: perplexity and the like, by name."""
 
 
 def prefetch(

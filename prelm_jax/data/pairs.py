@@ -17,6 +17,7 @@ Divergences from that reference:
   reference takes each token off the front or the end at random.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -142,6 +143,10 @@ class PairBatches:
                 "lengths only": length_only_accuracy(self._examples(np.arange(_VOTERS)), batch),
             }
         return result
+
+    def in_other_units(self, name: str, value: float) -> dict[str, float]:
+        """The perplexity of masked tokens."""
+        return {"masked_lm_perplexity": math.exp(value)} if name == "masked_lm_loss" else {}
 
     def _sort_by_tokens_left(self):
         """Sorts the sentences by the number of tokens from their beginning to their document's end, counted up to T.

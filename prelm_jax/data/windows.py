@@ -12,6 +12,7 @@ Divergences: an epoch visits every window once, in random order, where the origi
 two books as if it were one, which is not known of the original.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -109,6 +110,17 @@ class WindowBatches:
             },
             "lm_accuracy": {"most frequent token": float(np.mean(targets == counts_V.argmax()))},
         }
+
+    def in_other_units(self, name: str, value: float) -> dict[str, float]:
+        """Perplexity per token; and bits per byte of the original text, which do not depend on the vocabulary.
+
+        So many bits as the documents of these batches have tokens, by their bytes; a document's first token counts as
+        much as the others. Unknown tokens cost no more than others, though they say less.
+        """
+        if name != "lm_loss":
+            return {}
+        tokens_per_byte = self._store.num_tokens / self._store.document_bytes.sum()
+        return {"perplexity": math.exp(value), "bits_per_byte": float(value / math.log(2) * tokens_per_byte)}
 
     def _windows(self, window_B: np.ndarray) -> dict[str, np.ndarray]:
         """The batch of any windows of the epoch."""

@@ -90,7 +90,8 @@ class Model(abc.ABC):
         return np.where(rows < len(known), rows, -1)
 
 
-def _family(model_type: object, source: Path) -> type[Model]:
+def family(model_type: object, source: str | os.PathLike) -> type[Model]:
+    """The codec of a `model_type`; InputError, which names the source, for one that there is none for."""
     from prelm_jax.exchange.bilm_elmo import ELMoModel  # Here, because they import this module.
     from prelm_jax.exchange.huggingface_bert import BertModel
     from prelm_jax.exchange.huggingface_gpt import GPTModel
@@ -112,12 +113,12 @@ def load(path: str | os.PathLike) -> Model:
     if (directory / "run.json").is_file():
         return _load_run(directory)
     if (directory / ORIGINAL_GPT).is_file():
-        return _family("openai-gpt", directory / ORIGINAL_GPT).read(directory)
+        return family("openai-gpt", directory / ORIGINAL_GPT).read(directory)
     if (directory / "config.json").is_file():
         source = directory / "config.json"
-        return _family(read_json(source).get("model_type"), source).read(directory)
+        return family(read_json(source).get("model_type"), source).read(directory)
     if any(directory.glob(ELMO_OPTIONS)) or any(directory.glob(ELMO_WEIGHTS)):
-        return _family("elmo", directory).read(directory)
+        return family("elmo", directory).read(directory)
     raise InputError(
         f"{directory}: neither a model directory (no config.json, no {ELMO_OPTIONS}) nor a work directory (no run.json)"
     )
@@ -139,13 +140,13 @@ def _load_run(directory: Path) -> Model:
 
     source = directory / "run.json"
     fields = {name: _frozen(value) for name, value in read_record(directory).get("model", {}).items()}
-    family = _family(fields.pop("model_type", None), source)
+    codec = family(fields.pop("model_type", None), source)
     try:
-        config = family.config_class(**fields)
+        config = codec.config_class(**fields)
     except TypeError as error:
-        raise InputError(f"{source}: not the fields of a {family.config_class.__name__} ({error})") from error
+        raise InputError(f"{source}: not the fields of a {codec.config_class.__name__} ({error})") from error
     _, params = restore_params(directory / "checkpoints", abstract_params(config))
-    return family(config, params, tokenizers.load(directory / "tokenizer"))
+    return codec(config, params, tokenizers.load(directory / "tokenizer"))
 
 
 def _frozen(value: Any) -> Any:

@@ -44,11 +44,15 @@ READING_VERSION = 1  # raise it when the same files would give other documents
 
 
 class Document(NamedTuple):
-    """One document: `text` with lines joined by "\\n", how its sentences are found, and the side it is on."""
+    """One document: `text` with lines joined by "\\n", how its sentences are found, and the side it is on.
+
+    `bytes`: of the text in UTF-8 before any cleaning.
+    """
 
     text: str
     sentences: str
     side: Side
+    bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +84,13 @@ class Corpus:
         empty = True
         with _progress(task, total) as advance:
             for source in sources:
-                for text in source.texts(advance):
+                for original in source.texts(advance):
                     empty = False
+                    text = original if source.cleaning == "none" else cleaning.clean(original)
                     drawn = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-                    document = Document(text, source.sentences, "held_out" if drawn < threshold else "training")
-                    if side in (None, document.side):
-                        yield document
+                    drawn_side = "held_out" if drawn < threshold else "training"
+                    if side in (None, drawn_side):
+                        yield Document(text, source.sentences, drawn_side, len(original.encode()))
         if empty:
             raise InputError(f"the corpus {' '.join(self.sources)} holds no text: give files with text in them")
 
@@ -133,10 +138,7 @@ class _Source(NamedTuple):
         return _matching_files(self.spec)
 
     def texts(self, advance: Advance) -> Iterator[str]:
-        texts = self._texts(advance)
-        return texts if self.cleaning == "none" else map(cleaning.clean, texts)
-
-    def _texts(self, advance: Advance) -> Iterator[str]:
+        """The documents as they stand there, not cleaned."""
         if self.spec == "python-docs":
             documents = python_docs.documents()
             share = sum(map(os.path.getsize, self.paths())) / len(documents)

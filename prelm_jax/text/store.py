@@ -5,7 +5,7 @@ A store is a directory with `manifest.json` and four little-endian arrays, each 
     ids               uint16, or uint32 where the vocabulary has more than 65,536 entries: token ids, end to end
     sentence_offsets  int64 [sentences + 1]: index of the first token of each sentence, and the number of tokens
     document_offsets  int64 [documents + 1]: index of the first sentence of each document, and the number of sentences
-    document_bytes    int64 [documents]: UTF-8 bytes of each document's original text
+    document_bytes    int64 [documents]: UTF-8 bytes of each document's original text, before cleaning and lower-casing
 
 The arrays are written from beginning to end while the corpus is read, so preparing holds a batch of documents in
 memory, never the corpus.
@@ -30,7 +30,7 @@ from prelm_jax.text.corpus import Corpus, Document, Side
 from prelm_jax.text.sentences import split
 from prelm_jax.text.tokenizer import Tokenizer
 
-FORMAT = 1  # raise it when the same corpus and tokenizer would give another store
+FORMAT = 2  # raise it when the same corpus and tokenizer would give another store
 BATCH_CHARACTERS = 4_000_000
 COUNTED_AT_ONCE = 1 << 24
 ARRAYS = ("ids", "sentence_offsets", "document_offsets", "document_bytes")
@@ -140,7 +140,7 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None:
         documents: dict[Side, list] = {side: [] for side in writers}
         for document, parts in zip(batch, sentences, strict=True):
             ids = list(itertools.islice(encoded, len(parts)))
-            documents[document.side].append((ids, len(document.text.encode())))
+            documents[document.side].append((ids, document.bytes))
         for side, writer in writers.items():
             writer.append(documents[side], tokenizer.unknown_id)
     if not any(writer.counts["tokens"] for writer in writers.values()):

@@ -1,7 +1,7 @@
 """Optimizers and schedules, as configurations that build an optax transformation."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,16 @@ def decays(params: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019), clipping, and BERT's schedule.
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019), clipping, and the schedules of BERT and GPT-1.
 
-    The rate falls linearly from `learning_rate` at step 0 to zero at `decay_steps`; while the step is below
-    `warmup_steps` it is learning_rate · step / warmup_steps instead (so it jumps a little where the two meet, and
-    step 0 changes nothing). `bias_correction=False` is the original's optimizer (optimization.py,
+    The rate falls from `learning_rate` at step 0 to zero at `decay_steps`, along a line or half a cosine; while the
+    step is below `warmup_steps` it is learning_rate · step / warmup_steps instead (so it jumps a little where the two
+    meet, and step 0 changes nothing).
+
+    `bias_correction`: of the moments, as published; of the rate, which then scales weight decay too and leaves eps
+    uncorrected (GPT-1: openai/finetune-transformer-lm, opt.py); or none (BERT: google-research/bert, optimization.py,
     AdamWeightDecayOptimizer).
+
     Gradients are clipped to a global norm of `clip_norm`, after accumulation and over all devices.
     """
 
@@ -42,22 +46,32 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
-    bias_correction: bool = True
+    bias_correction: Literal["moments", "rate", "none"] = "moments"
+    decay: Literal["linear", "cosine"] = "linear"
 
     def schedule(self, step: jax.Array | int) -> jax.Array:
         """The learning rate of a step."""
         step = jnp.asarray(step, jnp.float32)
-        decayed = self.learning_rate * jnp.clip(1 - step / self.decay_steps, 0)
-        return jnp.where(step < self.warmup_steps, self.learning_rate * step / max(1, self.warmup_steps), decayed)
+        left = jnp.clip(1 - step / self.decay_steps, 0)
+        if self.decay == "cosine":
+            left = (1 - jnp.cos(jnp.pi * left)) / 2
+        warming = self.learning_rate * step / max(1, self.warmup_steps)
+        return jnp.where(step < self.warmup_steps, warming, self.learning_rate * left)
+
+    def _rate(self, step: jax.Array) -> jax.Array:
+        rate = self.schedule(step)
+        if self.bias_correction != "rate":
+            return rate
+        return rate * jnp.sqrt(1 - self.b2 ** (step + 1)) / (1 - self.b1 ** (step + 1))
 
     def build(self) -> optax.GradientTransformation:
         """The transformation of gradients into updates."""
-        adam = optax.scale_by_adam if self.bias_correction else scale_by_uncorrected_adam
+        adam = optax.scale_by_adam if self.bias_correction == "moments" else scale_by_uncorrected_adam
         return optax.chain(
             optax.clip_by_global_norm(self.clip_norm),
             adam(b1=self.b1, b2=self.b2, eps=self.eps),
             optax.add_decayed_weights(self.weight_decay, mask=decays),
-            optax.scale_by_learning_rate(self.schedule),
+            optax.scale_by_learning_rate(self._rate),
         )
 
 
@@ -91,7 +105,7 @@ class Adagrad:
 
 
 def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """m / (sqrt(v) + eps) without bias correction, as BERT was trained; with it, the first steps are 3 × smaller."""
+    """m / (sqrt(v) + eps), the moments as they are: the first steps are 3 × larger than Adam's."""
     init = optax.scale_by_adam(b1, b2, eps).init
 
     def update(updates, state, params=None):

@@ -19,49 +19,29 @@ from prelm_jax.exchange.huggingface_gpt import GPTModel, restrict, tensor_name
 from prelm_jax.exchange.model import abstract_params, initial_params, load, save
 from prelm_jax.models.gpt import GPTConfig
 from prelm_jax.paths import path_name
+from prelm_jax.text.bpe import BPE
 
 TOLERANCE = 2e-5
-WORDS = ["<unk>", *"abcdefghijklmnopqrstuvwxyz.,", "the", "cat", "sat", "on", "mat"]
-TEXTS = ["the cat sat on the mat .", "", "on", "a b", " \t ", "cat , " * 9, "the mat sat zing"]
-SIZES = {"vocab_size": len(WORDS), "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}
+LETTERS = "abcdefghijklmnopqrstuvwxy.,"  # No z.
+MERGES = ["t h", "th e</w>", "c a", "ca t</w>", "s a", "sa t</w>", "o n</w>", "m a", "ma t</w>"]
+TOKENS = ["<unk>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS), *(merge.replace(" ", "") for merge in MERGES)]
+TEXTS = ["the cat sat on the mat.", "", "on", "a b", " \t ", "Cat, " * 9, "the mat sat zing"]
+SIZES = {"vocab_size": len(TOKENS), "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}
 
 
-class Words:
-    """A tokenizer of the protocol, as small as can be: words with spaces between them."""
-
-    special_ids = {}  # noqa: RUF012
-    unknown_id = 0
-    fingerprint = "words"
-
-    def __init__(self, tokens):
-        self.tokens = list(tokens)
-
-    @property
-    def vocab_size(self):
-        return len(self.tokens)
-
-    def encode_batch(self, texts):
-        known = {token: i for i, token in enumerate(self.tokens)}
-        return [[known.get(word, 0) for word in text.split()] for text in texts]
-
-    def decode(self, ids):
-        return " ".join(self.tokens[i] for i in ids)
-
-    def save(self, directory, model_max_length=None):
-        (directory / "words.json").write_text(json.dumps([model_max_length, self.tokens]))
+def save_vocabulary(directory):
+    """As transformers 4 left it beside a model."""
+    (directory / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(TOKENS)}))
+    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def stand_in():
-    """The tokenizer of a directory: its words.json, else WORDS."""
-
-    def read(directory):
-        file = directory / "words.json"
-        return Words(json.loads(file.read_text())[1] if file.exists() else WORDS)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prelm_jax.text.tokenizer.load", read)
-        yield
+@pytest.fixture(scope="module")
+def ids_of(tmp_path_factory):
+    """Ids of a text by transformers' own tokenizer."""
+    directory = tmp_path_factory.mktemp("vocabulary")
+    save_vocabulary(directory)
+    tokenizer = transformers.OpenAIGPTTokenizer.from_pretrained(directory)
+    return lambda text: tokenizer.encode(text)
 
 
 def randomize(model):
@@ -84,6 +64,7 @@ def reference():
 def model(reference, tmp_path_factory):
     directory = tmp_path_factory.mktemp("reference")
     reference.save_pretrained(directory)
+    save_vocabulary(directory)
     return load(directory)
 
 
@@ -143,6 +124,7 @@ def test_directories_of_transformers_load(architecture, reference, model, tmp_pa
     other = getattr(transformers, architecture)(transformers.OpenAIGPTConfig(**SIZES))
     getattr(other, "transformer", other).load_state_dict(reference.transformer.state_dict())
     other.save_pretrained(tmp_path)
+    save_vocabulary(tmp_path)
     loaded = load(tmp_path)
     assert type(loaded) is GPTModel
     assert dataclasses.asdict(loaded.config) == dataclasses.asdict(model.config)
@@ -161,6 +143,7 @@ def test_old_files_load(model, copy):
 
 def original(directory, state, pieces=3):
     """Writes a state dict in the authors' format, in an order of our own reading of their train.py."""
+    save_vocabulary(directory)
     arrays = [state["positions_embed.weight"], state["tokens_embed.weight"]]
     for layer in range(2):
         for module in ("attn.c_attn", "attn.c_proj", "ln_1", "mlp.c_fc", "mlp.c_proj", "ln_2"):
@@ -182,13 +165,12 @@ def test_the_authors_format_loads(reference, model, tmp_path):
     assert_params_equal(loaded.params, model.params)
 
 
-def test_the_authors_heads_are_64_wide(tmp_path):
-    config = transformers.OpenAIGPTConfig(vocab_size=40, n_embd=128, n_layer=2, n_head=2, n_positions=8)
+def test_the_authors_heads_are_64_wide(tmp_path, ids_of):
+    config = transformers.OpenAIGPTConfig(vocab_size=len(TOKENS), n_embd=128, n_layer=2, n_head=2, n_positions=8)
     reference = randomize(transformers.OpenAIGPTModel(config))
     original(tmp_path, reference.state_dict())
-    ids = [3, 1, 4, 1, 5]
-    ((_, hidden),) = load(tmp_path).embed([" ".join(WORDS[i] for i in ids)])
-    expected = reference(input_ids=torch.tensor([ids])).last_hidden_state[0].detach()
+    ((_, hidden),) = load(tmp_path).embed(["the cat sat"])
+    expected = reference(input_ids=torch.tensor([ids_of("the cat sat")])).last_hidden_state[0].detach()
     np.testing.assert_allclose(hidden[-1], expected, atol=TOLERANCE, rtol=0)
     (tmp_path / "params_2.npy").write_bytes((tmp_path / "params_2.npy").read_bytes()[:200])
     with pytest.raises(InputError, match=r"params_\*.npy cannot be read as arrays"):
@@ -205,13 +187,16 @@ def test_a_published_toy_in_the_authors_format_loads(real_data, tmp_path):
     with tarfile.open(real_data / "fixtures/allennlp-openai-transformer/transformer_small.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     directory = tmp_path / "model"
+    letters = {token: i for i, token in enumerate(["<unk>", *LETTERS[:24], *(f"{c}</w>" for c in LETTERS[:24])])}
+    (directory / "vocab.json").write_text(json.dumps(letters))
+    (directory / "merges.txt").write_text("#version: 0.2\n")
     (directory / "config.json").write_text('{"n_head": 2}')  # As its users' configuration says.
     loaded = load(directory)
     values = np.concatenate([np.load(directory / f"params_{i}.npy") for i in range(2)])
     np.testing.assert_array_equal(loaded.params["position_embeddings"]["embedding"], values[:500].reshape(50, 10))
     np.testing.assert_array_equal(loaded.params["token_embeddings"]["embedding"][:50], values[500:1000].reshape(50, 10))
     ((_, hidden),) = loaded.embed(["the cat sat"])
-    assert hidden.shape == (3, 3, 10)
+    assert hidden.shape == (3, 9, 10)
     assert np.isfinite(hidden).all()
     np.testing.assert_array_equal(loaded.params["decoder"]["layer_1"]["layer_norm"]["bias"], values[-10:])
 
@@ -221,8 +206,8 @@ def test_a_published_toy_in_the_authors_format_loads(real_data, tmp_path):
     [
         ({"afn": "gelu_new"}, "afn is 'gelu_new'; only 'gelu'"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings"),
-        ({"vocab_size": 7}, "the tokenizer has 34 entries, but vocab_size in config.json is 7"),
-        ({"vocab_size": 35}, r"tokens_embed.weight is \[34, 32\], but config.json asks for \[35, 32\]"),
+        ({"vocab_size": 7}, "the tokenizer has 64 entries, but vocab_size in config.json is 7"),
+        ({"vocab_size": 65}, r"tokens_embed.weight is \[64, 32\], but config.json asks for \[65, 32\]"),
         ({"n_positions": 25}, r"positions_embed.weight is \[24, 32\]"),
         ({"n_layer": 3}, r"no tensor h.2.attn.c_attn.\w+ \[.*96\]"),
         ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported: bert, openai-gpt"),
@@ -235,7 +220,7 @@ def test_what_this_gpt_does_not_do_is_refused(settings, complaint, copy):
 
 
 def test_an_untied_head_is_refused(copy):
-    change(copy, **{"lm_head.weight": np.zeros((len(WORDS), 32), np.float32)})
+    change(copy, **{"lm_head.weight": np.zeros((len(TOKENS), 32), np.float32)})
     with pytest.raises(InputError, match=r"lm_head.weight differs from tokens_embed.weight"):
         load(copy)
 
@@ -275,7 +260,8 @@ def test_a_config_is_written_as_transformers_understands_it(reference, exported)
 def test_export_load_export_gives_the_same_bytes(exported, tmp_path):
     save(load(exported), tmp_path, "# A model\n")
     files = sorted(file.name for file in exported.iterdir())
-    assert files == ["README.md", "config.json", "model.safetensors", "words.json"]
+    tokenizer = ["merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
+    assert files == sorted(["README.md", "config.json", "model.safetensors", *tokenizer])
     assert files == sorted(file.name for file in tmp_path.iterdir())
     for name in files:
         assert (exported / name).read_bytes() == (tmp_path / name).read_bytes(), name
@@ -293,10 +279,10 @@ def test_the_file_is_that_of_transformers(reference, exported, tmp_path):
 
 
 def test_going_on_with_a_longer_vocabulary(model):
-    old, new = len(WORDS), 150  # Past one multiple of 128.
+    old, new = len(TOKENS), 150  # Past one multiple of 128.
     config = dataclasses.replace(model.config, vocab_size=new, embedding_dropout=0.0)
     fresh = jax.tree.map(lambda leaf: jax.numpy.full(leaf.shape, 9.0), abstract_params(config))
-    tokenizer = Words([*WORDS, *(f"new{i}" for i in range(new - old))])
+    tokenizer = BPE([*TOKENS, *(f"new{i}" for i in range(new - old))], model.tokenizer.merges)
     params = initial_params(model, config, fresh, tokenizer)
     table = params.pop("token_embeddings")["embedding"]
     loaded = dict(model.params)
@@ -308,17 +294,13 @@ def test_going_on_with_a_longer_vocabulary(model):
 # Using
 
 
-def ids_of(text):
-    return Words(WORDS).encode_batch([text])[0]
-
-
-def test_embed_equals_transformers(model, reference):
+def test_embed_equals_transformers(model, reference, ids_of):
     results = list(model.embed(TEXTS))
     assert len(results) == len(TEXTS)
     for text, (tokens, hidden) in zip(TEXTS, results, strict=True):
         assert hidden.dtype == np.float32
         ids = ids_of(text)
-        assert tokens == [WORDS[i] for i in ids]
+        assert tokens == [TOKENS[i] for i in ids]
         if not ids:
             assert hidden.shape == (3, 0, 32)
             continue
@@ -326,7 +308,7 @@ def test_embed_equals_transformers(model, reference):
         np.testing.assert_allclose(hidden, torch.cat(states).detach(), atol=TOLERANCE, rtol=0)
 
 
-def test_score_equals_transformers(model, reference):
+def test_score_equals_transformers(model, reference, ids_of):
     found = model.score(TEXTS)
     assert len(found) == len(TEXTS)
     for text, (total, count) in zip(TEXTS, found, strict=True):
@@ -362,6 +344,7 @@ def talkative(tmp_path_factory):
             block.attn.c_attn.weight.mul_(3)
     directory = tmp_path_factory.mktemp("talkative")
     theirs.save_pretrained(directory)
+    save_vocabulary(directory)
     return theirs, load(directory)
 
 
@@ -376,12 +359,12 @@ def greedy(reference, ids, count):
 @pytest.mark.parametrize(
     "prompt", ["the", "the cat sat on", "a " * 17, "b " * 24, "c , " * 20], ids=["1", "4", "17", "24", "40"]
 )
-def test_greedy_generation_equals_transformers_without_a_cache(prompt, talkative):
+def test_greedy_generation_equals_transformers_without_a_cache(prompt, talkative, ids_of):
     """Token for token, through the window of 24 and past it."""
     reference, model = talkative
     expected = greedy(reference, ids_of(prompt), 40)
     assert len(set(expected[-40:])) > 4
-    assert model.generate(prompt, 40, temperature=0).split() == [WORDS[i] for i in expected]
+    assert model.generate(prompt, 40, temperature=0) == model.tokenizer.decode(expected)
 
 
 def test_a_token_costs_the_same_wherever_it_stands(model, monkeypatch):
@@ -415,15 +398,16 @@ def test_the_restriction_is_that_of_transformers(temperature, top_k, top_p):
     np.testing.assert_allclose(found, expected[0].softmax(-1), atol=1e-6)
 
 
-def test_sampling_follows_the_distribution(model, reference):
-    draws = [model.generate("the cat", 1, top_k=3, seed=seed).split()[-1] for seed in range(300)]
+def test_sampling_follows_the_distribution(model, reference, ids_of):
+    draws = [model.generate("the cat", 1, top_k=3, seed=seed).removeprefix("the cat") for seed in range(300)]
     probabilities = reference(input_ids=torch.tensor([ids_of("the cat")])).logits[0, -1].softmax(-1)
     top = probabilities.topk(3)
     expected = (top.values / top.values.sum()).tolist()
-    for index, probability in zip(top.indices.tolist(), expected, strict=True):
+    texts = [model.tokenizer.decode([*ids_of("the cat"), index]).removeprefix("the cat") for index in top.indices]
+    for text, probability in zip(texts, expected, strict=True):
         deviation = math.sqrt(probability * (1 - probability) / 300)
-        assert abs(draws.count(WORDS[index]) / 300 - probability) < 4 * deviation
-    assert set(draws) <= {WORDS[i] for i in top.indices.tolist()}
+        assert abs(draws.count(text) / 300 - probability) < 4 * deviation
+    assert set(draws) <= set(texts)
 
 
 def test_a_seed_is_a_text(model):
@@ -433,11 +417,13 @@ def test_a_seed_is_a_text(model):
     assert model.generate("the cat", 0) == "the cat"
 
 
-def test_entries_without_a_name_are_never_drawn(copy):
+def test_entries_without_a_name_are_never_drawn(copy, monkeypatch):
     words = load_file(copy / "model.safetensors")["transformer.tokens_embed.weight"]
     change(copy, **{"transformer.tokens_embed.weight": np.concatenate([words, 100 * words])})
-    configure(copy, vocab_size=2 * len(WORDS))
-    assert len(load(copy).generate("the", 30, temperature=5.0).split()) == 31
+    configure(copy, vocab_size=2 * len(TOKENS))
+    monkeypatch.setattr(BPE, "decode", lambda self, ids: ids)
+    ids = load(copy).generate("the", 30, temperature=5.0)
+    assert len(ids) == 31 and max(ids) < len(TOKENS)
 
 
 @pytest.mark.parametrize(

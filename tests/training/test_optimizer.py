@@ -9,9 +9,9 @@ from prelm_jax.paths import path_name
 from prelm_jax.training.optimizer import Adagrad, AdamW, decays
 
 
-@pytest.mark.parametrize("bias_correction", [True, False])
+@pytest.mark.parametrize("bias_correction", ["moments", "rate", "none"])
 def test_adamw_equals_numpy(bias_correction):
-    """Reference for the uncorrected form: google-research/bert, optimization.py."""
+    """References for the other forms: google-research/bert, optimization.py; openai/finetune-transformer-lm, opt.py."""
     config = AdamW(
         learning_rate=0.1, warmup_steps=2, decay_steps=10, eps=1e-6, weight_decay=0.01, bias_correction=bias_correction
     )
@@ -31,11 +31,13 @@ def test_adamw_equals_numpy(bias_correction):
             clipped = gradient / max(1, norm)
             m[name] = 0.9 * m[name] + 0.1 * clipped
             v[name] = 0.999 * v[name] + 0.001 * clipped**2
-            correction = (1 - 0.9 ** (step + 1), 1 - 0.999 ** (step + 1)) if bias_correction else (1, 1)
-            update = m[name] / correction[0] / (np.sqrt(v[name] / correction[1]) + 1e-6)
+            correction = 1 - 0.9 ** (step + 1), 1 - 0.999 ** (step + 1)
+            of_moments = correction if bias_correction == "moments" else (1, 1)
+            update = m[name] / of_moments[0] / (np.sqrt(v[name] / of_moments[1]) + 1e-6)
             if name == "kernel":
                 update = update + 0.01 * theirs[name]
-            theirs[name] = theirs[name] - rate * update
+            of_rate = np.sqrt(correction[1]) / correction[0] if bias_correction == "rate" else 1
+            theirs[name] = theirs[name] - rate * of_rate * update
             np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-5, atol=1e-6)
 
 
@@ -69,6 +71,14 @@ def test_schedule_at_named_steps():
     expected = {0: 0.0, 1: 1e-8, 5000: 5e-5, 9999: 9.999e-5, 10_000: 0.99e-4, 500_000: 5e-5, 1_000_000: 0, 1_100_000: 0}
     for step, rate in expected.items():
         np.testing.assert_allclose(schedule(step), rate, rtol=1e-5)
+
+
+def test_cosine_at_named_steps():
+    """GPT-1's: over all steps, the warm-up's too; half of the rate at half the way, zero at the end and past it."""
+    schedule = AdamW(learning_rate=2.5e-4, warmup_steps=2000, decay_steps=100_000, decay="cosine").schedule
+    expected = {0: 0.0, 1000: 1.25e-4, 2000: 2.4975e-4, 50_000: 1.25e-4, 75_000: 3.6612e-5, 100_000: 0, 110_000: 0}
+    for step, rate in expected.items():
+        np.testing.assert_allclose(schedule(step), rate, rtol=1e-4, atol=1e-12)
 
 
 def test_what_decays(tiny_bert):
