@@ -52,22 +52,34 @@ NAMES = {
 SOFTMAX = frozenset({"softmax/embedding", "softmax/bias"})
 
 
+def _size(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(value)
+    return value
+
+
 def _filters(value: Any) -> tuple[tuple[int, int], ...]:
-    return tuple((int(width), int(number)) for width, number in value)
+    return tuple((_size(width), _size(number)) for width, number in value)
 
 
-# The fields of ELMoConfig and the places in options.json, and what is read there.
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise TypeError(value)
+    return value
+
+
+# The fields of ELMoConfig and the places in options.json, and how one is read.
 FIELDS: dict[str, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
-    "character_embedding_size": (("char_cnn", "embedding", "dim"), int),
+    "character_embedding_size": (("char_cnn", "embedding", "dim"), _size),
     "filters": (("char_cnn", "filters"), _filters),
     "activation": (("char_cnn", "activation"), str),
-    "num_highways": (("char_cnn", "n_highway"), int),
-    "hidden_size": (("lstm", "dim"), int),
-    "projection_size": (("lstm", "projection_dim"), int),
-    "num_layers": (("lstm", "n_layers"), int),
+    "num_highways": (("char_cnn", "n_highway"), _size),
+    "hidden_size": (("lstm", "dim"), _size),
+    "projection_size": (("lstm", "projection_dim"), _size),
+    "num_layers": (("lstm", "n_layers"), _size),
     "cell_clip": (("lstm", "cell_clip"), float),
     "projection_clip": (("lstm", "proj_clip"), float),
-    "use_skip_connections": (("lstm", "use_skip_connections"), bool),
+    "use_skip_connections": (("lstm", "use_skip_connections"), _flag),
 }
 # The reader of bilm-tf counts one id more than its training, for padding between words; files say one or the other.
 NUM_CHARACTERS, NUM_CHARACTERS_IN_TRAINING = 262, 261
@@ -109,7 +121,7 @@ def _read_config(source: Path) -> ELMoConfig:
         try:
             fields[field] = read(value)
         except (TypeError, ValueError):
-            found = "missing" if value is None else f"{value!r}, which is none"
+            found = "missing" if value is None else f"{value!r}, which is no value of it"
             raise InputError(f"{source}: {'.'.join(place)} is {found}") from None
     if fields["activation"] not in ("relu", "tanh"):
         raise InputError(f"{source}: char_cnn.activation is {fields['activation']!r}; relu and tanh are supported")
@@ -148,7 +160,7 @@ def read_params(source: Path, config: ELMoConfig) -> Params:
     try:
         with h5py.File(source) as file:
             return jax.tree_util.tree_map_with_path(parameter, abstract_params(config))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # The second is what h5py makes of some damage.
         raise InputError(f"{source}: cannot be read as HDF5 ({error})") from error
 
 
@@ -268,11 +280,13 @@ class ELMoModel(Model):
         state: Literal["zero", "warm", "carry"] = "zero",
         batch_size: int | None = None,
     ) -> Iterator[tuple[list[str], np.ndarray]]:
-        """For each text, in order, its words and its hidden states, f32 [L + 1, words, 2 · P], the first: encodings twice.
+        """For each text, in order, its words and its hidden states, f32 [L + 1, words, 2 · P].
+
+        Layer 0 is the encoding of the word, twice; <S> and </S> are read, and cut from the result.
 
         Words stand between white space; `tokenize`: punctuation marks and ideographs too are words of their own (see
-        `prelm_jax.text.words`). A text may be of any length: `truncate` has nothing to cut. `state` is that of the LSTMs
-        at the beginning of a text:
+        `prelm_jax.text.words`). A text may be of any length: `truncate` has nothing to cut. `state` is what the LSTMs
+        begin a text with:
 
         - "zero": zeros. The result depends on the text alone.
         - "warm": what an empty text leaves of zeros. Here too the result depends on the text alone, and it is nearer to
@@ -283,7 +297,7 @@ class ELMoModel(Model):
         if state not in ("zero", "warm", "carry"):
             raise InputError(f"state is {state!r}; choose zero, warm or carry")
         if batch_size is not None and (state != "carry" or batch_size < 1):
-            raise InputError(f"batch_size is {batch_size}; it is a number from 1 on, for --state carry alone")
+            raise InputError(f"batch_size is {batch_size}; it is a number from 1 on, for the state carry alone")
         encoded = self._encoded(list(map(Splitter(tokenize), texts)))
         results = self._carried(encoded, batch_size or 1) if state == "carry" else self._alone(encoded, state == "warm")
         for numbers, states_TLD in results:

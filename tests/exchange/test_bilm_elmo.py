@@ -339,10 +339,11 @@ def configure(directory, group, **changed):
         ("char_cnn", {"max_characters_per_token": 30}, "max_characters_per_token is 30; only 50 is supported"),
         ("char_cnn", {"n_characters": 6000}, "n_characters is 6000; only 262"),
         ("char_cnn", {"activation": "gelu"}, "char_cnn.activation is 'gelu'; relu and tanh are supported"),
-        ("char_cnn", {"filters": 7}, "char_cnn.filters is 7, which is none"),
+        ("char_cnn", {"filters": 7}, "char_cnn.filters is 7, which is no value of it"),
         ("char_cnn", {"embedding": None}, "char_cnn.embedding.dim is missing"),
         ("lstm", {"cell_clip": None}, "lstm.cell_clip is missing"),
         ("lstm", {"dim": "many"}, "lstm.dim is 'many'"),
+        ("lstm", {"use_skip_connections": None}, "lstm.use_skip_connections is missing"),
         ("lstm", {"n_layers": 3}, r"no dataset RNN_\d/RNN/MultiRNNCell/Cell2/LSTMCell/\w+ \["),
         ("lstm", {"dim": 24}, r"dataset RNN_\d\S+ is \[64\] of float32, but the options ask for \[96\] of float32"),
     ],
@@ -437,12 +438,12 @@ def test_a_warm_state_is_that_after_an_empty_text(model, reference):
 
 @pytest.mark.parametrize("state", ["zero", "warm"])
 def test_a_text_gives_the_same_bits_in_any_company(state, model):
-    many = [*TEXTS, *(" ".join(f"w{i}" for i in range(n)) for n in range(300))]
+    many = [*TEXTS, *(" ".join(f"w{i}" for i in range(n)) for n in range(60))] * 3
     together = hidden_states(model, many, state=state)
     backwards = hidden_states(model, many[::-1], state=state)[::-1]
     for i, (a, b) in enumerate(zip(together, backwards, strict=True)):
         np.testing.assert_array_equal(a, b, err_msg=many[i])
-    for i in (0, 2, 7, len(TEXTS) + 40):
+    for i in (0, 2, 5, len(TEXTS) + 40):
         np.testing.assert_array_equal(hidden_states(model, [many[i]], state=state)[0], together[i])
 
 
@@ -455,7 +456,7 @@ def test_a_line_of_ten_thousand_words(model):
     np.testing.assert_allclose(hidden[:, -9:, 8:], tail[..., 8:], **CLOSE)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.lists(st.text(max_size=12), max_size=4))
 def test_any_text_has_its_words(model, texts):
     results = list(model.embed(texts, state="carry", batch_size=2))
@@ -482,9 +483,9 @@ def test_a_word_is_encoded_once(model, monkeypatch):
 
     spell = bilm_elmo.characters
     monkeypatch.setattr(bilm_elmo, "characters", characters)
-    lines = [" ".join(f"w{i % 600}" for i in range(n, n + 90)) for n in range(400)]
+    lines = [" ".join(f"w{i % 600}" for i in range(n, n + 14)) for n in range(400)]
     list(model.embed(lines))
-    assert len(encoded) == len(set(encoded)) == 489 + 2
+    assert len(encoded) == len(set(encoded)) == 413 + 2
 
 
 @pytest.mark.parametrize(
@@ -492,7 +493,7 @@ def test_a_word_is_encoded_once(model, monkeypatch):
     [
         ({"state": "cold"}, "state is 'cold'; choose zero, warm or carry"),
         ({"state": "carry", "batch_size": 0}, "batch_size is 0"),
-        ({"batch_size": 3}, "batch_size is 3; it is a number from 1 on, for --state carry alone"),
+        ({"batch_size": 3}, "batch_size is 3; it is a number from 1 on, for the state carry alone"),
     ],
 )
 def test_options_of_embed_that_will_not_do(options, complaint, model, tmp_path):
