@@ -1,6 +1,6 @@
-"""Where a word is used as it is in a sentence: the paper's table 4 (Peters et al. 2018), for an ELMo and a text of yours.
+"""Where a word is used as it is in a sentence: the paper's table 4 (Peters et al. 2018) for an ELMo and a text.
 
-    python examples/neighbours.py MODEL --word set --corpus python-docs --sentences "Return a new set ." "Set the value ."
+    python examples/neighbours.py MODEL --word set --sentences "Return a new set." "The flag is set."
 
 For each sentence, the sentences of the corpus in which the word's vector (the top layer's) is nearest to its vector
 here, by the cosine of the angle.

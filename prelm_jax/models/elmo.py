@@ -187,13 +187,9 @@ class ELMo(nn.Module):
         true_bias = _on_every_device(jnp.take(bias_V, targets_2BT))
         sampled, sampled_bias = jnp.take(table_VP, negatives, axis=0).astype(self.dtype), jnp.take(bias_V, negatives)
         nll = {}
+        sizes = {"sampled": negatives.shape[1], "vocab_size": self.config.vocab_size}
         for i, d in enumerate(DIRECTIONS):
-            counts = partial(
-                log_expected_count,
-                tries=batch[f"{d}_tries"],
-                sampled=negatives.shape[1],
-                vocab_size=self.config.vocab_size,
-            )
+            counts = partial(log_expected_count, tries=batch[f"{d}_tries"], **sizes)
             flat = lambda y: y.reshape(-1, *y.shape[2:])  # noqa: E731
             nll_G = sampled_nll(
                 flat(x[d]),

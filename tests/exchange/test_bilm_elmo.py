@@ -558,7 +558,7 @@ def test_a_published_model_cannot_score(model):
 
 
 def going_on(model, words):
-    config = dataclasses.replace(model.config, vocab_size=len(words), dropout=0.5, num_negatives=7)
+    config = dataclasses.replace(model.config, vocab_size=len(words), dropout=0.5)
     fresh = jax.tree.map(lambda x: 9.0 + jax.numpy.zeros(x.shape), abstract_params(config))
     return initial_params(model, config, fresh, Words(words))
 
