@@ -335,6 +335,8 @@ def test_baselines(independent):
     found = [batches[step] for step in range((sum(random_sizes(400)) + 400) // 77 + 2)]
     assert any((batch["forward_weights"] == 0).any() for batch in found)
     result = batches.baselines(iter(found))
+    for name, value in result.pop("loss").items():
+        assert value == pytest.approx((result["forward_loss"][name] + result["backward_loss"][name]) / 2)
     assert list(result) == ["forward_loss", "backward_loss"]
     for direction, end in zip(DIRECTIONS, (1, 0), strict=True):
         known = [[id if id < V else 2 for id in sentence] for ((sentence),) in documents]
