@@ -160,7 +160,7 @@ def read_params(source: Path, config: ELMoConfig) -> Params:
     try:
         with h5py.File(source) as file:
             return jax.tree_util.tree_map_with_path(parameter, abstract_params(config))
-    except (OSError, RuntimeError) as error:  # The second is what h5py makes of some damage.
+    except (OSError, TypeError, ValueError) as error:  # All three are what h5py makes of damage.
         raise InputError(f"{source}: cannot be read as HDF5 ({error})") from error
 
 
@@ -201,10 +201,6 @@ def _neighbours_nll(
         after_BT = nll_BT(layers["forward"][-1], jnp.roll(targets_BT, -1, axis=1))
         before_BT = nll_BT(layers["backward"][-1], jnp.roll(targets_BT, 1, axis=1))
         return jnp.stack([after_BT, before_BT], -1)
-
-
-def _repeated(carry: Params, rows: int) -> Params:
-    return jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), carry)
 
 
 class _Encoded:
@@ -315,7 +311,8 @@ class ELMoModel(Model):
             _, start = run(encoded[numbers_BT], segments_BT.sum(1), start)
 
         def compute(numbers_BT: np.ndarray, segments_BT: np.ndarray) -> Array:
-            return run(encoded[numbers_BT], segments_BT.sum(1), _repeated(start, len(numbers_BT)))[0]
+            carry = jax.tree.map(lambda x: jnp.repeat(x, len(numbers_BT), axis=0), start)
+            return run(encoded[numbers_BT], segments_BT.sum(1), carry)[0]
 
         return batching.in_order(encoded.texts, compute, sys.maxsize)
 

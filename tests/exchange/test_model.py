@@ -185,3 +185,9 @@ def test_embeddings_that_fail_leave_the_old_file(model, tmp_path):
         assert file["1"].shape == (3, 24, 32)
     with pytest.raises(InputError, match="there is no directory"):
         write_embeddings(model, ["a"], tmp_path / "missing" / "output.hdf5")
+
+
+def test_an_option_of_another_family_is_refused(model, tmp_path):
+    with pytest.raises(InputError, match="--batch-size: bert has no such option; leave it out"):
+        write_embeddings(model, ["a"], tmp_path / "output.hdf5", batch_size=3)
+    assert list(tmp_path.iterdir()) == []
