@@ -10,12 +10,15 @@ Reference: allenai/bilm-tf, bilm/training.py. Divergences:
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from prelm_jax.errors import InputError
 from prelm_jax.models.character_cnn import CharacterCNN, CharacterCNNConfig
@@ -65,6 +68,13 @@ class ELMoConfig:
     use_skip_connections: bool = True
     dropout: float = 0.1
     num_negatives: int = 8192
+
+    def __post_init__(self):
+        # Lists, as JSON has them, would make two configurations of the same sizes differ.
+        object.__setattr__(self, "filters", tuple((width, number) for width, number in self.filters))
+        widest = max(width for width, _ in self.filters)
+        if widest > MAX_CHARACTERS:
+            raise InputError(f"--model.filters: {widest} characters are wider than a word, which has {MAX_CHARACTERS}")
 
     def build(self, dtype: jnp.dtype = jnp.float32) -> "ELMo":
         """The model, computing in `dtype`."""
@@ -155,19 +165,45 @@ class ELMo(nn.Module):
     def _losses(self, batch: Batch, carry: Params) -> tuple[Sums, Params]:
         words_UP = self.encode(batch["characters"])
         outputs, carry = self._layers({d: jnp.take(words_UP, batch[f"{d}_words"], axis=0) for d in DIRECTIONS}, carry)
+        last = {d: self.dropout(outputs[d][-1]) for d in DIRECTIONS}
+        weights = {d: batch[f"{d}_weights"] for d in DIRECTIONS}
+        if self.config.num_negatives and self.has_rng("dropout"):
+            nll = self._sampled_nll(last, batch)
+            sums = {d: (nll[d] * weights[d]).sum() for d in DIRECTIONS}
+        else:
+            table_VP, bias_V = self.softmax()
+            full = partial(tied_cross_entropy, vocab_size=self.config.vocab_size, bias_V=bias_V)
+            sums = {d: full(last[d], table_VP, batch[f"{d}_targets"], weights[d])[0] for d in DIRECTIONS}
+        return {f"{d}_loss": (sums[d], weights[d].sum()) for d in DIRECTIONS}, carry
+
+    def _sampled_nll(self, x: dict[str, Array], batch: Batch) -> dict[str, Array]:
+        """[B, T] of each direction: `sampled_nll` of its targets."""
+        c = self.config
         table_VP, bias_V = self.softmax()
-        losses = {}
-        for d in DIRECTIONS:
-            x_BTP, targets_BT, weights_BT = self.dropout(outputs[d][-1]), batch[f"{d}_targets"], batch[f"{d}_weights"]
-            if self.config.num_negatives and self.has_rng("dropout"):
-                negatives_S, tries = batch[f"{d}_negatives"], batch[f"{d}_tries"]
-                x_GP, targets_G = x_BTP.reshape(-1, x_BTP.shape[-1]), targets_BT.reshape(-1)
-                nll_G = sampled_nll(x_GP, table_VP, bias_V, targets_G, negatives_S, tries, self.config.vocab_size)
-                loss = (nll_G * weights_BT.reshape(-1)).sum()
-            else:
-                loss, _ = tied_cross_entropy(x_BTP, table_VP, targets_BT, weights_BT, self.config.vocab_size, bias_V)
-            losses[f"{d}_loss"] = (loss, weights_BT.sum())
-        return losses, carry
+        # The gradient of a look-up is as large as the table: one for the targets of both directions, one for their
+        # negatives. Every device looks up the targets of all, so that they hand each other gradients of targets, not
+        # of tables.
+        targets, negatives = (jnp.stack([batch[f"{d}_{key}"] for d in DIRECTIONS]) for key in ("targets", "negatives"))
+        targets_2BT = _on_every_device(targets)
+        true = _on_every_device(jnp.take(table_VP, targets_2BT, axis=0)).astype(self.dtype)
+        true_bias = _on_every_device(jnp.take(bias_V, targets_2BT))
+        sampled, sampled_bias = jnp.take(table_VP, negatives, axis=0).astype(self.dtype), jnp.take(bias_V, negatives)
+        nll = {}
+        for i, d in enumerate(DIRECTIONS):
+            counts = partial(
+                log_expected_count, tries=batch[f"{d}_tries"], sampled=c.num_negatives, vocab_size=c.vocab_size
+            )
+            flat = lambda y: y.reshape(-1, *y.shape[2:])  # noqa: E731
+            nll_G = sampled_nll(
+                flat(x[d]),
+                flat(true[i]),
+                flat(true_bias[i] - counts(batch[f"{d}_targets"])),
+                sampled[i],
+                sampled_bias[i] - counts(negatives[i]),
+                flat(batch[f"{d}_targets"])[:, None] == negatives[i][None],
+            )
+            nll[d] = nll_G.reshape(x[d].shape[:2])
+        return nll
 
     def _use_parameters(self, characters_UC: Array) -> None:
         self.encode(characters_UC)
@@ -247,25 +283,23 @@ def log_expected_count(ids: Array, tries: Array, sampled: int, vocab_size: int) 
 
 
 def sampled_nll(
-    x_GP: Array, table_VP: Array, bias_V: Array, targets_G: Array, negatives_S: Array, tries: Array, vocab_size: int
+    x_GP: Array, true_GP: Array, true_bias_G: Array, sampled_SP: Array, sampled_bias_S: Array, hits_GS: Array
 ) -> Array:
     """[G], fp32: the negative log-likelihood of each target among itself and the negatives (Jean et al. 2015).
 
-    As tf.nn.sampled_softmax_loss: logits less the logarithm of the expected count; a negative that is the target of a
-    place does not count there. `negatives_S` are distinct ids, which took `tries` draws.
+    As tf.nn.sampled_softmax_loss: from the vectors of targets and negatives and their biases, less the logarithms of
+    their expected counts. Where a negative is the target (`hits_GS`), it does not count.
     """
-
-    def row_and_bias(ids: Array) -> tuple[Array, Array]:
-        count = log_expected_count(ids, tries, len(negatives_S), vocab_size)
-        return jnp.take(table_VP, ids, axis=0).astype(x_GP.dtype), jnp.take(bias_V, ids) - count
-
-    (true_GP, true_bias_G), (sampled_SP, sampled_bias_S) = row_and_bias(targets_G), row_and_bias(negatives_S)
-    true_G1 = jnp.einsum("GP,GP->G", x_GP, true_GP, preferred_element_type=jnp.float32)[:, None] + true_bias_G[:, None]
+    true_G = jnp.einsum("GP,GP->G", x_GP, true_GP, preferred_element_type=jnp.float32) + true_bias_G
     sampled_GS = jnp.einsum("GP,SP->GS", x_GP, sampled_SP, preferred_element_type=jnp.float32)
-    sampled_GS = add_bias(sampled_GS, sampled_bias_S)
-    sampled_GS = jnp.where(targets_G[:, None] == negatives_S[None], MASKED, sampled_GS)
-    nll_G, _ = cross_entropy(jnp.concatenate([true_G1, sampled_GS], 1), jnp.zeros_like(targets_G))
+    sampled_GS = jnp.where(hits_GS, MASKED, add_bias(sampled_GS, sampled_bias_S))
+    nll_G, _ = cross_entropy(jnp.concatenate([true_G[:, None], sampled_GS], 1), jnp.zeros(len(x_GP), jnp.int32))
     return nll_G
+
+
+def _on_every_device(x: Array) -> Array:
+    """The array, whole on every device of the mesh, and so its gradient."""
+    return x if jax.sharding.get_abstract_mesh().size <= 1 else jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
 def _state_after(lengths_B: Array, state: Params, hidden_BTP: Array, cells_BTE: Array) -> Params:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from functools import partial
 
 import elmo_reference as reference
@@ -414,7 +415,8 @@ def test_initial_values_are_those_of_the_reference():
     biases = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(params) if path_name(p).endswith("bias")}
     for name, bias in biases.items():
         assert (bias == (-2 if "carry" in name else 0)).all(), name
-    tanh = dataclasses.replace(CONFIG, activation="tanh", filters=((7, 4000),)).build().init_params(jax.random.key(0))
+    tanh = dataclasses.replace(CONFIG, activation="tanh", filters=((7, 400),), num_highways=0).build()
+    tanh = jax.jit(tanh.init_params)(jax.random.key(0))
     assert gap(tanh["encoder"]["convolution_0"]["kernel"], stats.norm(0, (7 * 4) ** -0.5)) < 2
 
 
@@ -427,6 +429,12 @@ def test_a_batch_that_does_not_fit_the_model_is_refused():
     ):
         with pytest.raises(InputError, match=complaint):
             model.check(make_batch() | {key: values})
+
+
+def test_filters_are_those_of_a_word():
+    assert ELMoConfig(filters=[[1, 32], [7, 8]]) == ELMoConfig(filters=((1, 32), (7, 8)))
+    with pytest.raises(InputError, match=r"--model.filters: 51 characters are wider than a word, which has 50"):
+        ELMoConfig(filters=((3, 4), (51, 4)))
 
 
 def test_words_are_counted_once_for_both_directions():
@@ -478,6 +486,21 @@ def test_a_mesh_gives_the_losses_of_one_device(one_device, parameters):
     cell, kernel = state.carry["forward"]["layer_0"]["cell"], state.params["forward"]["layer_0"]["kernel"]
     assert cell.addressable_shards[0].data.shape == (1, CONFIG.hidden_size)
     assert kernel.addressable_shards[0].data.size * (8 if parameters == "fsdp" else 1) == kernel.size
+
+
+def test_devices_hand_each_other_words_and_not_vocabularies():
+    """The gradient of the softmax's table is sparse: its rows are gathered, tables are not summed."""
+    model, mesh = CONFIG.build(), MeshConfig(8).build()
+    optimizer = Adagrad(0.2, unroll_steps=LENGTH)
+    with jax.set_mesh(mesh):
+        state = loop.abstract_state(model, optimizer, ROWS, mesh, "replicated")
+        batch = place(make_batch(), LAYOUT, mesh)
+        step = loop.make_train_step(model, optimizer, 1, LAYOUT)
+        text = step.lower(state, batch, loop.Keys.of(0).dropout).compile().as_text()
+    collectives = [line for line in text.splitlines() if re.search(r" all-(reduce|gather|to-all)(-start)?\(", line)]
+    assert "f32[128,8]" in text
+    assert collectives
+    assert not [line for line in collectives if "f32[128,8]" in line]
 
 
 def test_accumulated_micro_batches_equal_one_batch():
