@@ -139,7 +139,7 @@ def _load_run(directory: Path) -> Model:
     from prelm_jax.training.checkpoint import restore_params  # Here, because only this needs Orbax.
 
     source = directory / "run.json"
-    fields = {name: _frozen(value) for name, value in read_record(directory).get("model", {}).items()}
+    fields = dict(read_record(directory).get("model", {}))
     codec = family(fields.pop("model_type", None), source)
     try:
         config = codec.config_class(**fields)
@@ -147,11 +147,6 @@ def _load_run(directory: Path) -> Model:
         raise InputError(f"{source}: not the fields of a {codec.config_class.__name__} ({error})") from error
     _, params = restore_params(directory / "checkpoints", abstract_params(config))
     return codec(config, params, tokenizers.load(directory / "tokenizer"))
-
-
-def _frozen(value: Any) -> Any:
-    """JSON has no tuples."""
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def save(model: Model, directory: str | os.PathLike, card: str) -> None:
