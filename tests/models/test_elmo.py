@@ -437,12 +437,6 @@ def test_filters_are_those_of_a_word():
         ELMoConfig(filters=((3, 4), (51, 4)))
 
 
-def test_filters_are_those_of_a_word():
-    assert ELMoConfig(filters=[[1, 32], [7, 8]]) == ELMoConfig(filters=((1, 32), (7, 8)))
-    with pytest.raises(InputError, match=r"--model.filters: 51 characters are wider than a word, which has 50"):
-        ELMoConfig(filters=((3, 4), (51, 4)))
-
-
 def test_words_are_counted_once_for_both_directions():
     batch = make_batch()
     assert CONFIG.build().tokens(batch).tolist() == [(batch["forward_weights"] > 0).sum(), ROWS * LENGTH]
