@@ -313,7 +313,7 @@ def _card(workdir: Path, record: dict[str, Any]) -> str:
     sources = "\n".join(f"- `{source}`" for source in circumstance["corpus"])
     places = last["step"] * record["batch_size"] * data["max_length"]
     return f"""---
-library_name: transformers
+library_name: {exchange.family(model_type, workdir).library}
 tags:
 - {model_type}
 - prelm_jax

@@ -104,6 +104,8 @@ def test_the_model_card_tells_where_the_model_comes_from(place):
     card = (place / "model" / "README.md").read_text()
     assert "3 steps of 8 × 32 tokens" in card
     assert str(place / "corpus.txt") in card
+    assert "library_name: transformers" in card
+    assert "library_name: allennlp" in (place / "elmo-model" / "README.md").read_text()
     assert re.search(r"\| masked lm loss \| \d\.\d{4} \|", card)
 
 

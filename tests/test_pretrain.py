@@ -119,7 +119,7 @@ def test_another_identity_is_refused_with_the_fields(run, uninterrupted, tmp_pat
         run,
         seed=7,
         model=dataclasses.replace(run.model, num_layers=3),
-        data=dataclasses.replace(run.data, max_length=7),
+        data=dataclasses.replace(run.data, max_length=9),
     )
     with pytest.raises(InputError) as refused:
         pretrain(changed, uninterrupted)
@@ -127,7 +127,7 @@ def test_another_identity_is_refused_with_the_fields(run, uninterrupted, tmp_pat
     for part in (
         f"model.num_layers ({run.model.num_layers} there, 3 here)",
         "seed (0 there, 7 here)",
-        f"data.max_length ({run.data.max_length} there, 7 here)",
+        f"data.max_length ({run.data.max_length} there, 9 here)",
     ):
         assert part in message
     assert "\n" not in message and "steps" not in message

@@ -75,7 +75,7 @@ def elmo() -> Run:
         tokenizer=WordsConfig(vocab_size=16, min_count=1),
         model=ELMoConfig(
             character_embedding_size=4,
-            filters=((1, 4), (2, 8)),
+            filters=((1, 4), (2, 12)),
             num_highways=1,
             projection_size=8,
             hidden_size=16,

@@ -237,6 +237,7 @@ class ELMoModel(Model):
     config: ELMoConfig
 
     config_class: ClassVar[type] = ELMoConfig
+    library: ClassVar[str] = "allennlp"
     settings: ClassVar[tuple[str, str]] = ("options.json", "char_cnn")
     vocabulary_tables: ClassVar[frozenset[str]] = SOFTMAX
     free_fields: ClassVar[frozenset[str]] = frozenset({"vocab_size", "dropout"})

@@ -46,6 +46,8 @@ class Model(abc.ABC):
     missing: frozenset[str] = frozenset()
 
     config_class: ClassVar[type]
+    # What reads the published format, by its name on a model card.
+    library: ClassVar[str] = "transformers"
     # The file without which nothing loads a directory, and a key by which it is known for what it is.
     settings: ClassVar[tuple[str, str]] = ("config.json", "model_type")
     # The paths whose first axis is the vocabulary.

@@ -100,7 +100,7 @@ def test_one_batch_overfits(train, family):
         150, MeshConfig(1), config=without_dropout(config), batch=lambda step: batch(0), optimizer=optimizer
     )
     assert losses[0] > 4
-    assert losses[-1] < 0.05
+    assert losses[-1] < 0.1
 
 
 def test_an_evaluation_is_one_division_without_dropout(tiny_bert, random_bert_batch):
