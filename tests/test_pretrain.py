@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
+import random
 import shutil
 import signal
 
@@ -15,12 +17,15 @@ import tiny
 from tiny import assert_same_bits, metrics, newest_checkpoint
 
 from prelm_jax import pretrain as module
+from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.errors import InputError, Preempted
 from prelm_jax.exchange.model import load
+from prelm_jax.models.elmo import ELMoConfig
 from prelm_jax.paths import path_name
 from prelm_jax.pretrain import Run, pretrain
 from prelm_jax.text.corpus import Corpus
-from prelm_jax.training.optimizer import AdamW
+from prelm_jax.text.words import WordsConfig
+from prelm_jax.training.optimizer import Adagrad, AdamW
 from prelm_jax.training.sharding import MeshConfig
 
 
@@ -262,6 +267,42 @@ def test_bits_per_byte_are_those_of_the_text(corpus, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("\n\n".join(["The cat sees ☃ in the house."] * 30))
     assert module.evaluate(tmp_path / "run", (str(other),)).unknown_tokens == 1 / 8
+
+
+def test_elmo_learns_thirty_words(tmp_path):
+    """The reference's own smoke test (bilm-tf, tests/test_training.py), on other sentences: perplexity below 20."""
+    rng = random.Random(0)
+    words = [f"{a}{b}" for a in ("ka", "lo", "mi", "nu", "re") for b in ("b", "dan", "fest", "gu", "hil", "tor")]
+
+    def sentence() -> str:
+        """Words in their order, one left out now and then: a perplexity of about 2 can be reached."""
+        places = itertools.accumulate(rng.choice([1, 2]) for _ in range(20))
+        return " ".join(words[place % 30] for place in places)
+
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(sentence() for _ in range(12)) + "\n")
+    run = dataclasses.replace(
+        tiny.elmo(),
+        corpus=(str(corpus), "documents=line", "sentences=line"),
+        held_out=0.1,
+        tokenizer=WordsConfig(vocab_size=33, min_count=1),
+        model=ELMoConfig(
+            character_embedding_size=4,
+            filters=((1, 8), (2, 8), (3, 16), (4, 32), (5, 64)),
+            activation="tanh",
+            num_highways=1,
+            projection_size=8,
+            hidden_size=16,
+        ),
+        data=StreamsConfig(max_length=10, num_negatives=16),
+        optimizer=Adagrad(learning_rate=0.2, unroll_steps=10, clip_norm=1.0),
+        batch_size=2,
+        steps=300,
+        evaluate_every=300,
+        save_every=300,
+    )
+    pretrain(run, tmp_path / "run")
+    assert module.evaluate(tmp_path / "run", run.corpus).evaluation["perplexity"] < 20
 
 
 def test_bfloat16_is_close_to_float32(run, uninterrupted, tmp_path):
