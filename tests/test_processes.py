@@ -1,6 +1,6 @@
 """What only processes of their own can show: kill -9, a full disk, several processes that train one model.
 
-PRELM_KILLS says how often the run is killed.
+PRELM_KILLS says how often a run is killed.
 """
 
 import contextlib
@@ -68,16 +68,16 @@ def wait_for_step(process: subprocess.Popen, reports: int = 1) -> None:
     pytest.fail(f"the process ended with {process.wait()} before it trained")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_killed_at_random_moments_equals_undisturbed(launch, tmp_path, family):
+@pytest.mark.parametrize(("family", "kills"), [("bert", KILLS), ("openai-gpt", 1), ("elmo", 1)])
+def test_killed_at_random_moments_equals_undisturbed(launch, tmp_path, family, kills):
     """Before the first step, between steps, during saves: a save is under way during most of the steps."""
     launch = functools.partial(launch, family=family)
-    options = ("--steps", 100 * (KILLS + 1), "--save-every", 10, "--log-every", 5, "--evaluate-every", 50)
+    options = ("--steps", 100 * (kills + 1), "--save-every", 10, "--log-every", 5, "--evaluate-every", 50)
     finish(launch(tmp_path / "undisturbed", *options))
     rng = random.Random(0)
     checkpoints = tmp_path / "killed" / "checkpoints"
     during_saves = 0
-    for kill in range(KILLS):
+    for kill in range(kills):
         process = launch(tmp_path / "killed", *options)
         if kill % 3 < 2:
             wait_for_step(process, rng.randint(1, 8))
