@@ -6,8 +6,9 @@ The letters that name the axes of an array, in suffixes (`x_BTD`) and einsums, e
     N heads        H head width       V vocabulary           L layers         M masked positions
     C characters   U distinct words   P LSTM projection      K pairs packed into a row
     A heads of all rows, B · N     G tokens of a batch taken together, whatever rows they are of
-    E LSTM cell width    Z its gates, 4 · E  S negatives of a sampled softmax, too
-    In the encoder of words, D is the width of a character's vector and F the number of filters.
+    E LSTM cell width                   Z its gates, 4 · E
+
+    With ELMo S are the negatives of a sampled softmax too, D the width of a character's vector, F the filters.
 
 Parameters are fp32; a layer computes in the dtype of its input. Norms, softmax and losses compute in fp32.
 """
@@ -88,19 +89,22 @@ def _normal(stddev: float, within: float) -> nn.initializers.Initializer:
     """The middle of a normal distribution that holds the share `within` of it."""
 
     def initializer(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
-        uniform = ((random_bits(key, shape) >> 8).astype(jnp.float32) + 0.5) * 2.0**-24  # Between 0 and 1.
-        normal = math.sqrt(2) * jax.lax.erf_inv(within * (2 * uniform - 1))
+        normal = math.sqrt(2) * jax.lax.erf_inv(within * (2 * _unit(key, shape) - 1))
         return (stddev * normal).astype(dtype)
 
     return initializer
+
+
+def _unit(key: Array, shape: tuple[int, ...]) -> Array:
+    """Uniform between 0 and 1, neither of them included."""
+    return ((random_bits(key, shape) >> 8).astype(jnp.float32) + 0.5) * 2.0**-24
 
 
 def uniform(limit: float) -> nn.initializers.Initializer:
     """Between -limit and limit, drawn like `truncated_normal`."""
 
     def initializer(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
-        uniform = ((random_bits(key, shape) >> 8).astype(jnp.float32) + 0.5) * 2.0**-24  # Between 0 and 1.
-        return (limit * (2 * uniform - 1)).astype(dtype)
+        return (limit * (2 * _unit(key, shape) - 1)).astype(dtype)
 
     return initializer
 
@@ -263,11 +267,11 @@ def tied_cross_entropy(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tied_cross_entropy(vocab_size: int, *arguments: Array) -> tuple[Array, Array]:
-    return _by_chunks(*arguments, vocab_size, gradients=False)[0]
+    return _by_chunks(arguments, vocab_size, gradients=False)[0]
 
 
 def _tied_cross_entropy_forward(vocab_size: int, *arguments: Array):
-    return _by_chunks(*arguments, vocab_size, gradients=True)
+    return _by_chunks(arguments, vocab_size, gradients=True)
 
 
 def _tied_cross_entropy_backward(vocab_size: int, gradients: tuple[Array, ...], cotangents: tuple[Array, Array]):
@@ -277,19 +281,10 @@ def _tied_cross_entropy_backward(vocab_size: int, gradients: tuple[Array, ...], 
 _tied_cross_entropy.defvjp(_tied_cross_entropy_forward, _tied_cross_entropy_backward)
 
 
-def _by_chunks(
-    x_BTD: Array,
-    table_VD: Array,
-    bias_V: Array | None,
-    targets_BT: Array,
-    weights_BT: Array,
-    vocab_size: int,
-    gradients: bool,
-) -> tuple[tuple[Array, Array], tuple[Array, Array, Array | None] | None]:
-    """The sums of `tied_cross_entropy`, and their gradients by x, by the table and by the bias."""
-    arguments = (x_BTD, table_VD, bias_V, targets_BT, weights_BT)
+def _by_chunks(arguments: tuple, vocab_size: int, gradients: bool):
+    """As `_local_chunks`, on all devices."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size <= 1 or len(x_BTD) % mesh.size:  # 0 where no mesh is set.
+    if mesh.size <= 1 or len(arguments[0]) % mesh.size:  # 0 where no mesh is set.
         return _local_chunks(*arguments, vocab_size, gradients)
 
     # Each device goes through its own rows: chunks of the global batch would each be on a few devices only, and the
@@ -314,6 +309,7 @@ def _local_chunks(
     vocab_size: int,
     gradients: bool,
 ) -> tuple[tuple[Array, Array], tuple[Array, Array, Array | None] | None]:
+    """The sums of `tied_cross_entropy`, and their gradients by x, by the table and by the bias."""
     tokens = targets_BT.size
     at_once = CHUNK_TOKENS_ON_CPU if jax.default_backend() == "cpu" else CHUNK_TOKENS
     chunks = math.ceil(tokens / min(at_once, max(1, CHUNK_LOGITS // len(table_VD))))

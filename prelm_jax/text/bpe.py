@@ -24,7 +24,7 @@ from prelm_jax.text.alphabet import alphabet, training_texts
 from prelm_jax.text.cache import cached, digest
 from prelm_jax.text.corpus import Corpus
 from prelm_jax.text.files import naming, read_json, read_lines
-from prelm_jax.text.word_encoder import WordEncoder
+from prelm_jax.text.word_encoder import WordEncoder, numbered
 
 UNKNOWN = "<unk>"
 END_OF_WORD = "</w>"
@@ -35,7 +35,7 @@ TRAINING_VERSION = 1  # raise it when the same corpus would give another vocabul
 Merge = tuple[str, str]
 
 
-class BPE:
+class BPE(WordEncoder):
     """GPT-1's tokenizer. `tokens` lists the vocabulary by id and must hold <unk>; `merges` are pairs of its entries.
 
     Raises InputError for a vocabulary with repeated entries, without <unk> or without an entry that ends a word, and
@@ -43,16 +43,13 @@ class BPE:
     """
 
     def __init__(self, tokens: Iterable[str], merges: Iterable[Merge]):
-        self.tokens = list(tokens)
+        tokens = list(tokens)
         self.merges = list(merges)
-        ids = {token: index for index, token in enumerate(self.tokens)}
+        ids = numbered(tokens)
         if UNKNOWN not in ids:
             raise InputError(f"the vocabulary has no {UNKNOWN}: GPT-1's has")
-        if not any(token.endswith(END_OF_WORD) for token in self.tokens):
+        if not any(token.endswith(END_OF_WORD) for token in tokens):
             raise InputError(f"no entry of the vocabulary ends with {END_OF_WORD}: is it a byte-level one (GPT-2)?")
-        if len(ids) < len(self.tokens):
-            again = next(token for index, token in enumerate(self.tokens) if ids[token] != index)
-            raise InputError(f"the vocabulary holds {again!r} more than once: remove all but one")
         for merge in self.merges:
             if len(merge) != 2:
                 raise InputError(f"the merge {list(merge)} is not two pieces")
@@ -61,9 +58,8 @@ class BPE:
                 raise InputError(f"the merge {f'{first} {second}'!r} needs {missing[0]!r}: it is not in the vocabulary")
         self.special_ids = {UNKNOWN: ids[UNKNOWN]}
         self.unknown_id = ids[UNKNOWN]
-        self.fingerprint = digest([self.tokens, self.merges])
-        # Without special tokens: what is written "<unk>" in a text is text.
-        self._encoder = WordEncoder(_pipeline(self.tokens, self.merges))
+        self.fingerprint = digest([tokens, self.merges])
+        super().__init__(tokens, _pipeline(tokens, self.merges))
 
     @classmethod
     def from_files(cls, vocabulary: str | os.PathLike, merges: str | os.PathLike) -> "BPE":
@@ -90,18 +86,6 @@ class BPE:
                 return cls(tokens, merges)
         present = [files for files in beside(directory) if files[0].exists()]
         return cls.from_files(*(present or beside(directory))[0])
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.tokens)
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text."""
-        return self._encoder.encode_batch(texts)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Words with spaces between them, as transformers decodes."""
-        return self._encoder.decode(ids)
 
     def save(self, directory: str | os.PathLike, model_max_length: int | None = None) -> None:
         """Writes vocab.json, merges.txt, tokenizer.json, tokenizer_config.json and special_tokens_map.json.

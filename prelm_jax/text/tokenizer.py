@@ -20,9 +20,7 @@ class Tokenizer(Protocol):
     """
 
     tokens: list[str]  # id -> string
-    special_ids: dict[
-        str, int
-    ]  # "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"; BPE "<unk>"; words "<S>", "</S>", "<UNK>"
+    special_ids: dict[str, int]  # those of WordPiece ("[PAD]", "[UNK]", …), of BPE ("<unk>"), of words ("<S>", …)
     unknown_id: int | None  # the id that stands for what the vocabulary cannot spell
     fingerprint: str  # SHA-256 (hex) of the vocabulary and the settings
 

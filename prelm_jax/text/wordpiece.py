@@ -21,14 +21,14 @@ from prelm_jax.text.alphabet import alphabet, training_texts
 from prelm_jax.text.cache import cached, digest
 from prelm_jax.text.corpus import Corpus
 from prelm_jax.text.files import naming, read_json, read_lines
-from prelm_jax.text.word_encoder import WordEncoder
+from prelm_jax.text.word_encoder import WordEncoder, numbered
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_WORD_CHARACTERS = 100
 TRAINING_VERSION = 1  # raise it when the same corpus would give another vocabulary
 
 
-class WordPiece:
+class WordPiece(WordEncoder):
     """A WordPiece tokenizer. `tokens` lists the vocabulary by id and must hold [PAD], [UNK], [CLS], [SEP] and [MASK].
 
     `strip_accents=None` means: if lower-casing, as in BERT. `continuation` is bool [vocab_size]: true for the pieces
@@ -38,22 +38,18 @@ class WordPiece:
     """
 
     def __init__(self, tokens: Iterable[str], lowercase: bool = True, strip_accents: bool | None = None):
-        self.tokens = list(tokens)
+        tokens = list(tokens)
         self.lowercase = lowercase
         self.strip_accents = strip_accents
-        ids = {token: index for index, token in enumerate(self.tokens)}
+        ids = numbered(tokens)
         if missing := [token for token in SPECIAL_TOKENS if token not in ids]:
             raise InputError(f"the vocabulary has no {' and no '.join(missing)}: it needs {' '.join(SPECIAL_TOKENS)}")
-        if len(ids) < len(self.tokens):
-            again = next(token for index, token in enumerate(self.tokens) if ids[token] != index)
-            raise InputError(f"the vocabulary holds {again!r} more than once: remove all but one")
         self.special_ids = {token: ids[token] for token in SPECIAL_TOKENS}
         self.unknown_id = ids["[UNK]"]
-        settings = [self.tokens, lowercase, lowercase if strip_accents is None else strip_accents]
+        settings = [tokens, lowercase, lowercase if strip_accents is None else strip_accents]
         self.fingerprint = digest(settings)
-        self.continuation = np.array([token.startswith("##") for token in self.tokens])
-        # Without special tokens: what is written "[MASK]" in a text is text.
-        self._encoder = WordEncoder(_pipeline(self.tokens, lowercase, strip_accents))
+        self.continuation = np.array([token.startswith("##") for token in tokens])
+        super().__init__(tokens, _pipeline(tokens, lowercase, strip_accents))
 
     @classmethod
     def from_vocab(cls, path: str | os.PathLike, lowercase: bool = True, strip_accents: bool | None = None):
@@ -83,18 +79,6 @@ class WordPiece:
             return cls.from_vocab(directory / "vocab.txt", *options)
         with naming(path):
             return cls(tokens, *options)
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.tokens)
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, without special tokens."""
-        return self._encoder.encode_batch(texts)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Words with spaces between them, pieces joined, as transformers decodes."""
-        return self._encoder.decode(ids)
 
     def save(self, directory: str | os.PathLike, model_max_length: int | None = None) -> None:
         """Writes vocab.txt, tokenizer.json, tokenizer_config.json and special_tokens_map.json.

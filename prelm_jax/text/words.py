@@ -27,6 +27,7 @@ from prelm_jax.text.cache import cached, digest
 from prelm_jax.text.characters import BEGIN_SENTENCE, END_SENTENCE
 from prelm_jax.text.corpus import Corpus
 from prelm_jax.text.files import naming, opened, read_json, read_lines
+from prelm_jax.text.word_encoder import numbered
 
 UNKNOWN = "<UNK>"
 SPECIAL_TOKENS = (BEGIN_SENTENCE, END_SENTENCE, UNKNOWN)
@@ -49,12 +50,9 @@ class Words:
     def __init__(self, tokens: Iterable[str], tokenize: bool = False):
         self.tokens = list(tokens)
         self.tokenize = tokenize
-        self._ids = {token: index for index, token in enumerate(self.tokens)}
+        self._ids = numbered(self.tokens)
         if set(self.tokens[:3]) != set(SPECIAL_TOKENS):
             raise InputError(f"the vocabulary begins with {' '.join(self.tokens[:3])}, not with <S>, </S> and <UNK>")
-        if len(self._ids) < len(self.tokens):
-            again = next(token for index, token in enumerate(self.tokens) if self._ids[token] != index)
-            raise InputError(f"the vocabulary holds {again!r} more than once: remove all but one")
         self.special_ids = {token: self._ids[token] for token in SPECIAL_TOKENS}
         self.unknown_id = self._ids[UNKNOWN]
         self.fingerprint = digest(["words", self.tokens, tokenize])

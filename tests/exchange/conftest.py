@@ -1,8 +1,8 @@
 """A tiny random BERT of transformers', with a vocabulary, and the directory that it saves."""
 
 import pytest
-import torch
 import transformers
+from model_directories import randomize
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz.,!?", "the", "cat", "sat"]
 VOCABULARY += ["on", "mat", "un", "##s", "##able", "##ing", "##t"]
@@ -14,15 +14,6 @@ SIZES = {
     "intermediate_size": 48,
     "max_position_embeddings": 24,
 }
-
-
-def randomize(model):
-    """Every parameter random, biases and norms too."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + name.endswith("LayerNorm.weight"))
-    return model.eval()
 
 
 @pytest.fixture(scope="session")

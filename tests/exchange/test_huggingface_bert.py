@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.numpy import load_file, save_file
+from model_directories import assert_params_equal, change, configure
+from safetensors.numpy import load_file
 
 from prelm_jax.errors import InputError
 from prelm_jax.exchange import batching
@@ -42,24 +43,6 @@ def tokenizer(exported):
 def copy(reference_directory, tmp_path):
     """A directory to spoil."""
     return shutil.copytree(reference_directory, tmp_path / "copy")
-
-
-def change(directory, rename=lambda name: name, **replaced):
-    """Rewrites model.safetensors: names renamed (None drops a tensor), values replaced or added."""
-    file = directory / "model.safetensors"
-    tensors = {rename(name): value for name, value in load_file(file).items()} | replaced
-    save_file({name: value for name, value in tensors.items() if name is not None}, file)
-
-
-def configure(directory, **settings):
-    file = directory / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-
-
-def assert_params_equal(found, expected, but=frozenset()):
-    for (path, value), other in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
-        if path_name(path) not in but:
-            np.testing.assert_array_equal(value, other, err_msg=path_name(path))
 
 
 def logits(reference, ids, positions=slice(None)):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import re
 import shutil
 import tarfile
 
@@ -12,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.numpy import load_file, save_file
+from model_directories import assert_params_equal, change, configure, randomize
+from safetensors.numpy import load_file
 
 from prelm_jax.errors import InputError
 from prelm_jax.exchange.huggingface_gpt import GPTModel, restrict, tensor_name
@@ -44,16 +44,6 @@ def ids_of(tmp_path_factory):
     return lambda text: tokenizer.encode(text)
 
 
-def randomize(model):
-    """Every parameter random, biases and norms too."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            norm = re.search(r"ln_\d.weight", name) is not None
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + norm)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def reference():
     """transformers' OpenAIGPTLMHeadModel; do not change it."""
@@ -79,23 +69,6 @@ def exported(model, tmp_path_factory):
 def copy(exported, tmp_path):
     """A directory to spoil."""
     return shutil.copytree(exported, tmp_path / "copy")
-
-
-def change(directory, rename=lambda name: name, **replaced):
-    """Rewrites model.safetensors: names renamed (None drops a tensor), values replaced or added."""
-    file = directory / "model.safetensors"
-    tensors = {rename(name): value for name, value in load_file(file).items()} | replaced
-    save_file({name: value for name, value in tensors.items() if name is not None}, file)
-
-
-def configure(directory, **settings):
-    file = directory / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-
-
-def assert_params_equal(found, expected):
-    for (path, value), other in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(value, other, err_msg=path_name(path))
 
 
 # Reading

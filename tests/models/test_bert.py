@@ -11,6 +11,7 @@ import torch
 import transformers
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from model_directories import randomize
 from scipy import stats
 
 from prelm_jax.exchange.huggingface_bert import VOCABULARY_TABLES, tensor_name
@@ -41,11 +42,7 @@ def torch_bert():
             max_position_embeddings=CONFIG.max_position_embeddings,
         )
     ).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + name.endswith("LayerNorm.weight"))
-    return model
+    return randomize(model)
 
 
 def theirs(state, path, shape):

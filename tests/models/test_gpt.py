@@ -12,6 +12,7 @@ import torch
 import transformers
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from model_directories import randomize
 from scipy import stats
 
 from prelm_jax.errors import InputError
@@ -31,21 +32,14 @@ INPUTS = ("tokens", "positions", "segments")
 
 def torch_gpt():
     """An OpenAIGPTLMHeadModel of the same sizes; every parameter random, biases and norms too."""
-    model = transformers.OpenAIGPTLMHeadModel(
-        transformers.OpenAIGPTConfig(
-            vocab_size=CONFIG.vocab_size,
-            n_embd=CONFIG.hidden_size,
-            n_layer=CONFIG.num_layers,
-            n_head=CONFIG.num_heads,
-            n_positions=CONFIG.max_position_embeddings,
-        )
-    ).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            norm = re.search(r"ln_\d.weight", name) is not None
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + norm)
-    return model
+    config = transformers.OpenAIGPTConfig(
+        vocab_size=CONFIG.vocab_size,
+        n_embd=CONFIG.hidden_size,
+        n_layer=CONFIG.num_layers,
+        n_head=CONFIG.num_heads,
+        n_positions=CONFIG.max_position_embeddings,
+    )
+    return randomize(transformers.OpenAIGPTLMHeadModel(config))
 
 
 def theirs(state, path, shape):

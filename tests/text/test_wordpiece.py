@@ -162,7 +162,7 @@ def test_words_are_forgotten_and_learnt_again(monkeypatch):
     tokenizer, fresh = WordPiece(TOKENS), WordPiece(TOKENS)
     texts = ["a b ab", "unaffable a", "b b", "a"]
     assert [tokenizer.encode_batch([text])[0] for text in texts] == fresh.encode_batch(texts)
-    assert len(tokenizer._encoder._word_ids) <= 5
+    assert len(tokenizer._word_ids) <= 5
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------

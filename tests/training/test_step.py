@@ -53,8 +53,7 @@ def one_device():
     return {}
 
 
-@pytest.mark.parametrize("parameters", ["replicated", "fsdp"])
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize(("devices", "parameters"), [(2, "replicated"), (4, "fsdp"), (8, "replicated"), (8, "fsdp")])
 def test_losses_do_not_depend_on_the_mesh(train, family, one_device, devices, parameters):
     """fp32, dropout on: its masks are the same on every mesh."""
     if family[0] not in one_device:
@@ -97,10 +96,10 @@ def test_one_batch_overfits(train, family):
     optimizer = AdamW(learning_rate=3e-3, warmup_steps=10, decay_steps=300)
     config, batch = family
     losses, _ = train(
-        150, MeshConfig(1), config=without_dropout(config), batch=lambda step: batch(0), optimizer=optimizer
+        200, MeshConfig(1), config=without_dropout(config), batch=lambda step: batch(0), optimizer=optimizer
     )
-    assert losses[0] > 4
-    assert losses[-1] < 0.1
+    assert losses[0] > np.log(120) - 0.3
+    assert losses[-1] < 0.05
 
 
 def test_an_evaluation_is_one_division_without_dropout(tiny_bert, random_bert_batch):
