@@ -243,7 +243,7 @@ def tied_logits(x_GD: Array, table_VD: Array, vocab_size: int, bias_V: Array | N
         x_GD, table_VD.astype(x_GD.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
     if bias_V is not None:
-        logits_GV = add_bias(logits_GV, bias_V)
+        return add_bias(logits_GV, jnp.where(jnp.arange(len(table_VD)) < vocab_size, bias_V, MASKED))
     # An update is written where the products are; a condition on the column would write all of them a second time.
     padding_GV = jnp.full((len(x_GD), len(table_VD) - vocab_size), MASKED)
     return jax.lax.dynamic_update_slice(logits_GV, padding_GV, (0, vocab_size))
