@@ -98,14 +98,14 @@ def torch_layer(s: Settings, device: Any) -> Any:
 
 
 def random_batch(s: Settings) -> dict[str, np.ndarray]:
-    """Words of 1 to 12 bytes, with the keys of ELMo's batches; targets and negatives log-uniform."""
+    """Words of 1 to 16 bytes, with the keys of ELMo's batches; targets and negatives log-uniform."""
     rng, shape = np.random.default_rng(0), (s.batch_size, s.length)
 
     def log_uniform(size: Any) -> np.ndarray:
         return np.exp(rng.random(size) * np.log(s.vocab_size + 1)).astype(np.int32) - 1
 
-    characters = np.full((s.distinct_words, 50), 260, np.int32)
-    for row, size in zip(characters, rng.integers(1, 13, s.distinct_words), strict=True):
+    characters = np.full((s.distinct_words, 24), 260, np.int32)
+    for row, size in zip(characters, rng.integers(1, 17, s.distinct_words), strict=True):
         row[: size + 2] = [258, *rng.integers(97, 123, size), 259]
     batch = {"characters": characters}
     for d in DIRECTIONS:
@@ -150,6 +150,8 @@ def torch_step(s: Settings, config: ELMoConfig, batch: dict[str, np.ndarray], de
 
     model = TorchELMo(config, s.batch_size).to(device)
     model.states = [[tuple(x.to(device) for x in state) for state in stack] for stack in model.states]
+    columns = 50 - batch["characters"].shape[1]  # of padding, which bilm-tf encodes and ours leaves away
+    batch = batch | {"characters": np.pad(batch["characters"], ((0, 0), (0, columns)), constant_values=260)}
     inputs = {
         name: torch.from_numpy(x.astype(np.int64) if x.dtype == np.int32 else x).to(device) for name, x in batch.items()
     }

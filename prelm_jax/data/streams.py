@@ -31,10 +31,12 @@ from prelm_jax.data.ngrams import trigram_loss
 from prelm_jax.data.randomness import bits, key, permute, uniform
 from prelm_jax.data.windows import count_up
 from prelm_jax.errors import InputError
+from prelm_jax.text.characters import PAD
 from prelm_jax.text.store import Store
 
 DIRECTIONS = ("forward", "backward")
 FEWEST_WORDS = 128  # for which a batch has room: a multiple of the devices that share them
+FEWEST_CHARACTERS = 24  # that a row of them has room for; in most batches it is enough
 PERMUTED_AT_ONCE = 1 << 20
 EPOCHS_KEPT = 2  # a step may have the end of one and the beginning of the next
 
@@ -67,11 +69,11 @@ class StreamsConfig:
 class StreamBatches:
     """`batches[step]`: the batch of a step, a dict of arrays; pure in (seed, step), without end (epochs reshuffle).
 
-    Keys, int32 unless said: `characters` [U, 50], the character ids of the different words of the global batch, padded
-    to one of a few U; and for each direction d, forward and backward, `d_words` [B, T], what is read, as numbers of
-    rows of `characters`; `d_targets` [B, T], what is predicted, ids of the vocabulary; `d_weights` (float32) [B, T], 1
-    or, for the place after a slice, 0; `d_negatives` [num_negatives], different ids in the order they were drawn; and
-    `d_tries` [], how many draws it took to have so many different ones.
+    Keys, int32 unless said: `characters` [U, C], the character ids of the different words of the global batch, with
+    room for the longest of them, both padded to one of a few sizes; and for each direction d, forward and backward,
+    `d_words` [B, T], what is read, as numbers of rows of `characters`; `d_targets` [B, T], what is predicted, ids of
+    the vocabulary; `d_weights` (float32) [B, T], 1 or, for the place after a slice, 0; `d_negatives` [num_negatives],
+    different ids in the order they were drawn; and `d_tries` [], how many draws it took to have so many different ones.
     """
 
     def __init__(self, config: StreamsConfig, store: Store, tokenizer, batch_size: int, seed: int):
@@ -133,7 +135,7 @@ class StreamBatches:
             )
         words_U, number_2BT = np.unique(np.stack(read_2BT), return_inverse=True)
         padding = np.full(bucket(len(words_U)) - len(words_U), self._unknown_id)
-        batch = {"characters": self._store.words.characters(np.append(words_U, padding))}
+        batch = {"characters": _cut(self._store.words.characters(np.append(words_U, padding)))}
         for direction, number_BT in zip(DIRECTIONS, number_2BT.astype(np.int32), strict=True):
             batch[f"{direction}_words"] = number_BT[start:stop]
             batch[f"{direction}_targets"] = targets[direction]
@@ -262,6 +264,12 @@ def bucket(n: int) -> int:
     """The least of 128, 192, 256, 384, … (powers of two, and one and a half times these) that has room for n."""
     size = max(1 << (n - 1).bit_length(), FEWEST_WORDS)
     return size * 3 // 4 if n <= size * 3 // 4 and size > FEWEST_WORDS else size
+
+
+def _cut(characters_UC: np.ndarray) -> np.ndarray:
+    """The character ids of words without most of the padding after the longest: at least 24 columns, then 32, …."""
+    longest = np.flatnonzero((characters_UC != PAD).any(axis=0))[-1] + 1
+    return np.ascontiguousarray(characters_UC[:, : max(-(-longest // 8) * 8, FEWEST_CHARACTERS)])
 
 
 def log_uniform(key: np.ndarray, n: int, vocab_size: int, at_once: int) -> tuple[np.ndarray, np.ndarray]:

@@ -43,6 +43,7 @@ Sums = dict[str, tuple[Array, Array]]
 
 CHARACTERS = 261  # Ids of characters: 256 bytes; begin and end of a sentence, begin and end of a word, padding.
 MAX_CHARACTERS = 50  # Ids of a word.
+PADDING = 260  # The id after the end of a word.
 DIRECTIONS = ("forward", "backward")
 
 
@@ -110,7 +111,13 @@ class ELMo(nn.Module):
     # The forward pass, in pieces; call them with `apply(..., method="encode")`.
 
     def encode(self, characters_UC: Array) -> Array:
-        """[U, P]: words from the ids of their characters, 0 to 260."""
+        """[U, P]: words from the ids of their characters, 0 to 260.
+
+        The ids may have been cut to the longest of the words.
+        """
+        # As much padding as the widest filter spans: with more of it the filters see nothing new.
+        columns = self._columns(characters_UC.shape[1]) - characters_UC.shape[1]
+        characters_UC = jnp.pad(characters_UC, ((0, 0), (0, columns)), constant_values=PADDING)
         return self.encoder(self.characters(characters_UC).astype(self.dtype))
 
     def run(self, words_BTP: Array, lengths_B: Array, carry: Params) -> tuple[dict[str, Array], Params]:
@@ -202,6 +209,10 @@ class ELMo(nn.Module):
             nll[d] = nll_G.reshape(x[d].shape[:2])
         return nll
 
+    def _columns(self, longest: int) -> int:
+        """The ids of a word that are encoded, where the longest has so many."""
+        return min(longest + max(width for width, _ in self.config.filters), MAX_CHARACTERS)
+
     def _use_parameters(self, characters_UC: Array) -> None:
         self.encode(characters_UC)
         for weights in (self.forward, self.backward, self.softmax):
@@ -257,6 +268,7 @@ class ELMo(nn.Module):
         direction and layer 16·P·E (gates) + 2·E·P; for each place and direction 2·P for every word in the softmax.
         """
         c, (words, length), places = self.config, batch["characters"].shape, batch["forward_words"].size
+        length = self._columns(length)
         convolutions = sum(2 * (length - w + 1) * w * c.character_embedding_size * n for w, n in c.filters)
         features = sum(n for _, n in c.filters)
         word = convolutions + 4 * c.num_highways * features**2 + 2 * features * c.projection_size

@@ -237,10 +237,18 @@ def test_words_of_a_batch_are_there_once_and_padded():
         assert used == set(range(len(used)))
         rows = batch["characters"].tolist()
         assert len({tuple(row) for row in rows[: len(used)]}) == len(used)
-        assert rows[len(used) :] == [[258, *b"<UNK>", 259, *[260] * 43]] * (len(rows) - len(used))
+        assert rows[len(used) :] == [[258, *b"<UNK>", 259, *[260] * 17]] * (len(rows) - len(used))
         assert len(rows) == bucket(len(used))
         sizes.add(len(rows))
     assert sizes <= {256, 384}
+
+
+@pytest.mark.parametrize(("letters", "columns"), [(1, 24), (22, 24), (23, 32), (31, 40), (48, 50), (300, 50)])
+def test_characters_have_room_for_the_longest_word_and_little_more(letters, columns):
+    store = Store.from_documents([[[3, 4]]], ["<S>", "</S>", "<UNK>", "x", "a" * letters])
+    characters = StreamsConfig(num_negatives=0).build(store, TOKENIZER, 1, 0)[0]["characters"]
+    assert characters.shape == (128, columns)
+    assert [258, *b"a" * min(letters, 48), 259] in [[id for id in row if id != 260] for row in characters.tolist()]
 
 
 def test_buckets():
@@ -368,7 +376,7 @@ def test_batches_stay_the_same_across_versions():
         batch = batches_of(documents, 8, max_length=11, independent_directions=independent, num_negatives=7)[123]
         for name in sorted(batch):
             digest.update(batch[name].tobytes())
-    assert digest.hexdigest() == "75785a7fe165c4789fd444bccce58f7b10a33d1461be98fb138c4db9da2ce1df"
+    assert digest.hexdigest() == "9f08810ca4603b9336f58b226073032b173852d0b8ea572d22ff7243c7de78f9"
 
 
 def test_a_sentence_of_ten_thousand_words_in_a_batch_of_one():

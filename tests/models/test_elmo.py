@@ -120,6 +120,14 @@ def test_words_are_encoded_as_by_the_reference(params, change):
     assert len(np.unique(np.round(encoded, 4), axis=0)) == WORDS
 
 
+@pytest.mark.parametrize("longest", [4, 24, 48, 50])
+def test_words_are_encoded_alike_without_their_padding(params, longest):
+    characters = make_batch()["characters"]
+    characters = characters[(characters[:, longest:] == 260).all(1)]
+    encoded = CONFIG.build().apply({"params": fp32(params)}, characters[:, :longest], method="encode")
+    close(encoded, reference.encode(params, CONFIG, characters), atol=2e-5)
+
+
 @pytest.mark.parametrize("skip", [True, False])
 def test_evaluation_is_without_dropout_and_over_the_whole_vocabulary(params, carry, skip):
     config, batch = dataclasses.replace(CONFIG, use_skip_connections=skip), make_batch()
