@@ -144,8 +144,7 @@ def pretrain(run: Run, workdir: Path) -> Summary:
 
         def evaluate_held_out(state: loop.TrainState) -> dict[str, float]:
             placed = _placed(evaluation, 0, run.evaluate_batches, mesh)
-            carry = loop.initial_carry(model, run.batch_size, mesh)
-            values = evaluate(state.params, carry, (batch for _, batch in placed))
+            values = evaluate(state.params, state.carry, (batch for _, batch in placed))
             return _with_other_units(evaluation, values)
 
         done = int(state.step)
@@ -176,7 +175,9 @@ def evaluate(workdir: Path, sources: tuple[str, ...] = ()) -> Summary:
     mesh = MeshConfig(devices=1).build()
     with jax.set_mesh(mesh):
         placed = _placed(evaluation, 0, circumstance["evaluate_batches"], mesh)
-        carry = loop.initial_carry(model, rows, mesh)
+        with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
+            _, items = checkpoints.restore({"progress": loop.abstract_progress(model, rows, mesh)})
+        carry = items["progress"]["carry"]
         values = loop.make_evaluate(model)(loaded.params, carry, (batch for _, batch in placed))
     values = _with_other_units(evaluation, values)
     batches = data.build(training, tokenizer, rows, record["seed"])

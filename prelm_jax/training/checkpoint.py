@@ -13,7 +13,7 @@ from orbax.checkpoint import v1 as ocp
 from prelm_jax.errors import InputError
 from prelm_jax.paths import path_name
 
-FORMAT = 1
+FORMAT = 2
 
 Tree = Any
 
@@ -103,13 +103,16 @@ class Checkpoints:
             try:
                 recorded = self._checkpointer.metadata(checkpoint.step).custom_metadata
                 saved_format, saved_checksums = recorded["format"], recorded["checksums"]
-                if saved_format <= FORMAT:
+                if saved_format == FORMAT:
                     loaded = self._checkpointer.load_checkpointables(checkpoint.step, items)
             except Exception as error:  # Whatever a damaged file makes the reader raise.
                 complaint = _first_line(error)
             else:
-                if saved_format > FORMAT:
-                    raise InputError(f"{path} has format {saved_format}, newer than {FORMAT}: upgrade prelm_jax")
+                if saved_format != FORMAT:
+                    raise InputError(
+                        f"{path} has format {saved_format}, not {FORMAT}: read it with the version of prelm_jax that "
+                        "wrote it, or start in another --workdir"
+                    )
                 differing = [
                     f"{item}/{name}"
                     for item, tree in loaded.items()

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prelm_jax.errors import Preempted
@@ -43,13 +42,14 @@ class TrainState:
     carry: Tree
 
     def items(self) -> dict[str, Tree]:
-        """What a checkpoint holds: the parameters apart from the rest, for those who want them alone."""
-        return {"params": self.params, "rest": {"step": self.step, "opt_state": self.opt_state, "carry": self.carry}}
+        """What a checkpoint holds, in parts, for those who want one alone."""
+        progress = {"step": self.step, "carry": self.carry}
+        return {"params": self.params, "opt_state": self.opt_state, "progress": progress}
 
     @classmethod
     def of(cls, items: dict[str, Tree]) -> "TrainState":
         """The state that a checkpoint holds."""
-        return cls(params=items["params"], **items["rest"])
+        return cls(params=items["params"], opt_state=items["opt_state"], **items["progress"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,16 @@ class Keys:
 def abstract_state(model: Any, optimizer: Any, rows: int, mesh: jax.sharding.Mesh, parameters: str) -> TrainState:
     """The train state as jax.ShapeDtypeStructs with their shardings; nothing is computed."""
     shapes = jax.eval_shape(lambda: _with_params(model, optimizer, rows, model.init_params(jax.random.key(0))))
+    return _with_shardings(shapes, mesh, parameters)
+
+
+def abstract_progress(model: Any, rows: int, mesh: jax.sharding.Mesh) -> Tree:
+    """That part of a checkpoint in the same way, whatever optimizer the training had."""
+    shapes = jax.eval_shape(lambda: {"step": jnp.zeros((), jnp.int32), "carry": model.init_carry(rows)})
+    return _with_shardings(shapes, mesh, "replicated")
+
+
+def _with_shardings(shapes: Tree, mesh: jax.sharding.Mesh, parameters: str) -> Tree:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -89,11 +99,6 @@ def new_state(
 
 def _with_params(model: Any, optimizer: Any, rows: int, params: Tree) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.build().init(params), model.init_carry(rows))
-
-
-def initial_carry(model: Any, rows: int, mesh: jax.sharding.Mesh) -> Tree:
-    """What the first step is handed, sharded with its rows."""
-    return jax.jit(model.init_carry, static_argnums=0, out_shardings=NamedSharding(mesh, P("data")))(rows)
 
 
 def make_train_step(model: Any, optimizer: Any, accumulate: int, layout: dict[str, str]):
