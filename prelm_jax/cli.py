@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from prelm_jax.errors import InputError, Preempted
 
@@ -63,6 +65,25 @@ def pretrain(experiment: str, arguments: list[str]) -> None:
         print(f"  prelm {verb} {workdir} {EXAMPLES[verb]}")
 
     _call(command, arguments, f"prelm pretrain {experiment}")
+
+
+def batch(experiment: str, arguments: list[str]) -> None:
+    """Print a batch of an experiment, FILE.py:FUNCTION, as the text that the model sees."""
+    _, run = _experiment(experiment)
+
+    run_type = Annotated[type(run), tyro.conf.arg(name="")]
+
+    def command(run: run_type = run, step: int = 0, rows: int = 4) -> None:
+        from prelm_jax import pretrain
+        from prelm_jax.data.marks import MARK
+
+        console = Console()
+        for shown in itertools.islice(pretrain.show_batch(run, step), rows):
+            text = Text(shown)
+            text.highlight_regex(MARK, "bold green")
+            console.print(text, soft_wrap=True)
+
+    _call(command, arguments, f"prelm batch {experiment}")
 
 
 def evaluate(workdir: Positional[Path], corpus: tuple[str, ...] = ()) -> None:
@@ -148,7 +169,8 @@ def generate(
     print(_load(model, "generate").generate(prompt, max_tokens, temperature, top_k, top_p, seed))
 
 
-VERBS = {verb.__name__: verb for verb in (pretrain, evaluate, export, tokenize, embed, score, fill, generate)}
+VERBS = {verb.__name__: verb for verb in (pretrain, batch, evaluate, export, tokenize, embed, score, fill, generate)}
+OF_EXPERIMENTS = {"pretrain", "batch"}  # verbs whose options are the fields of the experiment
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -164,12 +186,12 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if verb not in VERBS:
             raise InputError(f"prelm has no {verb!r}{_suggestion(verb, VERBS)}; prelm --help lists the verbs")
-        if verb != "pretrain":
+        if verb not in OF_EXPERIMENTS:
             _call(VERBS[verb], rest, f"prelm {verb}")
         elif not rest or rest[0].startswith("-"):
-            raise InputError("usage: prelm pretrain FILE.py:FUNCTION [options]; examples are in experiments/")
+            raise InputError(f"usage: prelm {verb} FILE.py:FUNCTION [options]; examples are in experiments/")
         else:
-            pretrain(rest[0], rest[1:])
+            VERBS[verb](rest[0], rest[1:])
     except InputError as error:
         print(f"prelm: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)

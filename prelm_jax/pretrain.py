@@ -157,6 +157,17 @@ def pretrain(run: Run, workdir: Path) -> Summary:
         return _summary(workdir, values, batches, evaluation, run.evaluate_batches, held_out)
 
 
+def show_batch(run: Run, step: int) -> Iterator[str]:
+    """The rows of the batch of a step for people to read. Prepares vocabulary and store as `pretrain` does."""
+    if step < 0:
+        raise InputError(f"--step {step}: steps are counted from 0")
+    corpus = Corpus(run.corpus, run.held_out)
+    tokenizer = run.tokenizer.build(corpus)
+    training, _ = store.prepare(corpus, tokenizer)
+    batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
+    yield from batches.show(batches[step], tokenizer)
+
+
 def evaluate(workdir: Path, sources: tuple[str, ...] = ()) -> Summary:
     """Evaluates the newest checkpoint of a work directory: on the run's held-out side, or on other sources.
 

@@ -92,6 +92,24 @@ def test_options_reach_the_run(place):
     assert record["model"]["num_layers"] == 1
 
 
+@pytest.mark.parametrize("experiment", ["bert", "gpt", "elmo"])
+def test_batch(place, capsys, monkeypatch, tmp_path, experiment):
+    """What a step is trained on, as text: the same without a work directory, in colour on a terminal."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["batch", f"{Path(__file__).parent}/tiny.py:{experiment}", "--corpus", f"{place}/corpus.txt"]
+    main([*arguments, "--step", "3", "--rows", "2"])
+    out = capsys.readouterr().out
+    assert len(re.findall("^row [01]", out, re.MULTILINE)) == 2 and "row 2" not in out
+    assert "sees" in out and re.search(r"⟦\S+ → \S+⟧", out) and "\x1b" not in out
+    main(arguments)
+    assert capsys.readouterr().out.count("row ") == 4
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    main([*arguments, "--step", "3", "--rows", "2"])
+    coloured = capsys.readouterr().out
+    assert coloured != out and re.sub(r"\x1b\[[0-9;]*m", "", coloured) == out
+    assert not list(tmp_path.iterdir())
+
+
 def test_evaluate(place, capsys):
     main(["evaluate", f"{place}/run"])
     on_held_out = capsys.readouterr().out
@@ -214,6 +232,9 @@ def test_mistakes_are_one_line_that_says_what_to_do(place, capsys, tmp_path):
     assert "neither a model directory" in complaint(capsys, "fill", tmp_path, "[MASK]")
     assert 'no "[MASK]"' in complaint(capsys, "fill", place / "model", "no mask here")
     assert "FILE.py:FUNCTION" in complaint(capsys, "pretrain")
+    assert "prelm batch FILE.py:FUNCTION" in complaint(capsys, "batch", "--step", "1")
+    assert "--step -1: steps are counted from 0" in complaint(capsys, "batch", tiny, "--step", "-1")
+    assert "did you mean tiny?" in complaint(capsys, "batch", f"{place}/tiny.py:tinny")
 
 
 def test_text_that_will_not_do(place, capsys, tmp_path):
@@ -308,7 +329,8 @@ def test_help(capsys):
     main(["--help"])
     out = capsys.readouterr().out
     assert all(
-        verb in out for verb in ("pretrain", "evaluate", "export", "tokenize", "embed", "score", "fill", "generate")
+        verb in out
+        for verb in ("pretrain", "batch", "evaluate", "export", "tokenize", "embed", "score", "fill", "generate")
     )
     with pytest.raises(SystemExit) as stopped:
         main(["score", "--help"])

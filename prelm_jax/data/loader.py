@@ -27,6 +27,9 @@ class Batches(Protocol):
     def in_other_units(self, name: str, value: float) -> dict[str, float]:
         """A loss of these batches as its readers know it: perplexity and the like, by name."""
 
+    def show(self, batch: dict[str, np.ndarray], tokenizer: Any) -> Iterator[str]:
+        """Each row of a batch for people to read, in a few lines (`prelm_jax.data.marks`)."""
+
 
 def prefetch(
     batches: Batches,

@@ -18,11 +18,12 @@ Divergences from that reference:
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from prelm_jax.data.marks import mark
 from prelm_jax.data.masking import MaskingConfig
 from prelm_jax.data.randomness import bits, key, permute, uniform
 from prelm_jax.errors import InputError
@@ -147,6 +148,25 @@ class PairBatches:
     def in_other_units(self, name: str, value: float) -> dict[str, float]:
         """The perplexity of masked tokens."""
         return {"masked_lm_perplexity": math.exp(value)} if name == "masked_lm_loss" else {}
+
+    def show(self, batch: dict[str, np.ndarray], tokenizer) -> Iterator[str]:
+        """Each row in lines: how much is filled and masked, the label; then A and B, with masked places marked."""
+        T = batch["tokens"].shape[1]
+        for row, tokens in enumerate(batch["tokens"]):
+            length, second = batch["segments"][row].sum(), batch["token_types"][row].sum()
+            used = batch["masked_weights"][row] > 0
+            positions, targets = batch["masked_positions"][row, used], batch["masked_targets"][row, used]
+            texts = [tokenizer.tokens[id] for id in tokens[:length]]
+            for position, target in zip(positions, targets, strict=True):
+                texts[position] = mark(texts[position], tokenizer.tokens[target])
+            lines = [
+                f"row {row}: {length} of {T} places, {len(targets)} to predict",
+                f"  A {' '.join(texts[: length - second])}",
+            ]
+            if self._config.next_sentence:
+                lines[0] += ", B is random" if batch["next_sentence_labels"][row, 0] else ", B follows A"
+                lines.append(f"  B {' '.join(texts[length - second :])}")
+            yield "\n".join(lines)
 
     def _sort_by_tokens_left(self):
         """Sorts the sentences by the number of tokens from their beginning to their document's end, counted up to T.

@@ -21,17 +21,18 @@ Divergences from that reference:
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
+from prelm_jax.data.marks import read_on
 from prelm_jax.data.ngrams import trigram_loss
 from prelm_jax.data.randomness import bits, key, permute, uniform
 from prelm_jax.data.windows import count_up
 from prelm_jax.errors import InputError
-from prelm_jax.text.characters import PAD
+from prelm_jax.text.characters import PAD, spelled
 from prelm_jax.text.store import Store
 
 DIRECTIONS = ("forward", "backward")
@@ -182,6 +183,18 @@ class StreamBatches:
         """The perplexity of each direction, and of both: their geometric mean, as bilm-tf's `run_test.py` has it."""
         units = {"loss": "perplexity"} | {f"{direction}_loss": f"{direction}_perplexity" for direction in DIRECTIONS}
         return {units[name]: math.exp(value)} if name in units else {}
+
+    def show(self, batch: dict[str, np.ndarray], tokenizer) -> Iterator[str]:
+        """Each row in lines: what each direction reads, and marked, before a word outside the vocabulary, <UNK>."""
+        for row in range(len(batch["forward_words"])):
+            lines = [f"row {row}"]
+            for direction in DIRECTIONS:
+                words, targets, weights = (
+                    batch[f"{direction}_{name}"][row] for name in ("words", "targets", "weights")
+                )
+                read = spelled(batch["characters"][words])
+                lines.append(f"  {direction:8} {read_on(read, targets, weights, tokenizer)}")
+            yield "\n".join(lines)
 
     def _locate(self, step: int, direction: str) -> np.ndarray:
         """For each place of a batch the tokens between which its sentence lies, and the words before the place in it.

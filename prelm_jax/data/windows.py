@@ -13,11 +13,12 @@ two books as if it were one, which is not known of the original.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from prelm_jax.data.marks import read_on
 from prelm_jax.data.ngrams import trigram_loss
 from prelm_jax.data.randomness import bits, key, permute
 from prelm_jax.errors import InputError
@@ -121,6 +122,18 @@ class WindowBatches:
             return {}
         tokens_per_byte = self._store.num_tokens / self._store.document_bytes.sum()
         return {"perplexity": math.exp(value), "bits_per_byte": float(value / math.log(2) * tokens_per_byte)}
+
+    def show(self, batch: dict[str, np.ndarray], tokenizer) -> Iterator[str]:
+        """Each row in lines: how much is filled; then its segments, each with what its last place is to predict."""
+        for row, segments in enumerate(batch["segments"]):
+            lines = [f"row {row}: {np.count_nonzero(segments)} of {len(segments)} places"]
+            for number in range(1, segments.max() + 1):
+                tokens, targets, weights = (
+                    batch[name][row, segments == number] for name in ("tokens", "targets", "weights")
+                )
+                read = [tokenizer.tokens[id] for id in tokens]
+                lines.append(f"  {number} {read_on(read, targets, weights, tokenizer)}")
+            yield "\n".join(lines)
 
     def _windows(self, window_B: np.ndarray) -> dict[str, np.ndarray]:
         """The batch of any windows of the epoch."""

@@ -55,6 +55,13 @@ class Spellings:
         return ids_UC
 
 
+def spelled(ids_UC: np.ndarray) -> list[str]:
+    """The words that were so written, long ones as far as their rows reach."""
+    characters = [*(bytes([byte]) for byte in range(256)), BEGIN_SENTENCE.encode(), END_SENTENCE.encode()]
+    words = (b"".join(characters[id] for id in row[1 : row.index(EOW)]) for row in ids_UC.tolist())
+    return [word.decode("utf-8", "replace") for word in words]
+
+
 def characters(words: Iterable[str]) -> np.ndarray:
     """The character ids of words, training numbering: int32 [n, 50]."""
     spellings = Spellings.of(words)

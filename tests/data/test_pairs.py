@@ -1,4 +1,5 @@
 import hashlib
+import re
 from collections import Counter
 from types import SimpleNamespace
 
@@ -325,6 +326,31 @@ def test_baselines():
         Store.from_documents(documents), tokenizer(vocab_size), 32, 0
     )
     assert set(single.baselines([single[0]])) == {"masked_lm_loss", "masked_lm_accuracy"}
+
+
+@pytest.mark.parametrize("next_sentence", [True, False])
+def test_what_a_person_sees(next_sentence):
+    """A row says all of its arrays: with the marks undone it is the text, and the marks are what was masked."""
+    documents = corpus([[3, 4, 2], [5, 5]])
+    batches = batches_of(documents, 40, max_length=16, max_predictions=5, next_sentence=next_sentence)
+    batch = batches[0]
+    tokens = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(FIRST_ID, FIRST_ID + 30))]
+    shown = list(batches.show(batch, SimpleNamespace(tokens=tokens)))
+    assert len(shown) == 40
+    for row, text in enumerate(shown):
+        length, masked = int(batch["segments"][row].sum()), batch["masked_weights"][row] > 0
+        head, *segments = text.splitlines()
+        label = [", B follows A", ", B is random"][batch["next_sentence_labels"][row, 0]] if next_sentence else ""
+        assert head == f"row {row}: {length} of 16 places, {masked.sum()} to predict{label}"
+        assert [segment[:4] for segment in segments] == ["  A ", "  B "][: 1 + next_sentence]
+        found = re.findall(r"⟦(\S+) → (\S+)⟧|(\S+)", " ".join(segment[4:] for segment in segments))
+        assert [standing or token for standing, _, token in found] == [
+            tokens[id] for id in batch["tokens"][row, :length]
+        ]
+        places = {i: target for i, (_, target, _) in enumerate(found) if target}
+        assert list(places) == batch["masked_positions"][row, masked].tolist()
+        assert list(places.values()) == [tokens[id] for id in batch["masked_targets"][row, masked]]
+        assert segments[0].endswith("[SEP]") and segments[-1].endswith("[SEP]")
 
 
 @pytest.mark.parametrize(

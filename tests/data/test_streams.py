@@ -379,6 +379,21 @@ def test_batches_stay_the_same_across_versions():
     assert digest.hexdigest() == "9f08810ca4603b9336f58b226073032b173852d0b8ea572d22ff7243c7de78f9"
 
 
+def test_what_a_person_sees():
+    """What is predicted is shown where it is not read next: at the end of a sentence, and before an unknown word."""
+    tokenizer = SimpleNamespace(tokens=[spelling(id) for id in range(VOCAB_SIZE)])
+    batches = batches_of([[[3, 4, 99]], [[3, 4, 99]]], 1, max_length=7)
+    (row,) = batches.show(batches[0], tokenizer)
+    assert row == (
+        "row 0\n"
+        "  forward  <S> w3 ⟦w4 → <UNK>⟧ ⟦w99 → </S>⟧ <S> w3 ⟦w4 → <UNK>⟧\n"
+        "  backward ⟦</S> → <UNK>⟧ w99 w4 ⟦w3 → <S>⟧ ⟦</S> → <UNK>⟧ w99 ⟦w4 → w3⟧"
+    )
+    batches = batches_of([[[3, 4]]], 2, max_length=2)
+    rows = list(batches.show(batches[0], tokenizer))
+    assert [row.splitlines()[1] for row in rows] == ["  forward  <S> ⟦w3 → ⟧", "  forward  w3 ⟦w4 → </S>⟧"]
+
+
 def test_a_sentence_of_ten_thousand_words_in_a_batch_of_one():
     batches = batches_of([[list(range(3, 10_003))]], 1, max_length=20)
     found = [batches[step] for step in range(501)]

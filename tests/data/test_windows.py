@@ -186,6 +186,24 @@ def test_baselines(across):
     assert result["lm_loss"]["trigram"] == trigram_loss(store, vocab_size, np.array(trigrams).T)
 
 
+def test_what_a_person_sees():
+    """Numbers of segments, and what is predicted where it is not what is read next."""
+    documents = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10], [11, 12, 13]]
+    tokenizer = SimpleNamespace(tokens=[f"t{i}" for i in range(20)])
+    batches = batches_of(documents, 3, max_length=4)
+    rows = sorted((row.partition(": ")[2] for row in batches.show(batches[0], tokenizer)), reverse=True)
+    assert rows == [
+        "4 of 4 places\n  1 t5 ⟦t6 → t7⟧\n  2 ⟦t9 → t10⟧\n  3 ⟦t11 → t12⟧",
+        "4 of 4 places\n  1 t1 t2 t3 ⟦t4 → t5⟧",
+        "1 of 4 places\n  1 ⟦t12 → t13⟧",
+    ]
+    across = batches_of(documents, 3, max_length=4, across_documents=True)
+    batch = across[0]
+    batch["weights"][:, 1] = 0
+    shown = "\n".join(across.show(batch, tokenizer))
+    assert "  1 t5 ⟦t6 → ⟧ ⟦t9 → t10⟧ ⟦t11 → t12⟧" in shown
+
+
 @pytest.mark.parametrize("max_length", [1, -3, 10**6])
 def test_impossible_lengths(max_length):
     with pytest.raises(InputError) as error:

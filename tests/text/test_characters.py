@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from prelm_jax.text.characters import Spellings, characters
+from prelm_jax.text.characters import Spellings, characters, spelled
 
 BEGIN, END, PAD = 258, 259, 260
 
@@ -59,6 +59,13 @@ WORD = st.one_of(
 @example(words=[])
 def test_any_words(words):
     assert characters(words).tolist() == [expected(word) for word in words]
+
+
+@settings(deadline=None)
+@given(words=st.lists(WORD, max_size=8))
+def test_spelled_as_far_as_rows_reach(words):
+    kept = [word.encode("utf-8", "ignore")[:48].decode("utf-8", "replace") for word in words]
+    assert spelled(characters(words)) == kept
 
 
 @settings(deadline=None)
