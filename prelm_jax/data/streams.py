@@ -32,7 +32,7 @@ from prelm_jax.data.ngrams import trigram_loss
 from prelm_jax.data.randomness import bits, key, permute, uniform
 from prelm_jax.data.windows import count_up
 from prelm_jax.errors import InputError
-from prelm_jax.text.characters import PAD, spelled
+from prelm_jax.text.characters import spelled
 from prelm_jax.text.store import Store
 
 DIRECTIONS = ("forward", "backward")
@@ -97,7 +97,7 @@ class StreamBatches:
         if n := config.num_negatives:
             _, tries = log_uniform(self._negative_keys["forward"], n, self._vocab_size, n)
             # About as many as are needed at every step.
-            self._negatives = partial(log_uniform, n=n, vocab_size=self._vocab_size, at_once=int(tries * 1.1) + 1)
+            self._negatives = partial(log_uniform, n=n, vocab_size=self._vocab_size, at_once=int(tries * 1.03) + 1)
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
         places = store.num_tokens + store.num_sentences
@@ -124,20 +124,21 @@ class StreamBatches:
         """Rows start to stop of the batch of a step; what belongs to all rows is of the global batch."""
         T = self._config.max_length
         weights_BT = (step * T + np.arange(T)) % self._slice < self._slice_lengths[start:stop, None]
-        read_2BT, targets = [], {}
-        located = None
+        read_2BT, targets, parts = [], {}, None
         for direction in DIRECTIONS:
-            if located is None or self._config.independent_directions:
-                located = self._locate(step, direction)
-            begin_BT, end_BT, offset_BT = located
-            read_2BT.append(self._words(direction, begin_BT, end_BT, offset_BT - 1))
-            targets[direction] = self._targets(
-                direction, begin_BT[start:stop], end_BT[start:stop], offset_BT[start:stop]
+            if parts is None or self._config.independent_directions:
+                parts = self._parts(step, direction)
+            places = [self._words(direction, *pieces) for pieces in parts]
+            read_BT, targets_BT = (
+                np.concatenate([words.reshape(self.batch_size, -1) for words in part], axis=1)
+                for part in zip(*places, strict=True)
             )
-        words_U, number_2BT = np.unique(np.stack(read_2BT), return_inverse=True)
+            read_2BT.append(read_BT)
+            targets[direction] = self._known(targets_BT[start:stop])
+        words_U, number_2BT = _distinct(np.stack(read_2BT))
         padding = np.full(bucket(len(words_U)) - len(words_U), self._unknown_id)
-        batch = {"characters": _cut(self._store.words.characters(np.append(words_U, padding)))}
-        for direction, number_BT in zip(DIRECTIONS, number_2BT.astype(np.int32), strict=True):
+        batch = {"characters": self._store.words.characters(np.append(words_U, padding), FEWEST_CHARACTERS)}
+        for direction, number_BT in zip(DIRECTIONS, number_2BT, strict=True):
             batch[f"{direction}_words"] = number_BT[start:stop]
             batch[f"{direction}_targets"] = targets[direction]
             batch[f"{direction}_weights"] = weights_BT.astype(np.float32)
@@ -171,9 +172,7 @@ class StreamBatches:
             trigrams = np.stack([first_BT[real_BT], second_BT[real_BT], targets_BT[real_BT]])
             result[f"{direction}_loss"] = {
                 "unigram": float(np.log(frequencies_V.sum()) - np.log(frequencies_V)[trigrams[2]].mean()),
-                "trigram": trigram_loss(
-                    _Line(self._store, partial(self._targets, direction)), self._vocab_size, trigrams
-                ),
+                "trigram": trigram_loss(self._line(direction), self._vocab_size, trigrams),
             }
         forward, backward = (result[f"{direction}_loss"] for direction in DIRECTIONS)
         result["loss"] = {name: (forward[name] + backward[name]) / 2 for name in forward}
@@ -196,34 +195,30 @@ class StreamBatches:
                 lines.append(f"  {direction:8} {read_on(read, targets, weights, tokenizer)}")
             yield "\n".join(lines)
 
-    def _locate(self, step: int, direction: str) -> np.ndarray:
-        """For each place of a batch the tokens between which its sentence lies, and the words before the place in it.
-
-        int64 [3, B, T]: begin, end and offset.
-        """
+    def _parts(self, step: int, direction: str) -> list[tuple[np.ndarray, ...]]:
+        """The pieces of a step's places: of one epoch, or of the end of one and the beginning of the next."""
         place, stop = step * self._config.max_length, (step + 1) * self._config.max_length
-        located = []
+        parts = []
         while place < stop:
             epoch, offset = divmod(place, self._slice)
             count = min(self._slice - offset, stop - place)
-            located.append(self._sentences(self._slice_begins + offset, count, epoch, direction))
+            parts.append(self._pieces(self._slice_begins + offset, count, epoch, direction))
             place += count
-        return np.concatenate(located, axis=2)
+        return parts
 
-    def _sentences(self, begin_B: np.ndarray, count: int, epoch: int, direction: str) -> np.ndarray:
-        """What `_locate` tells, for `count` places from some on in the line of an epoch: [3, B, count]."""
+    def _pieces(self, begin_B: np.ndarray, count: int, epoch: int, direction: str) -> tuple[np.ndarray, ...]:
+        """The pieces (P) of all rows, for `count` places from some on in the line of an epoch: each of one sentence.
+
+        int64 [P]: the tokens between which the sentence lies, the words before the piece in it, and its places.
+        """
         sentences, offsets = self._epoch(epoch, direction)
-        # The pieces (P) of all rows: a sentence each, as far as it lies there.
         first_B = np.searchsorted(offsets, begin_B, side="right") - 1
         count_B = np.searchsorted(offsets, begin_B + count) - first_B
         number_P = np.repeat(first_B, count_B) + count_up(count_B)
         begin_P = np.maximum(offsets[number_P], np.repeat(begin_B, count_B))
         length_P = np.minimum(offsets[number_P + 1], np.repeat(begin_B + count, count_B)) - begin_P
         bounds, sentence_P = self._store.sentence_offsets, sentences[number_P]
-        located = [bounds[sentence_P], bounds[sentence_P + 1], begin_P - offsets[number_P]]
-        located = np.repeat(located, length_P, axis=1)
-        located[2] += count_up(length_P)
-        return located.reshape(3, len(begin_B), count)
+        return bounds[sentence_P], bounds[sentence_P + 1], begin_P - offsets[number_P], length_P
 
     def _epoch(self, epoch: int, direction: str) -> tuple[np.ndarray, np.ndarray]:
         """The sentences of an epoch in their order, and the place where each begins (and the number of places)."""
@@ -241,26 +236,36 @@ class StreamBatches:
             self._epochs[name] = sentences, offsets
         return self._epochs[name]
 
-    def _words(self, direction: str, begin: np.ndarray, end: np.ndarray, offset: np.ndarray) -> np.ndarray:
-        """The ids of the words so many after the first of sentences in a direction; the marks before and after them."""
+    def _words(
+        self, direction: str, begin_P: np.ndarray, end_P: np.ndarray, offset_P: np.ndarray, length_P: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of the words that a direction reads at the places of pieces, end to end, and of those that follow."""
         before, after = self._marks[direction]
-        position = begin + offset if direction == "forward" else end - 1 - offset
-        words = self._store.gather(np.clip(position, 0, self._store.num_tokens - 1))
-        words[offset < 0] = before
-        words[offset == end - begin] = after
-        return words
+        ahead = 1 if direction == "forward" else -1
+        stop_P = np.cumsum(length_P)
+        start_P = stop_P - length_P
+        position_P = begin_P + offset_P if direction == "forward" else end_P - 1 - offset_P
+        position = np.repeat(position_P - ahead * start_P, length_P) + ahead * np.arange(stop_P[-1])
+        # Beyond the ends of a sentence stand the marks.
+        last = self._store.num_tokens - 1
+        read = self._store.gather(np.clip(position - ahead, 0, last))
+        read[start_P[offset_P == 0]] = before
+        follow = self._store.gather(np.clip(position, 0, last))
+        follow[stop_P[offset_P + length_P > end_P - begin_P] - 1] = after
+        return read, follow
 
-    def _targets(self, direction: str, begin: np.ndarray, end: np.ndarray, offset: np.ndarray) -> np.ndarray:
-        """The same as ids of the vocabulary."""
-        words = self._words(direction, begin, end, offset)
-        words[words >= self._vocab_size] = self._unknown_id
-        return words
+    def _known(self, words: np.ndarray) -> np.ndarray:
+        """Ids of the vocabulary for those of any words."""
+        return np.where(words < self._vocab_size, words, np.int32(self._unknown_id))
+
+    def _line(self, direction: str) -> "_Line":
+        return _Line(self._store, lambda *pieces: self._known(self._words(direction, *pieces)[1]))
 
 
 class _Line:
     """The targets of all sentences as a store of documents, each a sentence: what a trigram is fitted on."""
 
-    def __init__(self, store: Store, targets: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]):
+    def __init__(self, store: Store, targets: Callable[..., np.ndarray]):
         self.num_tokens = store.num_tokens + store.num_sentences
         self.sentence_offsets = store.sentence_offsets + np.arange(store.num_sentences + 1)
         self.document_offsets = np.arange(store.num_sentences + 1)
@@ -268,21 +273,29 @@ class _Line:
         self._targets = targets
 
     def gather(self, positions: np.ndarray) -> np.ndarray:
-        sentence = np.searchsorted(self.sentence_offsets, positions, side="right") - 1
+        place = positions.ravel()
+        sentence = np.searchsorted(self.sentence_offsets, place, side="right") - 1
         begin, end = self._bounds[sentence], self._bounds[sentence + 1]
-        return self._targets(begin, end, positions - self.sentence_offsets[sentence])
+        pieces = begin, end, place - self.sentence_offsets[sentence], np.ones_like(place)
+        return self._targets(*pieces).reshape(positions.shape)
+
+
+def _distinct(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What `np.unique` gives with the inverse (int32), of ids from 0 to 2^32: one sort of numbers is twice as fast."""
+    place_bits = ids.size.bit_length()
+    order = ids.ravel().astype(np.uint64) << np.uint64(place_bits) | np.arange(ids.size, dtype=np.uint64)
+    order.sort()
+    id, place = order >> np.uint64(place_bits), order & np.uint64((1 << place_bits) - 1)
+    first = np.append(True, id[1:] != id[:-1])
+    number = np.empty(ids.size, np.int32)
+    number[place] = np.cumsum(first) - 1
+    return id[first].astype(ids.dtype), number.reshape(ids.shape)
 
 
 def bucket(n: int) -> int:
     """The least of 128, 192, 256, 384, … (powers of two, and one and a half times these) that has room for n."""
     size = max(1 << (n - 1).bit_length(), FEWEST_WORDS)
     return size * 3 // 4 if n <= size * 3 // 4 and size > FEWEST_WORDS else size
-
-
-def _cut(characters_UC: np.ndarray) -> np.ndarray:
-    """The character ids of words without most of the padding after the longest: at least 24 columns, then 32, …."""
-    longest = np.flatnonzero((characters_UC != PAD).any(axis=0))[-1] + 1
-    return np.ascontiguousarray(characters_UC[:, : max(-(-longest // 8) * 8, FEWEST_CHARACTERS)])
 
 
 def log_uniform(key: np.ndarray, n: int, vocab_size: int, at_once: int) -> tuple[np.ndarray, np.ndarray]:
@@ -297,8 +310,8 @@ def log_uniform(key: np.ndarray, n: int, vocab_size: int, at_once: int) -> tuple
     while True:
         draws = np.exp(uniform(key, np.arange(at_once)) * np.log(vocab_size + 1)).astype(np.int64) - 1
         # Of several draws of an id the first is written last.
-        number = np.arange(at_once, dtype=np.int32)
-        first_V = np.empty(vocab_size, np.int32)
+        number = np.arange(at_once, dtype=np.min_scalar_type(at_once))
+        first_V = np.empty(vocab_size, number.dtype)
         first_V[draws[::-1]] = number[::-1]
         first = np.flatnonzero(first_V[draws] == number)
         if len(first) >= n:

@@ -140,29 +140,35 @@ class WindowBatches:
         offsets, T = self._run_offsets, self._config.max_length
         begin_B = window_B * T
         end_B = np.minimum(begin_B + T, self._inputs)
-        # The pieces (P) of all rows: a run each, as far as it lies in the window.
+        # The pieces (P) of all rows: a run each, as far as it lies in the window; and one of padding, mostly empty.
         first_B = np.searchsorted(offsets, begin_B, side="right") - 1
-        count_B = np.searchsorted(offsets, end_B) - first_B
-        order_P = count_up(count_B)
-        run_P = np.repeat(first_B, count_B) + order_P
+        count_B = np.searchsorted(offsets, end_B) - first_B + 1
+        number_P = count_up(count_B) + 1
+        run_P = np.minimum(np.repeat(first_B, count_B) + number_P, len(self._run_begins)) - 1
         begin_P = np.maximum(offsets[run_P], np.repeat(begin_B, count_B))
         length_P = np.minimum(offsets[run_P + 1], np.repeat(end_B, count_B)) - begin_P
+        token_P = self._run_begins[run_P] + begin_P - offsets[run_P]
+        padding = np.cumsum(count_B) - 1
+        number_P[padding], length_P[padding], token_P[padding] = 0, T - (end_B - begin_B), 0
+        number_P, length_P, token_P = (x[length_P > 0] for x in (number_P, length_P, token_P))
 
-        real_BT = np.arange(T) < (end_B - begin_B)[:, None]
-        position = count_up(length_P)
-        token = np.repeat(self._run_begins[run_P] + begin_P - offsets[run_P], length_P) + position
+        positions = count_up(length_P)
+        tokens = self._store.gather(np.repeat(token_P, length_P) + positions)
+        targets = np.append(tokens[1:], np.int32(0))
+        targets[np.cumsum(length_P) - 1] = self._store.gather(token_P + length_P)
         if self._config.across_documents:
-            position = np.nonzero(real_BT)[1]
-            order_P = np.zeros_like(order_P)
-        values = {
-            "tokens": self._store.gather(token),
-            "targets": self._store.gather(token + 1),
-            "positions": position,
-            "segments": np.repeat(order_P + 1, length_P),
+            positions, number_P = np.tile(np.arange(T), len(window_B)), np.minimum(number_P, 1)
+        batch = {
+            "tokens": tokens,
+            "targets": targets,
+            "positions": positions.astype(np.int32),
+            "segments": np.repeat(number_P.astype(np.int32), length_P),
         }
-        batch = {name: np.zeros(real_BT.shape, np.int32) for name in values}
-        for name, value in values.items():
-            batch[name][real_BT] = value
+        batch = {name: array.reshape(-1, T) for name, array in batch.items()}
+        real_BT = batch["segments"] > 0
+        short = end_B - begin_B < T
+        for name in ("tokens", "targets", "positions"):
+            batch[name][short] *= real_BT[short]
         return batch | {"weights": real_BT.astype(np.float32)}
 
 

@@ -4,6 +4,7 @@ A row is BOW, the first 48 bytes of the word, EOW, and PAD to the end. The ids a
 of the published weights add one to each, and have 0 for what is no word at all.
 """
 
+import functools
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,6 +15,11 @@ BOS, EOS, BOW, EOW, PAD = range(256, NUM_CHARACTERS)
 
 # These two are no words: their rows are those of one character of their own. "<UNK>" is a word like any other.
 BEGIN_SENTENCE, END_SENTENCE = "<S>", "</S>"
+
+# For each length of a word a row that is 255 where its bytes stand, and one that has what stands around them, else 0.
+_COLUMN, _LENGTH = np.arange(MAX_CHARACTERS), np.arange(MAX_CHARACTERS - 1)[:, None]
+_INSIDE = np.where((_COLUMN > 0) & (_COLUMN <= _LENGTH), np.uint8(255), np.uint8(0))
+_AROUND = np.select([_COLUMN == 0, _COLUMN <= _LENGTH, _COLUMN == _LENGTH + 1], [BOW, 0, EOW], PAD).astype(np.int32)
 
 
 class Spellings:
@@ -36,18 +42,23 @@ class Spellings:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def characters(self, word_U: np.ndarray) -> np.ndarray:
-        """The character ids of the words of some numbers: int32 [U, 50]."""
+    @functools.cached_property
+    def _windows(self) -> np.ndarray:
+        """A row of bytes for each byte, so that those from it on begin at column 1: uint8 [bytes + 1, 50], a view."""
+        padded = np.concatenate([np.zeros(1, np.uint8), self.bytes, np.zeros(MAX_CHARACTERS, np.uint8)])
+        return np.lib.stride_tricks.sliding_window_view(padded, MAX_CHARACTERS)[: len(self.bytes) + 1]
+
+    def characters(self, word_U: np.ndarray, fewest: int = MAX_CHARACTERS) -> np.ndarray:
+        """The character ids of the words of some numbers: int32 [U, C].
+
+        C is the number of characters of the longest word, rounded up to a multiple of 8, at least `fewest`, at most 50.
+        """
         begin_U = self.offsets[word_U]
         length_U = np.minimum(self.offsets[word_U + 1] - begin_U, MAX_CHARACTERS - 2)
-        ids_UC = np.full((len(word_U), MAX_CHARACTERS), PAD, np.int32)
-        ids_UC[:, 0] = BOW
-        # All bytes that are kept, end to end: most words are short.
-        end_U = np.cumsum(length_U)
-        byte = np.arange(length_U.sum())
-        source_U, place_U = begin_U - end_U + length_U, np.arange(len(word_U)) * MAX_CHARACTERS + 1 - end_U + length_U
-        ids_UC.ravel()[byte + np.repeat(place_U, length_U)] = self.bytes[byte + np.repeat(source_U, length_U)]
-        ids_UC[np.arange(len(word_U)), length_U + 1] = EOW
+        longest = int(length_U.max(initial=0)) + 2
+        columns = min(max(-(-longest // 8) * 8, fewest), MAX_CHARACTERS)
+        ids_UC = _AROUND[:, :columns][length_U]
+        ids_UC |= self._windows[begin_U, :columns] & _INSIDE[:, :columns][length_U]
         for mark, id in ((BEGIN_SENTENCE, BOS), (END_SENTENCE, EOS)):
             same = np.flatnonzero(length_U == len(mark))
             same = same[(ids_UC[same, 1 : len(mark) + 1] == list(mark.encode())).all(axis=1)]
