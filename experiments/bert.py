@@ -112,7 +112,10 @@ def large() -> Run:
 def chinese_base() -> Run:
     """BERT-base for Chinese: every ideograph is a token, so the published vocabulary has 21,128 entries.
 
-    prelm pretrain experiments/bert.py:chinese_base --corpus 'zhwiki/*.txt.xz'
+    The original chose the characters to predict one by one. Whole words, as in BERT-wwm (extra `chinese`):
+    --data.masking.whole-word --data.masking.segmenter jieba.
+
+        prelm pretrain experiments/bert.py:chinese_base --corpus 'zhwiki/*.txt.xz'
     """
     return dataclasses.replace(base(), tokenizer=WordPieceConfig(vocab_size=21128))
 

@@ -9,8 +9,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests spend most of their time in the compiler; unoptimised programs halve that.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+import hypothesis
 import jax
 import numpy as np
+
+# How long an example takes says nothing on a machine that others use too.
+hypothesis.settings.register_profile("without deadline", deadline=None)
+hypothesis.settings.load_profile("without deadline")
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

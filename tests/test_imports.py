@@ -29,6 +29,7 @@ HOMES = {
     "grain": ["data/loader.py"],
     "tensorflow_datasets": ["text/tfds.py"],
     "ftfy": ["text/cleaning.py"],
+    "rjieba": ["text/segmentation.py"],
     "tensorboardX": ["training/metrics.py"],
     "tyro": ["cli.py"],
     "h5py": ["exchange/"],

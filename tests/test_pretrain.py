@@ -5,10 +5,13 @@ import dataclasses
 import functools
 import itertools
 import json
+import lzma
 import os
 import random
+import runpy
 import shutil
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,6 +20,7 @@ import tiny
 from tiny import assert_same_bits, metrics, newest_checkpoint
 
 from prelm_jax import pretrain as module
+from prelm_jax.data.masking import MaskingConfig
 from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.errors import InputError, Preempted
 from prelm_jax.exchange.model import load
@@ -267,6 +271,34 @@ def test_bits_per_byte_are_those_of_the_text(corpus, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("\n\n".join(["The cat sees ☃ in the house."] * 30))
     assert module.evaluate(tmp_path / "run", (str(other),)).unknown_tokens == 1 / 8
+
+
+def test_chinese(real_data, tmp_path):
+    """As much of `chinese_base` as trains in a moment: the published vocabulary, whole words, characters as tokens."""
+    pytest.importorskip("rjieba")
+    with lzma.open(real_data / "pretrain/zhwiki.txt.xz", "rt", encoding="utf-8") as file:
+        (tmp_path / "zhwiki.txt").write_text(file.read(60_000))
+    chinese_base = runpy.run_path(str(Path(__file__).parents[1] / "experiments/bert.py"))["chinese_base"]()
+    run = dataclasses.replace(
+        tiny.bert(),
+        corpus=(str(tmp_path / "zhwiki.txt"),),
+        tokenizer=dataclasses.replace(
+            chinese_base.tokenizer, path=str(real_data / "vocab/bert-base-chinese-vocab.txt")
+        ),
+        data=dataclasses.replace(
+            chinese_base.data,
+            max_length=32,
+            max_predictions=4,
+            masking=MaskingConfig(whole_word=True, segmenter="jieba"),
+        ),
+        steps=6,
+    )
+    summary = pretrain(run, tmp_path / "run")
+    assert summary.unknown_tokens < 0.01
+    assert 0 < summary.evaluation["masked_lm_loss"] < np.log(21128) + 0.1
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["masking"]["segmenter"] == "jieba"
+    pieces = "".join(module.show_batch(run, 0)).split()
+    assert sum("一" <= piece <= "鿿" for piece in pieces) > 100 and max(map(len, pieces)) < 30
 
 
 def test_elmo_learns_thirty_words(tmp_path):

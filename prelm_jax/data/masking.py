@@ -10,6 +10,7 @@ before the special token.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -24,13 +25,15 @@ class MaskingConfig:
     """Which tokens are to be predicted: `probability` · length of them.
 
     Of these `mask` become [MASK] and `random` any token of the vocabulary; the others stay. With `whole_word` all
-    pieces of a word are chosen or none (a piece that begins with ## belongs to the word before it).
+    pieces of a word are chosen or none (a piece that begins with ## belongs to the word before it). Chinese, whose
+    characters are tokens, has words with a `segmenter` alone (`prelm_jax.text.segmentation`).
     """
 
     probability: float = 0.15
     mask: float = 0.8
     random: float = 0.1
     whole_word: bool = False
+    segmenter: Literal["jieba"] | None = None
 
     def __post_init__(self):
         if not 0 < self.probability <= 1:
@@ -39,6 +42,10 @@ class MaskingConfig:
             raise InputError(
                 f"masking.mask is {self.mask} and masking.random {self.random}: "
                 "give two numbers of 0 or more that add up to 1 or less"
+            )
+        if self.segmenter is not None and not self.whole_word:
+            raise InputError(
+                f"masking.segmenter is {self.segmenter}, which is for whole words: turn masking.whole_word on too"
             )
 
     def build(self, tokenizer, max_predictions: int, seed: int) -> "Masking":
@@ -60,14 +67,19 @@ class Masking:
         self._random_below = np.uint32((config.mask + config.random) * _LARGEST)
         if config.whole_word:
             self._continuation_V = np.array([token.startswith("##") for token in tokenizer.tokens])
-            if not self._continuation_V.any():
+            if not self._continuation_V.any() and config.segmenter is None:
                 raise InputError(
                     "masking.whole_word needs a vocabulary in which the pieces inside a word begin with ##, "
                     "and this one has none: give a WordPiece vocabulary, or leave it off"
                 )
 
     def __call__(
-        self, tokens_BT: np.ndarray, candidates_BT: np.ndarray, length_B: np.ndarray, example_B: np.ndarray
+        self,
+        tokens_BT: np.ndarray,
+        candidates_BT: np.ndarray,
+        length_B: np.ndarray,
+        example_B: np.ndarray,
+        continues_BT: np.ndarray | bool = False,
     ) -> dict[str, np.ndarray]:
         """Chooses positions among the candidates and replaces what stands there, in `tokens_BT` itself.
 
@@ -76,6 +88,7 @@ class Masking:
             candidates_BT: bool, where a token may be chosen: the real tokens but [CLS] and [SEP].
             length_B: number of real tokens, [CLS] and [SEP] included.
             example_B: number of each example; it decides the draws.
+            continues_BT: bool, where a token continues a word that the vocabulary does not tell (whole words).
 
         Returns:
             `masked_positions` (ascending) and `masked_targets`, int32 [B, M], and `masked_weights`, float32 [B, M].
@@ -85,8 +98,12 @@ class Masking:
         # Halves are rounded to even, as Python rounds them in the original.
         count_B = np.rint(length_B * self._config.probability).astype(np.int64)
         count_B = np.minimum(np.maximum(count_B, 1), M)
-        choose = self._whole_words if self._config.whole_word else self._pieces
-        position_BM, used_BM = choose(tokens_BT, candidates_BT, count_B, words(bits(self._order_key, example_B), T))
+        random_BT = words(bits(self._order_key, example_B), T)
+        if self._config.whole_word:
+            inside_BT = self._continuation_V[tokens_BT] | continues_BT
+            position_BM, used_BM = self._whole_words(inside_BT, candidates_BT, count_B, random_BT)
+        else:
+            position_BM, used_BM = self._pieces(candidates_BT, count_B, random_BT)
 
         tokens, index_BM = tokens_BT.reshape(-1), position_BM + np.arange(0, B * T, T)[:, None]
         target_BM = tokens[index_BM]
@@ -102,19 +119,19 @@ class Masking:
             "masked_weights": used_BM.astype(np.float32),
         }
 
-    def _pieces(self, tokens_BT, candidates_BT, count_B, random_BT) -> tuple[np.ndarray, np.ndarray]:
+    def _pieces(self, candidates_BT, count_B, random_BT) -> tuple[np.ndarray, np.ndarray]:
         """Positions of count_B random candidates, or of all where there are fewer: (position_BM, used_BM)."""
         position_BM, used_BM = _shuffle(candidates_BT, random_BT, self._max_predictions)
         used_BM &= np.arange(self._max_predictions) < count_B[:, None]
-        position_BM[~used_BM] = tokens_BT.shape[1]
+        position_BM[~used_BM] = candidates_BT.shape[1]
         position_BM.sort(axis=1)
         position_BM[~used_BM] = 0
         return position_BM, used_BM
 
-    def _whole_words(self, tokens_BT, candidates_BT, count_B, random_BT) -> tuple[np.ndarray, np.ndarray]:
+    def _whole_words(self, inside_BT, candidates_BT, count_B, random_BT) -> tuple[np.ndarray, np.ndarray]:
         """Positions of random whole words of together at most count_B pieces: (position_BM, used_BM)."""
-        B, T = tokens_BT.shape
-        inside_BT = candidates_BT & self._continuation_V[tokens_BT]
+        B, T = candidates_BT.shape
+        inside_BT &= candidates_BT
         inside_BT[:, 1:] &= candidates_BT[:, :-1]
         begin_BT, is_word_BT = _shuffle(candidates_BT & ~inside_BT, random_BT, T)
         # The first position from here on that is not inside a word: the word that begins at i ends before end_BT[i +

@@ -27,6 +27,7 @@ from prelm_jax.data.marks import mark
 from prelm_jax.data.masking import MaskingConfig
 from prelm_jax.data.randomness import bits, key, permute, uniform
 from prelm_jax.errors import InputError
+from prelm_jax.text.segmentation import continuations
 from prelm_jax.text.store import Store
 
 _SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
@@ -105,6 +106,7 @@ class PairBatches:
             self._sort_by_tokens_left()
         elif not self.examples_per_epoch:
             raise InputError("the corpus is empty: give one with at least one document")
+        self._continues = None if config.masking.segmenter is None else continuations(store, tokenizer.tokens)
 
     @property
     def layout(self) -> dict[str, str]:
@@ -214,7 +216,8 @@ class PairBatches:
             "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
             "segments": segments_BT,
         }
-        batch |= self._masking(tokens_BT, candidates_BT, length_B, example_B)
+        continues_BT = False if self._continues is None else self._continues[position_BT]
+        batch |= self._masking(tokens_BT, candidates_BT, length_B, example_B, continues_BT)
         if self._config.next_sentence:
             batch["next_sentence_positions"] = np.zeros((B, 1), np.int32)
             batch["next_sentence_labels"] = label_B[:, None].astype(np.int32)

@@ -181,3 +181,24 @@ def test_whole_words_need_pieces():
     tokenizer = SimpleNamespace(**{**vars(TOKENIZER), "tokens": ["a"] * VOCAB_SIZE})
     with pytest.raises(InputError, match="begin with ##"):
         MaskingConfig(whole_word=True).build(tokenizer, 20, 0)
+
+
+def test_words_that_the_vocabulary_does_not_tell():
+    """Tokens that are told to continue a word are chosen with it, as pieces with ## are; so without any ## at all."""
+    tokens = np.array([[CLS, 700, 10, 11, 12, SEP, 13, 14, SEP, PAD]], np.int32)
+    candidates = np.isin(tokens, [CLS, SEP, PAD], invert=True)
+    continues = np.array([[False, False, False, True, True, True, True, True, False, True]])
+    config = MaskingConfig(probability=1.0, whole_word=True, segmenter="jieba", mask=1.0, random=0.0)
+    seen = set()
+    for plain in (TOKENIZER, SimpleNamespace(**{**vars(TOKENIZER), "tokens": ["a"] * VOCAB_SIZE})):
+        masking = config.build(plain, 3, 0)
+        for example in range(200):
+            result = masking(tokens.copy(), candidates, np.array([9]), np.array([example]), continues)
+            seen.add(tuple(result["masked_positions"][0][result["masked_weights"][0] > 0].tolist()))
+    # [700] and [13, 14], or [10, 11, 12].
+    assert seen == {(1, 6, 7), (2, 3, 4)}
+
+
+def test_a_segmenter_without_whole_words_is_refused():
+    with pytest.raises(InputError, match="segmenter is jieba, which is for whole words: turn"):
+        MaskingConfig(segmenter="jieba")
