@@ -2,8 +2,9 @@
 
     python benchmarks/batches.py [STORE]
 
-on synthetic documents of the lengths of encyclopedia articles, or on the token store in the directory STORE. What is
-measured is processor time, so that other programs on the machine disturb less; the median of all steps counts.
+on synthetic documents of the lengths of encyclopedia articles and synthetic words, or on the token store in the
+directory STORE, of tokens or of words. What is measured is processor time, so that other programs on the machine
+disturb less; the median of all steps counts. A word counts once, though both directions read it.
 """
 
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 from prelm_jax.data.masking import MaskingConfig
 from prelm_jax.data.pairs import PairsConfig
 from prelm_jax.data.streams import StreamsConfig
+from prelm_jax.data.windows import WindowsConfig
 from prelm_jax.text.store import Store
 
 VOCAB_SIZE = 30_522
@@ -66,9 +68,7 @@ def seconds(build) -> float:
     return float(np.median(times))
 
 
-def main():
-    store = Store.open(sys.argv[1]) if len(sys.argv) > 1 else articles()
-    print(f"{store.num_documents:,} documents, {store.num_sentences:,} sentences, {store.num_tokens:,} tokens")
+def pairs(store: Store):
     for T, M in ((128, 20), (512, 76)):
         for name, whole_word in (("", False), (", whole words", True)):
             masking = MaskingConfig(whole_word=whole_word)
@@ -84,7 +84,16 @@ def main():
                 f"T={T} B={BATCH_SIZE}{name}: pairs with masking {BATCH_SIZE * T / both / 1e6:.1f} M tokens/s, "
                 f"masking alone {BATCH_SIZE * T / alone / 1e6:.1f} M tokens/s, filled {batch['segments'].mean():.1%}"
             )
-    store = words()
+
+
+def windows(store: Store):
+    for across in (False, True):
+        batches = WindowsConfig(across_documents=across).build(store, TOKENIZER, BATCH_SIZE, seed=0)
+        speed = BATCH_SIZE * 512 / seconds(batches.__getitem__) / 1e6
+        print(f"T=512 B={BATCH_SIZE}{', across documents' * across}: windows {speed:.1f} M tokens/s")
+
+
+def streams(store: Store):
     for independent in (False, True):
         for num_negatives in (0, 8192):
             options = dict(independent_directions=independent, num_negatives=num_negatives)
@@ -95,6 +104,14 @@ def main():
                 f"T=20 B={BATCH_SIZE}{', independent directions' * independent}: streams with {num_negatives} "
                 f"negatives {speed:.1f} M words/s, {len(batches[0]['characters'])} different words"
             )
+
+
+def main():
+    stores = [Store.open(sys.argv[1])] if len(sys.argv) > 1 else [articles(), words()]
+    for store in stores:
+        print(f"{store.num_documents:,} documents, {store.num_sentences:,} sentences, {store.num_tokens:,} tokens")
+        for measure in (pairs, windows) if store.words is None else (streams,):
+            measure(store)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,114 @@
+"""What next-sentence pairs are like: labels, what lengths give away, fill, which sentences an epoch reaches.
+
+    python benchmarks/pairs.py STORE [STORE …]
+
+on the token stores in these directories, and on the first of them cut into documents of three sentences. Beside our
+examples, those of an epoch, stand the ones that google-research/bert (create_pretraining_data.py) would make in a pass.
+"""
+
+import random
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from prelm_jax.data.pairs import PairsConfig, length_only_accuracy
+from prelm_jax.text.store import Store
+
+SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
+BATCH_SIZE = 16_384
+SHORT = 0.1
+
+
+def ours(store: Store, T: int) -> list[float]:
+    """Of the examples of an epoch: labelled random, told by lengths alone, filled places, sentences reached."""
+    # Every token has its position as its id, so that a batch tells where its text is from.
+    n = store.num_tokens
+    arrays = {name: getattr(store, name) for name in ("sentence_offsets", "document_offsets", "document_bytes")}
+    positions = Store(arrays | {"ids": np.arange(n, dtype=np.uint32)}, {})
+    special_ids = {token: n + i for i, token in enumerate(SPECIAL_TOKENS)}
+    tokenizer = SimpleNamespace(vocab_size=n + len(SPECIAL_TOKENS), special_ids=special_ids, tokens=[])
+    config = PairsConfig(max_length=T, max_predictions=1, short_sequence_probability=SHORT)
+    batches = config.build(positions, tokenizer, BATCH_SIZE, seed=0)
+    seen = np.zeros(n + len(SPECIAL_TOKENS), bool)
+    steps = -(-batches.examples_per_epoch // BATCH_SIZE)
+    labels, told, filled, before = [], [], [], batches[steps]
+    for step in range(steps):
+        batch = batches[step]
+        labels.append(batch["next_sentence_labels"].mean())
+        told.append(length_only_accuracy(before, batch))
+        filled.append(batch["segments"].mean())
+        np.put_along_axis(batch["tokens"], batch["masked_positions"], batch["masked_targets"], axis=1)
+        seen[batch["tokens"]] = True
+        before = batch
+    reached = np.logical_or.reduceat(seen[:n], store.sentence_offsets[:-1])
+    return [np.mean(labels), np.mean(told), np.mean(filled), reached.mean()]
+
+
+def originals(store: Store, T: int) -> list[float]:
+    """The same of the original's examples; the sentences that it reaches are not looked at."""
+    pairs = np.array(list(original_pairs(store, T, random.Random(0))))
+    labels, (first, second) = pairs[:, 2], pairs[:, :2].T
+    column = np.arange(T)
+    lengths = {
+        "tokens": np.zeros((len(pairs), T), bool),
+        "segments": column < (first + second + 3)[:, None],
+        "token_types": (column >= (first + 2)[:, None]) & (column < (first + second + 3)[:, None]),
+        "next_sentence_labels": labels[:, None],
+    }
+    halves = [{name: array[i::2] for name, array in lengths.items()} for i in (0, 1)]
+    return [labels.mean(), length_only_accuracy(*halves), lengths["segments"].mean()]
+
+
+def original_pairs(store: Store, T: int, rng: random.Random) -> Iterator[tuple[int, int, int]]:
+    """Tokens of A and of B, and the label (1 random), by the original's rules for lengths."""
+    sizes = np.diff(store.sentence_offsets).tolist()
+    documents = [sizes[begin:end] for begin, end in pairwise(store.document_offsets.tolist())]
+    room = T - 3
+    for document in documents:
+        # One draw for the document; chunks of sentences are as long as that.
+        target = rng.randint(2, room) if rng.random() < SHORT else room
+        i = 0
+        while i < len(document):
+            begin = i
+            while i < len(document) and sum(document[begin:i]) < target:
+                i += 1
+            split = begin + (rng.randint(1, i - begin - 1) if i - begin > 1 else 1)
+            first, second = sum(document[begin:split]), sum(document[split:i])
+            label = int(i - begin == 1 or rng.random() < 0.5)
+            if label:
+                other = rng.choice(documents)
+                second = 0
+                for size in other[rng.randrange(len(other)) :]:
+                    second += size
+                    if second >= target - first:
+                        break
+                i = split  # what the random segment stands in for is used again
+            # The longer one is cut, token by token, until both have room.
+            while first + second > room:
+                first, second = (first - 1, second) if first > second else (first, second - 1)
+            yield first, second, label
+
+
+def main():
+    stores = {path: Store.open(path) for path in sys.argv[1:]}
+    first = next(iter(stores.values()))
+    arrays = {name: getattr(first, name) for name in ("ids", "sentence_offsets")}
+    offsets = np.append(np.arange(0, first.num_sentences, 3), first.num_sentences)
+    arrays |= {"document_offsets": offsets, "document_bytes": np.zeros(len(offsets) - 1, np.int64)}
+    stores["the first, in documents of three sentences"] = Store(arrays, {})
+    columns = ("T", "examples of", "labelled random", "told by lengths", "filled", "sentences reached")
+    for name, store in stores.items():
+        table = Table(*columns, title=f"{name}: {store.num_documents:,} documents", title_justify="left")
+        for T in (128, 512):
+            for whose, figures in (("ours", ours(store, T)), ("the original", originals(store, T))):
+                table.add_row(str(T), whose, *(f"{figure:.2%}" for figure in figures))
+        Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
