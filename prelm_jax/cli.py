@@ -52,9 +52,10 @@ def pretrain(experiment: str, arguments: list[str]) -> None:
 
         from prelm_jax import pretrain
         from prelm_jax.exchange.model import family
+        from prelm_jax.training import processes
 
         _configure_jax()
-        _join_processes()
+        processes.join()
         summary = pretrain.pretrain(run, workdir)
         if jax.process_index() != 0:
             return
@@ -288,25 +289,6 @@ def _hush_orbax() -> None:
             usual(unraisable)
 
     sys.unraisablehook = unraisablehook
-
-
-def _join_processes() -> None:
-    """One of several processes, if the environment says so in the words of jax.distributed.initialize.
-
-    JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID; the last two may be
-    left out where JAX knows the cluster.
-    """
-    import jax
-
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        numbers = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
-        try:
-            jax.distributed.initialize(**{name: number and int(number) for name, number in numbers.items()})
-        except ValueError as error:
-            raise InputError(
-                f"JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID do not make one of several processes "
-                f"({error}): set them all, or none"
-            ) from None
 
 
 def _print_summary(summary: Any) -> None:

@@ -1,6 +1,7 @@
 """Strictness for every test: eight fake devices, warnings are errors, no silent broadcasting."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,14 @@ def real_data():
     if not PRELM_DATA.is_dir():
         pytest.skip(f"no real data at {PRELM_DATA}; set PRELM_DATA")
     return PRELM_DATA
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

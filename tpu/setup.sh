@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Installs prelm on every host, and copies the data there. Run again, it brings both up to date.
+. "$(dirname "$0")/settings.sh"
+need TPU_NAME ZONE REPOSITORY REVISION
+
+on_host all "set -e
+[ -d prelm_jax ] || git clone --quiet ${REPOSITORY@Q} prelm_jax
+cd prelm_jax
+git fetch --quiet origin ${REVISION@Q}
+git checkout --quiet FETCH_HEAD
+[ -d .venv ] || python3 -m venv .venv
+.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[tpu]'"
+
+# gcloud compares checksums (CRC32C) of what it copies.
+[[ -z $DATA ]] || on_host all "mkdir -p data && gcloud storage rsync --recursive ${DATA@Q} data"
