@@ -1,6 +1,6 @@
 """What only processes of their own can show: kill -9, a full disk, several processes that train one model.
 
-PRELM_KILLS says how often a run is killed.
+PRELM_KILLS says how often a run is killed; with PRELM_LAYOUTS a run moves through more layouts of its devices.
 """
 
 import contextlib
@@ -52,11 +52,12 @@ def launch(tmp_path_factory):
         process.communicate()
 
 
-def finish(process: subprocess.Popen) -> str:
-    """Waits for success; what the process printed."""
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out
+def finish(*processes: subprocess.Popen) -> list[str]:
+    """Waits for success; what each printed."""
+    outputs = [process.communicate(timeout=300) for process in processes]
+    for process, (_, err) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, err
+    return [out for out, _ in outputs]
 
 
 def wait_for_step(process: subprocess.Popen, reports: int = 1) -> None:
@@ -114,42 +115,68 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(launch, tmp_path):
 
 
 @pytest.fixture
-def launch_two(launch):
-    """`launch_two(workdir, *options, …)` starts two processes of four devices each that train one model."""
+def launch_many(launch):
+    """`launch_many(workdir, processes, devices, *options, …)`: that many processes, of that many devices each."""
 
-    def launch_two(workdir: Path, *options: object, **more: object) -> list[subprocess.Popen]:
+    def launch_many(workdir: Path, processes: int, devices: int, *options: object, **more: object):
+        options = (*options, "--mesh.devices", "None", "--log-every", 1)
+        if processes == 1:
+            return [launch(workdir, *options, **more, JAX_NUM_CPU_DEVICES=devices)]
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
-        cluster = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": 2, "JAX_NUM_CPU_DEVICES": 4}
-        return [launch(workdir, *options, **cluster, **more, JAX_PROCESS_ID=index) for index in range(2)]
+        cluster = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": processes, "JAX_NUM_CPU_DEVICES": devices}
+        return [launch(workdir, *options, **cluster, **more, JAX_PROCESS_ID=index) for index in range(processes)]
 
-    return launch_two
+    return launch_many
 
 
-def test_stopped_on_two_processes_and_resumed_on_one(launch, launch_two, tmp_path):
-    options = ("--mesh.devices", "None", "--log-every", 1)
-    first, second = launch_two(tmp_path / "two", *options, "--steps", 500)
-    wait_for_step(first, 5)
-    second.send_signal(signal.SIGTERM)  # One is told; both stop, after the same step.
-    for process in (first, second):
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 75, err
-        assert "stopped by SIGTERM after step" in err
-    steps = max(20, metrics(tmp_path / "two")[-1]["step"] + 1)
-    for workdir in ("two", "one"):
-        finish(launch(tmp_path / workdir, *options, "--steps", steps, JAX_NUM_CPU_DEVICES=8))
-    assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"))
+# Processes and devices of each; between two of them the run is stopped by a SIGTERM, which one process is told.
+LAYOUTS = [(2, 4), (1, 8)]
+if os.environ.get("PRELM_LAYOUTS"):
+    LAYOUTS = [(4, 2), (2, 4), (1, 8), (1, 4)]
+
+
+def test_stopped_and_resumed_on_other_processes_equals_uninterrupted(launch_many, tmp_path):
+    *stopped, last = LAYOUTS
+    for layout in stopped:
+        processes = launch_many(tmp_path / "moved", *layout, "--steps", 500)
+        wait_for_step(processes[0], 5)
+        processes[-1].send_signal(signal.SIGTERM)
+        for process in processes:
+            _, err = process.communicate(timeout=300)
+            assert process.returncode == 75, err
+            assert "stopped by SIGTERM after step" in err
+    steps = max(20, metrics(tmp_path / "moved")[-1]["step"] + 5)
+    for workdir, layout in [("moved", last), ("uninterrupted", (1, 8))]:
+        finish(*launch_many(tmp_path / workdir, *layout, "--steps", steps))
+    moved, uninterrupted = losses(tmp_path / "moved"), losses(tmp_path / "uninterrupted")
+    difference = np.abs(np.subtract(moved, uninterrupted) / uninterrupted)
+    print(
+        f"{steps} steps, relative difference of the losses: first {difference[0]:.1e}, largest {difference.max():.1e}"
+    )
+    assert_close(moved, uninterrupted)
+
+
+@pytest.mark.parametrize(("index", "missing"), [(0, "process 1 did not come to"), (1, "process 0 did not answer at")])
+def test_a_process_without_its_peers_ends_in_time_and_names_them(launch, tmp_path, free_port, index, missing):
+    cluster = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port}", "JAX_NUM_PROCESSES": 2, "JAX_PROCESS_ID": index}
+    process = launch(tmp_path / "run", **cluster, PRELM_JOIN_SECONDS=0.5)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    (line,) = err.splitlines()
+    assert line.startswith(f"prelm: process {index} of 2: {missing} localhost:{free_port} in time")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_stopped_on_one_process_and_resumed_on_two(launch, launch_two, tmp_path, family):
+def test_stopped_on_one_process_and_resumed_on_two(launch_many, tmp_path, family):
     """With parameters and moments in shares, half of them on each process."""
-    launch, launch_two = (functools.partial(start, family=family) for start in (launch, launch_two))
-    options = ("--mesh.devices", "None", "--mesh.parameters", "fsdp", "--log-every", 1)
+    launch_many = functools.partial(launch_many, family=family)
+    options = ("--mesh.parameters", "fsdp", "--steps")
     for workdir, steps in [("two", 10), ("one", 20)]:
-        finish(launch(tmp_path / workdir, *options, "--steps", steps, JAX_NUM_CPU_DEVICES=8))
-    outputs = [finish(process) for process in launch_two(tmp_path / "two", *options, "--steps", 20)]
+        finish(*launch_many(tmp_path / workdir, 1, 8, *options, steps))
+    outputs = finish(*launch_many(tmp_path / "two", 2, 4, *options, 20))
     assert ["training, tokens/s" in output for output in outputs] == [True, False]
     assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"))
 
