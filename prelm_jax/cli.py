@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prelm_jax.errors import InputError, Preempted
+from prelm_jax.places import is_remote
 
 USER_ERROR = 1
 PREEMPTED = 75
@@ -40,6 +41,18 @@ EXAMPLES = {"fill": '"The [MASK] is returned."', "generate": '--prompt "The"', "
 
 Positional = tyro.conf.Positional
 
+# A path as it was typed: pathlib would make gs:/bucket of gs://bucket.
+Place = Annotated[
+    str | Path,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: words[0] if is_remote(words[0]) else Path(words[0]),
+        is_instance=lambda value: isinstance(value, str | Path),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
 
 def pretrain(experiment: str, arguments: list[str]) -> None:
     """Train an experiment, FILE.py:FUNCTION, or go on with it where it stopped."""
@@ -47,7 +60,7 @@ def pretrain(experiment: str, arguments: list[str]) -> None:
 
     run_type = Annotated[type(run), tyro.conf.arg(name="")]
 
-    def command(run: run_type = run, workdir: Path = Path("runs") / name) -> None:
+    def command(run: run_type = run, workdir: Place = Path("runs") / name) -> None:
         import jax
 
         from prelm_jax import pretrain
@@ -87,7 +100,7 @@ def batch(experiment: str, arguments: list[str]) -> None:
     _call(command, arguments, f"prelm batch {experiment}")
 
 
-def evaluate(workdir: Positional[Path], corpus: tuple[str, ...] = ()) -> None:
+def evaluate(workdir: Positional[Place], corpus: tuple[str, ...] = ()) -> None:
     """Evaluate the newest checkpoint of a work directory on its held-out text, or on another corpus."""
     from prelm_jax import pretrain
 
@@ -95,7 +108,7 @@ def evaluate(workdir: Positional[Path], corpus: tuple[str, ...] = ()) -> None:
     _print_summary(pretrain.evaluate(workdir, corpus))
 
 
-def export(workdir: Positional[Path], directory: Positional[Path]) -> None:
+def export(workdir: Positional[Place], directory: Positional[Path]) -> None:
     """Write the newest checkpoint of a work directory as a model directory that other tools read."""
     from prelm_jax import pretrain
 
@@ -114,7 +127,7 @@ def tokenize(tokenizer: Positional[Path], input: Positional[Path], cased: bool =
 
 
 def embed(
-    model: Positional[Path],
+    model: Positional[Place],
     input: Positional[Path],
     output: Positional[Path],
     truncate: bool = False,
@@ -139,7 +152,7 @@ def embed(
     write_embeddings(load(model), read_lines(input), output, **given)
 
 
-def score(model: Positional[Path], input: Positional[Path]) -> None:
+def score(model: Positional[Place], input: Positional[Path]) -> None:
     """Print the log-probability (natural) and the number of tokens of each line of a text file."""
     from prelm_jax.exchange.model import load
     from prelm_jax.text.files import read_lines
@@ -149,7 +162,7 @@ def score(model: Positional[Path], input: Positional[Path]) -> None:
         print(f"{log_probability:.6f}\t{tokens}")
 
 
-def fill(model: Positional[Path], text: Positional[str], top_k: int = 5) -> None:
+def fill(model: Positional[Place], text: Positional[str], top_k: int = 5) -> None:
     """Print the likeliest tokens for each [MASK] of a text."""
     _configure_jax()
     for candidates in _load(model, "fill").fill(text, top_k):
@@ -157,7 +170,7 @@ def fill(model: Positional[Path], text: Positional[str], top_k: int = 5) -> None
 
 
 def generate(
-    model: Positional[Path],
+    model: Positional[Place],
     prompt: str,
     max_tokens: int = 100,
     temperature: float = 1.0,
@@ -250,7 +263,7 @@ def _experiment(reference: str) -> tuple[str, Any]:
     return f"{path.stem}-{function}".replace("_", "-"), experiments[function]()
 
 
-def _load(path: Path, verb: str) -> Any:
+def _load(path: str | Path, verb: str) -> Any:
     """The model at a path; InputError for one of a family without that verb."""
     from prelm_jax.exchange.model import load
 

@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 import sys
+import tempfile
 import typing
 from collections.abc import Iterator
 from functools import partial
@@ -21,8 +22,8 @@ from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.data.windows import WindowsConfig
 from prelm_jax.errors import InputError
 from prelm_jax.exchange import model as exchange
+from prelm_jax.places import copy_files, is_remote, reachable
 from prelm_jax.text import store
-from prelm_jax.text import tokenizer as tokenizers
 from prelm_jax.text.corpus import Corpus
 from prelm_jax.training import loop
 from prelm_jax.training.checkpoint import Checkpoints
@@ -110,6 +111,9 @@ def pretrain(run: Run, workdir: Path) -> Summary:
 
     Raises InputError for what the user can mend, Preempted when SIGTERM stopped the run after saving.
     """
+    workdir = reachable(workdir)
+    if run.profile and is_remote(workdir):
+        raise InputError(f"--profile {run.profile}: traces are written to this machine only; take a local --workdir")
     corpus = Corpus(run.corpus, run.held_out)
     tokenizer = run.tokenizer.build(corpus)
     training, held_out = store.prepare(corpus, tokenizer)
@@ -173,9 +177,10 @@ def evaluate(workdir: Path, sources: tuple[str, ...] = ()) -> Summary:
 
     The batches, as many as in the training, are drawn from all documents of that side.
     """
+    workdir = reachable(workdir)
     record = exchange.read_record(workdir)
     circumstance, rows = record["circumstance"], record["batch_size"]
-    tokenizer = tokenizers.load(workdir / "tokenizer")
+    tokenizer = exchange.read_tokenizer(workdir)
     training, held_out = store.prepare(Corpus(tuple(circumstance["corpus"]), record["held_out"]), tokenizer)
     if sources:
         _, held_out = store.prepare(Corpus(sources, 1.0), tokenizer)
@@ -197,6 +202,7 @@ def evaluate(workdir: Path, sources: tuple[str, ...] = ()) -> Summary:
 
 def export(workdir: Path, directory: Path) -> None:
     """Writes the newest checkpoint of a work directory as a model directory, in the format that others read."""
+    workdir = reachable(workdir)
     record = exchange.read_record(workdir)
     exchange.save(exchange.load(workdir), directory, _card(workdir, record))
 
@@ -273,7 +279,9 @@ def _claim(workdir: Path, run: Run, corpus: Corpus, tokenizer: Any) -> None:
             raise InputError(f"{workdir} holds another run, which differs in {fields}: choose another --workdir")
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(workdir / "tokenizer")
+        with tempfile.TemporaryDirectory() as written:
+            tokenizer.save(written)
+            copy_files(Path(written), workdir / "tokenizer")
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         temporary.replace(path)

@@ -18,6 +18,7 @@ from rich.progress import track
 
 from prelm_jax.errors import InputError
 from prelm_jax.paths import path_name
+from prelm_jax.places import fetched, is_remote, reachable
 from prelm_jax.text import tokenizer as tokenizers
 from prelm_jax.text.files import read_json
 from prelm_jax.text.tokenizer import Tokenizer
@@ -111,9 +112,11 @@ def abstract_params(config: Any) -> Params:
 
 def load(path: str | os.PathLike) -> Model:
     """The model in a model directory, or of the newest checkpoint in a work directory."""
-    directory = Path(path)
+    directory = reachable(path)
     if (directory / "run.json").is_file():
         return _load_run(directory)
+    if is_remote(directory):
+        raise InputError(f"{directory}: no work directory (no run.json); copy a model directory to this machine first")
     if (directory / ORIGINAL_GPT).is_file():
         return family("openai-gpt", directory / ORIGINAL_GPT).read(directory)
     if (directory / "config.json").is_file():
@@ -131,7 +134,7 @@ def read_record(workdir: Path) -> dict[str, Any]:
     path = workdir / "run.json"
     if not path.is_file():
         raise InputError(f"{workdir} is not a work directory of a run (it has no run.json)")
-    record = read_json(path)
+    record = json.loads(path.read_text()) if is_remote(path) else read_json(path)
     if record.get("format", 1) > RECORD_FORMAT:
         raise InputError(f"{path} was written by a newer version of prelm_jax: upgrade this one")
     return record
@@ -148,7 +151,13 @@ def _load_run(directory: Path) -> Model:
     except TypeError as error:
         raise InputError(f"{source}: not the fields of a {codec.config_class.__name__} ({error})") from error
     _, params = restore_params(directory / "checkpoints", abstract_params(config))
-    return codec(config, params, tokenizers.load(directory / "tokenizer"))
+    return codec(config, params, read_tokenizer(directory))
+
+
+def read_tokenizer(workdir: Path) -> Tokenizer:
+    """The tokenizer of a work directory."""
+    with fetched(workdir / "tokenizer") as directory:
+        return tokenizers.load(directory)
 
 
 def save(model: Model, directory: str | os.PathLike, card: str) -> None:

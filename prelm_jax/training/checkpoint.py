@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from prelm_jax.errors import InputError
@@ -127,7 +128,9 @@ class Checkpoints:
             aside = self.directory.parent / f"{self.directory.name}.damaged"
             if jax.process_index() == 0:
                 aside.mkdir(exist_ok=True)
+                (aside / f"{path.name}.txt").write_text(f"{complaint}\n")  # In a bucket it makes the directory, too.
                 path.rename(aside / path.name)
+            multihost_utils.sync_global_devices("put aside")  # Nobody lists the directory before.
             self._checkpointer.reload()
         if damaged:
             raise InputError(

@@ -1,6 +1,7 @@
 """What a run tells: metrics as JSON lines, progress for people, the share of the device's peak that is used."""
 
 import contextlib
+import io
 import json
 import math
 import time
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from prelm_jax.errors import InputError
+from prelm_jax.places import is_remote
 
 # Dense bf16 peak in FLOP/s of one device, from the makers' data sheets.
 PEAKS = {
@@ -47,11 +49,12 @@ def peak_flops(dtype: jnp.dtype, devices: int) -> float:
 class MetricsWriter:
     """Appends to `metrics.jsonl`, one object a line with its `step`; to TensorBoard as well if asked.
 
-    Only process 0 writes. `resume_at`: lines of later steps are dropped; they will be written again.
+    Only process 0 writes. `resume_at`: lines of later steps are dropped; they will be written again. In a bucket, where
+    nothing can be appended to, each line writes the file anew.
     """
 
     def __init__(self, workdir: Path, resume_at: int, tensorboard: bool = False):
-        self._file = self._tensorboard = None
+        self._file = self._tensorboard = self._remote = None
         if jax.process_index() != 0:
             return
         if tensorboard:
@@ -61,11 +64,15 @@ class MetricsWriter:
                 raise InputError('--tensorboard needs a package: pip install "prelm_jax[tensorboard]"') from None
             self._tensorboard = SummaryWriter(str(workdir), purge_step=resume_at)
         path = workdir / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_at]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            temporary.replace(path)
+        kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_at] if path.exists() else []
+        text = "".join(line + "\n" for line in kept)
+        if is_remote(path):
+            self._remote, self._file = path, io.StringIO(text)
+            self._file.seek(0, io.SEEK_END)
+            return
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
         self._file = path.open("a")
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -75,6 +82,8 @@ class MetricsWriter:
         line = {"step": step} | {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        if self._remote is not None:
+            self._remote.write_text(self._file.getvalue())
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
