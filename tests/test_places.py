@@ -1,6 +1,7 @@
 """Work directories in a bucket: here a folder of this machine behind gs://. Checkpoints are not in it: TensorStore
 has a client of its own for gs://."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -16,6 +17,7 @@ from prelm_jax.errors import InputError
 from prelm_jax.exchange.model import load, read_record, read_tokenizer
 from prelm_jax.places import copy_files, fetched, is_remote, reachable
 from prelm_jax.text.corpus import Corpus
+from prelm_jax.training.checkpoint import Checkpoints
 from prelm_jax.training.metrics import MetricsWriter
 
 
@@ -86,6 +88,13 @@ def test_a_work_directory_is_claimed_and_read(bucket, tmp_path):
         pretrain._claim(workdir, dataclasses.replace(run, seed=1), corpus, tokenizer)
 
 
+def test_checkpoints_are_looked_for_in_the_bucket(bucket, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with contextlib.closing(Checkpoints(reachable("gs://bucket/run") / "checkpoints", keep=2)) as checkpoints:
+        assert checkpoints.restore({}) is None
+    assert not (tmp_path / "gs:").exists()
+
+
 def test_what_a_bucket_does_not_hold(bucket):
     with pytest.raises(InputError, match=r"gs://bucket/model: no work directory \(no run.json\)"):
         load("gs://bucket/model")
@@ -101,7 +110,7 @@ def test_what_a_bucket_does_not_hold(bucket):
     ],
 )
 def test_a_bucket_that_cannot_be_used(monkeypatch, failure, message):
-    def fail(*_):
+    def fail(*_, **__):
         raise failure
 
     monkeypatch.setattr(fsspec, "filesystem", fail)

@@ -13,6 +13,7 @@ from orbax.checkpoint import v1 as ocp
 
 from prelm_jax.errors import InputError
 from prelm_jax.paths import path_name
+from prelm_jax.places import is_remote
 
 FORMAT = 2
 
@@ -55,7 +56,7 @@ class Checkpoints:
     def __init__(self, directory: epath.PathLike, keep: int | None = None):
         self.directory = epath.Path(directory)
         self._checkpointer = ocp.training.Checkpointer(
-            self.directory.absolute(),
+            self.directory if is_remote(directory) else self.directory.absolute(),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=keep is not None,
         )
