@@ -27,7 +27,7 @@ import numpy as np
 import tyro
 
 from prelm_jax import pretrain
-from prelm_jax.text import store
+from prelm_jax.text import preparation
 from prelm_jax.text.corpus import Corpus
 from prelm_jax.training import loop
 from prelm_jax.training.checkpoint import Checkpoints
@@ -55,7 +55,7 @@ class Mini:
         run = dataclasses.replace(runpy.run_path(str(EXPERIMENTS))["mini"](), corpus=sources)
         corpus = Corpus(run.corpus, run.held_out)
         tokenizer = run.tokenizer.build(corpus)
-        training, _ = store.prepare(corpus, tokenizer)
+        training, _ = preparation.prepare(corpus, tokenizer)
         self.batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
         model = dataclasses.replace(run.model, vocab_size=tokenizer.vocab_size).build()
         self.mesh = run.mesh.build()

@@ -100,6 +100,26 @@ def batch(experiment: str, arguments: list[str]) -> None:
     _call(command, arguments, f"prelm batch {experiment}")
 
 
+def prepare(experiment: str, arguments: list[str]) -> None:
+    """Prepare the corpus of an experiment, FILE.py:FUNCTION: vocabulary and token store, without training."""
+    _, run = _experiment(experiment)
+    run_type = Annotated[type(run), tyro.conf.arg(name="")]
+    beam = arguments.index("--beam") if "--beam" in arguments else None
+
+    def command(run: run_type = run) -> None:
+        from prelm_jax import pretrain
+
+        make_shards = None
+        if beam is not None:
+            from prelm_jax.text.beam import make_shards_with
+
+            make_shards = make_shards_with(arguments[beam + 1 :])
+        prepared = pretrain.prepare(run, make_shards, verify=True)
+        print(pretrain.figures(prepared))
+
+    _call(command, arguments[:beam], f"prelm prepare {experiment} [--beam RUNNER-OPTIONS …]")
+
+
 def evaluate(workdir: Positional[Place], corpus: tuple[str, ...] = ()) -> None:
     """Evaluate the newest checkpoint of a work directory on its held-out text, or on another corpus."""
     from prelm_jax import pretrain
@@ -183,8 +203,8 @@ def generate(
     print(_load(model, "generate").generate(prompt, max_tokens, temperature, top_k, top_p, seed))
 
 
-VERBS = {verb.__name__: verb for verb in (pretrain, batch, evaluate, export, tokenize, embed, score, fill, generate)}
-OF_EXPERIMENTS = {"pretrain", "batch"}  # verbs whose options are the fields of the experiment
+OF_EXPERIMENTS = {verb.__name__: verb for verb in (prepare, pretrain, batch)}  # their options are fields of the Run
+VERBS = OF_EXPERIMENTS | {verb.__name__: verb for verb in (evaluate, export, tokenize, embed, score, fill, generate)}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,9 @@ from prelm_jax.data.windows import WindowsConfig
 from prelm_jax.errors import InputError
 from prelm_jax.exchange import model as exchange
 from prelm_jax.places import copy_files, is_remote, reachable
-from prelm_jax.text import store
+from prelm_jax.text import preparation, store
 from prelm_jax.text.corpus import Corpus
+from prelm_jax.text.files import Errors
 from prelm_jax.training import loop
 from prelm_jax.training.checkpoint import Checkpoints
 from prelm_jax.training.metrics import MetricsWriter
@@ -39,6 +40,8 @@ EVALUATION_SEED = 0
 # Fields that do not decide the bits of a run: where it reads, how far it goes, what it writes, on how many devices.
 CIRCUMSTANCE = {
     "corpus",
+    "deduplicate",
+    "errors",
     "tokenizer",
     "steps",
     "mesh",
@@ -57,6 +60,8 @@ class Run:
     """An experiment. The same Run and seed give the same model, bit for bit, on the same devices and versions.
 
     corpus: SPECs (see text/corpus.py), of which the fraction `held_out` of the documents is only evaluated on.
+    deduplicate: of documents with the same text read the first alone.
+    errors: bytes that are not UTF-8 are refused (strict), or read as U+FFFD (replace).
     model, tokenizer, data, optimizer: configurations of these.
     batch_size: rows of the global batch; cut into `accumulate` micro-batches, one after the other.
     steps: to go to, counted from the start of the training; a run that stopped earlier goes on.
@@ -74,6 +79,8 @@ class Run:
     batch_size: int
     steps: int
     held_out: float = 0.01
+    deduplicate: bool = False
+    errors: Errors = "strict"
     seed: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
     accumulate: int = 1
@@ -106,6 +113,57 @@ class Summary:
     tokens_per_second: float
 
 
+class Prepared(NamedTuple):
+    """A corpus ready for training; `new` if its stores were made just now."""
+
+    corpus: Corpus
+    tokenizer: Any
+    training: store.Store
+    held_out: store.Store
+    new: bool
+
+
+def prepare(run: Run, make_shards: preparation.MakeShards | None = None, verify: bool = False) -> Prepared:
+    """The vocabulary and the token stores of a run; made, if they are not in the cache (see text/preparation.py)."""
+    corpus = Corpus(run.corpus, run.held_out, run.deduplicate, run.errors)
+    tokenizer = run.tokenizer.build(corpus)
+    new = not preparation.location(corpus, tokenizer).exists()
+    stores = preparation.prepare(corpus, tokenizer, make_shards=make_shards, verify=verify)
+    return Prepared(corpus, tokenizer, *stores, new)
+
+
+def figures(prepared: Prepared) -> str:
+    """A table of what a corpus is made of."""
+    stores = (prepared.training, prepared.held_out)
+
+    def counted(name: str) -> list[str]:
+        return [f"{store.manifest[name]:,}" for store in stores]
+
+    def share(name: str, of: str, form: str) -> list[str]:
+        return [format(store.manifest[name] / max(store.manifest[of], 1), form) for store in stores]
+
+    def lengths(unit: Literal["documents", "sentences"]) -> list[str]:
+        return [" / ".join(f"{length:,}" for length in store.length_quantiles(unit)) for store in stores]
+
+    rows = {
+        "": ["training", "held out"],
+        "documents": counted("documents"),
+        "sentences": counted("sentences"),
+        "tokens": counted("tokens"),
+        "bytes of text": counted("bytes"),
+        "bytes per token": share("bytes", "tokens", ".2f"),
+        "unknown tokens": share("unknown_tokens", "tokens", ".3%"),
+        "longest word, characters": counted("longest_word"),
+        "empty documents, left out": counted("empty_documents"),
+        "tokens in a document*": lengths("documents"),
+        "tokens in a sentence*": lengths("sentences"),
+    }
+    if prepared.corpus.deduplicate:
+        rows["duplicates, left out"] = [f"{prepared.corpus.duplicates:,}", "(of both)"]
+    lines = [f"{name:26}{training:>32}{held_out:>32}" for name, (training, held_out) in rows.items()]
+    return "\n".join([*lines, "* median / 90 % / 99 % / longest"])
+
+
 def pretrain(run: Run, workdir: Path) -> Summary:
     """Trains, or goes on with, the run in `workdir`. Order of start: own checkpoint > init_from > scratch.
 
@@ -114,9 +172,8 @@ def pretrain(run: Run, workdir: Path) -> Summary:
     workdir = reachable(workdir)
     if run.profile and is_remote(workdir):
         raise InputError(f"--profile {run.profile}: traces are written to this machine only; take a local --workdir")
-    corpus = Corpus(run.corpus, run.held_out)
-    tokenizer = run.tokenizer.build(corpus)
-    training, held_out = store.prepare(corpus, tokenizer)
+    prepared = prepare(run)
+    corpus, tokenizer, training, held_out, _ = prepared
     run = dataclasses.replace(run, model=_with_vocabulary(run.model, tokenizer))
     batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
     evaluation = _evaluation_batches(run.data, held_out, tokenizer, run.batch_size)
@@ -143,7 +200,7 @@ def pretrain(run: Run, workdir: Path) -> Summary:
                 start = partial(exchange.initial_params, exchange.load(run.init_from), run.model, tokenizer=tokenizer)
             state = loop.new_state(model, run.optimizer, run.batch_size, run.seed, abstract, start)
 
-        _introduce(run, training, held_out, tokenizer, state, mesh)
+        _introduce(run, prepared, state, mesh)
         evaluate = loop.make_evaluate(model)
 
         def evaluate_held_out(state: loop.TrainState) -> dict[str, float]:
@@ -165,9 +222,7 @@ def show_batch(run: Run, step: int) -> Iterator[str]:
     """The rows of the batch of a step for people to read. Prepares vocabulary and store as `pretrain` does."""
     if step < 0:
         raise InputError(f"--step {step}: steps are counted from 0")
-    corpus = Corpus(run.corpus, run.held_out)
-    tokenizer = run.tokenizer.build(corpus)
-    training, _ = store.prepare(corpus, tokenizer)
+    _, tokenizer, training, _, _ = prepare(run)
     batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
     yield from batches.show(batches[step], tokenizer)
 
@@ -181,9 +236,12 @@ def evaluate(workdir: Path, sources: tuple[str, ...] = ()) -> Summary:
     record = exchange.read_record(workdir)
     circumstance, rows = record["circumstance"], record["batch_size"]
     tokenizer = exchange.read_tokenizer(workdir)
-    training, held_out = store.prepare(Corpus(tuple(circumstance["corpus"]), record["held_out"]), tokenizer)
+    # Runs of before these options have none of them.
+    reading = {name: circumstance[name] for name in ("deduplicate", "errors") if name in circumstance}
+    corpus = Corpus(tuple(circumstance["corpus"]), record["held_out"], **reading)
+    training, held_out = preparation.prepare(corpus, tokenizer)
     if sources:
-        _, held_out = store.prepare(Corpus(sources, 1.0), tokenizer)
+        _, held_out = preparation.prepare(Corpus(sources, 1.0, **reading), tokenizer)
     data = _from_json(DATA[record["model"]["model_type"]], record["data"])
     evaluation = _evaluation_batches(data, held_out, tokenizer, rows)
     loaded = exchange.load(workdir)
@@ -207,12 +265,13 @@ def export(workdir: Path, directory: Path) -> None:
     exchange.save(exchange.load(workdir), directory, _card(workdir, record))
 
 
-def _introduce(
-    run: Run, training: store.Store, held_out: store.Store, tokenizer: Any, state: loop.TrainState, mesh: Any
-) -> None:
+def _introduce(run: Run, prepared: Prepared, state: loop.TrainState, mesh: Any) -> None:
     """Says what is about to happen."""
     if jax.process_index() != 0:
         return
+    _, tokenizer, training, held_out, new = prepared
+    if new:
+        print(figures(prepared), file=sys.stderr)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     lines = [
         f"{training.num_documents:,} documents of {training.num_tokens:,} tokens, {held_out.num_documents:,} documents "

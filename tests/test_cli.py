@@ -86,6 +86,37 @@ def test_pretrain_prints_the_table_beside_baselines(place, capsys):
         assert part in out
 
 
+def test_prepare_tells_what_the_corpus_is_made_of(place, tmp_path, capsys):
+    """And a training that prepares tells the same, once."""
+    (tmp_path / "corpus.txt").write_text((place / "corpus.txt").read_text() + "\n\n" + "A dog. " * 20)
+    arguments = [f"{place}/tiny.py:tiny", "--corpus", f"{tmp_path}/corpus.txt", f"{place}/corpus.txt", "--deduplicate"]
+    main(["pretrain", *arguments, "--workdir", f"{tmp_path}/run"])
+    told = capsys.readouterr().err
+    main(["prepare", *arguments])
+    table = capsys.readouterr().out
+    assert table in told
+    rows = {line[:26].strip(): line[26:].split() for line in table.splitlines()}
+    documents = len((place / "corpus.txt").read_text().split("\n\n"))
+    assert sum(int(number) for number in rows["documents"]) == documents + 1
+    assert rows["duplicates, left out"][0] == str(documents)
+    assert rows["longest word, characters"][0] == "6"
+    assert len(rows["tokens in a document*"]) == 2 * 7
+    main(["pretrain", *arguments, "--workdir", f"{tmp_path}/run"])
+    assert "documents*" not in capsys.readouterr().err
+
+
+def test_prepare_says_what_is_damaged(place, tmp_path, capsys, monkeypatch):
+    """A start looks at sizes alone; preparing again reads it all."""
+    monkeypatch.setenv("PRELM_CACHE", str(tmp_path))
+    main(["prepare", f"{place}/tiny.py:tiny"])
+    (ids,) = tmp_path.glob("stores/*/training/ids")
+    content = bytearray(ids.read_bytes())
+    content[0] ^= 1
+    ids.write_bytes(content)
+    message = complaint(capsys, "prepare", f"{place}/tiny.py:tiny")
+    assert message == f"prelm: {ids} is damaged, its checksum is another: delete {ids.parents[1]} and run again"
+
+
 def test_options_reach_the_run(place):
     record = json.loads((place / "run" / "run.json").read_text())
     assert record["circumstance"]["steps"] == 3
@@ -235,6 +266,8 @@ def test_mistakes_are_one_line_that_says_what_to_do(place, capsys, tmp_path):
     assert "prelm batch FILE.py:FUNCTION" in complaint(capsys, "batch", "--step", "1")
     assert "--step -1: steps are counted from 0" in complaint(capsys, "batch", tiny, "--step", "-1")
     assert "did you mean tiny?" in complaint(capsys, "batch", f"{place}/tiny.py:tinny")
+    assert "FILE.py:FUNCTION" in complaint(capsys, "prepare")
+    assert "--workdir" in complaint(capsys, "prepare", f"{place}/tiny.py:tiny", "--workdir", tmp_path)
 
 
 def test_text_that_will_not_do(place, capsys, tmp_path):
@@ -244,7 +277,10 @@ def test_text_that_will_not_do(place, capsys, tmp_path):
         return complaint(capsys, "pretrain", f"{place}/tiny.py:tiny", *corpus, *options)
 
     assert pretrain(b"") == f"prelm: the corpus {tmp_path}/text.txt holds no text: give files with text in them"
-    assert pretrain(b"A cat.\n\xff\n") == f"prelm: {tmp_path}/text.txt is not UTF-8 at byte 7: convert the file"
+    assert pretrain(b"A cat.\n\xff\n") == (
+        f"prelm: {tmp_path}/text.txt is not UTF-8 at byte 7: convert the file, or read such bytes as U+FFFD with "
+        "--errors replace"
+    )
     one_document = b"The old cat sees a hen. The dog sees a cow.\n"
     message = pretrain(one_document)
     assert message.startswith("prelm: no next sentences in this corpus: 1 documents, 1 with two sentences or more")

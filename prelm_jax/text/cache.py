@@ -1,10 +1,11 @@
 """What is made once and kept: the cache directory, and the digests that name what lies there."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -15,16 +16,34 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prelm_jax"
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Of the processes that are about to make what `path` names, one is in the block and the others wait.
+
+    The lock is on a file beside it. It ends with the process, however that ends.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def cached_file(kind: str, name: str, make: Callable[[Path], None]) -> Path:
+    """The file kept in the cache directory under `kind` and `name`; `make` writes it if it is not there yet."""
+    path = cache_directory() / kind / name
+    if not path.exists():
+        with locked(path):
+            if not path.exists():
+                # Whole or not at all.
+                unfinished = path.with_name(f".{name}.unfinished")
+                make(unfinished)
+                unfinished.replace(path)
+    return path
+
+
 def cached(kind: str, key: str, make: Callable[[], str]) -> str:
     """The text kept in the cache directory under `kind` and `key`; made, and kept, if it is not there yet."""
-    path = cache_directory() / kind / f"{key}.txt"
-    if not path.exists():
-        text = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Written whole or not at all, whatever else writes the same file at the same time.
-        unfinished = path.with_name(f".unfinished-{uuid.uuid4().hex}")
-        unfinished.write_bytes(text.encode())
-        unfinished.replace(path)
+    path = cached_file(kind, f"{key}.txt", lambda path: path.write_bytes(make().encode()))
     return path.read_bytes().decode()
 
 

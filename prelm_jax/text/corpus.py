@@ -1,46 +1,47 @@
 """Documents from a SPEC, and which of them are held out.
 
-A corpus is a list of sources. Each is `python-docs` (the prose inside every Python), a path or glob of text or
-JSON-lines files (plain, .gz, .xz or .zst), or `tfds:name/config[:split]`, with options after commas:
+A corpus is a list of sources. Each is `python-docs` (the prose inside every Python), a path or glob of files of text,
+of JSON lines (.jsonl) or of Parquet (extra `parquet`), or `tfds:name/config[:split]`; text and JSON lines may be
+compressed (.gz, .xz, .zst). Options follow after commas:
 
     novels/*.txt.xz,documents=file,sentences=line
 
 or, as on a command line, in the items that follow it.
 
-`documents=blank-line|file|line` says where a document of a text file ends (the end of a file always ends one), and
-`sentences=library|line` how its sentences are found (`prelm_jax.text.sentences`). With `cleaning=gpt` documents are
-cleaned as for GPT-1 (`prelm_jax.text.cleaning`; extra `cleaning`). Files are read as streams: no more than one document
-is held at a time.
+documents   blank-line, file or line: where a document of a text file ends (the end of a file always ends one)
+field       where the text is in JSON lines, Parquet and TFDS; `text` unless said
+sentences   library or line: how sentences are found (`prelm_jax.text.sentences`)
+cleaning    gpt: documents are cleaned as for GPT-1 (`prelm_jax.text.cleaning`; extra `cleaning`)
+weight      how often the documents of a source are trained on: 3 gives three passes over the source, one after the
+            other, 2.5 two and a pass of half the documents, those of the lowest hashes; held out they are once
+
+Files are read as streams: no more than one document is held at a time.
 """
 
-import contextlib
+import array
 import dataclasses
 import functools
-import glob
 import hashlib
+import itertools
+import math
 import os
-import re
-import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal, NamedTuple
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+import numpy as np
 
 from prelm_jax.errors import InputError
-from prelm_jax.text import cleaning, python_docs, tfds
-from prelm_jax.text.cache import cached, digest
-from prelm_jax.text.files import Advance, endings, json_texts, opened, plain_texts
+from prelm_jax.text import cleaning
+from prelm_jax.text.cache import cached, cached_file, digest
+from prelm_jax.text.files import Errors, File, endings, opened
+from prelm_jax.text.progress import progress
+from prelm_jax.text.sources import PART_BYTES, Part, Source, parse
 
 Side = Literal["training", "held_out"]
 
-OPTIONS = {
-    "documents": ("blank-line", "file", "line"),
-    "sentences": ("library", "line"),
-    "cleaning": ("none", "gpt"),
-}
-READING_VERSION = 1  # raise it when the same files would give other documents
+READING_VERSION = 2  # raise it when the same files would give other documents
+SHARD_CHARACTERS = 1 << 23
 
 
 class Document(NamedTuple):
@@ -55,44 +56,112 @@ class Document(NamedTuple):
     bytes: int
 
 
+class Shard(NamedTuple):
+    """Documents that stand one after the other, as they were read; `bytes` of the files, compressed, they took.
+
+    Where a shard begins and ends depends on the files alone, and shards sort by `name` as they follow each other.
+    """
+
+    name: str
+    source: Source
+    repetition: int
+    texts: list[str]
+    bytes: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """The documents of `sources`, a fraction of them (`held_out`, 0 to 1) kept from training.
 
     The side of a document is decided by a hash of its text, so it depends neither on the order of the documents nor on
-    what else is in the corpus, and equal documents are on one side.
+    what else is in the corpus, and equal documents are on one side. With `deduplicate`, of documents with the same text
+    only the first is read. `errors` says whether bytes that are not UTF-8 are refused or read as U+FFFD.
 
-    Raises InputError for a SPEC that is not understood, here; and for files that cannot be read, when they are read.
+    Raises InputError for a SPEC that is not understood, here; and for files that cannot be read, or that change
+    meanwhile, when they are read.
     """
 
     sources: tuple[str, ...]
     held_out: float = 0.0
+    deduplicate: bool = False
+    errors: Errors = "strict"
 
     def __post_init__(self):
         if not 0 <= self.held_out <= 1:
             raise InputError(f"held_out is a fraction of the documents, from 0 to 1, not {self.held_out}")
-        _parse(self.sources)
+        parse(self.sources)
 
     def documents(self, side: Side | None = None, task: str | None = None) -> Iterator[Document]:
         """The documents of one side (both sides if None), in the order of the sources, sorted files and lines.
 
         With `task`, a few words that name the work, its progress is shown on the standard error.
         """
-        sources = _parse(self.sources)
-        threshold = int(self.held_out * 2**64)
-        total = sum(os.path.getsize(path) for source in sources for path in source.paths())
         empty = True
-        with _progress(task, total) as advance:
-            for source in sources:
-                for original in source.texts(advance):
+        with progress(task, self.bytes) as advance:
+            for part in self.parts:
+                for text in part.texts(self.errors, advance):
                     empty = False
-                    text = original if source.cleaning == "none" else cleaning.clean(original)
-                    drawn = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-                    drawn_side = "held_out" if drawn < threshold else "training"
-                    if side in (None, drawn_side):
-                        yield Document(text, source.sentences, drawn_side, len(original.encode()))
+                    document = self.document(text, part.source, part.repetition)
+                    if document and side in (None, document.side):
+                        yield document
         if empty:
             raise InputError(f"the corpus {' '.join(self.sources)} holds no text: give files with text in them")
+
+    def document(self, original: str, source: Source, repetition: int) -> Document | None:
+        """A document from its text in a source, or None if it is not read in this pass over the source."""
+        text = original if source.cleaning == "none" else cleaning.clean(original)
+        hash, threshold = _hash(text), int(self.held_out * 2**64)
+        if hash < threshold:
+            side, kept = "held_out", repetition == 0
+        else:  # The hashes of this side lie evenly between the threshold and 2**64.
+            side, kept = "training", hash - threshold < (source.weight - repetition) * (2**64 - threshold)
+        return Document(text, source.sentences, side, len(original.encode())) if kept else None
+
+    def shards(self, number: int, part: Part) -> Iterator[Shard]:
+        """The documents of one of the parts, of that number, in shards of SHARD_CHARACTERS or little more."""
+        texts: list[str] = []
+        characters, read = 0, 0.0
+        count = itertools.count()
+
+        def advance(size: float):
+            nonlocal read
+            read += size
+
+        def shard() -> Shard:
+            return Shard(f"{number:06}-{next(count):06}", part.source, part.repetition, texts, read)
+
+        for text in part.texts(self.errors, advance):
+            texts.append(text)
+            characters += len(text)
+            if characters >= SHARD_CHARACTERS:
+                yield shard()
+                texts, characters, read = [], 0, 0.0
+        if texts:
+            yield shard()
+
+    @functools.cached_property
+    def parts(self) -> list[Part]:
+        """What is read, one after the other."""
+        sources = [list(source.parts(files)) for source, files in self._files]
+        if self.deduplicate:
+            left_out = iter(self._duplicates([part for parts in sources for part in parts]))
+            sources = [[part._replace(left_out=next(left_out)) for part in parts] for parts in sources]
+        return [
+            part._replace(repetition=repetition)
+            for parts in sources
+            for repetition in range(_passes(parts[0].source))
+            for part in parts
+        ]
+
+    @functools.cached_property
+    def duplicates(self) -> int:
+        """How many documents are left out because their text was there before."""
+        return sum(len(part.left_out) for part in self.parts if part.repetition == 0)
+
+    @functools.cached_property
+    def bytes(self) -> int:
+        """Of all files, as often as they are read."""
+        return sum(file.size * _passes(source) for source, files in self._files for file in files)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -100,137 +169,58 @@ class Corpus:
 
         The content is read once: what was found is remembered in the cache directory by path, size and time of change.
         """
-        files = [(source, path) for source in _parse(self.sources) for path in source.paths()]
-        options = [READING_VERSION, self.held_out, [(source.options(), endings(path)) for source, path in files]]
-        stats = [(os.path.abspath(path), os.stat(path)) for _, path in files]
-        states = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+        files = [(source, file) for source, files in self._files for file in files]
+        options = [READING_VERSION, self.held_out, [(source.options(), endings(file.path)) for source, file in files]]
+        options += [self.deduplicate, self.errors]
+        states = [(os.path.abspath(file.path), file.size, file.modified) for _, file in files]
 
         def hash_content():
-            return digest([options, [_file_digest(path) for _, path in files]])
+            return digest([options, [_content_digest(file) for _, file in files]])
 
         return cached("corpora", digest([options, states]), hash_content)
 
+    @functools.cached_property
+    def _files(self) -> list[tuple[Source, list[File]]]:
+        return [(source, source.files()) for source in parse(self.sources)]
 
-def _file_digest(path: str) -> str:
-    with opened(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    def _duplicates(self, parts: list[Part]) -> list[np.ndarray]:
+        """For each part the numbers of its documents whose text the corpus has before. Found once, and remembered.
 
+        While they are looked for, some 30 bytes are held for each document of the corpus.
+        """
 
-# ---- SPECs -----------------------------------------------------------------------------------------------------------
+        def find(path: Path):
+            hashes, ends = array.array("Q"), []
+            with progress(
+                "looking for duplicates", sum(file.size for _, files in self._files for file in files)
+            ) as advance:
+                for part in parts:
+                    hashes.extend(map(_hash, part.texts(self.errors, advance)))
+                    ends.append(len(hashes))
+            hash_D = np.frombuffer(hashes, np.uint64)
+            order_D = np.argsort(hash_D, kind="stable")
+            again = hash_D[order_D[1:]] == hash_D[order_D[:-1]]
+            with open(path, "wb") as file:
+                np.savez(file, left_out=np.sort(order_D[1:][again]), ends=ends)
 
-
-class _Source(NamedTuple):
-    spec: str
-    documents: str | None = None
-    sentences: str = "library"
-    cleaning: str = "none"
-
-    def options(self) -> list:
-        """What decides the documents besides the files."""
-        options = [self.documents, self.sentences, self.spec if self.spec.startswith("tfds:") else None]
-        return options if self.cleaning == "none" else [*options, self.cleaning, cleaning.version()]
-
-    def paths(self) -> list[str]:
-        if self.spec == "python-docs":
-            return python_docs.files()
-        if self.spec.startswith("tfds:"):
-            return tfds.split(self.spec)[1]
-        return _matching_files(self.spec)
-
-    def texts(self, advance: Advance) -> Iterator[str]:
-        """The documents as they stand there, not cleaned."""
-        if self.spec == "python-docs":
-            documents = python_docs.documents()
-            share = sum(map(os.path.getsize, self.paths())) / len(documents)
-            for text in documents:
-                yield text
-                advance(share)
-        elif self.spec.startswith("tfds:"):
-            yield from tfds.texts(self.spec, advance)
-        else:
-            for path in self.paths():
-                if endings(path)[0]:
-                    yield from json_texts(path, advance)
-                else:
-                    yield from plain_texts(path, self.documents or "blank-line", advance)
+        key = digest([self.fingerprint, PART_BYTES])
+        with np.load(cached_file("duplicates", f"{key}.npz", find)) as found:
+            left_out, ends = found["left_out"], found["ends"]
+        pieces = np.split(left_out, np.searchsorted(left_out, ends[:-1]))
+        return [piece - begin for piece, begin in zip(pieces, [0, *ends[:-1]], strict=True)]
 
 
-def _parse(specs: Iterable[str]) -> list[_Source]:
-    """The sources of a corpus.
-
-    An item that holds only options belongs to the sources before it, back to the last options: a shell may have made
-    many items of one glob.
-    """
-    option = r"[A-Za-z_-]+=[^,/]*"
-    sources: list[_Source] = []
-    first, options = 0, ""  # where the sources begin that the next options are for; the options of the item before
-    for item in specs:
-        if re.fullmatch(rf"{option}(,{option})*", item):
-            if not sources:
-                raise InputError(f"the option {item} stands before any source: write a source first, then its options")
-            options = item
-        else:
-            after_options = options
-            spec, options = re.fullmatch(rf"(.*?)((?:,{option})*)", item, re.DOTALL).groups()
-            if options or after_options:
-                first = len(sources)
-            sources.append(_Source(spec))
-        for name, _, value in (text.partition("=") for text in options.split(",") if text):
-            if name not in OPTIONS:
-                raise InputError(f"{item}: no option is called {name}: the options are {', '.join(OPTIONS)}")
-            if value not in OPTIONS[name]:
-                raise InputError(f"{item}: {name} is one of {', '.join(OPTIONS[name])}, not {value or 'nothing'}")
-            sources[first:] = [source._replace(**{name: value}) for source in sources[first:]]
-    if not sources:
-        raise InputError("the corpus has no sources: give at least one file, python-docs or tfds:name")
-    for source in sources:
-        others = source.spec == "python-docs" or source.spec.startswith("tfds:") or endings(source.spec)[0]
-        if others and source.documents:
-            raise InputError(f"{source.spec} is made of documents already: documents= is for files of plain text")
-    return sources
+def _hash(text: str) -> int:
+    """64 bits."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
-def _matching_files(spec: str) -> list[str]:
-    path = os.path.expanduser(spec)
-    if os.path.isdir(path):
-        raise InputError(f"{spec} is a directory: give its files, for example {os.path.join(spec, '*.txt')}")
-    if os.path.exists(path):
-        return [path]
-    if not glob.has_magic(path):
-        raise InputError(f"there is no file {spec}: give a path, a glob, python-docs or tfds:name")
-    if matches := sorted(filter(os.path.isfile, glob.glob(path, recursive=True))):
-        return matches
-    raise InputError(f"no file matches {spec}")
+def _passes(source: Source) -> int:
+    return math.ceil(source.weight)
 
 
-# ---- Progress --------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _progress(task: str | None, total: int) -> Iterator[Advance]:
-    """A bar where the standard error is a terminal, else a line every ten seconds."""
-    if task is None:
-        yield lambda size: None
-    elif sys.stderr.isatty():
-        words = TextColumn("{task.description}")
-        columns = (words, BarColumn(), TaskProgressColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            identifier = bar.add_task(task, total=total)
-            yield lambda size: bar.advance(identifier, size)
-    else:
-        started = reported = time.monotonic()
-        read = 0.0
-
-        def report():
-            speed = read / 1e6 / max(time.monotonic() - started, 1e-9)
-            print(f"{task}: {read / 1e6:.1f} of {total / 1e6:.1f} MB read, {speed:.1f} MB/s", file=sys.stderr)
-
-        def advance(size: float):
-            nonlocal read, reported
-            read += size
-            if time.monotonic() - reported >= 10:
-                reported = time.monotonic()
-                report()
-
-        yield advance
-        report()
+def _content_digest(file: File) -> str:
+    with opened(file.path) as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    file.check()
+    return found

@@ -1,4 +1,7 @@
-"""Files as bytes, lines, text, JSON and documents; plain, .gz, .xz or .zst. Complaints name the file and the place."""
+"""Files as bytes, lines, text, JSON and documents; plain, .gz, .xz or .zst; Parquet. Complaints name file and place.
+
+Lines of documents end at "\\n", "\\r\\n" or "\\r", and with "\\n" in what is read: a file may come from any system.
+"""
 
 import contextlib
 import gzip
@@ -7,14 +10,15 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import zstandard
 
 from prelm_jax.errors import InputError
+from prelm_jax.text.progress import Advance
 
-Advance = Callable[[float], None]  # told how many bytes of the source's files have been read since the last call
+Errors = Literal["strict", "replace"]  # refuse what is not UTF-8, or read it as U+FFFD
 
 CHUNK_BYTES = 1 << 20
 DECOMPRESSORS = {".gz": gzip.open, ".xz": lzma.open}
@@ -52,9 +56,18 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
         raise InputError(f"{path}: {error}") from None
 
 
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """What the system says inside the block, of a full disk for example, comes with the name of the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+
+
 def endings(path: str) -> tuple[str | None, str | None]:
-    """The endings of a file's name that decide how it is read: ".jsonl" or None, and ".gz", ".xz", ".zst" or None."""
-    return re.search(r"(\.jsonl)?(\.gz|\.xz|\.zst)?$", path).groups()
+    """The endings of a name that decide how it is read: ".jsonl", ".parquet" or None; ".gz", ".xz", ".zst" or None."""
+    return re.search(r"(\.jsonl|\.parquet)?(\.gz|\.xz|\.zst)?$", path).groups()
 
 
 @contextlib.contextmanager
@@ -69,20 +82,40 @@ def opened(path: str | os.PathLike) -> Iterator[Any]:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _chunks(path: str, advance: Advance) -> Iterator[bytes]:
+class File(NamedTuple):
+    """A file as it was when it was first looked at; `modified` is in nanoseconds."""
+
+    path: str
+    size: int
+    modified: int
+
+    @classmethod
+    def at(cls, path: str) -> "File":
+        stat = os.stat(path)
+        return cls(path, stat.st_size, stat.st_mtime_ns)
+
+    def check(self) -> None:
+        """InputError if it is not the same any more: what was read of it would not be what its fingerprint says."""
+        if File.at(self.path) != self:
+            raise InputError(f"{self.path} was changed while it was in use: run again when it is complete")
+
+
+def _chunks(file: File, advance: Advance) -> Iterator[bytes]:
     """The content of a file, decompressed."""
-    compression = endings(path)[1]
-    with opened(path) as file:
+    compression = endings(file.path)[1]
+    with opened(file.path) as raw:
         if compression == ".zst":
-            chunks = _zstandard_chunks(file)
+            chunks = _zstandard_chunks(raw)
         else:
-            content = DECOMPRESSORS[compression](file) if compression else file
+            content = DECOMPRESSORS[compression](raw) if compression else raw
             chunks = iter(lambda: content.read(CHUNK_BYTES), b"")
         position = 0
         for chunk in chunks:
+            file.check()
             yield chunk
-            advance(file.tell() - position)
-            position = file.tell()
+            advance(raw.tell() - position)
+            position = raw.tell()
+        file.check()
 
 
 def _zstandard_chunks(file) -> Iterator[bytes]:
@@ -99,61 +132,100 @@ def _zstandard_chunks(file) -> Iterator[bytes]:
         raise EOFError("the file breaks off")
 
 
-def _lines(path: str, advance: Advance) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, each with its byte offset in the decompressed file, without the "\\n" that ends it."""
-    offset, parts = 0, []
-    for chunk in _chunks(path, advance):
-        *ended, rest = chunk.split(b"\n")
-        for end in ended:
-            line = b"".join([*parts, end])
-            yield offset, line
-            offset += len(line) + 1
-            parts = []
-        parts.append(rest)
-    if line := b"".join(parts):
+def _lines(file: File, advance: Advance) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, with what ends them, each with its byte offset in the decompressed file."""
+    offset, parts, held = 0, [], b""
+    for chunk in _chunks(file, advance):
+        chunk = held + chunk
+        held = b"\r" if chunk.endswith(b"\r") else b""  # The next chunk may begin with its "\n".
+        for part in chunk[: len(chunk) - len(held)].splitlines(keepends=True):
+            parts.append(part)
+            if part.endswith((b"\n", b"\r")):
+                line = b"".join(parts)
+                yield offset, line
+                offset += len(line)
+                parts = []
+    if line := b"".join([*parts, held]):
         yield offset, line
 
 
-def _utf8(path: str | os.PathLike, offset: int, data: bytes) -> str:
+def _utf8(path: str | os.PathLike, offset: int, data: bytes, remedy: str = "convert the file") -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 at byte {offset + error.start}: convert the file") from None
+        raise InputError(f"{path} is not UTF-8 at byte {offset + error.start}: {remedy}") from None
 
 
-def _decode(path: str, offset: int, data: bytes) -> str:
-    text = _utf8(path, offset, data)
-    if offset == 0:
-        text = text.removeprefix("\ufeff")
-    return text.replace("\r\n", "\n").removesuffix("\r")
+def decode(path: str, offset: int, data: bytes, errors: Errors) -> str:
+    """The text of bytes that stand in a file from `offset` on."""
+    if errors == "replace":
+        text = data.decode("utf-8", "replace")
+    else:
+        text = _utf8(path, offset, data, "convert the file, or read such bytes as U+FFFD with --errors replace")
+    return text.removeprefix("\ufeff") if offset == 0 else text
 
 
-def plain_texts(path: str, documents: str, advance: Advance) -> Iterator[str]:
+def as_document(text: str) -> list[str]:
+    """The text without line ends around it, if there is more than white space in it."""
+    return [text.replace("\r\n", "\n").replace("\r", "\n").strip("\n")] if text.strip() else []
+
+
+def plain_texts(file: File, documents: str, errors: Errors, advance: Advance) -> Iterator[str]:
     """The documents of a file of plain text, which end at each "blank-line", at each "line", or with the "file"."""
     start, lines = 0, []
-    for offset, line in _lines(path, advance):
+    for offset, line in _lines(file, advance):
         if not lines:
             start = offset
         lines.append(line)
         if documents == "line" or (documents == "blank-line" and not line.strip()):
-            yield from nonblank(_decode(path, start, b"\n".join(lines)))
+            yield from as_document(decode(file.path, start, b"".join(lines), errors))
             lines = []
-    yield from nonblank(_decode(path, start, b"\n".join(lines)))
+    yield from as_document(decode(file.path, start, b"".join(lines), errors))
 
 
-def nonblank(text: str) -> list[str]:
-    """The text without newlines around it, if there is more than white space in it."""
-    return [text.strip("\n")] if text.strip() else []
-
-
-def json_texts(path: str, advance: Advance) -> Iterator[str]:
-    """The documents of a file of JSON objects, one a line, each with a `text`."""
-    for number, (offset, line) in enumerate(_lines(path, advance), start=1):
-        if not (decoded := _decode(path, offset, line)).strip():
+def json_texts(file: File, field: str, errors: Errors, advance: Advance) -> Iterator[str]:
+    """The documents of a file of JSON objects, one a line, each with a string `field`."""
+    for number, (offset, line) in enumerate(_lines(file, advance), start=1):
+        if not (decoded := decode(file.path, offset, line, errors)).strip():
             continue
         try:
-            text = json.loads(decoded)["text"]
-            text.encode()  # a lone surrogate can be written in JSON, but it is no text
+            text = json.loads(decoded)[field]
+            if errors == "replace":
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            text.encode()  # A lone surrogate can be written in JSON, but it is no text.
         except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
-            raise InputError(f"{path}:{number} is not a JSON object with a string `text`: correct the line") from None
-        yield from nonblank(text.replace("\r\n", "\n"))
+            raise InputError(
+                f"{file.path}:{number} is not a JSON object with a string `{field}`: correct the line"
+            ) from None
+        yield from as_document(text)
+
+
+def parquet_texts(file: File, field: str, errors: Errors, advance: Advance) -> Iterator[str]:
+    """The documents of a Parquet file, a row each, in the column `field` of strings. A row group is held at a time."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(f'{file.path} needs pyarrow: pip install "prelm_jax[parquet]"') from None
+    with opened(file.path) as raw:
+        try:
+            table = pyarrow.parquet.ParquetFile(raw)
+            columns = table.schema_arrow
+            if field not in columns.names:
+                raise InputError(f"{file.path} has no column `{field}`, only {', '.join(columns.names)}")
+            row = 0
+            for group in range(table.num_row_groups):
+                texts = table.read_row_group(group, columns=[field], use_threads=False).column(0)
+                file.check()
+                # As bytes, for the library does not look whether its strings are UTF-8.
+                for data in texts.cast(pyarrow.large_binary()):
+                    row += 1
+                    if not data.is_valid:
+                        raise InputError(f"{file.path}: row {row} has no `{field}`: fill it or leave the row out")
+                    yield from as_document(decode(f"{file.path}, row {row},", 0, data.as_py(), errors))
+                advance(file.size / table.num_row_groups)
+        except pyarrow.ArrowNotImplementedError:
+            raise InputError(f"{file.path}: the column `{field}` holds {columns.field(field).type}, not text") from None
+        except pyarrow.ArrowInvalid as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"{file.path} is damaged ({reason}): copy or download it again") from None

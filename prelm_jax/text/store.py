@@ -13,8 +13,7 @@ outside of it as they were met, on either side. Two more arrays spell them:
     word_bytes        uint8: the UTF-8 bytes of the words, end to end
     word_offsets      int64 [words + 1]: index of the first byte of each word, and the number of bytes
 
-The arrays are written from beginning to end while the corpus is read, so preparing holds a batch of documents in
-memory, never the corpus.
+`prelm_jax.text.preparation` makes a store.
 """
 
 import functools
@@ -22,35 +21,39 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal
 
 import numpy as np
 
 from prelm_jax.errors import InputError
-from prelm_jax.text.cache import cache_directory, digest
+from prelm_jax.text.cache import digest
 from prelm_jax.text.characters import Spellings
-from prelm_jax.text.corpus import Corpus, Document, Side
-from prelm_jax.text.sentences import split
-from prelm_jax.text.tokenizer import Tokenizer
-from prelm_jax.text.words import Words
+from prelm_jax.text.files import writing
 
-FORMAT = 2  # raise it when the same corpus and tokenizer would give another store
-BATCH_CHARACTERS = 4_000_000
+FORMAT = 3  # raise it when the same corpus and tokenizer would give another store
 COUNTED_AT_ONCE = 1 << 24
 ARRAYS = ("ids", "sentence_offsets", "document_offsets", "document_bytes")
 WORD_ARRAYS = ("word_bytes", "word_offsets")
+PIECES = (
+    "ids",
+    "sentence_lengths",
+    "document_lengths",
+    "document_bytes",
+    "unknown_tokens",
+    "empty_documents",
+    "longest_word",
+)
+QUANTILES = (0.5, 0.9, 0.99, 1.0)
 
 
 class Store:
     """Token ids with the offsets of their sentences and documents; no sentence and no document is empty.
 
     `manifest` holds the counts (`documents`, `sentences`, `tokens`, `bytes`, `unknown_tokens`, and `empty_documents`,
-    which were left out), the fingerprints of corpus and tokenizer, and a checksum for each array. `words` spells each
-    id where ids are words, else it is None.
+    which were left out), the characters of the `longest_word` between white space, the fingerprints of corpus and
+    tokenizer, and a checksum for each array. `words` spells each id where ids are words, else it is None.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], manifest: dict[str, Any]):
@@ -89,6 +92,18 @@ class Store:
             counts += np.bincount(self.ids[start : start + COUNTED_AT_ONCE], minlength=vocab_size)
         return counts
 
+    def length_quantiles(self, unit: Literal["documents", "sentences"]) -> list[int]:
+        """How many tokens at most have half of the documents or sentences, 90 %, 99 %, and all."""
+        number = self.num_documents if unit == "documents" else self.num_sentences
+        counts = np.zeros(1, np.int64)
+        for start in range(0, number, COUNTED_AT_ONCE):
+            piece = slice(start, start + COUNTED_AT_ONCE + 1)
+            bounds = self.sentence_offsets[self.document_offsets[piece] if unit == "documents" else piece]
+            found = np.bincount(np.diff(bounds), minlength=len(counts))
+            found[: len(counts)] += counts
+            counts = found
+        return np.searchsorted(np.cumsum(counts), np.ceil(np.array(QUANTILES) * number)).tolist()
+
     @classmethod
     def from_documents(
         cls, documents: Iterable[Sequence[Sequence[int]]], words: Iterable[str] | None = None
@@ -97,160 +112,105 @@ class Store:
 
         The sizes of the texts are not known: they are 0.
         """
-        parts, empty = _flatten(((document, 0) for document in documents), np.uint32)
-        arrays = {name: np.concatenate([[0], part]) if "offsets" in name else part for name, part in parts.items()}
+        documents = [[sentence for sentence in document if len(sentence)] for document in documents]
+        kept = [document for document in documents if document]
+        sentences = list(itertools.chain.from_iterable(kept))
+        arrays = {
+            "ids": np.fromiter(itertools.chain.from_iterable(sentences), np.uint32),
+            "sentence_offsets": np.cumsum([0, *map(len, sentences)], dtype=np.int64),
+            "document_offsets": np.cumsum([0, *map(len, kept)], dtype=np.int64),
+            "document_bytes": np.zeros(len(kept), np.int64),
+        }
         if words is not None:
-            arrays |= _spelled(words)
+            arrays |= spelled(words)
         checksums = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
-        return cls(arrays, {"empty_documents": empty, "checksums": checksums})
+        return cls(arrays, {"empty_documents": len(documents) - len(kept), "checksums": checksums})
 
     @classmethod
-    def open(cls, directory: str | os.PathLike) -> "Store":
-        """Maps a store that `prepare` wrote. Raises InputError if it is not complete."""
+    def open(cls, directory: str | os.PathLike, verify: bool = False) -> "Store":
+        """Maps a store that was prepared. Raises InputError if it is not whole.
+
+        Its sizes are looked at; with `verify` all of it is read, to compare the checksums.
+        """
         directory = Path(directory)
         again = f"delete {directory.parent} and run again"
         try:
             manifest = json.loads((directory / "manifest.json").read_bytes())
-            lengths, dtypes = manifest["lengths"], manifest["dtypes"]
+            lengths, dtypes, checksums = manifest["lengths"], manifest["dtypes"], manifest["checksums"]
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{directory} is no complete token store ({error!r}): {again}") from None
+        if manifest.get("format") != FORMAT:
+            raise InputError(f"{directory} is a token store of another version of prelm_jax: {again}")
         arrays = {}
         for name in (*ARRAYS, *(name for name in WORD_ARRAYS if name in lengths)):
             path, dtype = directory / name, np.dtype(dtypes[name])
             size = path.stat().st_size if path.exists() else 0
             if size != lengths[name] * dtype.itemsize:
                 raise InputError(f"{path} has {size} bytes, not {lengths[name] * dtype.itemsize}: {again}")
+            if verify:
+                with open(path, "rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != checksums[name]:
+                        raise InputError(f"{path} is damaged, its checksum is another: {again}")
             # An empty file cannot be mapped.
             arrays[name] = np.asarray(np.memmap(path, dtype, "r")) if size else np.empty(0, dtype)
         return cls(arrays, manifest)
 
 
-def prepare(corpus: Corpus, tokenizer: Tokenizer, directory: str | os.PathLike | None = None) -> tuple[Store, Store]:
-    """The stores of the corpus' training and held-out sides.
-
-    They are made once and kept in `directory` (by default the cache directory), by the fingerprints of corpus and
-    tokenizer. Raises InputError if the corpus cannot be read or has no tokens.
-    """
-    key = digest([FORMAT, corpus.fingerprint, tokenizer.fingerprint])
-    target = Path(directory or cache_directory()) / "stores" / key
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f".unfinished-{uuid.uuid4().hex}")
-        unfinished.mkdir()
-        try:
-            _write(corpus, tokenizer, unfinished)
-            unfinished.rename(target)
-        except OSError:
-            if not target.exists():  # else another process was faster, with the same store
-                raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    training, held_out = (Store.open(target / side) for side in get_args(Side))
-    return training, held_out
-
-
-def _write(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None:
-    # Words outside of the vocabulary are numbered too.
-    numbers = {word: number for number, word in enumerate(tokenizer.tokens)} if isinstance(tokenizer, Words) else None
-    dtype = np.uint16 if numbers is None and tokenizer.vocab_size <= 1 << 16 else np.uint32
-    names = ARRAYS if numbers is None else ARRAYS + WORD_ARRAYS
-    writers = {side: _Writer(directory / side, names, dtype) for side in get_args(Side)}
-    for batch in _batches(corpus.documents(task="tokenising")):
-        sentences = [split(document.text, document.sentences) for document in batch]
-        texts = list(itertools.chain.from_iterable(sentences))
-        encoded = iter(tokenizer.encode_batch(texts) if numbers is None else tokenizer.number_batch(texts, numbers))
-        documents: dict[Side, list] = {side: [] for side in writers}
-        for document, parts in zip(batch, sentences, strict=True):
-            ids = list(itertools.islice(encoded, len(parts)))
-            documents[document.side].append((ids, document.bytes))
-        for side, writer in writers.items():
-            writer.append(documents[side], tokenizer)
-    if not any(writer.counts["tokens"] for writer in writers.values()):
-        raise InputError(f"the corpus {' '.join(corpus.sources)} has no tokens: nothing in it is text to the tokenizer")
-    for side, writer in writers.items():
-        if numbers is not None:
-            writer.write(_spelled(numbers))
-        writer.finish({"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint, "side": side})
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch, characters = [], 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _flatten(documents: Iterable[tuple[Sequence[Sequence[int]], int]], dtype) -> tuple[dict[str, np.ndarray], int]:
-    """The arrays of documents (sentences, bytes), offsets without the leading 0; and how many documents were empty."""
-    kept, empty = [], 0
-    for sentences, size in documents:
-        if sentences := [sentence for sentence in sentences if len(sentence)]:
-            kept.append((sentences, size))
-        else:
-            empty += 1
-    sentences = [sentence for document, _ in kept for sentence in document]
-    arrays = {
-        "ids": np.fromiter(itertools.chain.from_iterable(sentences), dtype),
-        "sentence_offsets": np.cumsum([len(sentence) for sentence in sentences], dtype=np.int64),
-        "document_offsets": np.cumsum([len(document) for document, _ in kept], dtype=np.int64),
-        "document_bytes": np.array([size for _, size in kept], np.int64),
-    }
-    return arrays, empty
-
-
-def _spelled(words: Iterable[str]) -> dict[str, np.ndarray]:
+def spelled(words: Iterable[str]) -> dict[str, np.ndarray]:
     """The arrays that spell words."""
     spellings = Spellings.of(words)
     return {"word_bytes": spellings.bytes, "word_offsets": spellings.offsets}
 
 
-class _Writer:
-    """Appends documents to the arrays of one side."""
+class Writer:
+    """Writes a store from beginning to end, in pieces, with the counts and checksums of what was written."""
 
-    def __init__(self, directory: Path, arrays: Iterable[str], dtype):
-        directory.mkdir()
+    def __init__(self, directory: Path, ids: Any, words: bool):
+        directory.mkdir(parents=True)
         self.directory = directory
-        dtypes = dict.fromkeys(arrays, np.int64) | {"ids": dtype}
-        if "word_bytes" in dtypes:
-            dtypes["word_bytes"] = np.uint8
+        dtypes = dict.fromkeys(ARRAYS, np.int64) | {"ids": ids}
+        if words:
+            dtypes |= {"word_bytes": np.uint8, "word_offsets": np.int64}
         self.dtypes = {name: np.dtype(dtype).newbyteorder("<") for name, dtype in dtypes.items()}
         self.checksums = {name: hashlib.sha256() for name in dtypes}
         self.lengths = dict.fromkeys(dtypes, 0)
-        names = ("documents", "sentences", "tokens", "bytes", "unknown_tokens", "empty_documents")
-        self.counts = dict.fromkeys(names, 0)
+        counted = ("documents", "sentences", "tokens", "bytes", "unknown_tokens", "empty_documents", "longest_word")
+        self.counts = dict.fromkeys(counted, 0)
         self.write({name: np.zeros(int("offsets" in name), np.int64) for name in ARRAYS})
 
-    def append(self, documents: list[tuple[list[list[int]], int]], tokenizer: Tokenizer) -> None:
-        arrays, empty = _flatten(documents, self.dtypes["ids"])
-        arrays["sentence_offsets"] += self.counts["tokens"]
-        arrays["document_offsets"] += self.counts["sentences"]
-        self.write(arrays)
-        self.counts["documents"] += len(arrays["document_bytes"])
-        self.counts["sentences"] += len(arrays["sentence_offsets"])
-        self.counts["tokens"] += len(arrays["ids"])
-        self.counts["bytes"] += int(arrays["document_bytes"].sum())
-        unknown = arrays["ids"] >= tokenizer.vocab_size
-        if tokenizer.unknown_id is not None:
-            unknown |= arrays["ids"] == tokenizer.unknown_id
-        self.counts["unknown_tokens"] += int(unknown.sum())
-        self.counts["empty_documents"] += empty
+    def append(self, pieces: dict[str, np.ndarray]) -> None:
+        """Appends documents. `pieces` are PIECES: the ids of all sentences end to end, the tokens of each sentence, the
+        sentences of each document, its bytes; and counts, of which there may be several, for parts of the documents."""
+        self.write(
+            {
+                "ids": pieces["ids"],
+                "sentence_offsets": self.counts["tokens"] + np.cumsum(pieces["sentence_lengths"]),
+                "document_offsets": self.counts["sentences"] + np.cumsum(pieces["document_lengths"]),
+                "document_bytes": pieces["document_bytes"],
+            }
+        )
+        self.counts["documents"] += len(pieces["document_lengths"])
+        self.counts["sentences"] += len(pieces["sentence_lengths"])
+        self.counts["tokens"] += len(pieces["ids"])
+        self.counts["bytes"] += int(pieces["document_bytes"].sum())
+        self.counts["unknown_tokens"] += int(pieces["unknown_tokens"].sum())
+        self.counts["empty_documents"] += int(pieces["empty_documents"].sum())
+        self.counts["longest_word"] = int(max(self.counts["longest_word"], *pieces["longest_word"]))
 
     def write(self, arrays: dict[str, np.ndarray]) -> None:
         """Appends to the arrays."""
         for name, array in arrays.items():
             data = array.astype(self.dtypes[name]).tobytes()
-            with open(self.directory / name, "ab") as file:
+            with writing(self.directory / name), open(self.directory / name, "ab") as file:
                 file.write(data)
             self.checksums[name].update(data)
             self.lengths[name] += len(array)
 
     def finish(self, origin: dict[str, str]) -> None:
+        """Writes the manifest; `origin` says of what the store was made."""
         checksums = {name: checksum.hexdigest() for name, checksum in self.checksums.items()}
         dtypes = {name: dtype.str for name, dtype in self.dtypes.items()}
-        manifest = {**origin, **self.counts, "lengths": self.lengths, "dtypes": dtypes, "checksums": checksums}
-        (self.directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        arrays = {"lengths": self.lengths, "dtypes": dtypes, "checksums": checksums}
+        path = self.directory / "manifest.json"
+        with writing(path):
+            path.write_text(json.dumps({"format": FORMAT, **origin, **self.counts, **arrays}, indent=2) + "\n")

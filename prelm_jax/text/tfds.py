@@ -1,4 +1,4 @@
-"""TensorFlow Datasets as documents, without TensorFlow: any prepared dataset with a feature `text` is read, and one is
+"""TensorFlow Datasets as documents, without TensorFlow: any prepared dataset with a feature of text is read, and one is
 written from a corpus."""
 
 import os
@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from prelm_jax.errors import InputError
-from prelm_jax.text.files import Advance, nonblank
+from prelm_jax.text.files import Errors, as_document, decode
+from prelm_jax.text.progress import Advance
 
 
 def _library():
@@ -18,7 +19,7 @@ def _library():
     return tfds
 
 
-def split(spec: str) -> tuple[Any, list[str]]:
+def split(spec: str, field: str) -> tuple[Any, list[str]]:
     """The records of `tfds:name/config[:version][:split]` and the paths of the files that hold them."""
     name, split = re.fullmatch(r"tfds:([^:]*(?::\d+\.\d+\.\d+)?)(?::(.*))?", spec).groups()
     tfds = _library()
@@ -29,20 +30,20 @@ def split(spec: str) -> tuple[Any, list[str]]:
     except (ValueError, RuntimeError, AssertionError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{spec}: {reason} (looked in {tfds.core.constants.DATA_DIR}; set TFDS_DATA_DIR)") from error
-    if "text" not in builder.info.features:
-        raise InputError(f"{spec} has no feature `text`, only {', '.join(builder.info.features)}")
+    if field not in builder.info.features:
+        raise InputError(f"{spec} has no feature `{field}`, only {', '.join(builder.info.features)}")
     return records, paths
 
 
-def texts(spec: str, advance: Advance) -> Iterator[str]:
-    records, paths = split(spec)
-    record_bytes = sum(map(os.path.getsize, paths)) / max(len(records), 1)
-    for index in range(len(records)):
-        try:
-            text = records[index]["text"].decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{spec}: record {index} is not UTF-8 at byte {error.start}") from None
-        yield from nonblank(text.replace("\r\n", "\n"))
+def texts(spec: str, field: str, numbers: range, errors: Errors, advance: Advance) -> Iterator[str]:
+    """The documents in the records of some numbers."""
+    records, paths = split(spec, field)
+    record_bytes = sum(map(os.path.getsize, paths)) / len(records)
+    for number in numbers:
+        data = records[number][field]
+        if not isinstance(data, bytes):
+            raise InputError(f"{spec}: the feature `{field}` is not text")
+        yield from as_document(decode(f"{spec}: record {number}", 0, data, errors))
         advance(record_bytes)
 
 
