@@ -1,6 +1,8 @@
 """Where prepared data lies, and that it is made once."""
 
-from prelm_jax.text.cache import cache_directory, cached
+import pytest
+
+from prelm_jax.text.cache import cache_directory, cached, cached_file
 
 
 def test_the_cache_directory(monkeypatch, tmp_path):
@@ -20,4 +22,17 @@ def test_what_is_cached_is_made_once(monkeypatch, tmp_path):
     assert cached("kind", "key", lambda: next(texts)) == "é\r\n"
     assert cached("kind", "key", lambda: next(texts)) == "é\r\n"
     assert cached("kind", "other", lambda: next(texts)) == "another"
-    assert sorted(path.name for path in (tmp_path / "kind").iterdir()) == ["key.txt", "other.txt"]
+    names = {path.name for path in (tmp_path / "kind").iterdir()}
+    assert names == {"key.txt", "other.txt", ".key.txt.lock", ".other.txt.lock"}
+
+
+def test_what_was_not_finished_is_made_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("PRELM_CACHE", str(tmp_path))
+
+    def stop(path):
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached_file("kind", "name", stop)
+    assert cached_file("kind", "name", lambda path: path.write_text("whole")).read_text() == "whole"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from prelm_jax.errors import InputError
 from prelm_jax.text.cleaning import clean, standardize
 from prelm_jax.text.corpus import Corpus
-from prelm_jax.text.store import prepare
+from prelm_jax.text.preparation import prepare
 from prelm_jax.text.wordpiece import SPECIAL_TOKENS, WordPiece
 
 MOJIBAKE = "“Itâ€™s” naïve…"

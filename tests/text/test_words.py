@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from prelm_jax.errors import InputError
 from prelm_jax.text.corpus import Corpus
 from prelm_jax.text.sentences import split
-from prelm_jax.text.store import ARRAYS, WORD_ARRAYS, Store, prepare
+from prelm_jax.text.preparation import prepare
+from prelm_jax.text.store import ARRAYS, WORD_ARRAYS, Store
 from prelm_jax.text.tokenizer import load
 from prelm_jax.text.wordpiece import SPECIAL_TOKENS, WordPiece
 from prelm_jax.text.words import Words, WordsConfig
