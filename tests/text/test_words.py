@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from prelm_jax.errors import InputError
 from prelm_jax.text.corpus import Corpus
-from prelm_jax.text.sentences import split
 from prelm_jax.text.preparation import prepare
+from prelm_jax.text.sentences import split
 from prelm_jax.text.store import ARRAYS, WORD_ARRAYS, Store
 from prelm_jax.text.tokenizer import load
 from prelm_jax.text.wordpiece import SPECIAL_TOKENS, WordPiece
@@ -253,7 +253,7 @@ def test_the_store_spells_every_word(tmp_path, tokenize):
     words.save(tmp_path / "tokenizer")
     again = prepare(corpus, load(tmp_path / "tokenizer"), tmp_path)
     assert [store.fingerprint for store in again] == [store.fingerprint for store in stores]
-    assert len(list((tmp_path / "stores").iterdir())) == 1
+    assert len(list((tmp_path / "stores").glob("[!.]*"))) == 1
 
 
 def test_stores_of_pieces_are_as_they_were(corpus, tmp_path):
@@ -273,7 +273,7 @@ def test_spellings_in_memory():
 def test_damaged_spellings_are_named(corpus, tmp_path, name):
     words = WordsConfig(min_count=1).build(corpus)
     prepare(corpus, words, tmp_path)
-    (directory,) = (tmp_path / "stores").iterdir()
+    (directory,) = (tmp_path / "stores").glob("[!.]*")
     path = directory / "training" / name
     content = path.read_bytes()
     manifest = json.loads((directory / "training/manifest.json").read_text())
