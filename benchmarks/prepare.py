@@ -107,11 +107,15 @@ def measure(settings: Settings, sources: tuple[str, ...], cache: Path) -> Measur
     processor = used.ru_utime + used.ru_stime
     command = Command(settings, sources, cache)
     began, peaks = None, [0, 0]
-    while command.process.poll() is None:
-        if began is None and command.shards is not None:
-            began = time.monotonic()
-        peaks[began is not None] = max(peaks[began is not None], command.memory())
-        time.sleep(0.2)
+    try:
+        while command.process.poll() is None:
+            if began is None and command.shards is not None:
+                began = time.monotonic()
+            peaks[began is not None] = max(peaks[began is not None], command.memory())
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        command.kill()
+        raise
     command.finish()
     end = time.monotonic()
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
