@@ -157,12 +157,37 @@ def test_continuation_marks_the_pieces_that_continue():
     ]
 
 
+@settings(deadline=None)
+@given(texts=st.lists(TEXT, max_size=6), at_once=st.integers(1, 12), remembered=st.integers(0, 12))
+def test_ids_do_not_depend_on_the_parts_that_texts_are_encoded_in(texts, at_once, remembered):
+    expected = WordPiece(TOKENS).encode_batch(texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prelm_jax.text.word_encoder.CHARACTERS_AT_ONCE", at_once)
+        patch.setattr("prelm_jax.text.word_encoder.REMEMBERED_CHARACTERS", remembered)
+        ids, lengths = WordPiece(TOKENS).encode_flat(texts)
+    assert (ids.dtype, lengths.dtype) == (np.int32, np.int64)
+    assert lengths.tolist() == [len(text) for text in expected]
+    assert ids.tolist() == [index for text in expected for index in text]
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_every_character_between_others(tmp_path, lowercase):
+    """Letters, punctuation, ideographs to the ends of their blocks, spaces, controls, marks."""
+    borders = [0x3400, 0x4DC0, 0x4E00, 0xA000, 0xF900, 0xFB00, 0x20000, 0x2A6E0, 0x2B820, 0x2B920, 0x2CEB0, 0x2F800]
+    near = [code_point for border in borders for code_point in range(border - 3, border + 3)]
+    texts = [f"A{chr(c)}b.{chr(c)}\u0301" for c in (*range(0x600), *range(0x2000, 0x2070), *near)]
+    theirs = reference(write_vocab(tmp_path), do_lower_case=lowercase)
+    assert WordPiece(TOKENS, lowercase).encode_batch(texts) == reference_ids(theirs, texts)
+
+
 def test_words_are_forgotten_and_learnt_again(monkeypatch):
-    monkeypatch.setattr("prelm_jax.text.word_encoder.REMEMBERED_WORDS", 2)
+    """Whatever a text holds, what is remembered of it is bounded."""
+    monkeypatch.setattr("prelm_jax.text.word_encoder.REMEMBERED_CHARACTERS", 100)
     tokenizer, fresh = WordPiece(TOKENS), WordPiece(TOKENS)
-    texts = ["a b ab", "unaffable a", "b b", "a"]
+    texts = ["a b ab", "unaffable a", "b" * 1000, "a", *(f"b{number}" for number in range(200)), "unaffable"]
     assert [tokenizer.encode_batch([text])[0] for text in texts] == fresh.encode_batch(texts)
-    assert len(tokenizer._word_ids) <= 5
+    assert sum(map(len, tokenizer._numbers)) <= 100 + len("unaffable")
+    assert len(tokenizer._ids) < 200
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
