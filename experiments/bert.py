@@ -1,6 +1,10 @@
 """BERT (Devlin et al. 2018, https://arxiv.org/abs/1810.04805).
 
-Each function returns a Run; `prelm pretrain experiments/bert.py:NAME --help` lists the fields that a command can set.
+Each function returns a Run; `prelm pretrain experiments/bert.py:NAME --help` lists the fields that a command can set. A
+component of another kind is for a function of your own:
+
+    def sentencepiece() -> Run:
+        return dataclasses.replace(mini(), tokenizer=SentencePieceConfig(vocab_size=8192))
 """
 
 import dataclasses

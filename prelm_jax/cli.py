@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -203,8 +204,73 @@ def generate(
     print(_load(model, "generate").generate(prompt, max_tokens, temperature, top_k, top_p, seed))
 
 
-OF_EXPERIMENTS = {verb.__name__: verb for verb in (prepare, pretrain, batch)}  # their options are fields of the Run
-VERBS = OF_EXPERIMENTS | {verb.__name__: verb for verb in (evaluate, export, tokenize, embed, score, fill, generate)}
+def train_tokenizer(kind: str, arguments: list[str]) -> None:
+    """Learn a vocabulary from a corpus: wordpiece, bpe, sentencepiece or words."""
+    from prelm_jax.text.bpe import BPEConfig
+    from prelm_jax.text.corpus import Corpus
+    from prelm_jax.text.sentencepiece import SentencePieceConfig
+    from prelm_jax.text.wordpiece import WordPieceConfig
+    from prelm_jax.text.words import WordsConfig
+
+    kinds = {
+        "wordpiece": WordPieceConfig,
+        "bpe": BPEConfig,
+        "sentencepiece": SentencePieceConfig,
+        "words": WordsConfig,
+    }
+    if kind not in kinds:
+        raise InputError(f"there is no tokenizer {kind!r}{_suggestion(kind, kinds)}; there are {', '.join(kinds)}")
+    config_type = Annotated[kinds[kind], tyro.conf.arg(name="")]
+
+    def command(directory: Positional[Path], corpus: tuple[str, ...], config: config_type = kinds[kind]()) -> None:  # noqa: B008
+        tokenizer = config.build(Corpus(corpus))
+        tokenizer.save(directory)
+        print(f"wrote {directory}: {tokenizer.vocab_size:,} entries")
+
+    _call(command, arguments, f"prelm tokenizer train {kind}")
+
+
+def inspect_tokenizer(tokenizer: Positional[Path], input: Positional[Path | None] = None, cased: bool = False) -> None:
+    """Describe a tokenizer, and with a text file what it makes of the text and which lines it knows least of."""
+    from prelm_jax.text import tokenizer as tokenizers
+    from prelm_jax.text.files import read_lines
+
+    loaded = tokenizers.load(tokenizer, lowercase=not cased)
+    table = Table(show_header=False)
+    table.add_row("kind", type(loaded).__name__)
+    table.add_row("entries", f"{loaded.vocab_size:,}")
+    table.add_row("special tokens", escape(", ".join(f"{name} {index}" for name, index in loaded.special_ids.items())))
+    table.add_row("lower-cased", "yes" if len(set(map(tuple, loaded.encode_batch(["Aa", "aa"])))) == 1 else "no")
+    table.add_row("longest entries", escape("  ".join(sorted(loaded.tokens, key=len, reverse=True)[:5])))
+    if input is not None:
+        lines = read_lines(input)
+        encoded = loaded.encode_batch(lines)
+        unknown = [ids.count(loaded.unknown_id) for ids in encoded]
+        tokens = max(1, sum(map(len, encoded)))
+        table.add_section()
+        table.add_row("tokens", f"{sum(map(len, encoded)):,}")
+        table.add_row("bytes per token", f"{sum(len(line.encode()) for line in lines) / tokens:.3f}")
+        table.add_row("tokens per word", f"{tokens / max(1, sum(len(line.split()) for line in lines)):.3f}")
+        table.add_row("unknown tokens", f"{sum(unknown) / tokens:.2%}")
+        for i in sorted(range(len(lines)), key=unknown.__getitem__, reverse=True)[:5]:
+            if unknown[i]:
+                table.add_row(f"line {i + 1}: {unknown[i]} unknown", escape(lines[i][:200]))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+VERBS = {
+    verb.__name__: verb for verb in (prepare, pretrain, batch, evaluate, export, tokenize, embed, score, fill, generate)
+}
+VERBS |= {"tokenizer train": train_tokenizer, "tokenizer inspect": inspect_tokenizer}
+
+# The verbs with an argument before the options that says which options there are.
+EXPERIMENT = "FILE.py:FUNCTION [options]; examples are in experiments/"
+EXPECTED = {
+    "prepare": EXPERIMENT,
+    "pretrain": EXPERIMENT,
+    "batch": EXPERIMENT,
+    "tokenizer train": "KIND DIRECTORY --corpus SPEC …; KIND is wordpiece, bpe, sentencepiece or words",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -213,17 +279,18 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: prelm VERB … (--help after a verb says more)\n")
         for name, verb in VERBS.items():
-            print(f"  {name:10} {inspect.getdoc(verb).splitlines()[0]}")
+            print(f"  {name:18} {inspect.getdoc(verb).splitlines()[0]}")
         return
-    verb, *rest = arguments
+    words = 2 if arguments[0] == "tokenizer" else 1
+    verb, rest = " ".join(arguments[:words]), arguments[words:]
     _hush_orbax()
     try:
         if verb not in VERBS:
             raise InputError(f"prelm has no {verb!r}{_suggestion(verb, VERBS)}; prelm --help lists the verbs")
-        if verb not in OF_EXPERIMENTS:
+        if verb not in EXPECTED:
             _call(VERBS[verb], rest, f"prelm {verb}")
         elif not rest or rest[0].startswith("-"):
-            raise InputError(f"usage: prelm {verb} FILE.py:FUNCTION [options]; examples are in experiments/")
+            raise InputError(f"usage: prelm {verb} {EXPECTED[verb]}")
         else:
             VERBS[verb](rest[0], rest[1:])
     except InputError as error:

@@ -184,6 +184,40 @@ def test_fill_score_embed_tokenize(place, model, tmp_path, capsys):
     assert ids[1] == [] and len(ids[0]) == len(tokens) - 2
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "name"),
+    [
+        ("wordpiece", ("--vocab-size", "90"), "WordPiece"),
+        ("bpe", ("--num-merges", "40"), "BPE"),
+        ("sentencepiece", ("--vocab-size", "60", "--model-type", "bpe"), "SentencePiece"),
+        ("words", ("--vocab-size", "20"), "Words"),
+    ],
+)
+def test_a_tokenizer_is_trained_and_inspected(place, kind, options, name, tmp_path, capsys):
+    main(["tokenizer", "train", kind, f"{tmp_path}/it", "--corpus", f"{place}/corpus.txt", *options])
+    assert re.search(r"wrote \S+: \d+ entries", capsys.readouterr().out)
+    (tmp_path / "lines.txt").write_text("The old cat sees a hen.\nThe [old] ☃ dog ☃ ☃\n")
+    main(["tokenizer", "inspect", f"{tmp_path}/it", f"{tmp_path}/lines.txt"])
+    out = capsys.readouterr().out
+    for part in (name, "special tokens", "longest entries", "bytes per token", "tokens per word", "The [old] ☃ dog"):
+        assert part in out
+    main(["tokenizer", "inspect", f"{tmp_path}/it"])
+    assert "bytes per token" not in capsys.readouterr().out
+
+
+def test_mistakes_with_tokenizers(place, capsys, tmp_path):
+    corpus = ("--corpus", place / "corpus.txt")
+    assert "did you mean wordpiece?" in complaint(capsys, "tokenizer", "train", "wordpeice", tmp_path / "it", *corpus)
+    assert "KIND DIRECTORY --corpus" in complaint(capsys, "tokenizer", "train")
+    assert "did you mean tokenizer train?" in complaint(capsys, "tokenizer", "trian", "bpe")
+    assert "--corpus" in complaint(capsys, "tokenizer", "train", "bpe", tmp_path / "it")
+    assert "vocab_size=3 is too small" in complaint(
+        capsys, "tokenizer", "train", "wordpiece", tmp_path / "it", *corpus, "--vocab-size", 3
+    )
+    assert "there is no tokenizer at" in complaint(capsys, "tokenizer", "inspect", tmp_path / "none")
+    assert not (tmp_path / "it").exists()
+
+
 def test_generate(place, capsys):
     """From a work directory and from a model directory alike."""
 

@@ -29,6 +29,7 @@ HOMES = {
     "orbax": ["training/checkpoint.py"],
     "grain": ["data/loader.py"],
     "tensorflow_datasets": ["text/tfds.py"],
+    "sentencepiece": ["text/sentencepiece.py"],
     "ftfy": ["text/cleaning.py"],
     "rjieba": ["text/segmentation.py"],
     "loky": ["text/preparation.py"],

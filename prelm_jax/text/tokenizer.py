@@ -8,6 +8,7 @@ from typing import Protocol
 from prelm_jax.errors import InputError
 from prelm_jax.text.bpe import BPE, beside
 from prelm_jax.text.files import read_json
+from prelm_jax.text.sentencepiece import SentencePiece
 from prelm_jax.text.wordpiece import WordPiece
 from prelm_jax.text.words import Words
 
@@ -46,6 +47,8 @@ def load(path: str | os.PathLike, lowercase: bool = True) -> Tokenizer:
     """
     path = Path(path).expanduser()
     if path.is_dir():
+        if SentencePiece.at(path):
+            return SentencePiece.from_directory(path)
         json_path = path / "tokenizer.json"
         if json_path.exists() and "merges" in (read_json(json_path).get("model") or {}):
             return BPE.from_directory(path)
