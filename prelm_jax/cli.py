@@ -240,7 +240,7 @@ def inspect_tokenizer(tokenizer: Positional[Path], input: Positional[Path | None
     table.add_row("kind", type(loaded).__name__)
     table.add_row("entries", f"{loaded.vocab_size:,}")
     table.add_row("special tokens", escape(", ".join(f"{name} {index}" for name, index in loaded.special_ids.items())))
-    table.add_row("lower-cased", "yes" if len(set(map(tuple, loaded.encode_batch(["Aa", "aa"])))) == 1 else "no")
+    table.add_row("lower-cased", "yes" if loaded.lowercase else "no")
     table.add_row("longest entries", escape("  ".join(sorted(loaded.tokens, key=len, reverse=True)[:5])))
     if input is not None:
         lines = read_lines(input)

@@ -201,6 +201,7 @@ def test_a_tokenizer_is_trained_and_inspected(place, kind, options, name, tmp_pa
     out = capsys.readouterr().out
     for part in (name, "special tokens", "longest entries", "bytes per token", "tokens per word", "The [old] ☃ dog"):
         assert part in out
+    assert re.search(r"lower-cased +│ no" if kind == "words" else r"lower-cased +│ yes", out)
     main(["tokenizer", "inspect", f"{tmp_path}/it"])
     assert "bytes per token" not in capsys.readouterr().out
 

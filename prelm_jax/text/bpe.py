@@ -42,6 +42,8 @@ class BPE(WordEncoder):
     for a merge whose parts or product it lacks.
     """
 
+    lowercase = True
+
     def __init__(self, tokens: Iterable[str], merges: Iterable[Merge]):
         tokens = list(tokens)
         self.merges = list(merges)

@@ -23,6 +23,7 @@ class Tokenizer(Protocol):
     tokens: list[str]  # id -> string
     special_ids: dict[str, int]  # those of WordPiece ("[PAD]", "[UNK]", …), of BPE ("<unk>"), of words ("<S>", …)
     unknown_id: int | None  # the id that stands for what the vocabulary cannot spell
+    lowercase: bool  # whether text is lower-cased
     fingerprint: str  # SHA-256 (hex) of the vocabulary and the settings
 
     @property

@@ -47,6 +47,8 @@ class Words:
     Raises InputError for a vocabulary with repeated words, or without the three at its beginning.
     """
 
+    lowercase = False
+
     def __init__(self, tokens: Iterable[str], tokenize: bool = False):
         self.tokens = list(tokens)
         self.tokenize = tokenize
