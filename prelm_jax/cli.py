@@ -263,8 +263,8 @@ VERBS = {
 }
 VERBS |= {"tokenizer train": train_tokenizer, "tokenizer inspect": inspect_tokenizer}
 
-# The verbs with an argument before the options that says which options there are.
 EXPERIMENT = "FILE.py:FUNCTION [options]; examples are in experiments/"
+# The verbs whose first argument says which options there are.
 EXPECTED = {
     "prepare": EXPERIMENT,
     "pretrain": EXPERIMENT,
