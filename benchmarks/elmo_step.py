@@ -130,7 +130,7 @@ def our_step(s: Settings, config: ELMoConfig, batch: dict[str, np.ndarray]) -> t
         abstract = loop.abstract_state(model, optimizer, s.batch_size, mesh, "replicated")
         state = loop.new_state(model, optimizer, s.batch_size, 0, abstract)
         placed = place(batch, layout, mesh)
-    train_step, key = loop.make_train_step(model, optimizer, 1, layout), loop.Keys.of(0).dropout
+    train_step, key = loop.make_train_step(model, optimizer, 1, layout, abstract), loop.Keys.of(0).dropout
     padding = (len(state.params["softmax"]["bias"]) - s.vocab_size) * (config.projection_size + 1)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params)) - padding
 

@@ -84,7 +84,7 @@ class OurStep:
             abstract = loop.abstract_state(model, optimizer, rows, self._mesh, "replicated")
             self.state = loop.new_state(model, optimizer, rows, 0, abstract)
             self._batch = place(batch, layout, self._mesh)
-            train_step = loop.make_train_step(model, optimizer, 1, layout)
+            train_step = loop.make_train_step(model, optimizer, 1, layout, abstract)
             self._step = train_step.lower(self.state, self._batch, self._key).compile()
         self.temporaries = self._step.memory_analysis().temp_size_in_bytes
         self.flops, self.tokens = model.flops(batch), batch["tokens"].size

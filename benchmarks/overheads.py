@@ -62,7 +62,7 @@ class Mini:
         jax.set_mesh(self.mesh)
         abstract = loop.abstract_state(model, run.optimizer, run.batch_size, self.mesh, run.mesh.parameters)
         self.state = loop.new_state(model, run.optimizer, run.batch_size, run.seed, abstract)
-        self._step = loop.make_train_step(model, run.optimizer, run.accumulate, self.batches.layout)
+        self._step = loop.make_train_step(model, run.optimizer, run.accumulate, self.batches.layout, abstract)
         self._key = loop.Keys.of(run.seed).dropout
         _, self.constant = next(self.real(0, 1))
         self.seconds(lambda: None, [self.constant] * 3)

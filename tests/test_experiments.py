@@ -91,7 +91,7 @@ def test_one_step_lowers_on_four_devices(name):
             )
             for key, layout in batches.layout.items()
         }
-        step = loop.make_train_step(model, run.optimizer, run.accumulate, batches.layout)
+        step = loop.make_train_step(model, run.optimizer, run.accumulate, batches.layout, state)
         new_state, metrics = step.eval_shape(state, batch, jax.random.key(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert {"loss", "grad_norm", "learning_rate", "tokens"} < set(metrics)

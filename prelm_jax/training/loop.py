@@ -101,13 +101,14 @@ def _with_params(model: Any, optimizer: Any, rows: int, params: Tree) -> TrainSt
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.build().init(params), model.init_carry(rows))
 
 
-def make_train_step(model: Any, optimizer: Any, accumulate: int, layout: dict[str, str]):
-    """`(state, batch, key) -> (state, metrics)`, with the state donated.
+def make_train_step(model: Any, optimizer: Any, accumulate: int, layout: dict[str, str], state: TrainState):
+    """`(state, batch, key) -> (state, metrics)`, with the state donated; it comes back sharded like `state`.
 
     The batch is cut into `accumulate` micro-batches, whose sums are divided by the weight of the whole batch, so that
     neither the cut nor the mesh weighs a token differently. Metrics are on the device: means by name, and `tokens` (2).
     """
     transformation = optimizer.build()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
     def objective(params: Tree, carry: Tree, batch: dict, weights: dict, key: Array):
         losses, metrics, carry = model.loss(params, carry, batch, key)
@@ -139,7 +140,7 @@ def make_train_step(model: Any, optimizer: Any, accumulate: int, layout: dict[st
         merge = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])  # noqa: E731
         return jax.tree.map(lambda x: x.sum(0), sums), jax.tree.map(merge, carry), grads
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def train_step(state: TrainState, batch: dict, key: Array) -> tuple[TrainState, dict[str, Array]]:
         weights = model.weights(batch)
         key = jax.random.fold_in(key, state.step)
@@ -228,7 +229,7 @@ def train(
     batches: (number of the step, batch on the devices), from `state.step` on, as many as there are steps left.
     Raises Preempted after SIGTERM, when all is saved, and InputError at the first loss that is not finite.
     """
-    train_step = make_train_step(model, run.optimizer, run.accumulate, layout)
+    train_step = make_train_step(model, run.optimizer, run.accumulate, layout, state)
     dropout_key = Keys.of(run.seed).dropout
     start = int(state.step)
     profile_from = start + 10

@@ -469,7 +469,7 @@ def train(steps, devices=1, parameters="replicated", accumulate=1, config=CONFIG
     with jax.set_mesh(mesh):
         abstract = loop.abstract_state(model, optimizer, ROWS, mesh, parameters)
         state = loop.new_state(model, optimizer, ROWS, 0, abstract)
-        step_function = loop.make_train_step(model, optimizer, accumulate, LAYOUT)
+        step_function = loop.make_train_step(model, optimizer, accumulate, LAYOUT, abstract)
         losses = []
         for step in range(steps):
             state, metrics = step_function(state, place(batch(step), LAYOUT, mesh), loop.Keys.of(0).dropout)
@@ -503,7 +503,7 @@ def test_devices_hand_each_other_words_and_not_vocabularies():
     with jax.set_mesh(mesh):
         state = loop.abstract_state(model, optimizer, ROWS, mesh, "replicated")
         batch = place(make_batch(), LAYOUT, mesh)
-        step = loop.make_train_step(model, optimizer, 1, LAYOUT)
+        step = loop.make_train_step(model, optimizer, 1, LAYOUT, state)
         text = step.lower(state, batch, loop.Keys.of(0).dropout).compile().as_text()
     collectives = [line for line in text.splitlines() if re.search(r" all-(reduce|gather|to-all)(-start)?\(", line)]
     assert "f32[128,8]" in text

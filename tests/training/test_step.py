@@ -33,7 +33,7 @@ def train(family):
             state = loop.new_state(model, optimizer, 8, 0, abstract)
             for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
                 assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
-            step_function = loop.make_train_step(model, optimizer, accumulate, layout)
+            step_function = loop.make_train_step(model, optimizer, accumulate, layout, abstract)
             losses = []
             for step in range(steps):
                 state, metrics = step_function(state, place(batch(step), layout, mesh), loop.Keys.of(0).dropout)
@@ -53,24 +53,34 @@ def one_device():
     return {}
 
 
-@pytest.mark.parametrize(("devices", "parameters"), [(2, "replicated"), (4, "fsdp"), (8, "replicated"), (8, "fsdp")])
-def test_losses_do_not_depend_on_the_mesh(train, family, one_device, devices, parameters):
+@pytest.mark.parametrize(
+    ("mesh_config", "parameter_shares", "moment_shares"),
+    [
+        (MeshConfig(2), 1, 1),
+        (MeshConfig(8, "zero1"), 1, 8),
+        (MeshConfig(8, "fsdp"), 8, 8),
+        (MeshConfig(8, "fsdp", slices=2), 4, 4),
+    ],
+    ids=str,
+)
+def test_losses_do_not_depend_on_the_mesh(train, family, one_device, mesh_config, parameter_shares, moment_shares):
     """fp32, dropout on: its masks are the same on every mesh."""
     if family[0] not in one_device:
         one_device[family[0]], _ = train(20, MeshConfig(devices=1))
     expected = one_device[family[0]]
-    losses, state = train(20, MeshConfig(devices, parameters))
+    losses, state = train(20, mesh_config)
     np.testing.assert_allclose(losses[0], expected[0], rtol=1e-6)
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
-    kernels = [
+    kernel, *moments = (
         leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state))
         if path_name(path).endswith("layer_0/intermediate/kernel")
-    ]
-    assert len(kernels) == 3  # The parameter and its two moments.
-    for array in kernels:
-        assert array.addressable_shards[0].data.size * (devices if parameters == "fsdp" else 1) == array.size
+    )
+    assert len(moments) == 2
+    assert kernel.addressable_shards[0].data.size * parameter_shares == kernel.size
+    for moment in moments:
+        assert moment.addressable_shards[0].data.size * moment_shares == moment.size
 
 
 def test_accumulated_micro_batches_equal_one_batch(train, family):
@@ -134,10 +144,15 @@ def test_more_devices_than_there_are():
         MeshConfig(devices=9).build()
 
 
+def test_slices_that_are_not_there():
+    with pytest.raises(InputError, match=r"--mesh.slices 3: does not divide 8 devices"):
+        MeshConfig(slices=3).build()
+
+
 def test_fsdp_that_divides_nothing(tiny_bert):
     mesh_config = MeshConfig(devices=5, parameters="fsdp")
     with pytest.raises(
-        InputError, match=r"--mesh.parameters fsdp: 5 devices divide no dimension of \S+/(kernel|embedding) \("
+        InputError, match=r"--mesh.parameters: 5 devices divide no dimension of \S+/(kernel|embedding) \("
     ):
         loop.abstract_state(tiny_bert.build(), OPTIMIZER, 8, mesh_config.build(), "fsdp")
 
