@@ -113,11 +113,12 @@ class Bert(nn.Module):
 
     def masked_lm_logits(self, hidden_BMD: Array) -> Array:
         """[B, M, padded vocabulary], fp32: the transform, then the product with the word embeddings and a bias."""
-        x_BMD = gelu(self.masked_lm_transform(hidden_BMD))
-        x_BMD = self.masked_lm_layer_norm(x_BMD)
+        return self._masked_lm_logits(hidden_BMD).reshape(*hidden_BMD.shape[:-1], -1)
+
+    def _masked_lm_logits(self, hidden_BMD: Array) -> Array:
+        x_BMD = self.masked_lm_layer_norm(gelu(self.masked_lm_transform(hidden_BMD)))
         x_GD, table_VD = x_BMD.reshape(-1, x_BMD.shape[-1]), self.word_embeddings.table
-        logits_GV = tied_logits(x_GD, table_VD, self.config.vocab_size, self.masked_lm_bias)
-        return logits_GV.reshape(*x_BMD.shape[:-1], -1)
+        return tied_logits(x_GD, table_VD, self.config.vocab_size, self.masked_lm_bias)
 
     def next_sentence_logits(self, pooled_BKD: Array) -> Array:
         """[B, K, 2], fp32: index 0 says that B follows A (the reference's polarity)."""
@@ -126,9 +127,11 @@ class Bert(nn.Module):
     def _losses(self, batch: Batch) -> tuple[Sums, Sums]:
         last_BTD = self.hidden_states(batch["tokens"], batch["token_types"], batch["positions"], batch["segments"])[-1]
         masked_BMD = jnp.take_along_axis(last_BTD, batch["masked_positions"][..., None], 1)
-        nll_BM, correct_BM = cross_entropy(self.masked_lm_logits(masked_BMD), batch["masked_targets"])
-        losses = {"masked_lm_loss": _sum(nll_BM, batch["masked_weights"])}
-        metrics = {"masked_lm_accuracy": _sum(correct_BM, batch["masked_weights"])}
+        # Of all rows together: where M is no multiple of 8, a TPU would write the logits anew to part them by rows.
+        nll_G, correct_G = cross_entropy(self._masked_lm_logits(masked_BMD), batch["masked_targets"].reshape(-1))
+        weights_BM = batch["masked_weights"]
+        losses = {"masked_lm_loss": _sum(nll_G.reshape(weights_BM.shape), weights_BM)}
+        metrics = {"masked_lm_accuracy": _sum(correct_G.reshape(weights_BM.shape), weights_BM)}
         if "next_sentence_labels" in batch:
             pooled_BKD = self.pooled(last_BTD, batch["next_sentence_positions"])
             nll_BK, correct_BK = cross_entropy(self.next_sentence_logits(pooled_BKD), batch["next_sentence_labels"])

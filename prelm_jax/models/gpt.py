@@ -20,8 +20,8 @@ from jax import Array
 from prelm_jax.models.layers import (
     Dropout,
     Embedding,
+    Mask,
     attention_mask,
-    causal_mask,
     check_rows,
     gelu_tanh,
     normal,
@@ -93,7 +93,7 @@ class GPT(nn.Module):
 
     def hidden_states(self, tokens_BT: Array, positions_BT: Array, segments_BT: Array) -> tuple[Array, ...]:
         """The `num_layers` + 1 hidden states [B, T, D]: after the embeddings and after each layer."""
-        return self._decode(tokens_BT, positions_BT, attention_mask(segments_BT) & causal_mask(tokens_BT.shape[1]))
+        return self._decode(tokens_BT, positions_BT, attention_mask(segments_BT, causal=True))
 
     def logits(self, hidden_BTD: Array) -> Array:
         """[B, T, padded vocabulary], fp32: what comes after each token."""
@@ -114,12 +114,12 @@ class GPT(nn.Module):
         places_S = length - window + jnp.arange(window)
         mask_TS = (places_S[None] >= 0) & (places_S[None] <= places_T[:, None])
         positions_BT = jnp.broadcast_to(jnp.maximum(places_T, 0)[None], tokens_BT.shape)
-        last_BTD = self._decode(tokens_BT, positions_BT, mask_TS[None, None])[-1]
+        last_BTD = self._decode(tokens_BT, positions_BT, Mask(mask_TS[None, None]))[-1]
         return self.logits(last_BTD[:, -1:])[:, 0]
 
-    def _decode(self, tokens_BT: Array, positions_BT: Array, mask_B1TS: Array) -> tuple[Array, ...]:
+    def _decode(self, tokens_BT: Array, positions_BT: Array, mask: Mask) -> tuple[Array, ...]:
         x_BTD = self.token_embeddings(tokens_BT) + self.position_embeddings(positions_BT)
-        return self.decoder(self.embeddings_dropout(x_BTD.astype(self.dtype)), mask_B1TS)
+        return self.decoder(self.embeddings_dropout(x_BTD.astype(self.dtype)), mask)
 
     def _losses(self, batch: Batch) -> tuple[Sums, Sums]:
         last_BTD = self.hidden_states(batch["tokens"], batch["positions"], batch["segments"])[-1]
@@ -132,10 +132,10 @@ class GPT(nn.Module):
     def init_cache(self, batch_size: int) -> Params:
         """The collection `cache` of `next_logits` before the first token."""
         c = self.config
-        shape_BSNH = (batch_size, c.max_position_embeddings, c.num_heads, c.hidden_size // c.num_heads)
+        shape_BNSH = (batch_size, c.num_heads, c.max_position_embeddings, c.hidden_size // c.num_heads)
 
         def layer() -> Params:
-            return {"attention": {name: jnp.zeros(shape_BSNH, self.dtype) for name in ("keys", "values")}}
+            return {"attention": {name: jnp.zeros(shape_BNSH, self.dtype) for name in ("keys", "values")}}
 
         return {"decoder": {f"layer_{i}": layer() for i in range(c.num_layers)}}
 

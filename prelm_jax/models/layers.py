@@ -14,7 +14,9 @@ Parameters are fp32; a layer computes in the dtype of its input. Norms, softmax 
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -27,10 +29,18 @@ from prelm_jax.errors import InputError
 
 MASKED = -1e9  # Finite, so that a row with nothing to attend to (all padding) gives a mean and not a NaN.
 
+SPLASH_BLOCK = 128  # Tokens: the TPU's attention kernel takes multiples of it.
+
 # So many tokens on a device have their logits in memory at once, where the cross-entropy goes by chunks. On a CPU few,
 # whose logits stay in its cache; elsewhere many, because every chunk reads and writes the gradient of the table.
 CHUNK_TOKENS, CHUNK_TOKENS_ON_CPU = 4096, 512
 CHUNK_LOGITS = 2**28  # And no more logits than that, 1 GB, however large the vocabulary.
+
+
+def backend() -> str:
+    """The platform that a program is traced for: that of the mesh, which may be there to compile for only."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def padded_vocabulary(vocab_size: int) -> int:
@@ -109,14 +119,19 @@ def uniform(limit: float) -> nn.initializers.Initializer:
     return initializer
 
 
-@jax.custom_vjp
 def add_bias(x: Array, bias: Array) -> Array:
-    """x + bias for a 2-D x. The gradient of the bias is a product with ones: XLA's CPU backend sums columns slowly."""
+    """x + bias for a 2-D x."""
+    return _add_bias_on_cpu(x, bias) if backend() == "cpu" else x + bias[None]
+
+
+@jax.custom_vjp
+def _add_bias_on_cpu(x: Array, bias: Array) -> Array:
     return x + bias[None]
 
 
-add_bias.defvjp(
-    lambda x, bias: (add_bias(x, bias), None),
+# The gradient of the bias is a product with ones: XLA's CPU backend sums columns slowly.
+_add_bias_on_cpu.defvjp(
+    lambda x, bias: (_add_bias_on_cpu(x, bias), None),
     lambda _, g: (g, jnp.matmul(jnp.ones((1, len(g)), g.dtype), g, precision="highest")[0]),
 )
 
@@ -136,8 +151,49 @@ class Dense(nn.Module):
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", self.initializer, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.constant(self.initial_bias), (self.features,))
-        y = add_bias(x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype), bias.astype(x.dtype))
-        return y.reshape(*x.shape[:-1], self.features)
+        return affine(x, kernel, bias)
+
+
+def affine(x: Array, kernel: Array, bias: Array) -> Array:
+    """x W + b over the last axis, in the dtype of x."""
+    y = add_bias(x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype), bias.astype(x.dtype))
+    return y.reshape(*x.shape[:-1], -1)
+
+
+class SplitHeads(nn.Module):
+    """[B, N, T, H]: a dense layer over [B, T, D] whose output is cut into heads; the parameters are those of Dense."""
+
+    num_heads: int
+    head_size: int
+    initializer: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x_BTD: Array) -> Array:
+        N, H = self.num_heads, self.head_size
+        kernel = self.param("kernel", self.initializer, (x_BTD.shape[-1], N * H))
+        bias = self.param("bias", nn.initializers.zeros, (N * H,))
+        if backend() != "tpu":
+            return affine(x_BTD, kernel, bias).reshape(*x_BTD.shape[:2], N, H).swapaxes(1, 2)
+        # One product that writes where the attention kernel reads: a transposition would go through memory again.
+        kernel_DNH, bias_N1H = (w.astype(x_BTD.dtype).reshape(*w.shape[:-1], N, H) for w in (kernel, bias))
+        return jnp.einsum("BTD,DNH->BNTH", x_BTD, kernel_DNH) + bias_N1H.reshape(1, N, 1, H)
+
+
+class MergeHeads(nn.Module):
+    """[B, T, D]: a dense layer over what all heads [B, N, T, H] say of a token; the parameters are those of Dense."""
+
+    features: int
+    initializer: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x_BNTH: Array) -> Array:
+        B, N, T, H = x_BNTH.shape
+        kernel = self.param("kernel", self.initializer, (N * H, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        if backend() != "tpu":
+            return affine(x_BNTH.swapaxes(1, 2).reshape(B, T, N * H), kernel, bias)
+        kernel_NHD = kernel.astype(x_BNTH.dtype).reshape(N, H, -1)
+        return jnp.einsum("BNTH,NHD->BTD", x_BNTH, kernel_NHD) + bias.astype(x_BNTH.dtype)[None, None]
 
 
 class LayerNorm(nn.Module):
@@ -172,7 +228,22 @@ class Embedding(nn.Module):
 
 def gelu(x: Array) -> Array:
     """x Φ(x), the exact form (Hendrycks & Gimpel 2016). By erf, which is cheaper than the erfc of jax.nn.gelu."""
+    return _gelu_from_x(x) if backend() == "tpu" else 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+@jax.custom_vjp
+def _gelu_from_x(x: Array) -> Array:
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def _gelu_gradient(x: Array, g: Array) -> tuple[Array]:
+    # Left to autodiff, erf and exp are written to memory for the backward pass; without the barrier, so is this erf.
+    x32 = jax.lax.optimization_barrier(x).astype(jnp.float32)
+    density = jnp.exp(-0.5 * jnp.square(x32)) * math.sqrt(0.5 / math.pi)
+    return (((0.5 * (1 + jax.lax.erf(x32 * math.sqrt(0.5))) + x32 * density) * g).astype(x.dtype),)
+
+
+_gelu_from_x.defvjp(lambda x: (_gelu_from_x(x), x), _gelu_gradient)
 
 
 def gelu_tanh(x: Array) -> Array:
@@ -198,34 +269,90 @@ class Dropout(nn.Module):
 
     rate: float
 
+    @property
+    def drops(self) -> bool:
+        """Whether it does anything."""
+        return self.rate > 0 and self.has_rng("dropout")
+
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        if self.rate == 0 or not self.has_rng("dropout"):
+        if not self.drops:
             return x
         return _dropout(x, self.rate, self.make_rng("dropout"))
 
 
-def attention_mask(segments_BT: Array) -> Array:
-    """[B, 1, T, S]: a token attends to the tokens of its own segment; segment 0 is padding and takes no part."""
+def over_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, called on each device of the mesh with its own rows of all arguments and results."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1:  # 0 where no mesh is set.
+        return function
+    rows = P(mesh.axis_names)
+    return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)
+
+
+class Mask(NamedTuple):
+    """Who attends to whom: `allowed` [B or 1, 1, T, S]; and what it was made of, if a kernel is to make it anew."""
+
+    allowed_B1TS: Array
+    segments_BT: Array | None = None
+    causal: bool = False
+
+
+def attention_mask(segments_BT: Array, causal: bool = False) -> Mask:
+    """A token attends to the tokens of its own segment, with `causal` to itself and those before it in the row.
+
+    Segment 0 is padding and takes no part.
+    """
     same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
-    return (same_BTS & (segments_BT != 0)[:, None, :])[:, None]
+    allowed_B1TS = (same_BTS & (segments_BT != 0)[:, None, :])[:, None]
+    if causal:
+        length = segments_BT.shape[1]
+        allowed_B1TS &= jnp.tril(jnp.ones((length, length), bool))[None, None]
+    return Mask(allowed_B1TS, segments_BT, causal)
 
 
-def causal_mask(length: int) -> Array:
-    """[1, 1, T, S]: a token attends to itself and to those before it in the row."""
-    return jnp.tril(jnp.ones((length, length), bool))[None, None]
+def attention(q_BNTH: Array, k_BNSH: Array, v_BNSH: Array, mask: Mask, dropout: Dropout) -> Array:
+    """Scaled dot-product attention (Vaswani et al. 2017, 3.2.1), [B, N, T, H]; softmax in fp32.
 
-
-def attention(q_BTNH: Array, k_BSNH: Array, v_BSNH: Array, mask_B1TS: Array, dropout: Dropout) -> Array:
-    """Scaled dot-product attention (Vaswani et al. 2017, 3.2.1), [B, T, N, H]; softmax in fp32."""
-    B, T, N, H = q_BTNH.shape
+    On a TPU the scores stay in the memory of the core, unless they have dropout, which its kernel has not.
+    """
+    B, N, T, H = q_BNTH.shape
+    q_BNTH = q_BNTH / math.sqrt(H)
+    if backend() == "tpu" and mask.segments_BT is not None and T % SPLASH_BLOCK == 0 and not dropout.drops:
+        return splash_attention(q_BNTH, k_BNSH, v_BNSH, mask.segments_BT, mask.causal)
     # One batch axis, and that first: left to itself, XLA's CPU backend transposes more.
-    q_ATH, k_ASH, v_ASH = (x.swapaxes(1, 2).reshape(B * N, -1, H) for x in (q_BTNH / math.sqrt(H), k_BSNH, v_BSNH))
+    q_ATH, k_ASH, v_ASH = (x.reshape(B * N, -1, H) for x in (q_BNTH, k_BNSH, v_BNSH))
     scores_BNTS = jnp.einsum("ATH,ASH->ATS", q_ATH, k_ASH).reshape(B, N, T, -1)
-    scores_BNTS = jnp.where(mask_B1TS, scores_BNTS.astype(jnp.float32), MASKED)
-    weights_BNTS = dropout(jax.nn.softmax(scores_BNTS).astype(v_BSNH.dtype))
-    y_ATH = jnp.einsum("ATS,ASH->ATH", weights_BNTS.reshape(B * N, T, -1), v_ASH)
-    return y_ATH.reshape(B, N, T, H).swapaxes(1, 2)
+    scores_BNTS = jnp.where(mask.allowed_B1TS, scores_BNTS.astype(jnp.float32), MASKED)
+    weights_BNTS = dropout(jax.nn.softmax(scores_BNTS).astype(v_BNSH.dtype))
+    return jnp.einsum("ATS,ASH->ATH", weights_BNTS.reshape(B * N, T, -1), v_ASH).reshape(B, N, T, H)
+
+
+def splash_attention(q_BNTH: Array, k_BNTH: Array, v_BNTH: Array, segments_BT: Array, causal: bool) -> Array:
+    """Attention by blocks, in a kernel for TPUs that comes with JAX; q is scaled already. As `attention`, but padding
+    attends to padding.
+    """
+    # Imported here, for it takes half a second that no other backend has a use for.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    _, N, T, _ = q_BNTH.shape
+    block = max(size for size in range(SPLASH_BLOCK, 512 + 1, SPLASH_BLOCK) if T % size == 0)
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((T, T)) if causal else masks.FullMask((T, T))] * N),
+        block_sizes=splash.BlockSizes(
+            **dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv"), block), use_fused_bwd_kernel=True
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=backend() != "tpu",
+    )
+
+    def local(q_BNTH: Array, k_BNTH: Array, v_BNTH: Array, segments_BT: Array) -> Array:
+        return jax.vmap(kernel)(q_BNTH, k_BNTH, v_BNTH, splash.SegmentIds(segments_BT, segments_BT))
+
+    # Each device its own rows: what a kernel does is nothing that XLA could cut.
+    return over_rows(local)(q_BNTH, k_BNTH, v_BNTH, segments_BT)
 
 
 def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
@@ -311,7 +438,7 @@ def _local_chunks(
 ) -> tuple[tuple[Array, Array], tuple[Array, Array, Array | None] | None]:
     """The sums of `tied_cross_entropy`, and their gradients by x, by the table and by the bias."""
     tokens = targets_BT.size
-    at_once = CHUNK_TOKENS_ON_CPU if jax.default_backend() == "cpu" else CHUNK_TOKENS
+    at_once = CHUNK_TOKENS_ON_CPU if backend() == "cpu" else CHUNK_TOKENS
     chunks = math.ceil(tokens / min(at_once, max(1, CHUNK_LOGITS // len(table_VD))))
     padding = -tokens % chunks  # Tokens of weight zero.
     table = table_VD.astype(x_BTD.dtype)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from prelm_jax.errors import InputError
-from prelm_jax.models.layers import Dense, Dropout, LayerNorm, attention
+from prelm_jax.models.layers import Dense, Dropout, LayerNorm, Mask, MergeHeads, SplitHeads, attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,23 +38,23 @@ class Attention(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Array, mask_B1TS: Array) -> Array:
+    def __call__(self, x_BTD: Array, mask: Mask) -> Array:
         c = self.config
-        heads = (*x_BTD.shape[:2], c.num_heads, c.hidden_size // c.num_heads)
-        q_BTNH, k_BSNH, v_BSNH = (
-            Dense(c.hidden_size, c.initializer, name=name)(x_BTD).reshape(heads) for name in ("query", "key", "value")
+        q_BNTH, k_BNSH, v_BNSH = (
+            SplitHeads(c.num_heads, c.hidden_size // c.num_heads, c.initializer, name=name)(x_BTD)
+            for name in ("query", "key", "value")
         )
         if self.has_variable("cache", "keys"):  # These are the next tokens of a text whose others are known already.
-            k_BSNH, v_BSNH = self._appended("keys", k_BSNH), self._appended("values", v_BSNH)
-        y_BTNH = attention(q_BTNH, k_BSNH, v_BSNH, mask_B1TS, Dropout(c.attention_dropout, name="weights_dropout"))
-        y_BTD = Dense(c.hidden_size, c.initializer, name="output")(y_BTNH.reshape(x_BTD.shape))
+            k_BNSH, v_BNSH = self._appended("keys", k_BNSH), self._appended("values", v_BNSH)
+        y_BNTH = attention(q_BNTH, k_BNSH, v_BNSH, mask, Dropout(c.attention_dropout, name="weights_dropout"))
+        y_BTD = MergeHeads(c.hidden_size, c.initializer, name="output")(y_BNTH)
         return LayerNorm(c.layer_norm_eps, name="layer_norm")(x_BTD + Dropout(c.hidden_dropout)(y_BTD))
 
-    def _appended(self, name: str, new_BTNH: Array) -> Array:
+    def _appended(self, name: str, new_BNTH: Array) -> Array:
         """The cache of that name with new entries at its end; as many fall out at its beginning."""
-        cache_BSNH = jnp.concatenate([self.get_variable("cache", name), new_BTNH], 1)[:, new_BTNH.shape[1] :]
-        self.put_variable("cache", name, cache_BSNH)
-        return cache_BSNH
+        cache_BNSH = jnp.concatenate([self.get_variable("cache", name), new_BNTH], 2)[:, :, new_BNTH.shape[2] :]
+        self.put_variable("cache", name, cache_BNSH)
+        return cache_BNSH
 
 
 class Layer(nn.Module):
@@ -63,9 +63,9 @@ class Layer(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Array, mask_B1TS: Array) -> Array:
+    def __call__(self, x_BTD: Array, mask: Mask) -> Array:
         c = self.config
-        x_BTD = Attention(c, name="attention")(x_BTD, mask_B1TS)
+        x_BTD = Attention(c, name="attention")(x_BTD, mask)
         y_BTF = c.activation(Dense(c.intermediate_size, c.initializer, name="intermediate")(x_BTD))
         y_BTD = Dense(c.hidden_size, c.initializer, name="output")(y_BTF)
         return LayerNorm(c.layer_norm_eps, name="layer_norm")(x_BTD + Dropout(c.hidden_dropout)(y_BTD))
@@ -77,8 +77,8 @@ class Transformer(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Array, mask_B1TS: Array) -> tuple[Array, ...]:
+    def __call__(self, x_BTD: Array, mask: Mask) -> tuple[Array, ...]:
         hidden = [x_BTD]
         for i in range(self.config.num_layers):
-            hidden.append(Layer(self.config, name=f"layer_{i}")(hidden[-1], mask_B1TS))
+            hidden.append(Layer(self.config, name=f"layer_{i}")(hidden[-1], mask))
         return tuple(hidden)
