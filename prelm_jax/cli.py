@@ -121,6 +121,36 @@ def prepare(experiment: str, arguments: list[str]) -> None:
     _call(command, arguments[:beam], f"prelm prepare {experiment} [--beam RUNNER-OPTIONS …]")
 
 
+def plan(experiment: str, arguments: list[str]) -> None:
+    """Compile an experiment's train step for a TPU slice that need not be there; say what it would take."""
+    _, run = _experiment(experiment)
+
+    run_type = Annotated[type(run), tyro.conf.arg(name="")]
+
+    def command(
+        topology: str, run: run_type = run, as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    ) -> None:
+        """Compile the train step for chips that need not be there; with the options of `prelm pretrain`.
+
+        Args:
+            topology: What to compile for: a slice like v5e:4x4, or `local`, the devices of this machine.
+            as_json: Print one JSON object.
+        """
+        import jax
+
+        from prelm_jax.plan import LOCAL, plan
+
+        if topology != LOCAL:
+            jax.config.update("jax_platforms", "cpu")  # The compiler's library would look for chips to use.
+        planned = plan(run, topology, progress=lambda line: print(line, file=sys.stderr))
+        if as_json:
+            print(json.dumps(planned.as_json()))
+        else:
+            _print_plan(planned)
+
+    _call(command, arguments, f"prelm plan {experiment}")
+
+
 def evaluate(workdir: Positional[Place], corpus: tuple[str, ...] = ()) -> None:
     """Evaluate the newest checkpoint of a work directory on its held-out text, or on another corpus."""
     from prelm_jax import pretrain
@@ -258,17 +288,14 @@ def inspect_tokenizer(tokenizer: Positional[Path], input: Positional[Path | None
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
+OF_EXPERIMENTS = (prepare, plan, pretrain, batch)
 VERBS = {
-    verb.__name__: verb for verb in (prepare, pretrain, batch, evaluate, export, tokenize, embed, score, fill, generate)
-}
-VERBS |= {"tokenizer train": train_tokenizer, "tokenizer inspect": inspect_tokenizer}
+    verb.__name__: verb for verb in (*OF_EXPERIMENTS, evaluate, export, tokenize, embed, score, fill, generate)
+} | {"tokenizer train": train_tokenizer, "tokenizer inspect": inspect_tokenizer}
 
-EXPERIMENT = "FILE.py:FUNCTION [options]; examples are in experiments/"
 # The verbs whose first argument says which options there are.
 EXPECTED = {
-    "prepare": EXPERIMENT,
-    "pretrain": EXPERIMENT,
-    "batch": EXPERIMENT,
+    **{verb.__name__: "FILE.py:FUNCTION [options]; examples are in experiments/" for verb in OF_EXPERIMENTS},
     "tokenizer train": "KIND DIRECTORY --corpus SPEC …; KIND is wordpiece, bpe, sentencepiece or words",
 }
 
@@ -400,4 +427,32 @@ def _print_summary(summary: Any) -> None:
     table.add_section()
     table.add_row("unknown tokens", f"{summary.unknown_tokens:.2%}", "")
     table.add_row("training, tokens/s", f"{summary.tokens_per_second:,.0f}", "")
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _print_plan(plan: Any) -> None:
+    """What a step takes, and what bounds it, for a person who decides what to rent."""
+    GiB = 2**30
+    table = Table("", f"a step on each of {plan.chips} × {plan.device}")
+    fits = "fits" if plan.fits else f"DOES NOT FIT: {plan.advice}. What follows is of the largest batch"
+    table.add_row("memory", f"{plan.memory_needed / GiB:.2f} of {plan.memory_available / GiB:.2f} GiB: {fits}")
+    for name, (whole, share) in plan.shares.items():
+        if whole:
+            table.add_row(f"  {name}", f"{whole / 1e6:,.1f} MB in all, {share / 1e6:,.1f} MB on a chip")
+    table.add_row("batch", f"{plan.batch_size} rows, {plan.tokens:,} places")
+    table.add_section()
+    table.add_row(
+        "operations", f"{plan.model_flops / 1e12:.2f} TFLOP by the model, {plan.compiled_flops / 1e12:.2f} as compiled"
+    )
+    table.add_row("bytes touched", f"{plan.bytes / 1e9:.1f} GB")
+    for each, seconds in plan.collectives:
+        size = f"{each.count} × {each.devices} chips, {each.bytes / 1e6:,.2f} MB"
+        table.add_row(f"  {each.kind}", size if seconds is None else f"{size}: {seconds * 1e3:.3f} ms")
+    table.add_section()
+    times = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in plan.seconds_by.items())
+    table.add_row("at least, ms", f"{times}: bound by {plan.bound}")
+    table.add_row("MFU at most", f"{plan.mfu:.1%}")
+    table.add_row("tokens/s at most", f"{plan.tokens_per_second:,.0f}")
+    table.add_row("days at least", f"{plan.days:.2f} for {plan.steps:,} steps")
+    table.add_row("compiled in", f"{plan.compile_seconds:.0f} s")
     Console(width=None if sys.stdout.isatty() else 120).print(table)

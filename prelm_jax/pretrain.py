@@ -179,11 +179,7 @@ def pretrain(run: Run, workdir: Path) -> Summary:
     evaluation = _evaluation_batches(run.data, held_out, tokenizer, run.batch_size)
 
     mesh = run.mesh.build()
-    if run.batch_size % (run.accumulate * mesh.size):
-        raise InputError(
-            f"--batch-size {run.batch_size} cannot be divided into {run.accumulate} micro-batches (--accumulate) for "
-            f"{mesh.size} devices: choose a multiple of {run.accumulate * mesh.size}"
-        )
+    check_batch_size(run, mesh.size)
     model = run.model.build(jnp.dtype(run.precision))
     model.check(batches[0])
     _claim(workdir, run, corpus, tokenizer)
@@ -263,6 +259,15 @@ def export(workdir: Path, directory: Path) -> None:
     workdir = reachable(workdir)
     record = exchange.read_record(workdir)
     exchange.save(exchange.load(workdir), directory, _card(workdir, record))
+
+
+def check_batch_size(run: Run, devices: int) -> None:
+    """Raises InputError where micro-batches and devices do not divide the batch."""
+    if run.batch_size % (run.accumulate * devices):
+        raise InputError(
+            f"--batch-size {run.batch_size} cannot be divided into {run.accumulate} micro-batches (--accumulate) for "
+            f"{devices} devices: choose a multiple of {run.accumulate * devices}"
+        )
 
 
 def _introduce(run: Run, prepared: Prepared, state: loop.TrainState, mesh: Any) -> None:

@@ -396,12 +396,38 @@ def test_an_experiment_that_raises_shows_its_own_traceback(place):
         main(["pretrain", f"{place}/tiny.py:broken"])
 
 
+def test_plan(place, capsys):
+    tiny = f"{place}/tiny.py:tiny"
+    main(["plan", tiny, "--topology", "local", "--json", "--batch-size", "4"])
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["batch_size"] == 4 and planned["tokens"] == 4 * 32 and planned["bound"] == "compute"
+    main(["plan", tiny, "--topology", "local"])
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("memory", "parameters", "operations", "MFU at most", "days at least"))
+    assert "--topology v5e:5x5: not one of v4:{2x2x1," in complaint(capsys, "plan", tiny, "--topology", "v5e:5x5")
+    assert "--mesh.devices 9: there are 8" in complaint(
+        capsys, "plan", tiny, "--topology", "local", "--mesh.devices", 9
+    )
+    assert "usage: prelm plan FILE.py:FUNCTION" in complaint(capsys, "plan")
+
+
 def test_help(capsys):
     main(["--help"])
     out = capsys.readouterr().out
     assert all(
         verb in out
-        for verb in ("pretrain", "batch", "evaluate", "export", "tokenize", "embed", "score", "fill", "generate")
+        for verb in (
+            "pretrain",
+            "plan",
+            "batch",
+            "evaluate",
+            "export",
+            "tokenize",
+            "embed",
+            "score",
+            "fill",
+            "generate",
+        )
     )
     with pytest.raises(SystemExit) as stopped:
         main(["score", "--help"])

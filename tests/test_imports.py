@@ -18,7 +18,8 @@ ROOMS = {
     "training": set(),
     "exchange": {"models", "text", "training.checkpoint"},
     "pretrain": {"data", "exchange", "models", "text", "training"},
-    "cli": {"data", "exchange", "models", "pretrain", "text", "training"},
+    "plan": {"pretrain", "text", "training"},
+    "cli": {"data", "exchange", "models", "plan", "pretrain", "text", "training"},
     "__main__": {"cli"},
     "__init__": {"exchange"},
 }

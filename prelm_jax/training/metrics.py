@@ -15,25 +15,14 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from prelm_jax.errors import InputError
 from prelm_jax.places import is_remote
-
-# Dense bf16 peak in FLOP/s of one device, from the makers' data sheets.
-PEAKS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
+from prelm_jax.training.chips import find_chip
 
 
 def peak_flops(dtype: jnp.dtype, devices: int) -> float:
     """Matmul FLOP/s of so many devices: the data sheet's for bf16 on a known one, else measured on one (0.1 s)."""
-    kind = jax.devices()[0].device_kind
-    known = [peak for name, peak in PEAKS.items() if kind.startswith(name)]
-    if known and dtype == jnp.bfloat16:
-        return known[0] * devices
+    chip = find_chip(jax.devices()[0].device_kind)
+    if chip is not None and dtype == jnp.bfloat16:
+        return chip.flops * devices
     x = jnp.ones((1024, 1024), dtype)
     matmul = jax.jit(jnp.matmul)
     matmul(x, x).block_until_ready()

@@ -1,0 +1,93 @@
+"""The table of tpu/README.md: `prelm plan` for each experiment and slice; every row is a compile of some minutes.
+
+    python benchmarks/plans.py [--only v5e:4x4]
+
+Rows whose name or slice holds `--only` are made anew, the others stay. Needs the extra `tpu`, and no TPU.
+"""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "tpu" / "README.md"
+BEGIN, END = "<!-- made by benchmarks/plans.py -->\n", "<!-- end -->"
+
+# Name, experiment, slice, options. Default batches, but for the row with as many rows a chip on 16 times the chips.
+WIDE = ("--batch-size", "512")
+PLANS = (
+    ("BERT base, T=128", "bert.py:base", "v5e:4x4", ()),
+    ("BERT base, T=512", "bert.py:base_512", "v5e:4x4", ()),
+    ("BERT base, T=512", "bert.py:base_512", "v5e:4x4", WIDE),
+    (
+        "BERT base, T=512, no attention dropout",
+        "bert.py:base_512",
+        "v5e:4x4",
+        (*WIDE, "--model.attention-dropout", "0"),
+    ),
+    ("BERT large, T=128", "bert.py:large", "v5e:4x4", ()),
+    ("GPT base, T=512", "gpt1.py:base", "v5e:4x4", ()),
+    ("ELMo original, T=20", "elmo.py:original", "v5e:4x4", ()),
+    ("BERT base, T=128", "bert.py:base", "v4:2x2x1", ()),
+    ("BERT base, T=128", "bert.py:base", "v5p:2x2x1", ()),
+    ("BERT base, T=128", "bert.py:base", "v6e:2x4", ()),
+    ("BERT base, T=128", "bert.py:base", "v5e:16x16", ("--batch-size", "4096")),
+)
+HEADER = (
+    "| run | slice | rows a chip | HBM of a chip, GiB | ms at least: compute, memory, links | bound by | MFU at most | "
+    "tokens/s at most | days at least | compiled in |\n|---|---|---|---|---|---|---|---|---|---|\n"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Which rows to make."""
+
+    only: str = ""
+
+
+def row(name: str, topology: str, plan: dict[str, Any]) -> str:
+    """A line of the table."""
+    times = plan["seconds_by"]
+    cells = (
+        name,
+        f"`{topology}`",
+        f"{plan['batch_size'] / plan['chips']:g}",
+        f"{plan['memory_needed'] / 2**30:.1f} of {plan['memory_available'] / 2**30:.2f}"
+        + ("" if plan["fits"] else ": too much"),
+        ", ".join(f"{1e3 * times[side]:.1f}" for side in ("compute", "memory", "links")),
+        plan["bound"],
+        f"{plan['mfu']:.0%}",
+        f"{plan['tokens_per_second']:,.0f}",
+        f"{plan['days']:.1f}",
+        f"{plan['compile_seconds']:.0f} s",
+    )
+    return f"| {' | '.join(cells)} |\n"
+
+
+def main(settings: Settings) -> None:
+    """Makes the rows, and writes the table after each."""
+    text = README.read_text()
+    before, table, after = re.split(f"{BEGIN}|{END}", text)
+    old = table.removeprefix(HEADER).splitlines(keepends=True)
+    lines = old + [""] * (len(PLANS) - len(old))
+    for i, (name, experiment, topology, options) in enumerate(PLANS):
+        if settings.only not in f"{name} {topology}":
+            continue
+        command = (sys.executable, "-m", "prelm_jax", "plan", f"experiments/{experiment}", "--topology", topology)
+        done = subprocess.run([*command, "--json", *options], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} failed")
+        lines[i] = row(name, topology, json.loads(done.stdout))
+        print(lines[i], end="", flush=True)
+        README.write_text(f"{before}{BEGIN}{HEADER}{''.join(lines)}{END}{after}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

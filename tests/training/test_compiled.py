@@ -1,0 +1,79 @@
+"""Costs and collectives read off a compiled program, beside XLA's own analysis of the same work without a loop."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from prelm_jax.training.compiled import Collective, Program
+from prelm_jax.training.sharding import MeshConfig
+
+
+def multiplied(x, w, times, loop):
+    """x after `times` products with w, in a loop or written out."""
+    if loop:
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=times)[0]
+    for _ in range(times):
+        x = jnp.tanh(x @ w)
+    return x
+
+
+def test_the_body_of_a_loop_counts_as_often_as_it_runs():
+    x, w = jnp.ones((64, 128)), jnp.ones((128, 128))
+    compiled = jax.jit(multiplied, static_argnums=(2, 3)).lower(x, w, 7, True).compile()
+    flops, bytes_ = Program(compiled.as_text()).repeated()
+    assert flops == 6 * 2 * 64 * 128 * 128
+    # Each run reads x and w and writes x, at least; XLA may write a temporary or two.
+    least = 6 * 4 * (2 * 64 * 128 + 128 * 128)
+    assert least <= bytes_ <= 3 * least
+
+
+def test_without_a_loop_nothing_is_repeated():
+    compiled = jax.jit(multiplied, static_argnums=(2, 3)).lower(jnp.ones((8, 8)), jnp.ones((8, 8)), 3, False).compile()
+    assert Program(compiled.as_text()).repeated() == (0, 0)
+
+
+def test_a_loop_that_takes_slices_reads_the_slices():
+    """A sum over the rows of x reads x once, not once for each row."""
+    x = jnp.ones((100, 1000))
+    compiled = jax.jit(lambda x: jax.lax.scan(lambda c, row: (c + jnp.sin(row), None), x[0], x)[0]).lower(x).compile()
+    _, bytes_ = Program(compiled.as_text()).repeated()
+    assert 99 * 3 * 4000 <= bytes_ <= 99 * 6 * 4000
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_collectives(loop):
+    mesh = MeshConfig(devices=4).build()
+    rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=rows)
+
+    def gathered(x):
+        return jax.lax.with_sharding_constraint(jnp.cos(x), P()).T @ jnp.ones((8, 2))
+
+    def function(x):
+        if loop:
+            return jax.lax.scan(lambda c, _: (c + gathered(x * c.sum()).sum(), None), 1.0, length=5)[0]
+        return gathered(x)
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(function, out_shardings=whole).lower(x).compile().as_text()
+    times = 5 if loop else 1
+    assert Program(text).collectives() == [Collective("all-gather", 4, times, times * 8 * 16 * 4)]
+
+
+def test_the_ways_to_write_groups_and_what_starts_early():
+    text = """
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %a = f32[8]{0} all-reduce(%p), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %b = (f32[8]{0}, f32[16]{0}) all-gather-start(%a), replica_groups=[2,2]<=[4], dimensions={0}
+  %c = f32[16]{0} all-gather-done(%b)
+  ROOT %d = f32[4]{0:T(128)} reduce-scatter(%c), replica_groups=mesh['x'=4,'y'=2] {'x'}, dimensions={0}
+}
+"""
+    assert Program(text).collectives() == [
+        Collective("all-gather", 2, 1, 64),
+        Collective("all-reduce", 2, 1, 32),
+        Collective("reduce-scatter", 4, 1, 16),
+    ]
