@@ -187,8 +187,7 @@ def _weigh(run: Run, topology: str, mesh: jax.sharding.Mesh, progress: Callable[
     chip = chips.find_chip(device)
     costs, memory = step.compiled.cost_analysis(), step.compiled.memory_analysis()
     program = Program(step.compiled.as_text())
-    repeated_flops, repeated_bytes = program.repeated()
-    flops, bytes_ = costs["flops"] + repeated_flops, costs["bytes accessed"] + repeated_bytes
+    flops, bytes_ = np.multiply((costs["flops"], costs["bytes accessed"]), program.repetition()).tolist()
     model_flops = step.model.flops(step.batch) / mesh.size
     peak = chip.flops if chip else peak_flops(jnp.dtype(run.precision), 1)
     seconds_by, collectives = {"compute": max(flops, model_flops) / peak}, program.collectives()

@@ -1,6 +1,6 @@
 """What a compiled program does, read off its text (XLA's HLO): collectives, and loops as often as they run.
 
-XLA's cost analysis counts the body of a loop once, however often it runs; `repeated` is what it leaves out.
+XLA's cost analysis counts the body of a loop once, however often it runs; `repetition` is the factor it leaves out.
 """
 
 import collections
@@ -88,14 +88,18 @@ class Program:
         each = [Collective(*key, found[*key, "count"], found[*key, "bytes"]) for key in groups]
         return sorted(each, key=lambda collective: -collective.bytes)
 
-    def repeated(self) -> tuple[float, float]:
-        """(operations of products, bytes) of all runs of the bodies of loops but the first."""
-        flops = bytes_ = 0.0
+    def repetition(self) -> tuple[float, float]:
+        """How many times as many operations of products, and bytes, there are when loops count as often as they run."""
+        flops, bytes_ = [0.0, 0.0], [0.0, 0.0]  # Each once; as often as it runs.
         for computation, times in self._runs(fusions=False).items():
             for instruction in self._computations[computation].values():
-                bytes_ += (times - 1) * self._bytes(computation, instruction)
-                flops += (times - 1) * self._flops(computation, instruction)
-        return flops, bytes_
+                for total, one in (
+                    (flops, self._flops(computation, instruction)),
+                    (bytes_, self._bytes(computation, instruction)),
+                ):
+                    total[0] += one
+                    total[1] += times * one
+        return tuple(often / once if once else 1.0 for once, often in (flops, bytes_))
 
     def _runs(self, fusions: bool = True) -> dict[str, int]:
         """How often each computation runs that is reached from the entry; `fusions` too, which are one instruction."""
