@@ -32,7 +32,7 @@ use-elmo:
 test: .venv/installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses auto --dist worksteal
 
 format: .venv/installed-test
 	.venv/bin/ruff check --fix .

@@ -24,7 +24,7 @@ from prelm_jax.training.sharding import batch_sharding
 
 LOCAL = "local"
 GPT1_ALPHABET = 478  # Entries of GPT-1's vocabulary that are no merges.
-SYNTHETIC_TOKENS = 1_000_000  # More than a batch has, and made in a second.
+SYNTHETIC_TOKENS = (10_000, 1_000_000)  # At least, for some documents; at most: more than a batch has, in a second.
 ZIPF = 1.2  # The exponent with which random words are as often different as those of Simple English Wikipedia.
 
 
@@ -269,7 +269,7 @@ def _synthetic_batches(run: Run, vocab_size: int) -> Any:
     """The run's batches, of random words that follow Zipf's law: as many different ones as a text has."""
     tokenizer = _Tokenizer(vocab_size)
     first = len(tokenizer.special_ids)
-    wanted = min(SYNTHETIC_TOKENS, 4 * run.batch_size * run.data.max_length)
+    wanted = int(np.clip(4 * run.batch_size * run.data.max_length, *SYNTHETIC_TOKENS))
     ids = first + (np.random.default_rng(0).zipf(ZIPF, wanted) - 1) % (vocab_size - first)
     sentences = np.array_split(ids, wanted // 25)
     documents = [sentences[i : i + 20] for i in range(0, len(sentences), 20)]

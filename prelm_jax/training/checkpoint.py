@@ -112,8 +112,8 @@ class Checkpoints:
             else:
                 if saved_format != FORMAT:
                     raise InputError(
-                        f"{path} has format {saved_format}, not {FORMAT}: read it with the version of prelm_jax that "
-                        "wrote it, or start in another --workdir"
+                        f"{path} has format {saved_format}, not {FORMAT}: upgrade prelm_jax, or if it is newer than "
+                        "what wrote this, read it with that"
                     )
                 differing = [
                     f"{item}/{name}"

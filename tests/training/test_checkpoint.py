@@ -127,7 +127,7 @@ def test_all_damaged_is_an_error(directory):
 
 def test_another_format_is_refused(directory, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", 0)
-    with pytest.raises(InputError, match="has format 2, not 0: read it with the version"):
+    with pytest.raises(InputError, match="has format 2, not 0: upgrade prelm_jax"):
         restore(directory)
     assert (directory / "3").is_dir()
 
