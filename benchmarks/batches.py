@@ -23,7 +23,7 @@ VOCAB_SIZE = 30_522
 TOKENIZER = SimpleNamespace(
     vocab_size=VOCAB_SIZE,
     special_ids={"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103},
-    tokens=["##" * (i % 4 == 0) + str(i) for i in range(VOCAB_SIZE)],
+    continuation=np.arange(VOCAB_SIZE) % 4 == 0,
 )
 # As in ELMo's training on the One Billion Word Benchmark.
 WORDS = SimpleNamespace(vocab_size=793_471, special_ids={"<S>": 0, "</S>": 1, "<UNK>": 2}, unknown_id=2)

@@ -263,6 +263,7 @@ class _Tokenizer:
         self.special_ids = {token: i for i, token in enumerate(specials)}
         self.unknown_id = self.special_ids["<UNK>"]
         self.tokens = [*specials, *map(str, range(len(specials), vocab_size))]
+        self.continuation = np.arange(vocab_size) % 3 == 2  # one piece of three, as in a text
 
 
 def _synthetic_batches(run: Run, vocab_size: int) -> Any:

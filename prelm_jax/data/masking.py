@@ -49,7 +49,7 @@ class MaskingConfig:
             )
 
     def build(self, tokenizer, max_predictions: int, seed: int) -> "Masking":
-        """The masking of a run; `tokenizer` has `vocab_size`, `special_ids` and `tokens` (the string of each id)."""
+        """The masking of a run; `tokenizer` has `vocab_size`, `special_ids` and `continuation` (bool [vocab_size])."""
         return Masking(self, tokenizer, max_predictions, seed)
 
 
@@ -66,11 +66,11 @@ class Masking:
         self._mask_below = np.uint32(config.mask * _LARGEST)
         self._random_below = np.uint32((config.mask + config.random) * _LARGEST)
         if config.whole_word:
-            self._continuation_V = np.array([token.startswith("##") for token in tokenizer.tokens])
+            self._continuation_V = tokenizer.continuation
             if not self._continuation_V.any() and config.segmenter is None:
                 raise InputError(
-                    "masking.whole_word needs a vocabulary in which the pieces inside a word begin with ##, "
-                    "and this one has none: give a WordPiece vocabulary, or leave it off"
+                    "masking.whole_word needs a vocabulary with pieces that continue a word, and this one has none: "
+                    "give one of pieces, for Chinese also masking.segmenter, or leave it off"
                 )
 
     def __call__(

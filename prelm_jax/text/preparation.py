@@ -110,12 +110,11 @@ def _tokenised(shard: Shard, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, 
     for batch in _batches(shard, corpus):
         sentences = [split(document.text, document.sentences) for document in batch]
         texts = list(itertools.chain.from_iterable(sentences))
-        encoded = tokenizer.encode_batch(texts) if numbers is None else tokenizer.number_batch(texts, numbers)
-        ids = np.fromiter(itertools.chain.from_iterable(encoded), _dtype(tokenizer))
+        ids, length_S = tokenizer.encode_flat(texts) if numbers is None else tokenizer.number_flat(texts, numbers)
+        ids = ids.astype(_dtype(tokenizer))
         unknown = ids >= tokenizer.vocab_size
         if tokenizer.unknown_id is not None:
             unknown |= ids == tokenizer.unknown_id
-        length_S = np.fromiter(map(len, encoded), np.int64, len(encoded))
         document_S = np.repeat(np.arange(len(batch)), [len(of_document) for of_document in sentences])
         bytes_D = np.array([document.bytes for document in batch], np.int64)
         longest_D = np.array([max(map(len, document.text.split()), default=0) for document in batch], np.int64)

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from prelm_jax.errors import InputError
 from prelm_jax.text.bpe import BPE, beside
 from prelm_jax.text.files import read_json
@@ -31,6 +33,9 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, without special tokens."""
+
+    def encode_flat(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The same end to end, int32, and how many each text has, int64: for many texts, in less time."""
 
     def decode(self, ids: Iterable[int]) -> str: ...
 

@@ -95,9 +95,13 @@ class Words:
         """The ids of each text, that of <UNK> for words outside of the vocabulary."""
         return [[self._ids.get(word, self.unknown_id) for word in self._split(text)] for text in texts]
 
-    def number_batch(self, texts: list[str], numbers: dict[str, int]) -> list[list[int]]:
-        """The number of each word of each text in `numbers`, to which words that are new are added at its end."""
-        return [[numbers.setdefault(word, len(numbers)) for word in self._split(text)] for text in texts]
+    def encode_flat(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The same end to end, int32, and how many each text has, int64."""
+        return _flat(self.encode_batch(texts))
+
+    def number_flat(self, texts: list[str], numbers: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+        """The number of each word in `numbers`, to which words that are new are added at its end; as `encode_flat`."""
+        return _flat([[numbers.setdefault(word, len(numbers)) for word in self._split(text)] for text in texts])
 
     def decode(self, ids: Iterable[int]) -> str:
         """Words with spaces between them."""
@@ -112,6 +116,11 @@ class Words:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "vocab.txt").write_bytes("".join(f"{token}\n" for token in self.tokens).encode())
         (directory / SETTINGS).write_text(json.dumps({"tokenize": self.tokenize}, indent=2) + "\n")
+
+
+def _flat(encoded: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+    return np.fromiter(itertools.chain.from_iterable(encoded), np.int32, lengths.sum()), lengths
 
 
 class Splitter:

@@ -27,6 +27,7 @@ def tokenizer(vocab_size):
         vocab_size=vocab_size,
         special_ids={"[PAD]": PAD, "[UNK]": 4, "[CLS]": CLS, "[SEP]": SEP, "[MASK]": MASK},
         tokens=["##" * (i % 3 == 0) + str(i) for i in range(vocab_size)],
+        continuation=np.arange(vocab_size) % 3 == 0,
     )
 
 

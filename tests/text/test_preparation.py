@@ -200,9 +200,9 @@ def test_preparing_holds_a_batch_not_the_corpus(tmp_path, monkeypatch):
     largest = []
 
     class Watched(WordPiece):
-        def encode_batch(self, texts):
+        def encode_flat(self, texts):
             largest.append(sum(map(len, texts)))
-            return super().encode_batch(texts)
+            return super().encode_flat(texts)
 
     path.write_text("A cab. A bed.\n\n" * 2000)
     prepare(Corpus((str(path),)), Watched(TOKENIZER.tokens), tmp_path)
@@ -387,7 +387,7 @@ def test_what_ends_a_process_is_one_line(tmp_path, monkeypatch, end):
     (tmp_path / "a.txt").write_text("a cab, a cab\n\n" * 3)
 
     class Deadly(WordPiece):
-        def encode_batch(self, texts):
+        def encode_flat(self, texts):
             if end == "death":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise InputError("these are no texts")

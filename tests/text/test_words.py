@@ -77,7 +77,12 @@ def test_any_text(texts, tokenize):
             assert "".join(found) == "".join(text.split())
     ids = {token: index for index, token in enumerate(TOKENS)}
     assert words.encode_batch(texts) == [[ids.get(word, 2) for word in found] for found in parts]
-    assert words.number_batch(texts, ids) == [[ids[word] for word in found] for found in parts]
+    numbers, lengths = words.number_flat(texts, ids)
+    assert numbers.tolist() == [ids[word] for found in parts for word in found]
+    assert lengths.tolist() == [len(found) for found in parts]
+    known, lengths = words.encode_flat(texts)
+    assert known.tolist() == [index for text in words.encode_batch(texts) for index in text]
+    assert lengths.tolist() == [len(found) for found in parts]
     assert list(ids.values()) == list(range(len(ids)))
 
 
