@@ -102,18 +102,19 @@ COLLECTIVE = rf" ({'|'.join(COLLECTIVES)})(-start)?\("
 @needs_compiler
 @pytest.mark.parametrize("name", SMALLER)
 def test_compiled_for_a_pod(name, quick_compiler):
-    """Devices hand each other gradients, once, and no activations; the state is updated in place."""
+    """Devices hand each other gradients and no activations; the state is updated in place."""
     run = EXPERIMENTS[name]()
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, **SMALLER[name]))
     step = compile_step(run, MeshConfig().build(chips.compile_only_devices("v5e:4x4", 1)))
     text, memory = step.compiled.as_text(), step.compiled.memory_analysis()
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(step.state.params))
+    sizes_of_parameters = [leaf.size for leaf in jax.tree.leaves(step.state.params)]
     collectives = Program(text).collectives()
     assert {each.devices for each in collectives} == {16}
     sizes = {kind: sum(each.bytes for each in collectives if each.kind == kind) for kind in COLLECTIVES}
     if name != "elmo-original":
         assert {each.kind for each in collectives} == {"all-reduce"}
-    assert sizes["all-reduce"] < 4.01 * parameters
+    # Each gradient once, but for the table: its two uses, as input and as output, travel apart.
+    assert sizes["all-reduce"] < 4.01 * (sum(sizes_of_parameters) + max(sizes_of_parameters))
     forward = [line for line in text.splitlines() if re.search(COLLECTIVE, line) and "/jvp(" in line]
     assert not [line for line in forward if re.search(r"(embeddings|encoder|decoder)/", line)]
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((step.state.params, step.state.opt_state)))
