@@ -158,7 +158,7 @@ class Step:
 
 def compile_step(run: Run, mesh: jax.sharding.Mesh) -> Step:
     """The train step of `prelm pretrain`, for the devices of a mesh; nothing of it is allocated."""
-    vocab_size = run.model.vocab_size or _vocab_size(run.tokenizer)
+    vocab_size = run.model.vocab_size or vocab_size_of(run.tokenizer)
     model = dataclasses.replace(run.model, vocab_size=vocab_size).build(jnp.dtype(run.precision))
     batches = _synthetic_batches(run, vocab_size)
     example = batches[0]
@@ -249,12 +249,12 @@ def _share(tree: Any) -> tuple[int, int]:
     return whole, sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _vocab_size(tokenizer: Any) -> int:
+def vocab_size_of(tokenizer: Any) -> int:
     """Of a vocabulary that has not been trained; for BPE that of GPT-1's alphabet."""
     return tokenizer.num_merges + GPT1_ALPHABET if isinstance(tokenizer, BPEConfig) else tokenizer.vocab_size
 
 
-class _Tokenizer:
+class TokenizerOfSize:
     """As much of a tokenizer as batches need."""
 
     def __init__(self, vocab_size: int):
@@ -268,7 +268,7 @@ class _Tokenizer:
 
 def _synthetic_batches(run: Run, vocab_size: int) -> Any:
     """The run's batches, of random words that follow Zipf's law: as many different ones as a text has."""
-    tokenizer = _Tokenizer(vocab_size)
+    tokenizer = TokenizerOfSize(vocab_size)
     first = len(tokenizer.special_ids)
     wanted = int(np.clip(4 * run.batch_size * run.data.max_length, *SYNTHETIC_TOKENS))
     ids = first + (np.random.default_rng(0).zipf(ZIPF, wanted) - 1) % (vocab_size - first)

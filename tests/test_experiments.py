@@ -18,9 +18,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prelm_jax.paths import path_name
+from prelm_jax.plan import TokenizerOfSize, vocab_size_of
 from prelm_jax.pretrain import CIRCUMSTANCE, DATA, Run
-from prelm_jax.text import wordpiece, words
-from prelm_jax.text.bpe import BPEConfig
 from prelm_jax.text.store import Store
 from prelm_jax.training import loop
 from prelm_jax.training.optimizer import decays
@@ -46,26 +45,10 @@ def experiments() -> dict:
 EXPERIMENTS = experiments()
 
 
-def vocab_size(tokenizer) -> int:
-    """Of a trained vocabulary; that of BPE with GPT-1's alphabet."""
-    return tokenizer.num_merges + 478 if isinstance(tokenizer, BPEConfig) else tokenizer.vocab_size
-
-
 def build(run: Run):
     """The model at the size of its vocabulary, and its parameters without values."""
-    model = dataclasses.replace(run.model, vocab_size=vocab_size(run.tokenizer)).build(jnp.dtype(run.precision))
+    model = dataclasses.replace(run.model, vocab_size=vocab_size_of(run.tokenizer)).build(jnp.dtype(run.precision))
     return model, jax.eval_shape(model.init_params, jax.random.key(0))
-
-
-class TokenizerOfSize:
-    """As much of a tokenizer as batches need."""
-
-    def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
-        specials = (*wordpiece.SPECIAL_TOKENS, *words.SPECIAL_TOKENS)
-        self.special_ids = {token: i for i, token in enumerate(specials)}
-        self.unknown_id = self.special_ids["<UNK>"]
-        self.tokens = [*specials, *map(str, range(len(specials), vocab_size))]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -76,7 +59,7 @@ def test_one_step_lowers_on_four_devices(name):
     run = function()
     model, _ = build(run)
     assert type(run.data) is DATA[run.model.model_type]
-    tokenizer = TokenizerOfSize(vocab_size(run.tokenizer))
+    tokenizer = TokenizerOfSize(vocab_size_of(run.tokenizer))
     store = Store.from_documents([[[5, 6, 7]] * 400, [[8, 9]] * 400], tokenizer.tokens)
     batches = run.data.build(store, tokenizer, run.batch_size, run.seed)
     example = batches[0]
