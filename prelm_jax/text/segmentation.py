@@ -9,14 +9,14 @@ the vocabulary is a word of its own.
 
 import importlib.metadata
 import unicodedata
-import uuid
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
 from prelm_jax.errors import InputError
-from prelm_jax.text.cache import cache_directory, digest
+from prelm_jax.text.cache import cached_file, digest
 from prelm_jax.text.store import Store
 
 VERSION = 1  # raise it when the same store would give other words
@@ -35,18 +35,13 @@ def continuations(store: Store, tokens: list[str]) -> np.ndarray:
     except ImportError:
         raise InputError('masking.segmenter=jieba needs rjieba: pip install "prelm_jax[chinese]"') from None
     key = digest([VERSION, importlib.metadata.version("rjieba"), store.fingerprint, tokens])
-    path = cache_directory() / "continuations" / key
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Written whole or not at all, whatever else writes the same file at the same time.
-        unfinished = path.with_name(f".unfinished-{uuid.uuid4().hex}")
-        try:
-            with open(unfinished, "wb") as file:
-                for part in _parts(store, tokens, rjieba.cut):
-                    file.write(part.tobytes())
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+
+    def write(path: Path):
+        with open(path, "wb") as file:
+            for part in _parts(store, tokens, rjieba.cut):
+                file.write(part.tobytes())
+
+    path = cached_file("continuations", key, write)
     return np.asarray(np.memmap(path, bool, "r"))
 
 
