@@ -13,7 +13,7 @@ from prelm_jax.training.optimizer import Adagrad
 def demo() -> Run:
     """An ELMo for a coffee break: LSTMs of 256 on the prose that comes with every Python (2 MB).
 
-    Target: a perplexity on held-out text below a trigram's, in both directions. Cost: 4 minutes on two CPU cores.
+    Target: a perplexity on held-out text below a trigram's, in both directions. Cost: 7 minutes on two CPU cores.
 
         prelm pretrain experiments/elmo.py:demo
     """
