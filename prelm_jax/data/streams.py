@@ -283,9 +283,9 @@ class _Line:
 def _distinct(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What `np.unique` gives with the inverse (int32), of ids from 0 to 2^32: one sort of numbers is twice as fast."""
     place_bits = ids.size.bit_length()
-    order = ids.ravel().astype(np.uint64) << np.uint64(place_bits) | np.arange(ids.size, dtype=np.uint64)
+    order = ids.ravel().astype(np.int64) << place_bits | np.arange(ids.size)
     order.sort()
-    id, place = order >> np.uint64(place_bits), order & np.uint64((1 << place_bits) - 1)
+    id, place = order >> place_bits, order & (1 << place_bits) - 1
     first = np.append(True, id[1:] != id[:-1])
     number = np.empty(ids.size, np.int32)
     number[place] = np.cumsum(first) - 1
