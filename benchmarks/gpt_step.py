@@ -25,7 +25,7 @@ from harness import COMPILED, OURS
 from jax import Array
 
 from prelm_jax.models import gpt
-from prelm_jax.models.layers import cross_entropy, tied_logits
+from prelm_jax.models.cross_entropy import cross_entropy, tied_logits
 
 FLOP = "3 · B·T·(L·(24·D² + 4·D·T) + 2·D·V)"
 PLAIN, TORCH = "ours, plain loss", "strong torch"

@@ -20,12 +20,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from prelm_jax.errors import InputError, Preempted
 from prelm_jax.places import is_remote
+from prelm_jax.tables import of_plan, of_summary, of_tokenizer, print_table
 
 USER_ERROR = 1
 PREEMPTED = 75
@@ -73,7 +72,7 @@ def pretrain(experiment: str, arguments: list[str]) -> None:
         summary = pretrain.pretrain(run, workdir)
         if jax.process_index() != 0:
             return
-        _print_summary(summary)
+        print_table(of_summary(summary))
         print(f"\nThe run is in {workdir}. Next:")
         print(f"  prelm export {workdir} DIRECTORY")
         verb = next(verb for verb in EXAMPLES if hasattr(family(run.model.model_type, workdir), verb))
@@ -146,7 +145,7 @@ def plan(experiment: str, arguments: list[str]) -> None:
         if as_json:
             print(json.dumps(planned.as_json()))
         else:
-            _print_plan(planned)
+            print_table(of_plan(planned))
 
     _call(command, arguments, f"prelm plan {experiment}")
 
@@ -156,7 +155,7 @@ def evaluate(workdir: Positional[Place], corpus: tuple[str, ...] = ()) -> None:
     from prelm_jax import pretrain
 
     _configure_jax()
-    _print_summary(pretrain.evaluate(workdir, corpus))
+    print_table(of_summary(pretrain.evaluate(workdir, corpus)))
 
 
 def export(workdir: Positional[Place], directory: Positional[Path]) -> None:
@@ -265,27 +264,8 @@ def inspect_tokenizer(tokenizer: Positional[Path], input: Positional[Path | None
     from prelm_jax.text import tokenizer as tokenizers
     from prelm_jax.text.files import read_lines
 
-    loaded = tokenizers.load(tokenizer, lowercase=not cased)
-    table = Table(show_header=False)
-    table.add_row("kind", type(loaded).__name__)
-    table.add_row("entries", f"{loaded.vocab_size:,}")
-    table.add_row("special tokens", escape(", ".join(f"{name} {index}" for name, index in loaded.special_ids.items())))
-    table.add_row("lower-cased", "yes" if loaded.lowercase else "no")
-    table.add_row("longest entries", escape("  ".join(sorted(loaded.tokens, key=len, reverse=True)[:5])))
-    if input is not None:
-        lines = read_lines(input)
-        encoded = loaded.encode_batch(lines)
-        unknown = [ids.count(loaded.unknown_id) for ids in encoded]
-        tokens = max(1, sum(map(len, encoded)))
-        table.add_section()
-        table.add_row("tokens", f"{sum(map(len, encoded)):,}")
-        table.add_row("bytes per token", f"{sum(len(line.encode()) for line in lines) / tokens:.3f}")
-        table.add_row("tokens per word", f"{tokens / max(1, sum(len(line.split()) for line in lines)):.3f}")
-        table.add_row("unknown tokens", f"{sum(unknown) / tokens:.2%}")
-        for i in sorted(range(len(lines)), key=unknown.__getitem__, reverse=True)[:5]:
-            if unknown[i]:
-                table.add_row(f"line {i + 1}: {unknown[i]} unknown", escape(lines[i][:200]))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    lines = None if input is None else list(read_lines(input))
+    print_table(of_tokenizer(tokenizers.load(tokenizer, lowercase=not cased), lines))
 
 
 OF_EXPERIMENTS = (prepare, plan, pretrain, batch)
@@ -416,43 +396,3 @@ def _hush_orbax() -> None:
             usual(unraisable)
 
     sys.unraisablehook = unraisablehook
-
-
-def _print_summary(summary: Any) -> None:
-    """What was reached on held-out text, beside what models that know next to nothing reach."""
-    table = Table("held-out", "model", "baseline")
-    for name, value in summary.evaluation.items():
-        baselines = ", ".join(f"{known} {x:.3f}" for known, x in summary.baselines.get(name, {}).items())
-        table.add_row(name.replace("_", " "), f"{value:.3f}", baselines)
-    table.add_section()
-    table.add_row("unknown tokens", f"{summary.unknown_tokens:.2%}", "")
-    table.add_row("training, tokens/s", f"{summary.tokens_per_second:,.0f}", "")
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
-def _print_plan(plan: Any) -> None:
-    """What a step takes, and what bounds it, for a person who decides what to rent."""
-    GiB = 2**30
-    table = Table("", f"a step on each of {plan.chips} × {plan.device}")
-    fits = "fits" if plan.fits else f"DOES NOT FIT: {plan.advice}. What follows is of the largest batch"
-    table.add_row("memory", f"{plan.memory_needed / GiB:.2f} of {plan.memory_available / GiB:.2f} GiB: {fits}")
-    for name, (whole, share) in plan.shares.items():
-        if whole:
-            table.add_row(f"  {name}", f"{whole / 1e6:,.1f} MB in all, {share / 1e6:,.1f} MB on a chip")
-    table.add_row("batch", f"{plan.batch_size} rows, {plan.tokens:,} places")
-    table.add_section()
-    table.add_row(
-        "operations", f"{plan.model_flops / 1e12:.2f} TFLOP by the model, {plan.compiled_flops / 1e12:.2f} as compiled"
-    )
-    table.add_row("bytes touched", f"{plan.bytes / 1e9:.1f} GB")
-    for each, seconds in plan.collectives:
-        size = f"{each.count} × {each.devices} chips, {each.bytes / 1e6:,.2f} MB"
-        table.add_row(f"  {each.kind}", size if seconds is None else f"{size}: {seconds * 1e3:.3f} ms")
-    table.add_section()
-    times = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in plan.seconds_by.items())
-    table.add_row("at least, ms", f"{times}: bound by {plan.bound}")
-    table.add_row("MFU at most", f"{plan.mfu:.1%}")
-    table.add_row("tokens/s at most", f"{plan.tokens_per_second:,.0f}")
-    table.add_row("days at least", f"{plan.days:.2f} for {plan.steps:,} steps")
-    table.add_row("compiled in", f"{plan.compile_seconds:.0f} s")
-    Console(width=None if sys.stdout.isatty() else 120).print(table)

@@ -34,8 +34,11 @@ def cache_of_its_own(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
-    """A program that several tests compile is compiled once."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    """A program that several tests compile is compiled once, by whichever of pytest's processes comes first."""
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = directory.parent
+    jax.config.update("jax_compilation_cache_dir", str(directory / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -19,7 +19,8 @@ ROOMS = {
     "exchange": {"models", "text", "training.checkpoint"},
     "pretrain": {"data", "exchange", "models", "text", "training"},
     "plan": {"pretrain", "text", "training"},
-    "cli": {"data", "exchange", "models", "plan", "pretrain", "text", "training"},
+    "tables": set(),
+    "cli": {"data", "exchange", "models", "plan", "pretrain", "tables", "text", "training"},
     "__main__": {"cli"},
     "__init__": {"exchange"},
 }

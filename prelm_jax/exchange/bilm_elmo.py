@@ -24,8 +24,8 @@ from jax import Array
 from prelm_jax.errors import InputError
 from prelm_jax.exchange import batching, huggingface
 from prelm_jax.exchange.model import ELMO_OPTIONS, ELMO_WEIGHTS, Model, Params, abstract_params
+from prelm_jax.models.cross_entropy import cross_entropy
 from prelm_jax.models.elmo import ELMo, ELMoConfig
-from prelm_jax.models.layers import cross_entropy
 from prelm_jax.paths import path_name
 from prelm_jax.text.characters import BEGIN_SENTENCE, END_SENTENCE, MAX_CHARACTERS, characters
 from prelm_jax.text.files import read_json

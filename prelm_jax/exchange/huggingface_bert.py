@@ -19,7 +19,7 @@ from prelm_jax.errors import InputError
 from prelm_jax.exchange import batching, huggingface
 from prelm_jax.exchange.model import Model, Params, abstract_params
 from prelm_jax.models.bert import Bert, BertConfig
-from prelm_jax.models.layers import cross_entropy
+from prelm_jax.models.cross_entropy import cross_entropy
 from prelm_jax.paths import path_name
 from prelm_jax.text.files import read_json
 

@@ -21,8 +21,9 @@ from jax import Array
 from prelm_jax.errors import InputError
 from prelm_jax.exchange import batching, huggingface
 from prelm_jax.exchange.model import ORIGINAL_GPT, Model, Params, abstract_params
+from prelm_jax.models.cross_entropy import cross_entropy
 from prelm_jax.models.gpt import GPT, GPTConfig
-from prelm_jax.models.layers import MASKED, cross_entropy
+from prelm_jax.models.layers import MASKED
 from prelm_jax.paths import path_name
 from prelm_jax.text.files import read_json
 

@@ -17,17 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from prelm_jax.models.attention import attention_mask
+from prelm_jax.models.cross_entropy import cross_entropy, tied_logits
 from prelm_jax.models.layers import (
     Dense,
     Dropout,
     Embedding,
     LayerNorm,
-    attention_mask,
     check_rows,
-    cross_entropy,
     gelu,
     padded_vocabulary,
-    tied_logits,
     truncated_normal,
 )
 from prelm_jax.models.transformer import Transformer, TransformerConfig, check_heads

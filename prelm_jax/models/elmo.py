@@ -22,19 +22,8 @@ from jax.sharding import PartitionSpec
 
 from prelm_jax.errors import InputError
 from prelm_jax.models.character_cnn import CharacterCNN, CharacterCNNConfig
-from prelm_jax.models.layers import (
-    MASKED,
-    Dropout,
-    Embedding,
-    add_bias,
-    check_rows,
-    cross_entropy,
-    normal,
-    padded_vocabulary,
-    tied_cross_entropy,
-    tied_logits,
-    uniform,
-)
+from prelm_jax.models.cross_entropy import cross_entropy, tied_cross_entropy, tied_logits
+from prelm_jax.models.layers import MASKED, Dropout, Embedding, add_bias, check_rows, normal, padded_vocabulary, uniform
 from prelm_jax.models.lstm import LSTMStack, lstm
 
 Params = dict[str, Any]

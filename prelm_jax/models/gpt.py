@@ -17,18 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from prelm_jax.models.layers import (
-    Dropout,
-    Embedding,
-    Mask,
-    attention_mask,
-    check_rows,
-    gelu_tanh,
-    normal,
-    padded_vocabulary,
-    tied_cross_entropy,
-    tied_logits,
-)
+from prelm_jax.models.attention import Mask, attention_mask
+from prelm_jax.models.cross_entropy import tied_cross_entropy, tied_logits
+from prelm_jax.models.layers import Dropout, Embedding, check_rows, gelu_tanh, normal, padded_vocabulary
 from prelm_jax.models.transformer import Transformer, TransformerConfig, check_heads
 
 Params = dict[str, Any]

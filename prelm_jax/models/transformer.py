@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from prelm_jax.errors import InputError
-from prelm_jax.models.layers import Dense, Dropout, LayerNorm, Mask, MergeHeads, SplitHeads, attention
+from prelm_jax.models.attention import Mask, MergeHeads, SplitHeads, attention
+from prelm_jax.models.layers import Dense, Dropout, LayerNorm
 
 
 @dataclasses.dataclass(frozen=True)

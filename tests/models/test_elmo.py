@@ -150,7 +150,7 @@ def without_negatives(batch):
 @pytest.mark.parametrize("sampled", [True, False])
 def test_training_loss_and_gradients_equal_the_reference(params, carry, masks, monkeypatch, sampled):
     """Dropout by given masks; the gradient of every parameter along a random direction, by finite differences."""
-    monkeypatch.setattr(layers, "CHUNK_TOKENS_ON_CPU", 7)
+    monkeypatch.setattr("prelm_jax.models.cross_entropy.CHUNK_TOKENS_ON_CPU", 7)
     config, batch = CONFIG, make_batch() if sampled else without_negatives(make_batch())
     step = jax.jit(jax.value_and_grad(partial(objective, config.build()), has_aux=True))
     (total, (_, states)), gradients = step(fp32(params), fp32(carry), batch, jax.random.key(0))
@@ -203,7 +203,7 @@ def test_expected_counts_are_exact_for_the_rarest_words():
 
 
 def test_the_full_softmax_holds_few_logits_at_once(params, carry, monkeypatch):
-    monkeypatch.setattr(layers, "CHUNK_LOGITS", 10 * 128)
+    monkeypatch.setattr("prelm_jax.models.cross_entropy.CHUNK_LOGITS", 10 * 128)
     batch = make_batch()
     text = str(jax.make_jaxpr(partial(objective, CONFIG.build(), key=None))(fp32(params), fp32(carry), batch))
     assert "f32[10,128]" in text

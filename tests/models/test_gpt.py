@@ -19,8 +19,9 @@ from prelm_jax.errors import InputError
 from prelm_jax.exchange.huggingface_gpt import tensor_name
 from prelm_jax.exchange.model import abstract_params
 from prelm_jax.models import layers
+from prelm_jax.models.cross_entropy import tied_cross_entropy
 from prelm_jax.models.gpt import GPTConfig
-from prelm_jax.models.layers import normal, tied_cross_entropy
+from prelm_jax.models.layers import normal
 from prelm_jax.paths import path_name
 
 CONFIG = GPTConfig(vocab_size=37, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=16)
@@ -311,7 +312,7 @@ def plain(x_BTD, table_VD, targets_BT, weights_BT):
 @pytest.fixture(params=[1, 7, 40, 1000])
 def chunked(request, monkeypatch):
     """The function to test, at most so many tokens of 40 at a time (a multiple, a remainder, all)."""
-    monkeypatch.setattr(layers, "CHUNK_TOKENS_ON_CPU", request.param)
+    monkeypatch.setattr("prelm_jax.models.cross_entropy.CHUNK_TOKENS_ON_CPU", request.param)
     return lambda x, table, targets, weights: tied_cross_entropy(x, table, targets, weights, 100)
 
 
@@ -335,7 +336,7 @@ def test_the_loss_by_chunks_equals_the_plain_one(chunked):
 
 
 def test_the_gradient_by_chunks_equals_finite_differences(monkeypatch):
-    monkeypatch.setattr(layers, "CHUNK_TOKENS_ON_CPU", 7)
+    monkeypatch.setattr("prelm_jax.models.cross_entropy.CHUNK_TOKENS_ON_CPU", 7)
     x, table, targets, weights = example()
     gradients = jax.jit(jax.grad(lambda x, table: tied_cross_entropy(x, table, targets, weights, 100)[0], (0, 1)))
     dx, dtable = (np.asarray(gradient, np.float64) for gradient in gradients(x, table))
@@ -354,7 +355,7 @@ def test_the_gradient_by_chunks_equals_finite_differences(monkeypatch):
 
 
 def test_no_array_holds_the_logits_of_all_tokens(monkeypatch):
-    monkeypatch.setattr(layers, "CHUNK_TOKENS_ON_CPU", 10)
+    monkeypatch.setattr("prelm_jax.models.cross_entropy.CHUNK_TOKENS_ON_CPU", 10)
 
     def sizes(function):
         text = (
@@ -367,7 +368,7 @@ def test_no_array_holds_the_logits_of_all_tokens(monkeypatch):
 
 
 def test_in_half_precision_the_sums_are_kept_in_full(monkeypatch):
-    monkeypatch.setattr(layers, "CHUNK_TOKENS_ON_CPU", 7)
+    monkeypatch.setattr("prelm_jax.models.cross_entropy.CHUNK_TOKENS_ON_CPU", 7)
     x, *rest = example()
     x = jnp.asarray(x, jnp.bfloat16)
     rest[0] = np.asarray(rest[0].astype(jnp.bfloat16), np.float32)  # The table, rounded as the function rounds it.
@@ -384,7 +385,7 @@ def test_in_half_precision_the_sums_are_kept_in_full(monkeypatch):
 
 
 def test_on_several_devices_the_gradients_are_summed_once(monkeypatch):
-    monkeypatch.setattr(layers, "CHUNK_TOKENS_ON_CPU", 10)
+    monkeypatch.setattr("prelm_jax.models.cross_entropy.CHUNK_TOKENS_ON_CPU", 10)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     arguments = example(rows=16)
     place = partial(jax.device_put, device=NamedSharding(mesh, P()))

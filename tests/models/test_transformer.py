@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prelm_jax.models import layers
-from prelm_jax.models.layers import Dropout, attention, attention_mask, splash_attention
+from prelm_jax.models import attention as heads
+from prelm_jax.models import cross_entropy, layers
+from prelm_jax.models.attention import attention, attention_mask, splash_attention
+from prelm_jax.models.layers import Dropout
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt"])
@@ -20,9 +22,10 @@ def test_the_ways_of_a_tpu_change_nothing(family, request, monkeypatch):
         losses, _, _ = model.loss(params, {}, batch, jax.random.key(1))
         return sum(total for total, _ in losses.values())
 
-    expected = jax.value_and_grad(loss)(params)
-    monkeypatch.setattr(layers, "backend", lambda: "tpu")
-    found = jax.value_and_grad(loss)(params)
+    expected = jax.jit(jax.value_and_grad(loss))(params)
+    for module in (layers, heads, cross_entropy):
+        monkeypatch.setattr(module, "backend", lambda: "tpu")
+    found = jax.jit(jax.value_and_grad(loss))(params)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
 
@@ -39,7 +42,8 @@ def test_the_attention_kernel(causal):
     mask = attention_mask(jnp.asarray(segments), causal)
 
     def value(attend):
-        return jax.value_and_grad(lambda q, k, v: (real * jnp.sin(attend(q, k, v))).sum(), argnums=(0, 1, 2))(q, k, v)
+        loss = jax.value_and_grad(lambda q, k, v: (real * jnp.sin(attend(q, k, v))).sum(), argnums=(0, 1, 2))
+        return jax.jit(loss)(q, k, v)
 
     found = value(lambda q, k, v: splash_attention(q / 4, k, v, mask.segments_BT, causal))
     expected = value(lambda q, k, v: attention(q, k, v, mask, Dropout(0.0).bind({})))

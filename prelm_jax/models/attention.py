@@ -1,0 +1,125 @@
+"""Attention: who attends to whom, heads and their scores; the layout that a backend wants is known here alone."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from prelm_jax.models.layers import MASKED, Dropout, affine, backend
+
+SPLASH_BLOCK = 128  # Tokens: the TPU's attention kernel takes multiples of it.
+
+
+class SplitHeads(nn.Module):
+    """[B, N, T, H]: a dense layer over [B, T, D] whose output is cut into heads; the parameters are those of Dense."""
+
+    num_heads: int
+    head_size: int
+    initializer: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x_BTD: Array) -> Array:
+        N, H = self.num_heads, self.head_size
+        kernel = self.param("kernel", self.initializer, (x_BTD.shape[-1], N * H))
+        bias = self.param("bias", nn.initializers.zeros, (N * H,))
+        if backend() != "tpu":
+            return affine(x_BTD, kernel, bias).reshape(*x_BTD.shape[:2], N, H).swapaxes(1, 2)
+        # One product that writes where the attention kernel reads: a transposition would go through memory again.
+        kernel_DNH, bias_N1H = (w.astype(x_BTD.dtype).reshape(*w.shape[:-1], N, H) for w in (kernel, bias))
+        return jnp.einsum("BTD,DNH->BNTH", x_BTD, kernel_DNH) + bias_N1H.reshape(1, N, 1, H)
+
+
+class MergeHeads(nn.Module):
+    """[B, T, D]: a dense layer over what all heads [B, N, T, H] say of a token; the parameters are those of Dense."""
+
+    features: int
+    initializer: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x_BNTH: Array) -> Array:
+        B, N, T, H = x_BNTH.shape
+        kernel = self.param("kernel", self.initializer, (N * H, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        if backend() != "tpu":
+            return affine(x_BNTH.swapaxes(1, 2).reshape(B, T, N * H), kernel, bias)
+        kernel_NHD = kernel.astype(x_BNTH.dtype).reshape(N, H, -1)
+        return jnp.einsum("BNTH,NHD->BTD", x_BNTH, kernel_NHD) + bias.astype(x_BNTH.dtype)[None, None]
+
+
+def over_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, called on each device of the mesh with its own rows of all arguments and results."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1:  # 0 where no mesh is set.
+        return function
+    rows = P(mesh.axis_names)
+    return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)
+
+
+class Mask(NamedTuple):
+    """Who attends to whom: `allowed` [B or 1, 1, T, S]; and what it was made of, if a kernel is to make it anew."""
+
+    allowed_B1TS: Array
+    segments_BT: Array | None = None
+    causal: bool = False
+
+
+def attention_mask(segments_BT: Array, causal: bool = False) -> Mask:
+    """A token attends to the tokens of its own segment, with `causal` to itself and those before it in the row.
+
+    Segment 0 is padding and takes no part.
+    """
+    same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+    allowed_B1TS = (same_BTS & (segments_BT != 0)[:, None, :])[:, None]
+    if causal:
+        length = segments_BT.shape[1]
+        allowed_B1TS &= jnp.tril(jnp.ones((length, length), bool))[None, None]
+    return Mask(allowed_B1TS, segments_BT, causal)
+
+
+def attention(q_BNTH: Array, k_BNSH: Array, v_BNSH: Array, mask: Mask, dropout: Dropout) -> Array:
+    """Scaled dot-product attention (Vaswani et al. 2017, 3.2.1), [B, N, T, H]; softmax in fp32.
+
+    On a TPU the scores stay in the memory of the core, unless they have dropout, which its kernel has not.
+    """
+    B, N, T, H = q_BNTH.shape
+    q_BNTH = q_BNTH / math.sqrt(H)
+    if backend() == "tpu" and mask.segments_BT is not None and T % SPLASH_BLOCK == 0 and not dropout.drops:
+        return splash_attention(q_BNTH, k_BNSH, v_BNSH, mask.segments_BT, mask.causal)
+    # One batch axis, and that first: left to itself, XLA's CPU backend transposes more.
+    q_ATH, k_ASH, v_ASH = (x.reshape(B * N, -1, H) for x in (q_BNTH, k_BNSH, v_BNSH))
+    scores_BNTS = jnp.einsum("ATH,ASH->ATS", q_ATH, k_ASH).reshape(B, N, T, -1)
+    scores_BNTS = jnp.where(mask.allowed_B1TS, scores_BNTS.astype(jnp.float32), MASKED)
+    weights_BNTS = dropout(jax.nn.softmax(scores_BNTS).astype(v_BNSH.dtype))
+    return jnp.einsum("ATS,ASH->ATH", weights_BNTS.reshape(B * N, T, -1), v_ASH).reshape(B, N, T, H)
+
+
+def splash_attention(q_BNTH: Array, k_BNTH: Array, v_BNTH: Array, segments_BT: Array, causal: bool) -> Array:
+    """Attention by blocks, in a kernel for TPUs that comes with JAX; q is scaled already. As `attention`, but padding
+    attends to padding.
+    """
+    # Imported here, for it takes half a second that no other backend has a use for.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    _, N, T, _ = q_BNTH.shape
+    block = max(size for size in range(SPLASH_BLOCK, 512 + 1, SPLASH_BLOCK) if T % size == 0)
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((T, T)) if causal else masks.FullMask((T, T))] * N),
+        block_sizes=splash.BlockSizes(
+            **dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv"), block), use_fused_bwd_kernel=True
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=backend() != "tpu",
+    )
+
+    def local(q_BNTH: Array, k_BNTH: Array, v_BNTH: Array, segments_BT: Array) -> Array:
+        return jax.vmap(kernel)(q_BNTH, k_BNTH, v_BNTH, splash.SegmentIds(segments_BT, segments_BT))
+
+    # Each device its own rows: what a kernel does is nothing that XLA could cut.
+    return over_rows(local)(q_BNTH, k_BNTH, v_BNTH, segments_BT)

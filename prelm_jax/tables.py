@@ -1,0 +1,80 @@
+"""Tables for a person at a terminal."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+GiB = 2**30
+
+
+def print_table(table: Table) -> None:
+    """Prints it as wide as the terminal; where there is none, 120 columns wide."""
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def of_summary(summary: Any) -> Table:
+    """What was reached on held-out text, beside what models that know next to nothing reach."""
+    table = Table("held-out", "model", "baseline")
+    for name, value in summary.evaluation.items():
+        baselines = ", ".join(f"{known} {x:.3f}" for known, x in summary.baselines.get(name, {}).items())
+        table.add_row(name.replace("_", " "), f"{value:.3f}", baselines)
+    table.add_section()
+    table.add_row("unknown tokens", f"{summary.unknown_tokens:.2%}", "")
+    table.add_row("training, tokens/s", f"{summary.tokens_per_second:,.0f}", "")
+    return table
+
+
+def of_plan(plan: Any) -> Table:
+    """What a step takes, and what bounds it, for a person who decides what to rent."""
+    table = Table("", f"a step on each of {plan.chips} × {plan.device}")
+    fits = "fits" if plan.fits else f"DOES NOT FIT: {plan.advice}. What follows is of the largest batch"
+    table.add_row("memory", f"{plan.memory_needed / GiB:.2f} of {plan.memory_available / GiB:.2f} GiB: {fits}")
+    for name, (whole, share) in plan.shares.items():
+        if whole:
+            table.add_row(f"  {name}", f"{whole / 1e6:,.1f} MB in all, {share / 1e6:,.1f} MB on a chip")
+    table.add_row("batch", f"{plan.batch_size} rows, {plan.tokens:,} places")
+    table.add_section()
+    table.add_row(
+        "operations", f"{plan.model_flops / 1e12:.2f} TFLOP by the model, {plan.compiled_flops / 1e12:.2f} as compiled"
+    )
+    table.add_row("bytes touched", f"{plan.bytes / 1e9:.1f} GB")
+    for each, seconds in plan.collectives:
+        size = f"{each.count} × {each.devices} chips, {each.bytes / 1e6:,.2f} MB"
+        table.add_row(f"  {each.kind}", size if seconds is None else f"{size}: {seconds * 1e3:.3f} ms")
+    table.add_section()
+    times = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in plan.seconds_by.items())
+    table.add_row("at least, ms", f"{times}: bound by {plan.bound}")
+    table.add_row("MFU at most", f"{plan.mfu:.1%}")
+    table.add_row("tokens/s at most", f"{plan.tokens_per_second:,.0f}")
+    table.add_row("days at least", f"{plan.days:.2f} for {plan.steps:,} steps")
+    table.add_row("compiled in", f"{plan.compile_seconds:.0f} s")
+    return table
+
+
+def of_tokenizer(tokenizer: Any, lines: Sequence[str] | None) -> Table:
+    """What a tokenizer is; with lines of text, what it makes of them and which of them it knows least of."""
+    table = Table(show_header=False)
+    table.add_row("kind", type(tokenizer).__name__)
+    table.add_row("entries", f"{tokenizer.vocab_size:,}")
+    table.add_row(
+        "special tokens", escape(", ".join(f"{name} {index}" for name, index in tokenizer.special_ids.items()))
+    )
+    table.add_row("lower-cased", "yes" if tokenizer.lowercase else "no")
+    table.add_row("longest entries", escape("  ".join(sorted(tokenizer.tokens, key=len, reverse=True)[:5])))
+    if lines is not None:
+        encoded = tokenizer.encode_batch(lines)
+        unknown = [ids.count(tokenizer.unknown_id) for ids in encoded]
+        tokens = max(1, sum(map(len, encoded)))
+        table.add_section()
+        table.add_row("tokens", f"{sum(map(len, encoded)):,}")
+        table.add_row("bytes per token", f"{sum(len(line.encode()) for line in lines) / tokens:.3f}")
+        table.add_row("tokens per word", f"{tokens / max(1, sum(len(line.split()) for line in lines)):.3f}")
+        table.add_row("unknown tokens", f"{sum(unknown) / tokens:.2%}")
+        for i in sorted(range(len(lines)), key=unknown.__getitem__, reverse=True)[:5]:
+            if unknown[i]:
+                table.add_row(f"line {i + 1}: {unknown[i]} unknown", escape(lines[i][:200]))
+    return table
