@@ -32,7 +32,8 @@ ZIPF = 1.2  # The exponent with which random words are as often different as tho
 class Plan:
     """A train step on each chip: bytes, operations (FLOP), seconds. Its batch is the run's, or the largest that fits.
 
-    compiled_flops, bytes: as XLA counts them, loops as often as they run; it does not look into kernels.
+    compiled_flops, bytes: as XLA counts them, loops as often as they run; it does not look into kernels. memory_bytes:
+    of these, those that go to and from the chip's memory, without what stays on the chip from use to use.
     seconds_by: the least time by the chip's operations ("compute"), its memory and its links, as far as they are known.
     collectives: each with its least time, if that is known. shares: the bytes of parameters, optimizer state, carry and
     batch, in all and on a chip. advice: what makes the run fit, where it does not.
@@ -50,6 +51,7 @@ class Plan:
     model_flops: float
     compiled_flops: float
     bytes: float
+    memory_bytes: float
     collectives: tuple[tuple[Collective, float | None], ...]
     seconds_by: dict[str, float]
     peak_flops: float
@@ -73,6 +75,14 @@ class Plan:
         return self.model_flops / self.peak_flops / self.seconds
 
     @property
+    def mfu_by_all_bytes(self) -> float | None:
+        """The same, if the memory had to bring all bytes that XLA counts: the figure that published rooflines give."""
+        if "memory" not in self.seconds_by:
+            return None
+        slower = self.seconds_by | {"memory": self.seconds_by["memory"] * self.bytes / self.memory_bytes}
+        return self.model_flops / self.peak_flops / max(slower.values())
+
+    @property
     def tokens_per_second(self) -> float:
         """At most, on all chips together."""
         return self.tokens / self.seconds
@@ -84,7 +94,7 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """Fields and what follows from them."""
-        derived = ("bound", "seconds", "mfu", "tokens_per_second", "days")
+        derived = ("bound", "seconds", "mfu", "mfu_by_all_bytes", "tokens_per_second", "days")
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
 
 
@@ -190,11 +200,12 @@ def _weigh(run: Run, topology: str, mesh: jax.sharding.Mesh, progress: Callable[
     flops, bytes_ = np.multiply((costs["flops"], costs["bytes accessed"]), program.repetition()).tolist()
     model_flops = step.model.flops(step.batch) / mesh.size
     peak = chip.flops if chip else peak_flops(jnp.dtype(run.precision), 1)
+    memory_bytes = program.memory_bytes()
     seconds_by, collectives = {"compute": max(flops, model_flops) / peak}, program.collectives()
     times = [None] * len(collectives)
     if chip is not None:
         times = [_collective_seconds(collective, chip, topology, mesh) for collective in collectives]
-        seconds_by |= {"memory": bytes_ / chip.bandwidth, "links": sum(times)}
+        seconds_by |= {"memory": memory_bytes / chip.bandwidth, "links": sum(times)}
     state = step.state
     parts = {"parameters": state.params, "optimizer state": state.opt_state, "carry": state.carry, "batch": step.batch}
     return Plan(
@@ -215,6 +226,7 @@ def _weigh(run: Run, topology: str, mesh: jax.sharding.Mesh, progress: Callable[
         model_flops=model_flops,
         compiled_flops=flops,
         bytes=bytes_,
+        memory_bytes=memory_bytes,
         collectives=tuple(zip(collectives, times, strict=True)),
         seconds_by=seconds_by,
         peak_flops=peak,

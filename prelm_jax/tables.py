@@ -41,14 +41,16 @@ def of_plan(plan: Any) -> Table:
     table.add_row(
         "operations", f"{plan.model_flops / 1e12:.2f} TFLOP by the model, {plan.compiled_flops / 1e12:.2f} as compiled"
     )
-    table.add_row("bytes touched", f"{plan.bytes / 1e9:.1f} GB")
+    table.add_row("bytes touched", f"{plan.bytes / 1e9:.1f} GB, in memory {plan.memory_bytes / 1e9:.1f}")
     for each, seconds in plan.collectives:
         size = f"{each.count} × {each.devices} chips, {each.bytes / 1e6:,.2f} MB"
         table.add_row(f"  {each.kind}", size if seconds is None else f"{size}: {seconds * 1e3:.3f} ms")
     table.add_section()
     times = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in plan.seconds_by.items())
     table.add_row("at least, ms", f"{times}: bound by {plan.bound}")
-    table.add_row("MFU at most", f"{plan.mfu:.1%}")
+    by_all_bytes = plan.mfu_by_all_bytes
+    note = "" if by_all_bytes is None else f"; {by_all_bytes:.1%} if all bytes touched were in memory"
+    table.add_row("MFU at most", f"{plan.mfu:.1%}{note}")
     table.add_row("tokens/s at most", f"{plan.tokens_per_second:,.0f}")
     table.add_row("days at least", f"{plan.days:.2f} for {plan.steps:,} steps")
     table.add_row("compiled in", f"{plan.compile_seconds:.0f} s")

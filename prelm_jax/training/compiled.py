@@ -8,13 +8,14 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from operator import attrgetter
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z][a-z0-9-]*)\(([^)]*)\)?(.*)$")
-_SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"(?:calls|body|condition|to_apply)=%?([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
@@ -49,7 +50,11 @@ class _Instruction:
 
     @property
     def bytes(self) -> int:
-        return sum(math.prod(dimensions) * size for size, dimensions in _shapes(self.type))
+        return sum(math.prod(dimensions) * size for size, dimensions, _ in _shapes(self.type))
+
+    @property
+    def bytes_in_memory(self) -> int:
+        return sum(math.prod(dimensions) * size for size, dimensions, on_chip in _shapes(self.type) if not on_chip)
 
     @property
     def called(self) -> list[str]:
@@ -95,11 +100,20 @@ class Program:
             for instruction in self._computations[computation].values():
                 for total, one in (
                     (flops, self._flops(computation, instruction)),
-                    (bytes_, self._bytes(computation, instruction)),
+                    (bytes_, self._bytes(computation, instruction, attrgetter("bytes"))),
                 ):
                     total[0] += one
                     total[1] += times * one
         return tuple(often / once if once else 1.0 for once, often in (flops, bytes_))
+
+    def memory_bytes(self) -> int:
+        """What goes to and from the device's memory, without what the compiler keeps on the chip from use to use."""
+        size = attrgetter("bytes_in_memory")
+        return sum(
+            times * self._bytes(computation, instruction, size)
+            for computation, times in self._runs(fusions=False).items()
+            for instruction in self._computations[computation].values()
+        )
 
     def _runs(self, fusions: bool = True) -> dict[str, int]:
         """How often each computation runs that is reached from the entry; `fusions` too, which are one instruction."""
@@ -118,7 +132,7 @@ class Program:
         visit(self._entry, 1)
         return runs
 
-    def _bytes(self, computation: str, instruction: _Instruction) -> int:
+    def _bytes(self, computation: str, instruction: _Instruction, size: Callable[[_Instruction], int]) -> int:
         """What an instruction reads and writes; of an operand that it only takes slices of, the slices."""
         if (
             instruction.opcode in _FREE
@@ -126,20 +140,21 @@ class Program:
             or "ConcatBitcast" in instruction.attributes
         ):
             return 0
-        operands = [self._computations[computation][name].bytes for name in instruction.operands]
+        operands = [self._computations[computation][name] for name in instruction.operands]
+        sizes, result = [size(operand) for operand in operands], size(instruction)
         if instruction.opcode == "dynamic-update-slice":
-            return 2 * operands[1]
+            return 2 * sizes[1]
         if instruction.opcode in _SLICES:
-            return 2 * instruction.bytes
-        if instruction.opcode.endswith("-start"):
-            return 2 * (instruction.bytes - sum(operands))
-        result = instruction.bytes
+            return 2 * result
+        if instruction.opcode.endswith("-start"):  # The type has what goes in, too.
+            moved = instruction.bytes - sum(operand.bytes for operand in operands)
+            return moved * any(sizes) + result - sum(sizes)
         if instruction.opcode == "fusion":
             inside = self._computations[instruction.called[0]]
-            operands = [_read(inside, number, size) for number, size in enumerate(operands)]
+            sizes = [_read(inside, number, size) for number, size in enumerate(sizes)]
             for update in _updates(inside):  # Of which it writes the new part only.
                 result -= update.bytes - inside[update.operands[1]].bytes
-        return sum(operands) + result
+        return sum(sizes) + max(0, result)
 
     def _flops(self, computation: str, instruction: _Instruction) -> float:
         """2 · multiplications of the products that an instruction is, or is a fusion of."""
@@ -149,7 +164,7 @@ class Program:
         if instruction.opcode not in ("dot", "convolution"):
             return 0.0
         values = self._computations[computation]
-        ((_, result),) = _shapes(instruction.type)
+        ((_, result, _),) = _shapes(instruction.type)
         left, right = (next(_shapes(values[name].type))[1] for name in instruction.operands[:2])
         if instruction.opcode == "dot":
             contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[1]
@@ -165,11 +180,11 @@ class Program:
         return 2.0 * math.prod(result) * math.prod(right) / right[kernel.index("o")] / math.prod(batches)
 
 
-def _shapes(type_: str) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """(bytes of an element, dimensions) of each array of a type."""
-    for dtype, dimensions in _SHAPE.findall(type_):
+def _shapes(type_: str) -> Iterator[tuple[int, tuple[int, ...], bool]]:
+    """(bytes of an element, dimensions, whether it is in a memory of the chip itself) of each array of a type."""
+    for dtype, dimensions, layout in _SHAPE.findall(type_):
         bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
-        yield max(1, bits // 8), tuple(int(n) for n in dimensions.split(",") if n)
+        yield max(1, bits // 8), tuple(int(n) for n in dimensions.split(",") if n), "S(" in layout
 
 
 def _updates(inside: dict[str, _Instruction]) -> list[_Instruction]:

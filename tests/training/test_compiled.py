@@ -78,3 +78,19 @@ ENTRY %main (p: f32[8]) -> f32[8] {
         Collective("all-reduce", 2, 1, 32),
         Collective("reduce-scatter", 4, 1, 16),
     ]
+
+
+def test_what_stays_on_the_chip_is_no_traffic_of_its_memory():
+    """As the compiler for TPUs writes it: a copy from memory to the chip, a product there, its result to memory."""
+    on_chip, in_memory = "f32[8,8]{1,0:T(8,128)S(1)}", "f32[8,8]{1,0:T(8,128)}"
+    text = f"""
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {{
+  %x = {in_memory} parameter(0)
+  %begun = ({on_chip}, {in_memory}, u32[]{{:S(2)}}) copy-start(%x)
+  %near = {on_chip} copy-done(%begun)
+  %sine = {on_chip} sine(%near)
+  ROOT %sum = {in_memory} add(%sine, %x)
+}}
+"""
+    # The copy reads x (and its context, a word), the sum reads it again and writes its result.
+    assert Program(text).memory_bytes() == 3 * 8 * 8 * 4 + 4
