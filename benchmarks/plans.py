@@ -39,10 +39,19 @@ PLANS = (
     ("BERT base, T=128", "bert.py:base", "v6e:2x4", ()),
     ("BERT base, T=128", "bert.py:base", "v5e:16x16", ("--batch-size", "4096")),
 )
-HEADER = (
-    "| run | slice | rows a chip | HBM of a chip, GiB | ms at least: compute, memory, links | bound by "
-    "| MFU at most (by all bytes) | tokens/s at most | days at least | compiled in |\n|---|---|---|---|---|---|---|---|---|---|\n"
+COLUMNS = (
+    "run",
+    "slice",
+    "rows a chip",
+    "HBM of a chip, GiB",
+    "ms at least: compute, memory, links",
+    "bound by",
+    "MFU at most (by all bytes)",
+    "tokens/s at most",
+    "days at least",
+    "compiled in",
 )
+HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
 
 
 @dataclasses.dataclass(frozen=True)
