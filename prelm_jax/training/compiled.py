@@ -17,6 +17,7 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z][a-z0-9-]*)\(([^)]*)\)?(.*)$")
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"(?:calls|body|condition|to_apply)=%?([\w.-]+)")
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 # These move nothing: they name what is there already, or the work is counted where they begin or in what they call.
@@ -125,12 +126,23 @@ class Program:
                 opaque = instruction.opcode not in ("while", "call", "conditional", "async-start")
                 if opaque and not (fusions and instruction.opcode == "fusion"):
                     continue
-                trips = _TRIPS.search(instruction.attributes) if instruction.opcode == "while" else None
+                trips = self._trips(instruction) if instruction.opcode == "while" else 1
                 for called in instruction.called:
-                    visit(called, times * (int(trips[1]) if trips else 1))
+                    visit(called, times * trips)
 
         visit(self._entry, 1)
         return runs
+
+    def _trips(self, loop: _Instruction) -> int:
+        """How often a loop runs, 1 if that is not known: as the compiler says, or else what it counts to, by ones."""
+        if known := _TRIPS.search(loop.attributes):
+            return int(known[1])
+        condition = self._computations[_CONDITION.search(loop.attributes)[1]]
+        (root,) = (each for each in condition.values() if each.is_root)
+        if root.opcode != "compare" or "direction=LT" not in root.attributes:
+            return 1
+        limit = condition[root.operands[1]]
+        return int(limit.arguments) if limit.opcode == "constant" else 1
 
     def _bytes(self, computation: str, instruction: _Instruction, size: Callable[[_Instruction], int]) -> int:
         """What an instruction reads and writes; of an operand that it only takes slices of, the slices."""

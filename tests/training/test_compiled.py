@@ -94,3 +94,29 @@ ENTRY %main (x: f32[8,8]) -> f32[8,8] {{
 """
     # The copy reads x (and its context, a word), the sum reads it again and writes its result.
     assert Program(text).memory_bytes() == 3 * 8 * 8 * 4 + 4
+
+
+@pytest.mark.parametrize(("direction", "known", "runs"), [("LT", "", 20), ("NE", "", 1), ("NE", '{"n":"7"}', 7)])
+def test_how_often_a_loop_runs_is_found_in_its_condition_where_the_compiler_does_not_say(direction, known, runs):
+    """The compiler for TPUs does not say."""
+    said = f', backend_config={{"known_trip_count":{known}}}' if known else ""
+    text = f"""
+%body (a: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %a = (s32[], f32[8]{{0}}) parameter(0)
+  %x = f32[8]{{0}} get-tuple-element(%a), index=1
+  %sum = f32[8]{{0}} all-reduce(%x), replica_groups={{{{0,1}}}}, to_apply=%add
+}}
+
+%condition (b: (s32[], f32[8])) -> pred[] {{
+  %b = (s32[], f32[8]{{0}}) parameter(0)
+  %limit = s32[]{{:T(128)}} constant(20)
+  %counter = s32[]{{:T(128)}} get-tuple-element(%b), index=0
+  ROOT %less = pred[]{{:T(512)}} compare(%counter, %limit), direction={direction}
+}}
+
+ENTRY %main (c: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %c = (s32[], f32[8]{{0}}) parameter(0)
+  ROOT %loop = (s32[], f32[8]{{0}}) while(%c), condition=%condition, body=%body{said}
+}}
+"""
+    assert Program(text).collectives() == [Collective("all-reduce", 2, runs, runs * 8 * 4)]
