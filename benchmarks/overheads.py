@@ -69,7 +69,7 @@ class Mini:
 
     def real(self, start: int, stop: int) -> Any:
         """The batches of a run, from its loader."""
-        return pretrain._placed(self.batches, start, stop, self.mesh)
+        return pretrain.on_devices(self.batches, start, stop, self.mesh)
 
     def seconds(self, before: Callable[[], Any], batches: Any, after: Callable[[], Any] = lambda: None) -> float:
         """Of a step on each batch, as in the loop: the host looks at the metrics of the step before."""

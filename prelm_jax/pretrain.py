@@ -200,12 +200,12 @@ def pretrain(run: Run, workdir: Path) -> Summary:
         evaluate = loop.make_evaluate(model)
 
         def evaluate_held_out(state: loop.TrainState) -> dict[str, float]:
-            placed = _placed(evaluation, 0, run.evaluate_batches, mesh)
+            placed = on_devices(evaluation, 0, run.evaluate_batches, mesh)
             values = evaluate(state.params, state.carry, (batch for _, batch in placed))
             return _with_other_units(evaluation, values)
 
         done = int(state.step)
-        steps = _placed(batches, done, run.steps, mesh)
+        steps = on_devices(batches, done, run.steps, mesh)
         with contextlib.closing(MetricsWriter(workdir, done, run.tensorboard)) as writer:
             state, values = loop.train(
                 run, model, state, steps, batches.layout, evaluate_held_out, checkpoints, writer, workdir
@@ -244,7 +244,7 @@ def evaluate(workdir: Path, sources: tuple[str, ...] = ()) -> Summary:
     model = loaded.config.build(jnp.dtype(record["precision"]))
     mesh = MeshConfig(devices=1).build()
     with jax.set_mesh(mesh):
-        placed = _placed(evaluation, 0, circumstance["evaluate_batches"], mesh)
+        placed = on_devices(evaluation, 0, circumstance["evaluate_batches"], mesh)
         with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
             _, items = checkpoints.restore({"progress": loop.abstract_progress(model, rows, mesh)})
         carry = items["progress"]["carry"]
@@ -289,7 +289,7 @@ def _introduce(run: Run, prepared: Prepared, state: loop.TrainState, mesh: Any) 
     print("\n".join(lines), file=sys.stderr)
 
 
-def _placed(batches: Any, start: int, stop: int, mesh: jax.sharding.Mesh) -> Iterator[tuple[int, dict]]:
+def on_devices(batches: Any, start: int, stop: int, mesh: jax.sharding.Mesh) -> Iterator[tuple[int, dict]]:
     """The batches of some steps on the devices; each process builds and feeds an equal share of the rows."""
     share = batches.batch_size // jax.process_count()
     rows = slice(share * jax.process_index(), share * (jax.process_index() + 1))
