@@ -82,20 +82,25 @@ def row(name: str, topology: str, plan: dict[str, Any]) -> str:
 
 def main(settings: Settings) -> None:
     """Makes the rows, and writes the table after each."""
-    text = README.read_text()
-    before, table, after = re.split(f"{BEGIN}|{END}", text)
-    old = table.removeprefix(HEADER).splitlines(keepends=True)
-    lines = old + [""] * (len(PLANS) - len(old))
-    for i, (name, experiment, topology, options) in enumerate(PLANS):
+    for number, (name, experiment, topology, options) in enumerate(PLANS):
         if settings.only not in f"{name} {topology}":
             continue
         command = (sys.executable, "-m", "prelm_jax", "plan", f"experiments/{experiment}", "--topology", topology)
         done = subprocess.run([*command, "--json", *options], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)} failed")
-        lines[i] = row(name, topology, json.loads(done.stdout))
-        print(lines[i], end="", flush=True)
-        README.write_text(f"{before}{BEGIN}{HEADER}{''.join(lines)}{END}{after}")
+        made = row(name, topology, json.loads(done.stdout))
+        print(made, end="", flush=True)
+        write(number, made)
+
+
+def write(number: int, made: str) -> None:
+    """Puts the row of that number into the table; those that were never made are empty."""
+    before, table, after = re.split(f"{BEGIN}|{END}", README.read_text())
+    rows = table.removeprefix(HEADER).splitlines(keepends=True)
+    rows += [""] * (len(PLANS) - len(rows))
+    rows[number] = made
+    README.write_text(f"{before}{BEGIN}{HEADER}{''.join(rows)}{END}{after}")
 
 
 if __name__ == "__main__":
