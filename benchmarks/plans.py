@@ -95,7 +95,7 @@ def main(settings: Settings) -> None:
 
 
 def write(number: int, made: str) -> None:
-    """Puts the row of that number into the table; those that were never made are empty."""
+    """Puts the row of that number into the table, which has the others already or is made from the first on."""
     before, table, after = re.split(f"{BEGIN}|{END}", README.read_text())
     rows = table.removeprefix(HEADER).splitlines(keepends=True)
     rows += [""] * (len(PLANS) - len(rows))
