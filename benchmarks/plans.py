@@ -48,7 +48,7 @@ COLUMNS = (
     "bound by",
     "MFU at most (by all bytes)",
     "tokens/s at most",
-    "days at least",
+    "hours at least",
     "compiled in",
 )
 HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
@@ -74,7 +74,7 @@ def row(name: str, topology: str, plan: dict[str, Any]) -> str:
         plan["bound"],
         f"{plan['mfu']:.0%} ({plan['mfu_by_all_bytes']:.0%})",
         f"{plan['tokens_per_second']:,.0f}",
-        f"{plan['days']:.1f}",
+        f"{24 * plan['days']:.1f}",
         f"{plan['compile_seconds']:.0f} s",
     )
     return f"| {' | '.join(cells)} |\n"
