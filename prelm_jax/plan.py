@@ -18,7 +18,7 @@ from prelm_jax.text import wordpiece, words
 from prelm_jax.text.bpe import BPEConfig
 from prelm_jax.text.store import Store
 from prelm_jax.training import chips, loop
-from prelm_jax.training.compiled import Collective, Program
+from prelm_jax.training.compiled import NETWORK, Collective, Program
 from prelm_jax.training.metrics import peak_flops
 from prelm_jax.training.sharding import batch_sharding
 
@@ -246,12 +246,11 @@ def _too_large(error: jax.errors.JaxRuntimeError) -> Exception:
 
 
 def _collective_seconds(collective: Collective, chip: chips.Chip, topology: str, mesh: Any) -> float:
-    """Over the links of a slice, or where it is of several slices over the network between them."""
-    shape = (mesh.size,) if topology == LOCAL else chips.shape_of(topology)
-    links = chips.link_bandwidth(chip, shape)
-    if chip.network is not None and collective.devices > mesh.shape["data"]:
-        links = chip.network
-    return chips.collective_seconds(collective.kind, collective.bytes, collective.devices, links)
+    """Over the links of a slice, or between slices over their network."""
+    kind, bandwidth = collective.kind, chip.network
+    if not kind.startswith(NETWORK):
+        bandwidth = chips.link_bandwidth(chip, (mesh.size,) if topology == LOCAL else chips.shape_of(topology))
+    return chips.collective_seconds(kind.removeprefix(NETWORK), collective.bytes, collective.devices, bandwidth)
 
 
 def _share(tree: Any) -> tuple[int, int]:

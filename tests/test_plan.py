@@ -121,3 +121,19 @@ def test_compiled_for_a_pod(name, quick_compiler):
     assert memory.alias_size_in_bytes >= state
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     assert needed < 0.85 * chips.find_chip("TPU v5 lite").memory
+
+
+@needs_compiler
+@pytest.mark.parametrize("parameters", ["replicated", "fsdp"])
+def test_slices_exchange_gradients_over_the_network_between_them(parameters, quick_compiler):
+    run = dataclasses.replace(FAMILIES["bert"](), batch_size=32, mesh=MeshConfig(slices=2, parameters=parameters))
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, hidden_size=256, intermediate_size=1024))
+    planned = plan(run, "v5e:4x4")
+    assert planned.chips == 32
+    (network,) = (pair for pair in planned.collectives if pair[0].kind == "network all-reduce")
+    assert network[0].devices == 2
+    # Each chip sends a sixteenth; small arrays are padded.
+    parameter_bytes, _ = planned.shares["parameters"]
+    assert parameter_bytes / 16 <= network[0].bytes <= 2 * parameter_bytes / 16
+    assert network[1] == pytest.approx(network[0].bytes / chips.find_chip("TPU v5 lite").network)
+    assert planned.seconds_by["links"] > network[1]

@@ -11,12 +11,15 @@ import re
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 
+NETWORK = "network "  # What the kind of a collective between slices begins with; its devices are slices.
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z][a-z0-9-]*)\(([^)]*)\)?(.*)$")
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"(?:calls|body|condition|to_apply)=%?([\w.-]+)")
+# What the compiler for TPUs makes of a collective between slices: hosts send to the hosts of other slices.
+_SENT = re.compile(r'_xla_megascale_target="\{([\d,:]*)\}.*_xla_megascale_transfer_type="(\w+)"')
 _CONDITION = re.compile(r"condition=%?([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
@@ -28,7 +31,7 @@ _SLICES = {"dynamic-slice", "slice", "gather"}
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Those of a kind and group of devices: how often one runs in a step, and the bytes that all of them result in."""
+    """Those of a kind and group of devices (or slices): how often one runs in a step, the bytes they all result in."""
 
     kind: str
     devices: int
@@ -83,7 +86,12 @@ class Program:
         for computation, times in self._runs().items():
             for instruction in self._computations[computation].values():
                 kind = instruction.opcode.removesuffix("-start")
-                if kind in COLLECTIVES:
+                if sent := _SENT.search(instruction.attributes):
+                    if kind == "send":
+                        key = NETWORK + sent[2].lower().replace("_", "-"), _count(sent[1])
+                        found[*key, "count"] += times
+                        found[*key, "bytes"] += times * self._computations[computation][instruction.operands[0]].bytes
+                elif kind in COLLECTIVES:
                     result = instruction.bytes
                     if instruction.opcode.endswith("-start") and kind != "all-reduce":  # With what goes in.
                         result -= sum(self._computations[computation][name].bytes for name in instruction.operands)
@@ -240,3 +248,9 @@ def _group_size(attributes: str) -> int:
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return len(match[1].split(","))
     return 2
+
+
+def _count(ranges: str) -> int:
+    """How many numbers "1,4:6" has: four."""
+    ends = ([int(end) for end in part.split(":")] for part in ranges.split(","))
+    return sum(end[-1] - end[0] + 1 for end in ends)

@@ -80,6 +80,25 @@ ENTRY %main (p: f32[8]) -> f32[8] {
     ]
 
 
+def test_what_goes_from_slice_to_slice():
+    """The compiler for TPUs writes it as what the hosts send and receive, once each."""
+    transfer = (
+        'is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,3:5}x{0:15}",'
+        '_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    text = f"""
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  %p = f32[8]{{0}} parameter(0)
+  %token = token[] after-all()
+  %s = (f32[8]{{0}}, u32[], token[]) send(%p, %token), channel_id=3, {transfer}
+  %r = (f32[8]{{0}}, u32[], token[]) recv(%token), channel_id=2, {transfer}
+  %done = (f32[8]{{0}}, token[]) recv-done(%r)
+  ROOT %d = f32[8]{{0}} get-tuple-element(%done), index=0
+}}
+"""
+    assert Program(text).collectives() == [Collective("network all-reduce", 4, 1, 32)]
+
+
 def test_what_stays_on_the_chip_is_no_traffic_of_its_memory():
     """As the compiler for TPUs writes it: a copy from memory to the chip, a product there, its result to memory."""
     on_chip, in_memory = "f32[8,8]{1,0:T(8,128)S(1)}", "f32[8,8]{1,0:T(8,128)}"
