@@ -234,12 +234,15 @@ def train(
     start = int(state.step)
     profile_from = start + 10
     profile_to = min(profile_from + run.profile, run.steps)
+    profiling = jax.profiler.ProfileOptions()
+    # The tracer of Python's own calls slows a step, and crashes where another thread comes to its end.
+    profiling.python_tracer_level = 0
     report = Report(run, model, start, writer)
     pending = evaluation = None
     with contextlib.closing(report), _Stop() as stop, jax.transfer_guard("disallow"):
         for step, batch in batches:
             if step == profile_from < profile_to:
-                jax.profiler.start_trace(str(workdir / "profile"))
+                jax.profiler.start_trace(str(workdir / "profile"), profiler_options=profiling)
             state, metrics = train_step(state, batch, dropout_key)
             done = step + 1
             if done == profile_to > profile_from:
