@@ -23,6 +23,11 @@ from prelm_jax.training.metrics import peak_flops
 from prelm_jax.training.sharding import batch_sharding
 
 LOCAL = "local"
+# How the compiler for TPUs says that it needs more than there is; the second before it has tried to place anything.
+NO_ROOM = (
+    r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm",
+    r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)",
+)
 GPT1_ALPHABET = 478  # Entries of GPT-1's vocabulary that are no merges.
 SYNTHETIC_TOKENS = (10_000, 1_000_000)  # At least, for some documents; at most: more than a batch has, in a second.
 ZIPF = 1.2  # The exponent with which random words are as often different as those of Simple English Wikipedia.
@@ -238,10 +243,10 @@ def _weigh(run: Run, topology: str, mesh: jax.sharding.Mesh, progress: Callable[
 
 def _too_large(error: jax.errors.JaxRuntimeError) -> Exception:
     """What the compiler says when it finds no room; else the error itself."""
-    found = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", str(error))
+    found = next((match for form in NO_ROOM if (match := re.search(form, str(error)))), None)
     if not found:
         return error
-    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     return _TooLarge(float(found[1]) * units[found[2]], float(found[3]) * units[found[4]])
 
 

@@ -59,6 +59,23 @@ def test_a_batch_that_does_not_fit(monkeypatch):
     assert len(weighed) <= 6
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 41.90G of "
+        "15.75G hbm. Exceeded hbm capacity by 26.15G.",
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (41.90G) exceeds "
+        "available HBM (15.75G).",
+    ],
+)
+def test_what_the_compiler_says_when_there_is_no_room(message):
+    too_large = planning._too_large(jax.errors.JaxRuntimeError(message))
+    assert too_large.needed == pytest.approx(41.9 * 2**30)
+    assert too_large.available == 15.75 * 2**30
+    other = jax.errors.JaxRuntimeError("INTERNAL: something else")
+    assert planning._too_large(other) is other
+
+
 def test_a_state_that_does_not_fit(monkeypatch):
     def weigh(run, topology, mesh, progress):
         raise planning._TooLarge(20 * 2**30, 15 * 2**30)
