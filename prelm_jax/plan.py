@@ -252,10 +252,11 @@ def _too_large(error: jax.errors.JaxRuntimeError) -> Exception:
 
 def _collective_seconds(collective: Collective, chip: chips.Chip, topology: str, mesh: Any) -> float:
     """Over the links of a slice, or between slices over their network."""
-    kind, bandwidth = collective.kind, chip.network
-    if not kind.startswith(NETWORK):
+    bandwidth = chip.network
+    if not collective.between_slices:
         bandwidth = chips.link_bandwidth(chip, (mesh.size,) if topology == LOCAL else chips.shape_of(topology))
-    return chips.collective_seconds(kind.removeprefix(NETWORK), collective.bytes, collective.devices, bandwidth)
+    kind = collective.kind.removeprefix(NETWORK)
+    return chips.collective_seconds(kind, collective.bytes, collective.devices, bandwidth)
 
 
 def _share(tree: Any) -> tuple[int, int]:

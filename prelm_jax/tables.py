@@ -43,7 +43,7 @@ def of_plan(plan: Any) -> Table:
     )
     table.add_row("bytes touched", f"{plan.bytes / 1e9:.1f} GB, in memory {plan.memory_bytes / 1e9:.1f}")
     for each, seconds in plan.collectives:
-        among = "slices" if each.kind.startswith("network") else "chips"
+        among = "slices" if each.between_slices else "chips"
         size = f"{each.count} × {each.devices} {among}, {each.bytes / 1e6:,.2f} MB"
         table.add_row(f"  {each.kind}", size if seconds is None else f"{size}: {seconds * 1e3:.3f} ms")
     table.add_section()

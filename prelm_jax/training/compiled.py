@@ -38,6 +38,11 @@ class Collective:
     count: int
     bytes: int
 
+    @property
+    def between_slices(self) -> bool:
+        """Whether it goes over the network between slices."""
+        return self.kind.startswith(NETWORK)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
@@ -163,9 +168,9 @@ class Program:
         operands = [self._computations[computation][name] for name in instruction.operands]
         sizes, result = [size(operand) for operand in operands], size(instruction)
         if instruction.opcode == "dynamic-update-slice":
-            return 2 * sizes[1]
+            return sizes[1] + operands[1].bytes * (result > 0)
         if instruction.opcode in _SLICES:
-            return 2 * result
+            return instruction.bytes * (sizes[0] > 0) + result
         if instruction.opcode.endswith("-start"):  # The type has what goes in, too.
             moved = instruction.bytes - sum(operand.bytes for operand in operands)
             return moved * any(sizes) + result - sum(sizes)
