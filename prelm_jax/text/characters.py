@@ -58,9 +58,8 @@ class Spellings:
         columns = min(max(-(-longest // 8) * 8, fewest), MAX_CHARACTERS)
         # The bytes from one before each word on, as single items: NumPy copies these four times as fast as rows.
         windows = np.ndarray(len(self.bytes) + 1, f"V{columns}", self._padded, strides=1)
-        ids_UC = (windows[begin_U].view(np.uint8).reshape(-1, columns) & _rows(_INSIDE, columns, length_U)).astype(
-            np.int32
-        )
+        bytes_UC = windows[begin_U].view(np.uint8).reshape(-1, columns)
+        ids_UC = (bytes_UC & _rows(_INSIDE, columns, length_U)).astype(np.int32)
         ids_UC |= _rows(_AROUND, columns, length_U)
         for mark, id in ((BEGIN_SENTENCE, BOS), (END_SENTENCE, EOS)):
             same = np.flatnonzero(length_U == len(mark))

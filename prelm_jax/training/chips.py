@@ -30,7 +30,7 @@ GiB = 2**30
 
 # By the beginning of JAX's `device_kind`; the first that fits. Sources: docs.cloud.google.com/tpu/docs/v4, v5e, v5p and
 # v6e, "System architecture", and NVIDIA's data sheets of the SXM modules. What these do not tell is assumed: that a
-# program has all of a TPU's HBM but a quarter GiB, and that v4's share of the network is v5p's.
+# program has all of a TPU's HBM but a quarter GiB, as v5e's compiler says, and that v4's share of the network is v5p's.
 CHIPS = {
     "NVIDIA A100": Chip(312e12, 80e9, 2.039e12, 600e9),
     "NVIDIA H100": Chip(989e12, 80e9, 3.35e12, 900e9),
