@@ -13,11 +13,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from prelm_jax.corpus.store import Store
 from prelm_jax.data.masking import MaskingConfig
 from prelm_jax.data.pairs import PairsConfig
 from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.data.windows import WindowsConfig
-from prelm_jax.text.store import Store
 
 VOCAB_SIZE = 30_522
 TOKENIZER = SimpleNamespace(

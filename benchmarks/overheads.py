@@ -27,8 +27,8 @@ import numpy as np
 import tyro
 
 from prelm_jax import pretrain
-from prelm_jax.text import preparation
-from prelm_jax.text.corpus import Corpus
+from prelm_jax.corpus import prepare as preparation
+from prelm_jax.corpus.documents import Corpus
 from prelm_jax.training import loop
 from prelm_jax.training.checkpoint import Checkpoints
 

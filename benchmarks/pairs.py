@@ -16,8 +16,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from prelm_jax.corpus.store import Store
 from prelm_jax.data.pairs import PairsConfig, length_only_accuracy
-from prelm_jax.text.store import Store
 
 SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 BATCH_SIZE = 16_384

@@ -26,9 +26,9 @@ from rich.table import Table
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tyro.conf import Positional
 
-from prelm_jax.text.corpus import Corpus
-from prelm_jax.text.sentences import split
-from prelm_jax.text.wordpiece import WordPiece
+from prelm_jax.corpus.documents import Corpus
+from prelm_jax.corpus.sentences import split
+from prelm_jax.tokenizers.wordpiece import WordPiece
 
 BLOCK_BYTES = 1_000_000
 

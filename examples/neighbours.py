@@ -13,8 +13,8 @@ import numpy as np
 import tyro
 
 import prelm_jax
-from prelm_jax.text.corpus import Corpus
-from prelm_jax.text.sentences import split
+from prelm_jax.corpus.documents import Corpus
+from prelm_jax.corpus.sentences import split
 
 
 def vectors(model, texts: list[str], word: str) -> Iterator[tuple[str, np.ndarray]]:

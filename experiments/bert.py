@@ -14,7 +14,7 @@ from prelm_jax.data.masking import MaskingConfig
 from prelm_jax.data.pairs import PairsConfig
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.pretrain import Run
-from prelm_jax.text.wordpiece import WordPieceConfig
+from prelm_jax.tokenizers.wordpiece import WordPieceConfig
 from prelm_jax.training.optimizer import AdamW
 
 

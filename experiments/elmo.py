@@ -6,7 +6,7 @@ Each function returns a Run; `prelm pretrain experiments/elmo.py:NAME --help` li
 from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.models.elmo import ELMoConfig
 from prelm_jax.pretrain import Run
-from prelm_jax.text.words import WordsConfig
+from prelm_jax.tokenizers.words import WordVocabularyConfig
 from prelm_jax.training.optimizer import Adagrad
 
 
@@ -20,7 +20,7 @@ def demo() -> Run:
     return Run(
         corpus=("python-docs",),
         held_out=0.05,
-        tokenizer=WordsConfig(vocab_size=8000),
+        tokenizer=WordVocabularyConfig(vocab_size=8000),
         model=ELMoConfig(
             filters=((1, 16), (2, 16), (3, 32), (4, 64), (5, 128)),
             num_highways=1,
@@ -72,7 +72,7 @@ def _published(projection_size: int, hidden_size: int, num_highways: int) -> Run
     return Run(
         corpus=("corpus/*.txt",),
         held_out=0.001,
-        tokenizer=WordsConfig(vocab_size=793_471, min_count=3),
+        tokenizer=WordVocabularyConfig(vocab_size=793_471, min_count=3),
         model=ELMoConfig(projection_size=projection_size, hidden_size=hidden_size, num_highways=num_highways),
         data=StreamsConfig(max_length=20, num_negatives=8192),
         optimizer=_adagrad(),

@@ -8,7 +8,7 @@ import math
 from prelm_jax.data.windows import WindowsConfig
 from prelm_jax.models.gpt import GPTConfig
 from prelm_jax.pretrain import Run
-from prelm_jax.text.bpe import BPEConfig
+from prelm_jax.tokenizers.bpe import BPEConfig
 from prelm_jax.training.optimizer import AdamW
 
 

@@ -16,16 +16,17 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from prelm_jax.corpus import prepare as preparation
+from prelm_jax.corpus import store
+from prelm_jax.corpus.documents import Corpus
+from prelm_jax.corpus.readers import Errors
 from prelm_jax.data import loader
 from prelm_jax.data.pairs import PairsConfig
 from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.data.windows import WindowsConfig
 from prelm_jax.errors import InputError
-from prelm_jax.exchange import model as exchange
-from prelm_jax.places import copy_files, is_remote, reachable
-from prelm_jax.text import preparation, store
-from prelm_jax.text.corpus import Corpus
-from prelm_jax.text.files import Errors
+from prelm_jax.formats import model as exchange
+from prelm_jax.storage import copy_files, is_remote, reachable
 from prelm_jax.training import loop
 from prelm_jax.training.checkpoint import Checkpoints
 from prelm_jax.training.metrics import MetricsWriter

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from prelm_jax.paths import path_name
+from prelm_jax.training.parameters import path_name
 
 NORM_WEIGHT = re.compile(r"(LayerNorm|ln_\d)\.weight$")
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from prelm_jax.cli import main
+from prelm_jax.cli.main import main
 
 EXPERIMENT = '''
 """A BERT of two seconds."""
 from prelm_jax.data.pairs import PairsConfig
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.pretrain import Run
-from prelm_jax.text.wordpiece import WordPieceConfig
+from prelm_jax.tokenizers.wordpiece import WordPieceConfig
 from prelm_jax.training.optimizer import AdamW
 from prelm_jax.training.sharding import MeshConfig
 

@@ -17,12 +17,12 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from prelm_jax.paths import path_name
-from prelm_jax.plan import TokenizerOfSize, vocab_size_of
+from prelm_jax.corpus.store import Store
+from prelm_jax.planning.plan import TokenizerOfSize, vocab_size_of
 from prelm_jax.pretrain import CIRCUMSTANCE, DATA, Run
-from prelm_jax.text.store import Store
 from prelm_jax.training import loop
 from prelm_jax.training.optimizer import decays
+from prelm_jax.training.parameters import path_name
 from prelm_jax.training.sharding import MeshConfig, partition
 
 ROOT = Path(__file__).parents[1]

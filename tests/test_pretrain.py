@@ -20,16 +20,16 @@ import tiny
 from tiny import assert_same_bits, metrics, newest_checkpoint
 
 from prelm_jax import pretrain as module
+from prelm_jax.corpus.documents import Corpus
 from prelm_jax.data.masking import MaskingConfig
 from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.errors import InputError, Preempted
-from prelm_jax.exchange.model import load
+from prelm_jax.formats.model import load
 from prelm_jax.models.elmo import ELMoConfig
-from prelm_jax.paths import path_name
 from prelm_jax.pretrain import Run, pretrain
-from prelm_jax.text.corpus import Corpus
-from prelm_jax.text.words import WordsConfig
+from prelm_jax.tokenizers.words import WordVocabularyConfig
 from prelm_jax.training.optimizer import Adagrad, AdamW
+from prelm_jax.training.parameters import path_name
 from prelm_jax.training.sharding import MeshConfig
 
 
@@ -317,7 +317,7 @@ def test_elmo_learns_thirty_words(tmp_path):
         tiny.elmo(),
         corpus=(str(corpus), "documents=line", "sentences=line"),
         held_out=0.1,
-        tokenizer=WordsConfig(vocab_size=33, min_count=1),
+        tokenizer=WordVocabularyConfig(vocab_size=33, min_count=1),
         model=ELMoConfig(
             character_embedding_size=4,
             filters=((1, 8), (2, 8), (3, 16), (4, 32), (5, 64)),

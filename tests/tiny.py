@@ -11,14 +11,14 @@ import numpy as np
 from prelm_jax.data.pairs import PairsConfig
 from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.data.windows import WindowsConfig
-from prelm_jax.exchange.model import load
+from prelm_jax.formats.model import load
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.elmo import ELMoConfig
 from prelm_jax.models.gpt import GPTConfig
 from prelm_jax.pretrain import Run
-from prelm_jax.text.bpe import BPEConfig
-from prelm_jax.text.wordpiece import WordPieceConfig
-from prelm_jax.text.words import WordsConfig
+from prelm_jax.tokenizers.bpe import BPEConfig
+from prelm_jax.tokenizers.wordpiece import WordPieceConfig
+from prelm_jax.tokenizers.words import WordVocabularyConfig
 from prelm_jax.training import loop
 from prelm_jax.training.checkpoint import Checkpoints
 from prelm_jax.training.optimizer import Adagrad, AdamW
@@ -72,7 +72,7 @@ def elmo() -> Run:
     """The same of a tiny ELMo."""
     return dataclasses.replace(
         bert(),
-        tokenizer=WordsConfig(vocab_size=16, min_count=1),
+        tokenizer=WordVocabularyConfig(vocab_size=16, min_count=1),
         model=ELMoConfig(
             character_embedding_size=4,
             filters=((1, 4), (2, 12)),

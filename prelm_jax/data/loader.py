@@ -28,7 +28,7 @@ class Batches(Protocol):
         """A loss of these batches as its readers know it: perplexity and the like, by name."""
 
     def show(self, batch: dict[str, np.ndarray], tokenizer: Any) -> Iterator[str]:
-        """Each row of a batch for people to read, in a few lines (`prelm_jax.data.marks`)."""
+        """Each row of a batch for people to read, in a few lines (`prelm_jax.data.show`)."""
 
 
 def prefetch(

@@ -26,7 +26,7 @@ class MaskingConfig:
 
     Of these `mask` become [MASK] and `random` any token of the vocabulary; the others stay. With `whole_word` all
     pieces of a word are chosen or none (a piece that begins with ## belongs to the word before it). Chinese, whose
-    characters are tokens, has words with a `segmenter` alone (`prelm_jax.text.segmentation`).
+    characters are tokens, has words with a `segmenter` alone (`prelm_jax.data.segmentation`).
     """
 
     probability: float = 0.15

@@ -12,7 +12,7 @@ than COUNTED pieces, evenly spread, are read.
 
 import numpy as np
 
-from prelm_jax.text.store import Store
+from prelm_jax.corpus.store import Store
 
 PIECE = 1 << 20  # tokens
 COUNTED = 64  # pieces

@@ -23,12 +23,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from prelm_jax.data.marks import mark
+from prelm_jax.corpus.store import Store
 from prelm_jax.data.masking import MaskingConfig
 from prelm_jax.data.randomness import bits, key, permute, uniform
+from prelm_jax.data.segmentation import continuations
+from prelm_jax.data.show import mark
 from prelm_jax.errors import InputError
-from prelm_jax.text.segmentation import continuations
-from prelm_jax.text.store import Store
 
 _SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 _DRAWS = 10  # of a random second segment, as in the reference

@@ -27,13 +27,13 @@ from functools import partial
 
 import numpy as np
 
-from prelm_jax.data.marks import read_on
+from prelm_jax.corpus.store import Store
 from prelm_jax.data.ngrams import trigram_loss
 from prelm_jax.data.randomness import bits, key, permute, uniform
+from prelm_jax.data.show import read_on
 from prelm_jax.data.windows import count_up
 from prelm_jax.errors import InputError
-from prelm_jax.text.characters import spelled
-from prelm_jax.text.store import Store
+from prelm_jax.tokenizers.characters import spelled
 
 DIRECTIONS = ("forward", "backward")
 FEWEST_WORDS = 128  # for which a batch has room: a multiple of the devices that share them
@@ -60,7 +60,7 @@ class StreamsConfig:
             raise InputError(f"data.num_negatives is {self.num_negatives}: give 0 or more")
 
     def build(self, store: Store, tokenizer, batch_size: int, seed: int) -> "StreamBatches":
-        """The batches of a run; `tokenizer` has `vocab_size`, `special_ids` and `unknown_id` (`prelm_jax.text.words`).
+        """The batches of a run; `tokenizer` has `vocab_size`, `special_ids` and `unknown_id`.
 
         Raises InputError if the store is not one of words, or has less of them than there are rows.
         """
@@ -79,7 +79,9 @@ class StreamBatches:
 
     def __init__(self, config: StreamsConfig, store: Store, tokenizer, batch_size: int, seed: int):
         if store.words is None:
-            raise InputError("the tokens of this store are not words: streams need a vocabulary of words (WordsConfig)")
+            raise InputError(
+                "the tokens of this store are not words: streams need a vocabulary of words (WordVocabularyConfig)"
+            )
         if config.num_negatives >= tokenizer.vocab_size:
             raise InputError(
                 f"data.num_negatives is {config.num_negatives}, but the vocabulary has only {tokenizer.vocab_size} "

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prelm_jax.data.marks import read_on
+from prelm_jax.corpus.store import Store
 from prelm_jax.data.ngrams import trigram_loss
 from prelm_jax.data.randomness import bits, key, permute
+from prelm_jax.data.show import read_on
 from prelm_jax.errors import InputError
-from prelm_jax.text.store import Store
 
 
 @dataclass(frozen=True)

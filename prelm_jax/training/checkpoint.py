@@ -12,8 +12,8 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from prelm_jax.errors import InputError
-from prelm_jax.paths import path_name
-from prelm_jax.places import is_remote
+from prelm_jax.storage import is_remote
+from prelm_jax.training.parameters import path_name
 
 FORMAT = 2
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from prelm_jax.errors import InputError
-from prelm_jax.places import is_remote
+from prelm_jax.storage import is_remote
 from prelm_jax.training.chips import find_chip
 
 

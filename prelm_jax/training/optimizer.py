@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prelm_jax.paths import look_up, path_name
+from prelm_jax.training.parameters import first_match, path_name
 
 # The last name on the path of every parameter, and whether its weight decays (google-research/bert,
 # optimization.py: everything but LayerNorm and biases, so embeddings too). Exhaustive.
@@ -20,7 +20,7 @@ DECAY = (
 def decays(params: Any) -> Any:
     """For every parameter whether weight decay applies, by the table DECAY."""
 
-    return jax.tree_util.tree_map_with_path(lambda path, _: look_up(DECAY, path_name(path)), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: first_match(DECAY, path_name(path)), params)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prelm_jax.errors import InputError
-from prelm_jax.paths import look_up, path_name
+from prelm_jax.training.parameters import first_match, path_name
 
 Tree = Any
 
@@ -76,7 +76,7 @@ def _slice(device: jax.Device) -> int | None:
 
 def partition(name: str, shape: tuple[int, ...], shards: int) -> P:
     """How an array is cut into shares: along the largest dimension that `shards` divides, where the rules say so."""
-    if not look_up(RULES, name):
+    if not first_match(RULES, name):
         return P()
     axes = [axis for axis in range(len(shape)) if shape[axis] % shards == 0]
     if not axes:
@@ -92,7 +92,7 @@ def state_sharding(state: Tree, mesh: jax.sharding.Mesh, parameters: str) -> Tre
         name = path_name(path)
         if name.startswith("carry/"):
             return NamedSharding(mesh, ROWS)
-        look_up(RULES, name)  # Also where nothing is cut: a forgotten rule shows at once.
+        first_match(RULES, name)  # Also where nothing is cut: a forgotten rule shows at once.
         cut = parameters == "fsdp" or (parameters == "zero1" and name.startswith("opt_state/"))
         return NamedSharding(mesh, partition(name, leaf.shape, mesh.shape["data"]) if cut else P())
 

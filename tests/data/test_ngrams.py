@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prelm_jax.corpus.store import Store
 from prelm_jax.data import ngrams
 from prelm_jax.data.ngrams import trigram_loss
-from prelm_jax.text.store import Store
 
 V = 6
 DOCUMENTS = st.lists(st.lists(st.integers(0, V - 1), min_size=1, max_size=12), min_size=1, max_size=12)

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prelm_jax.corpus.store import Store
 from prelm_jax.data.ngrams import trigram_loss
 from prelm_jax.data.randomness import bits, key, permute, uniform
 from prelm_jax.data.streams import StreamsConfig, bucket, log_uniform
 from prelm_jax.errors import InputError
-from prelm_jax.text.store import Store
 
 VOCAB_SIZE = 20
 TOKENIZER = SimpleNamespace(vocab_size=VOCAB_SIZE, special_ids={"<S>": 0, "</S>": 1, "<UNK>": 2}, unknown_id=2)
@@ -437,5 +437,5 @@ def test_an_empty_corpus_is_refused():
 def test_a_store_of_pieces_is_refused():
     store = Store.from_documents([[[3, 4]]])
     assert complaint(StreamsConfig().build, store, TOKENIZER, 1, 0) == (
-        "the tokens of this store are not words: streams need a vocabulary of words (WordsConfig)"
+        "the tokens of this store are not words: streams need a vocabulary of words (WordVocabularyConfig)"
     )

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prelm_jax.corpus.store import Store
 from prelm_jax.data.ngrams import trigram_loss
 from prelm_jax.data.windows import WindowsConfig
 from prelm_jax.errors import InputError
-from prelm_jax.text.store import Store
 
 KEYS = ["tokens", "targets", "positions", "segments", "weights"]
 

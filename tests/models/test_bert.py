@@ -14,12 +14,12 @@ from jax.sharding import PartitionSpec as P
 from model_directories import randomize
 from scipy import stats
 
-from prelm_jax.exchange.huggingface_bert import VOCABULARY_TABLES, tensor_name
-from prelm_jax.exchange.model import abstract_params
+from prelm_jax.formats.huggingface_bert import VOCABULARY_TABLES, tensor_name
+from prelm_jax.formats.model import abstract_params
 from prelm_jax.models import layers
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.layers import Dropout, random_bits, truncated_normal
-from prelm_jax.paths import path_name
+from prelm_jax.training.parameters import path_name
 
 CONFIG = BertConfig(
     vocab_size=37, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_position_embeddings=16

@@ -13,13 +13,13 @@ import pytest
 from scipy import stats
 
 from prelm_jax.errors import InputError
-from prelm_jax.exchange.model import abstract_params
+from prelm_jax.formats.model import abstract_params
 from prelm_jax.models import layers
 from prelm_jax.models.elmo import ELMoConfig, log_expected_count
 from prelm_jax.models.lstm import lstm
-from prelm_jax.paths import path_name
 from prelm_jax.training import loop
 from prelm_jax.training.optimizer import Adagrad
+from prelm_jax.training.parameters import path_name
 from prelm_jax.training.sharding import MeshConfig, place
 
 CONFIG = ELMoConfig(

@@ -16,13 +16,13 @@ from model_directories import randomize
 from scipy import stats
 
 from prelm_jax.errors import InputError
-from prelm_jax.exchange.huggingface_gpt import tensor_name
-from prelm_jax.exchange.model import abstract_params
+from prelm_jax.formats.huggingface_gpt import tensor_name
+from prelm_jax.formats.model import abstract_params
 from prelm_jax.models import layers
 from prelm_jax.models.cross_entropy import tied_cross_entropy
 from prelm_jax.models.gpt import GPTConfig
 from prelm_jax.models.layers import normal
-from prelm_jax.paths import path_name
+from prelm_jax.training.parameters import path_name
 
 CONFIG = GPTConfig(vocab_size=37, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=16)
 GPT = CONFIG.build()

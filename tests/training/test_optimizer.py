@@ -5,8 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from prelm_jax.paths import path_name
 from prelm_jax.training.optimizer import Adagrad, AdamW, decays
+from prelm_jax.training.parameters import path_name
 
 
 @pytest.mark.parametrize("bias_correction", ["moments", "rate", "none"])

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from prelm_jax.errors import InputError
-from prelm_jax.paths import path_name
 from prelm_jax.training import loop
 from prelm_jax.training.optimizer import AdamW, decays
+from prelm_jax.training.parameters import path_name
 from prelm_jax.training.sharding import MeshConfig, partition, place
 
 OPTIMIZER = AdamW(learning_rate=3e-3, warmup_steps=4, decay_steps=100, weight_decay=0.01)

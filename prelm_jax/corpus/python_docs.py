@@ -1,0 +1,56 @@
+"""The prose inside every Python: the topics of its language reference and the docstrings of its standard library."""
+
+import ast
+import functools
+import os
+import re
+import sysconfig
+import warnings
+
+from prelm_jax.storage import opened
+
+
+def files() -> list[str]:
+    """The source files of the standard library, without tests, installed packages and old tools."""
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo"}
+    paths = []
+    for folder, folders, names in os.walk(sysconfig.get_paths()["stdlib"]):
+        folders[:] = sorted(set(folders) - left_out)
+        paths += [os.path.join(folder, name) for name in sorted(names) if name.endswith(".py")]
+    return paths
+
+
+@functools.cache  # preparing reads a corpus several times, and to parse the library takes seconds
+def documents() -> list[str]:
+    """A document for each topic of the language reference, then one for each module: its docstrings."""
+    from pydoc_data.topics import topics
+
+    texts = [_unwrap(topic) for _, topic in sorted(topics.items())]
+    for path in files():
+        with opened(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of invalid escapes in the file
+            try:
+                tree = ast.parse(file.read())
+            except (SyntaxError, ValueError):
+                continue
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        nodes = sorted((node for node in ast.walk(tree) if isinstance(node, documented)), key=_line_number)
+        texts.append("\n".join(filter(None, (_unwrap(ast.get_docstring(node) or "") for node in nodes))))
+    return [text for text in texts if text]
+
+
+def _line_number(node: ast.AST) -> int:
+    return getattr(node, "lineno", 0)  # a module has none
+
+
+def _unwrap(text: str) -> str:
+    """A paragraph on each line: lines of 50 characters or more were wrapped, so the next line continues them."""
+    lines = [""]
+    for line in map(str.strip, text.split("\n")):
+        if len(lines[-1]) >= 50 and re.match(r"[\w\"'(`*]", line) and not line.startswith("* "):
+            lines[-1] += " " + line
+        elif re.search(r"\w", line):  # no underlines of headings
+            lines.append(line)
+        else:
+            lines.append("")
+    return "\n".join(filter(None, lines))

@@ -1,0 +1,91 @@
+"""Texts through a model, many at a time: encoded, padded to a few lengths, computed in batches, put back in order."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jax import Array
+
+from prelm_jax.errors import InputError
+from prelm_jax.tokenizers.base import Tokenizer
+
+# Texts are padded to a few lengths and run so many tokens at a time: few programs to compile, and the shape in which a
+# text is computed depends on its own length alone.
+SHORTEST = 16
+TOKENS_PER_BATCH = 2048
+# The results for so many tokens are held at once, while texts are put back into their order.
+TOKENS_PER_WINDOW = 8 * TOKENS_PER_BATCH
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str], room: int, truncate: bool = False) -> list[list[int]]:
+    """The ids of each text; one of more than `room` tokens is an InputError naming its line, or cut if `truncate`."""
+    encoded = tokenizer.encode_batch(list(texts))
+    for number, ids in enumerate(encoded, 1):
+        if len(ids) > room and not truncate:
+            raise InputError(f"line {number} has {len(ids)} tokens, but the model takes {room}; split or truncate it")
+    return [ids[:room] for ids in encoded]
+
+
+def padded_length(length: int, longest: int) -> int:
+    """The next power of two."""
+    return min(longest, max(SHORTEST, 1 << (length - 1).bit_length()))
+
+
+def batch(examples: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, segments) [B, T]: the examples are segment 1, the padding after and below them is segment 0."""
+    tokens_BT, segments_BT = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
+    for row, example in enumerate(examples):
+        tokens_BT[row, : len(example)] = example
+        segments_BT[row, : len(example)] = 1
+    return tokens_BT, segments_BT
+
+
+def batches(
+    examples: Iterable[tuple[Any, Sequence[int]]], longest: int
+) -> Iterator[tuple[tuple, np.ndarray, np.ndarray]]:
+    """(tags, tokens, segments) of tagged examples of about one length; all batches of a length have the same shape."""
+    waiting = defaultdict(list)
+
+    def rows(length: int) -> int:
+        return max(1, TOKENS_PER_BATCH // length)
+
+    def full(length: int) -> tuple[tuple, np.ndarray, np.ndarray]:
+        tags, together = zip(*waiting.pop(length), strict=True)
+        return tags, *batch(together, rows(length), length)
+
+    for tag, ids in examples:
+        length = padded_length(len(ids), longest)
+        waiting[length].append((tag, ids))
+        if len(waiting[length]) == rows(length):
+            yield full(length)
+    for length in list(waiting):
+        yield full(length)
+
+
+def in_order(
+    encoded: Iterable[list[int]], compute: Callable[[np.ndarray, np.ndarray], Array], longest: int
+) -> Iterator[tuple[list[int], np.ndarray | None]]:
+    """For each text its ids and the part [T, ...] of `compute(tokens_BT, segments_BT)` [B, T, ...] that is its own.
+
+    None instead of it for a text without ids.
+    """
+    for window in _windows(encoded):
+        results = {}
+        for tags, *inputs in batches(((i, ids) for i, ids in enumerate(window) if ids), longest):
+            for i, row in zip(tags, np.asarray(compute(*inputs)), strict=False):
+                results[i] = row[: len(window[i])].copy()
+        for i, ids in enumerate(window):
+            yield ids, results.get(i)
+
+
+def _windows(encoded: Iterable[list[int]]) -> Iterator[list[list[int]]]:
+    """The texts one after the other, about TOKENS_PER_WINDOW tokens at a time."""
+    window, tokens = [], 0
+    for ids in encoded:
+        window.append(ids)
+        tokens += len(ids)
+        if tokens >= TOKENS_PER_WINDOW:
+            yield window
+            window, tokens = [], 0
+    yield window

@@ -1,0 +1,141 @@
+"""Costs and collectives read off a compiled program, beside XLA's own analysis of the same work without a loop."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from prelm_jax.planning.hlo import Collective, Program
+from prelm_jax.training.sharding import MeshConfig
+
+
+def multiplied(x, w, times, loop):
+    """x after `times` products with w, in a loop or written out."""
+    if loop:
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=times)[0]
+    for _ in range(times):
+        x = jnp.tanh(x @ w)
+    return x
+
+
+def test_the_body_of_a_loop_counts_as_often_as_it_runs():
+    x, w = jnp.ones((64, 128)), jnp.ones((128, 128))
+    compiled = jax.jit(multiplied, static_argnums=(2, 3)).lower(x, w, 7, True).compile()
+    flops, bytes_ = Program(compiled.as_text()).repetition()
+    assert flops == 7
+    assert compiled.cost_analysis()["flops"] * flops == pytest.approx(7 * 2 * 64 * 128 * 128, rel=0.1)
+    # Each run reads x and w and writes x, at least; XLA may write a temporary or two.
+    least = 7 * 4 * (2 * 64 * 128 + 128 * 128)
+    assert least <= compiled.cost_analysis()["bytes accessed"] * bytes_ <= 3 * least
+
+
+def test_without_a_loop_nothing_is_repeated():
+    compiled = jax.jit(multiplied, static_argnums=(2, 3)).lower(jnp.ones((8, 8)), jnp.ones((8, 8)), 3, False).compile()
+    assert Program(compiled.as_text()).repetition() == (1, 1)
+
+
+def test_a_loop_that_takes_slices_reads_the_slices():
+    """A row of x is read in each run, and not all of x: 8 kB before the loop, 12 in each of 100 runs."""
+    x = jnp.ones((100, 1000))
+    compiled = jax.jit(lambda x: jax.lax.scan(lambda c, row: (c + jnp.sin(row), None), x[0], x)[0]).lower(x).compile()
+    _, bytes_ = Program(compiled.as_text()).repetition()
+    assert bytes_ == pytest.approx((8 + 100 * 12) / (8 + 12), rel=0.02)
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_collectives(loop):
+    mesh = MeshConfig(devices=4).build()
+    rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=rows)
+
+    def gathered(x):
+        return jax.lax.with_sharding_constraint(jnp.cos(x), P()).T @ jnp.ones((8, 2))
+
+    def function(x):
+        if loop:
+            return jax.lax.scan(lambda c, _: (c + gathered(x * c.sum()).sum(), None), 1.0, length=5)[0]
+        return gathered(x)
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(function, out_shardings=whole).lower(x).compile().as_text()
+    times = 5 if loop else 1
+    assert Program(text).collectives() == [Collective("all-gather", 4, times, times * 8 * 16 * 4)]
+
+
+def test_the_ways_to_write_groups_and_what_starts_early():
+    text = """
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %a = f32[8]{0} all-reduce(%p), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %b = (f32[8]{0}, f32[16]{0}) all-gather-start(%a), replica_groups=[2,2]<=[4], dimensions={0}
+  %c = f32[16]{0} all-gather-done(%b)
+  ROOT %d = f32[4]{0:T(128)} reduce-scatter(%c), replica_groups=mesh['x'=4,'y'=2] {'x'}, dimensions={0}
+}
+"""
+    assert Program(text).collectives() == [
+        Collective("all-gather", 2, 1, 64),
+        Collective("all-reduce", 2, 1, 32),
+        Collective("reduce-scatter", 4, 1, 16),
+    ]
+
+
+def test_what_goes_from_slice_to_slice():
+    """The compiler for TPUs writes it as what the hosts send and receive, once each."""
+    transfer = (
+        'is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,3:5}x{0:15}",'
+        '_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    text = f"""
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  %p = f32[8]{{0}} parameter(0)
+  %token = token[] after-all()
+  %s = (f32[8]{{0}}, u32[], token[]) send(%p, %token), channel_id=3, {transfer}
+  %r = (f32[8]{{0}}, u32[], token[]) recv(%token), channel_id=2, {transfer}
+  %done = (f32[8]{{0}}, token[]) recv-done(%r)
+  ROOT %d = f32[8]{{0}} get-tuple-element(%done), index=0
+}}
+"""
+    assert Program(text).collectives() == [Collective("network all-reduce", 4, 1, 32)]
+
+
+def test_what_stays_on_the_chip_is_no_traffic_of_its_memory():
+    """As the compiler for TPUs writes it: a copy from memory to the chip, a product there, its result to memory."""
+    on_chip, in_memory = "f32[8,8]{1,0:T(8,128)S(1)}", "f32[8,8]{1,0:T(8,128)}"
+    text = f"""
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {{
+  %x = {in_memory} parameter(0)
+  %begun = ({on_chip}, {in_memory}, u32[]{{:S(2)}}) copy-start(%x)
+  %near = {on_chip} copy-done(%begun)
+  %sine = {on_chip} sine(%near)
+  ROOT %sum = {in_memory} add(%sine, %x)
+}}
+"""
+    # The copy reads x (and its context, a word), the sum reads it again and writes its result.
+    assert Program(text).memory_bytes() == 3 * 8 * 8 * 4 + 4
+
+
+@pytest.mark.parametrize(("direction", "known", "runs"), [("LT", "", 20), ("NE", "", 1), ("NE", '{"n":"7"}', 7)])
+def test_how_often_a_loop_runs_is_found_in_its_condition_where_the_compiler_does_not_say(direction, known, runs):
+    """The compiler for TPUs does not say."""
+    said = f', backend_config={{"known_trip_count":{known}}}' if known else ""
+    text = f"""
+%body (a: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %a = (s32[], f32[8]{{0}}) parameter(0)
+  %x = f32[8]{{0}} get-tuple-element(%a), index=1
+  %sum = f32[8]{{0}} all-reduce(%x), replica_groups={{{{0,1}}}}, to_apply=%add
+}}
+
+%condition (b: (s32[], f32[8])) -> pred[] {{
+  %b = (s32[], f32[8]{{0}}) parameter(0)
+  %limit = s32[]{{:T(128)}} constant(20)
+  %counter = s32[]{{:T(128)}} get-tuple-element(%b), index=0
+  ROOT %less = pred[]{{:T(512)}} compare(%counter, %limit), direction={direction}
+}}
+
+ENTRY %main (c: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %c = (s32[], f32[8]{{0}}) parameter(0)
+  ROOT %loop = (s32[], f32[8]{{0}}) while(%c), condition=%condition, body=%body{said}
+}}
+"""
+    assert Program(text).collectives() == [Collective("all-reduce", 2, runs, runs * 8 * 4)]
