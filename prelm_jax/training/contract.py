@@ -1,0 +1,114 @@
+"""What the rooms promise each other: models, optimizers and batches, as the train loop and the command line see them.
+
+Whatever fulfills `Model` can be trained: a pretraining model, or an encoder with a task head.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+import optax
+from jax import Array
+
+# Nested dicts of arrays, by module and parameter name; `training.parameters.path_name` writes a path as "a/b/c".
+Params: TypeAlias = "dict[str, Array | Params]"
+Batch = Mapping[str, Array]  # on the devices
+HostBatch = Mapping[str, np.ndarray]  # as the batches build it
+Sums = dict[str, tuple[Array, Array]]  # by name a sum and its weight; the mean is their quotient, taken once
+
+# How a key of a batch is spread over hosts and devices.
+#   rows:       the first axis is the rows of the global batch; a host builds its own, a device holds its own
+#   replicated: the same on every host and device (ELMo's negatives, drawn once for the global batch)
+#   shared:     the same on every host, each device holding a part of the first axis (ELMo's distinct words);
+#               never cut into micro-batches
+Layout = Literal["rows", "replicated", "shared"]
+
+
+class Model(Protocol):
+    """A pretraining model, or an encoder with a task head."""
+
+    @property
+    def coefficients(self) -> Mapping[str, float]:
+        """The objective is the sum over losses of coefficient · sum / weight."""
+        ...
+
+    @property
+    def replicated(self) -> tuple[str, ...]:
+        """Regular expressions of the parameter paths that are never sharded."""
+        ...
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Regular expressions of the paths of the layers' weight matrices; never embeddings, heads, norms or biases."""
+        ...
+
+    def init_params(self, key: Array) -> Params:
+        """Fresh fp32 parameters."""
+        ...
+
+    def init_carry(self, batch_size: int) -> Params:
+        """The recurrent state before the first batch; {} unless the model is recurrent."""
+        ...
+
+    def loss(self, params: Params, carry: Params, batch: Batch, key: Array, train: bool) -> tuple[Sums, Sums, Params]:
+        """(losses, metrics, new carry).
+
+        `train` is static: with it there is dropout. `key` is always given; without `train` it only feeds models that
+        sample inside their loss.
+        """
+        ...
+
+    def weights(self, batch: Batch) -> dict[str, Array]:
+        """The weight of each loss, from the batch alone, so that micro-batches are divided by the whole batch's."""
+        ...
+
+    def tokens(self, batch: Batch) -> Array:
+        """int32 [2]: the tokens of a batch that are not padding, and all its positions."""
+        ...
+
+    def flops(self, batch: Batch) -> float:
+        """Matmul FLOPs of one training step on a batch of these shapes."""
+        ...
+
+    def check(self, batch: HostBatch) -> None:
+        """Raises InputError where a batch asks for rows that the model's tables lack."""
+        ...
+
+
+class Predictor(Model, Protocol):
+    """A model whose predictions can be collected over an evaluation."""
+
+    def predict(self, params: Params, carry: Params, batch: Batch) -> dict[str, Array]:
+        """For each row of the batch, what it predicts: arrays whose first axis is the rows."""
+        ...
+
+
+class OptimizerConfig(Protocol):
+    """A configuration that builds an optax transformation."""
+
+    def schedule(self, step: Array | int) -> Array:
+        """The learning rate of a step (counted from 0)."""
+        ...
+
+    def build(self) -> optax.GradientTransformation:
+        """The transformation of gradients into updates."""
+        ...
+
+
+class Batches(Protocol):
+    """The batch of every step, a pure function of (seed, step). The step number is the whole state of the data."""
+
+    batch_size: int
+
+    @property
+    def layout(self) -> Mapping[str, Layout]:
+        """How each key is spread over hosts and devices."""
+        ...
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        """The global batch of a step."""
+        ...
+
+    def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Rows start to stop of the global batch of a step, built without the others."""
+        ...
