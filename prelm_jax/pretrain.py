@@ -30,7 +30,8 @@ from prelm_jax.storage import copy_files, is_remote, reachable
 from prelm_jax.training import loop
 from prelm_jax.training.checkpoint import Checkpoints
 from prelm_jax.training.metrics import MetricsWriter
-from prelm_jax.training.sharding import MeshConfig, place
+from prelm_jax.training.loop import LoopConfig
+from prelm_jax.training.sharding import MeshConfig, shard_batch
 
 # What makes the batches of each model, to find it again in a work directory.
 DATA = {"bert": PairsConfig, "openai-gpt": WindowsConfig, "elmo": StreamsConfig}
@@ -99,6 +100,12 @@ class Run:
         for name in ("batch_size", "steps", "accumulate", "evaluate_every", "save_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+
+    @property
+    def loop(self) -> LoopConfig:
+        """The settings of the train loop."""
+        names = {field.name for field in dataclasses.fields(LoopConfig)} & {x.name for x in dataclasses.fields(self)}
+        return LoopConfig(**{name: getattr(self, name) for name in names})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +197,7 @@ def pretrain(run: Run, workdir: Path) -> Summary:
         restored = checkpoints.restore(abstract.items())
         if restored is not None:
             _, items = restored
-            state = loop.TrainState.of(items)
+            state = loop.TrainState.from_items(items)
         else:
             start = None
             if run.init_from is not None:
@@ -207,9 +214,9 @@ def pretrain(run: Run, workdir: Path) -> Summary:
 
         done = int(state.step)
         steps = on_devices(batches, done, run.steps, mesh)
-        with contextlib.closing(MetricsWriter(workdir, done, run.tensorboard)) as writer:
+        with contextlib.closing(MetricsWriter(workdir / "metrics.jsonl", done, run.tensorboard)) as writer:
             state, values = loop.train(
-                run, model, state, steps, batches.layout, evaluate_held_out, checkpoints, writer, workdir
+                run, model, state, steps, batches.layout, evaluate_held_out, checkpoints, writer, workdir, 1.0
             )
         values = values or evaluate_held_out(state)
         return _summary(workdir, values, batches, evaluation, run.evaluate_batches, held_out)
@@ -294,7 +301,7 @@ def on_devices(batches: Any, start: int, stop: int, mesh: jax.sharding.Mesh) -> 
     """The batches of some steps on the devices; each process builds and feeds an equal share of the rows."""
     share = batches.batch_size // jax.process_count()
     rows = slice(share * jax.process_index(), share * (jax.process_index() + 1))
-    return loader.prefetch(batches, start, stop, rows, partial(place, layout=batches.layout, mesh=mesh))
+    return loader.prefetch(batches, start, stop, rows, partial(shard_batch, layout=batches.layout, mesh=mesh))
 
 
 def _with_vocabulary(model: Any, tokenizer: Any) -> Any:

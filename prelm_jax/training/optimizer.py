@@ -13,7 +13,7 @@ from prelm_jax.training.parameters import first_match, path_name
 # optimization.py: everything but LayerNorm and biases, so embeddings too). Exhaustive.
 DECAY = (
     (r"(^|/)(kernel|embedding)$", True),
-    (r"(^|/)(\w*bias|scale)$", False),
+    (r"(^|/)(\w*bias|scale|weights|gamma|transitions)$", False),
 )
 
 
