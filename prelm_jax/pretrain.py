@@ -29,8 +29,8 @@ from prelm_jax.formats import model as exchange
 from prelm_jax.storage import copy_files, is_remote, reachable
 from prelm_jax.training import loop
 from prelm_jax.training.checkpoint import Checkpoints
-from prelm_jax.training.metrics import MetricsWriter
 from prelm_jax.training.loop import LoopConfig
+from prelm_jax.training.metrics import MetricsWriter
 from prelm_jax.training.sharding import MeshConfig, shard_batch
 
 # What makes the batches of each model, to find it again in a work directory.

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, TypeVar
+from typing import Literal, TypedDict, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -65,8 +65,26 @@ class Record:
     scheduled: bool = True
 
 
+class _Metadata(TypedDict):
+    """The JSON of a checkpoint: its format, the checksums by item and array, and the fields of its Record."""
+
+    format: int
+    checksums: dict[str, dict[str, int]]
+    tokens_seen: int
+    evaluation_loss: float | None
+    scheduled: bool
+
+
 class _Damaged(Exception):
     """The checkpoint cannot be read, or an array differs from its checksum."""
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # A damaged file makes Orbax raise anything.
+        raise _Damaged(_first_line(error)) from error
 
 
 class _Directory:
@@ -93,8 +111,12 @@ class _Directory:
         self.records = dict.fromkeys(checkpoint.step for checkpoint in self._open().checkpoints)
         for step in self.records:
             with contextlib.suppress(Exception):  # Loading it tells what is wrong.
-                metadata = self._open().metadata(step).custom_metadata
-                self.records[step] = Record(*(metadata[field.name] for field in dataclasses.fields(Record)))
+                metadata = self._metadata(step)
+                tokens_seen, loss = metadata["tokens_seen"], metadata["evaluation_loss"]
+                self.records[step] = Record(tokens_seen, loss, metadata["scheduled"])
+
+    def _metadata(self, step: int) -> _Metadata:
+        return cast(_Metadata, self._open().metadata(step).custom_metadata)
 
     def best(self) -> tuple[float, int]:
         """(evaluation loss, step) of the best checkpoint; an infinite loss if none was evaluated."""
@@ -118,15 +140,15 @@ class _Directory:
     def save(self, step: int, items: Mapping[str, object], record: Record):
         """Starts to save; the caller waits for the result."""
         checkpointer = self._open()
-        sums = {name: _checksums_by_name(tree) for name, tree in items.items()}
+        metadata = {
+            "format": FORMAT,
+            "checksums": {name: _checksums_by_name(tree) for name, tree in items.items()},
+            **dataclasses.asdict(record),
+        }
         overwrite = step in self.records
         self.records[step] = record
         saving = checkpointer.save_checkpointables_async(
-            step,
-            dict(items),
-            force=True,
-            overwrite=overwrite,
-            custom_metadata={"format": FORMAT, "checksums": sums, **dataclasses.asdict(record)},
+            step, dict(items), force=True, overwrite=overwrite, custom_metadata=cast(dict, metadata)
         )
         kept = {checkpoint.step for checkpoint in checkpointer.checkpoints}
         self.records = {step: record for step, record in self.records.items() if step in kept}
@@ -135,24 +157,22 @@ class _Directory:
     def load(self, step: int, items: Mapping[str, Tree]) -> dict[str, Tree]:
         """The items of a checkpoint; raises _Damaged, or InputError if it has another format or not all items."""
         path = self.path / str(step)
-        try:
-            metadata = self._open().metadata(step).custom_metadata
+        with _reading():
+            metadata = self._metadata(step)
             saved_format, saved_sums = metadata["format"], metadata["checksums"]
-            missing = [name for name in items if name not in saved_sums]
-            if saved_format == FORMAT and not missing:
-                loaded = self._open().load_checkpointables(step, dict(items))
-        except Exception as error:  # A damaged file makes the reader raise anything.
-            raise _Damaged(_first_line(error)) from error
         if saved_format != FORMAT:
-            age = "an earlier" if saved_format < FORMAT else "a later"
+            older = saved_format < FORMAT
+            remedy = "use that version, or start in another --workdir" if older else "upgrade this one"
             raise InputError(
-                f"{path} was written by {age} version of prelm_jax (format {saved_format}, not {FORMAT}): use that "
-                "version, or start in another --workdir"
+                f"{path} was written by {'an earlier' if older else 'a later'} version of prelm_jax (format "
+                f"{saved_format}, not {FORMAT}): {remedy}"
             )
-        if missing:
+        if missing := [item for item in items if item not in saved_sums]:
             raise InputError(
-                f"{path} holds {', '.join(saved_sums)}, but no {', '.join(missing)}: choose another --step"
+                f"{path} holds no {', '.join(missing)}, only {', '.join(saved_sums)}: choose another --step"
             )
+        with _reading():
+            loaded = self._open().load_checkpointables(step, dict(items))
         for item, tree in loaded.items():
             for name, checksum in _checksums_by_name(tree).items():
                 if saved_sums[item].get(name) != checksum:

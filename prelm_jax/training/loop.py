@@ -28,7 +28,7 @@ class LoopConfig:
     """How far to train, on which devices, and what to write down; all of it may differ between resumes."""
 
     steps: int  # Train up to this step, counted from the start; raise it to continue a finished run.
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     save_every: int = 1000  # Steps between checkpoints; the last step, SIGTERM and a new best evaluation save as well.
     keep: int = 3  # Number of newest checkpoints to keep; the one with the best evaluation is kept in addition.
     keep_at_steps: tuple[int, ...] = ()  # Keep the parameters after these steps forever (without optimizer state).
@@ -211,7 +211,7 @@ def make_train_step(
         gathered = jax.lax.with_sharding_constraint(state.params, P())
         sums, carry, grads = gradients(gathered, state.carry, batch, weights, key)
         updates, opt_state = transformation.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = cast(Params, optax.apply_updates(state.params, updates))
         metrics = means(model, sums) | {
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": optimizer.schedule(state.step),
@@ -259,10 +259,10 @@ def make_evaluate(model: Model):
 
 
 def make_predict(model: Predictor):
-    """`(params, carry, batches) -> an iterator over the predictions for each batch`, gathered from all devices and hosts.
+    """`(params, carry, batches) -> iterator`, over the predictions for each batch, gathered from all devices and hosts.
 
     Each item maps names to NumPy arrays whose first axis is the rows of the global batch, in order. Every process must
-    consume the iterator, because gathering is a collective operation.
+    exhaust the iterator, because gathering is a collective operation.
     """
     predict_step = jax.jit(model.predict, out_shardings=P())
 

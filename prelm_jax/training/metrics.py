@@ -35,15 +35,26 @@ def peak_flops(dtype: jnp.dtype, devices: int) -> float:
     return 2 * 1024**3 / min(times) * (1 if jax.default_backend() == "cpu" else devices)
 
 
+class _RemoteFile(io.StringIO):
+    """A text file in a bucket, where nothing can be appended to: each flush rewrites it."""
+
+    def __init__(self, path: Path, text: str):
+        super().__init__()
+        self.write(text)
+        self._path = path
+
+    def flush(self) -> None:
+        self._path.write_text(self.getvalue())
+
+
 class MetricsWriter:
     """Appends to a file of JSON lines, one object with its `step` a line; to TensorBoard (next to the file) if asked.
 
-    Only process 0 writes. Lines of steps after `resume_at` are dropped, because the training will write them again. In
-    a bucket, where files cannot be appended to, each line rewrites the file.
+    Only process 0 writes. Lines of steps after `resume_at` are dropped, because the training will write them again.
     """
 
     def __init__(self, path: Path, resume_at: int, tensorboard: bool = False):
-        self._file = self._tensorboard = self._remote = None
+        self._file = self._tensorboard = None
         if jax.process_index() != 0:
             return
         if tensorboard:
@@ -55,8 +66,7 @@ class MetricsWriter:
         kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_at] if path.exists() else []
         text = "".join(line + "\n" for line in kept)
         if is_remote(path):
-            self._remote, self._file = path, io.StringIO(text)
-            self._file.seek(0, io.SEEK_END)
+            self._file = _RemoteFile(path, text)
             return
         temporary = path.with_suffix(".tmp")
         temporary.write_text(text)
@@ -70,8 +80,6 @@ class MetricsWriter:
         line = {"step": step} | {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        if self._remote is not None:
-            self._remote.write_text(self._file.getvalue())
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
