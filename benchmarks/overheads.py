@@ -63,7 +63,7 @@ class Mini:
         abstract = loop.abstract_state(model, run.optimizer, run.batch_size, self.mesh, run.mesh.parameters)
         self.state = loop.new_state(model, run.optimizer, run.batch_size, run.seed, abstract)
         self._step = loop.make_train_step(model, run.optimizer, run.accumulate, self.batches.layout, abstract)
-        self._key = loop.Keys.of(run.seed).dropout
+        self._key = loop.Keys.from_seed(run.seed).dropout
         _, self.constant = next(self.real(0, 1))
         self.seconds(lambda: None, [self.constant] * 3)
 
@@ -115,7 +115,7 @@ def saves(mini: Mini, rounds: int, steps: int = 20) -> dict[str, list[float]]:
 
         for _ in range(rounds):
             plain.append(mini.seconds(lambda: None, [mini.constant] * steps))
-            saving.append(mini.seconds(save, [mini.constant] * steps, checkpoints.settle))
+            saving.append(mini.seconds(save, [mini.constant] * steps, checkpoints.wait))
     plain, saving = np.array(plain), np.array(saving)
     return {
         "checkpoint_percent": _quartiles(100 * (saving - plain) / (plain / steps * SAVE_EVERY)),
@@ -141,7 +141,7 @@ def start(starts: int) -> dict[str, list[float]]:
                 said = []
                 for line in process.stderr:
                     said.append(line)
-                    if line.startswith("step 2/2"):
+                    if line.startswith("train: 2/2 "):
                         break
                 seconds = time.perf_counter() - began
                 process.communicate()

@@ -66,7 +66,7 @@ def test_files_go_up_and_come_back(bucket, tmp_path):
 
 def test_metrics(bucket):
     for resume_at, steps in [(0, [2, 4, 6]), (4, [6])]:
-        writer = MetricsWriter(reachable("gs://bucket/run"), resume_at)
+        writer = MetricsWriter(reachable("gs://bucket/run") / "metrics.jsonl", resume_at)
         for step in steps:
             writer.write(step, {"loss": step / 2})
         lines = (bucket / "run" / "metrics.jsonl").read_text().splitlines()  # Before it is closed.

@@ -158,9 +158,9 @@ class Bert(nn.Module):
         positions = (c.max_position_embeddings, "max_position_embeddings")
         check_rows(batch, tokens=(c.vocab_size, "vocab_size"), positions=positions)
 
-    def loss(self, params: Params, carry: Params, batch: Batch, key: Array | None) -> tuple[Sums, Sums, Params]:
+    def loss(self, params: Params, carry: Params, batch: Batch, key: Array, train: bool) -> tuple[Sums, Sums, Params]:
         """(losses, metrics, carry): names to (sum, weight). `key` None: evaluation, without dropout."""
-        rngs = {} if key is None else {"dropout": key}
+        rngs = {"dropout": key} if train else {}
         return *self.apply({"params": params}, batch, rngs=rngs, method=Bert._losses), carry
 
     def weights(self, batch: Batch) -> dict[str, Array]:
@@ -169,6 +169,11 @@ class Bert(nn.Module):
         if "next_sentence_labels" in batch:
             weights["next_sentence_loss"] = batch["next_sentence_weights"].sum()
         return weights
+
+    @property
+    def replicated(self) -> tuple[str, ...]:
+        """Regular expressions of the parameter paths that are never sharded."""
+        return ()
 
     @property
     def coefficients(self) -> dict[str, float]:

@@ -227,18 +227,23 @@ class ELMo(nn.Module):
         """Raises InputError where a batch asks for rows that the tables lack."""
         check_rows(batch, **{f"{d}_targets": (self.config.vocab_size, "vocab_size") for d in DIRECTIONS})
 
-    def loss(self, params: Params, carry: Params, batch: Batch, key: Array | None) -> tuple[Sums, Sums, Params]:
+    def loss(self, params: Params, carry: Params, batch: Batch, key: Array, train: bool) -> tuple[Sums, Sums, Params]:
         """(losses, metrics, carry): names to (sum, weight).
 
         `key` None: evaluation, no dropout, full softmax; so it is in training on batches without negatives.
         """
-        rngs = {} if key is None else {"dropout": key}
+        rngs = {"dropout": key} if train else {}
         losses, carry = self.apply({"params": params}, batch, carry, rngs=rngs, method=ELMo._losses)
         return losses, {}, carry
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         """The weight of each loss, from the batch alone."""
         return {f"{d}_loss": batch[f"{d}_weights"].sum() for d in DIRECTIONS}
+
+    @property
+    def replicated(self) -> tuple[str, ...]:
+        """Regular expressions of the parameter paths that are never sharded."""
+        return (r"(^|/)(characters|convolution_\d+)/",)
 
     @property
     def coefficients(self) -> dict[str, float]:

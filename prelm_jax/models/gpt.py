@@ -149,14 +149,19 @@ class GPT(nn.Module):
         positions = (c.max_position_embeddings, "max_position_embeddings")
         check_rows(batch, tokens=vocabulary, targets=vocabulary, positions=positions)
 
-    def loss(self, params: Params, carry: Params, batch: Batch, key: Array | None) -> tuple[Sums, Sums, Params]:
+    def loss(self, params: Params, carry: Params, batch: Batch, key: Array, train: bool) -> tuple[Sums, Sums, Params]:
         """(losses, metrics, carry): names to (sum, weight). `key` None: evaluation, without dropout."""
-        rngs = {} if key is None else {"dropout": key}
+        rngs = {"dropout": key} if train else {}
         return *self.apply({"params": params}, batch, rngs=rngs, method=GPT._losses), carry
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         """The weight of the loss, from the batch alone."""
         return {"lm_loss": batch["weights"].sum()}
+
+    @property
+    def replicated(self) -> tuple[str, ...]:
+        """Regular expressions of the parameter paths that are never sharded."""
+        return ()
 
     @property
     def coefficients(self) -> dict[str, float]:

@@ -20,7 +20,7 @@ from prelm_jax.models.lstm import lstm
 from prelm_jax.training import loop
 from prelm_jax.training.optimizer import Adagrad
 from prelm_jax.training.parameters import path_name
-from prelm_jax.training.sharding import MeshConfig, place
+from prelm_jax.training.sharding import MeshConfig, shard_batch
 
 CONFIG = ELMoConfig(
     vocab_size=41,
@@ -455,10 +455,10 @@ def test_words_are_counted_once_for_both_directions():
 
 def test_a_shared_array_is_cut_over_the_devices_where_they_divide_it():
     batch, mesh = make_batch(), MeshConfig(8).build()
-    characters = place(batch, LAYOUT, mesh)["characters"]
+    characters = shard_batch(batch, LAYOUT, mesh)["characters"]
     assert characters.addressable_shards[0].data.shape == (WORDS // 8, 50)
     np.testing.assert_array_equal(characters, batch["characters"])
-    fewer = place({"characters": batch["characters"][:12]}, LAYOUT, mesh)["characters"]
+    fewer = shard_batch({"characters": batch["characters"][:12]}, LAYOUT, mesh)["characters"]
     assert fewer.addressable_shards[0].data.shape == (12, 50)
 
 
@@ -472,7 +472,9 @@ def train(steps, devices=1, parameters="replicated", accumulate=1, config=CONFIG
         step_function = loop.make_train_step(model, optimizer, accumulate, LAYOUT, abstract)
         losses = []
         for step in range(steps):
-            state, metrics = step_function(state, place(batch(step), LAYOUT, mesh), loop.Keys.of(0).dropout)
+            state, metrics = step_function(
+                state, shard_batch(batch(step), LAYOUT, mesh), loop.Keys.from_seed(0).dropout
+            )
             losses.append(float(metrics["loss"]))
     for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
         assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
@@ -502,9 +504,9 @@ def test_devices_hand_each_other_words_and_not_vocabularies():
     optimizer = Adagrad(0.2, unroll_steps=LENGTH)
     with jax.set_mesh(mesh):
         state = loop.abstract_state(model, optimizer, ROWS, mesh, "replicated")
-        batch = place(make_batch(), LAYOUT, mesh)
+        batch = shard_batch(make_batch(), LAYOUT, mesh)
         step = loop.make_train_step(model, optimizer, 1, LAYOUT, state)
-        text = step.lower(state, batch, loop.Keys.of(0).dropout).compile().as_text()
+        text = step.lower(state, batch, loop.Keys.from_seed(0).dropout).compile().as_text()
     collectives = [line for line in text.splitlines() if re.search(r" all-(reduce|gather|to-all)(-start)?\(", line)]
     assert "f32[128,8]" in text
     assert collectives

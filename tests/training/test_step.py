@@ -36,7 +36,7 @@ def train(family):
             step_function = loop.make_train_step(model, optimizer, accumulate, layout, abstract)
             losses = []
             for step in range(steps):
-                state, metrics = step_function(state, place(batch(step), layout, mesh), loop.Keys.of(0).dropout)
+                state, metrics = step_function(state, place(batch(step), layout, mesh), loop.Keys.from_seed(0).dropout)
                 losses.append(float(metrics["loss"]))
         return np.array(losses), state
 
