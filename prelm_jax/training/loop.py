@@ -111,7 +111,7 @@ def make_train_step(model: Any, optimizer: Any, accumulate: int, layout: dict[st
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
     def objective(params: Tree, carry: Tree, batch: dict, weights: dict, key: Array):
-        losses, metrics, carry = model.loss(params, carry, batch, key)
+        losses, metrics, carry = model.loss(params, carry, batch, key, True)
         total = sum(model.coefficients[name] * _mean(x, weights[name]) for name, (x, _) in losses.items())
         return total, (losses | metrics, carry)
 
@@ -177,7 +177,7 @@ def make_evaluate(model: Any):
 
     @jax.jit
     def evaluate_step(params: Tree, carry: Tree, batch: dict):
-        losses, metrics, carry = model.loss(params, carry, batch, None)
+        losses, metrics, carry = model.loss(params, carry, batch, jax.random.key(0), False)
         return losses | metrics, carry
 
     def evaluate(params: Tree, carry: Tree, batches: Iterable[dict]) -> dict[str, float]:
