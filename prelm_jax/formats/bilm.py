@@ -169,14 +169,16 @@ def read_params(source: Path, config: ELMoConfig) -> Params:
 def _encode(elmo: ELMo, params: Params, characters_UC: Array) -> Array:
     """[U, P]. In full fp32, which TPUs and GPUs by default give up for speed; so below."""
     with jax.default_matmul_precision("highest"):
-        return elmo.apply({"params": params}, characters_UC, method="encode")
+        return elmo.config.encoder().apply({"params": params}, characters_UC, method="encode")
 
 
 @partial(jax.jit, static_argnums=0)
 def _run(elmo: ELMo, params: Params, words_BTP: Array, lengths_B: Array, carry: Params) -> tuple[Array, Params]:
     """([B, T, L + 1, 2 · P], the new carry) of encoded words."""
     with jax.default_matmul_precision("highest"):
-        layers, carry = elmo.apply({"params": params}, words_BTP, lengths_B, carry, method="run")
+        layers, carry = elmo.config.encoder().apply(
+            {"params": params}, words_BTP, lengths_B, carry, method="apply_layers"
+        )
         forward_LBTP, backward_LBTP = (
             jnp.concatenate([words_BTP[None], layers[direction]]) for direction in ("forward", "backward")
         )
@@ -189,7 +191,7 @@ def _neighbours_nll(
 ) -> Array:
     """[B, T, 2]: the negative log-likelihoods of the token after each, and of the token before each."""
     with jax.default_matmul_precision("highest"):
-        layers, _ = elmo.apply({"params": params}, words_BTP, lengths_B, carry, method="run")
+        layers, _ = elmo.config.encoder().apply({"params": params}, words_BTP, lengths_B, carry, method="apply_layers")
 
         def chunk(arguments: tuple[Array, Array]) -> Array:
             last_GP, targets_G = arguments

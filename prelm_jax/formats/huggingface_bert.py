@@ -159,8 +159,9 @@ _cross_entropy = jax.jit(cross_entropy)
 
 def _encode(bert: Bert, params: Params, tokens_BT: Array, segments_BT: Array) -> tuple[Array, ...]:
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
-    inputs = (tokens_BT, jnp.zeros_like(tokens_BT), positions_BT, segments_BT)
-    return bert.apply({"params": params}, *inputs, method="hidden_states")
+    batch = {"tokens": tokens_BT, "token_types": jnp.zeros_like(tokens_BT)}
+    batch |= {"positions": positions_BT, "segments": segments_BT}
+    return bert.config.encoder().apply({"params": params}, batch, method="hidden_states")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

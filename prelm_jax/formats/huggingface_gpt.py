@@ -206,7 +206,8 @@ def _next_nll(gpt: GPT, params: Params, tokens_BT: Array, segments_BT: Array) ->
 
 def _decode(gpt: GPT, params: Params, tokens_BT: Array, segments_BT: Array) -> tuple[Array, ...]:
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
-    return gpt.apply({"params": params}, tokens_BT, positions_BT, segments_BT, method="hidden_states")
+    batch = {"tokens": tokens_BT, "positions": positions_BT, "segments": segments_BT}
+    return gpt.config.encoder().apply({"params": params}, batch, method="hidden_states")
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)

@@ -97,8 +97,10 @@ def masks(monkeypatch):
 
 
 def objective(model, params, carry, batch, key):
+    """Trains with `key`; None: evaluates."""
     with jax.default_matmul_precision("highest"):
-        losses, metrics, carry = model.loss(params, carry, batch, key)
+        key_or_any = jax.random.key(0) if key is None else key
+        losses, metrics, carry = model.loss(params, carry, batch, key_or_any, key is not None)
     assert metrics == {}
     total = sum(model.coefficients[name] * loss / weight for name, (loss, weight) in losses.items())
     return total, (losses, carry)
@@ -115,7 +117,7 @@ def referenced(params, config, carry, batch, drop):
 @pytest.mark.parametrize("change", [{}, {"activation": "tanh", "num_highways": 1}])
 def test_words_are_encoded_as_by_the_reference(params, change):
     config, characters = dataclasses.replace(CONFIG, **change), make_batch()["characters"]
-    encoded = config.build().apply({"params": fp32(params)}, characters, method="encode")
+    encoded = config.encoder().apply({"params": fp32(params)}, characters, method="encode")
     close(encoded, reference.encode(params, config, characters), atol=2e-5)
     assert len(np.unique(np.round(encoded, 4), axis=0)) == WORDS
 
@@ -124,7 +126,7 @@ def test_words_are_encoded_as_by_the_reference(params, change):
 def test_words_are_encoded_alike_without_their_padding(params, longest):
     characters = make_batch()["characters"]
     characters = characters[(characters[:, longest:] == 260).all(1)]
-    encoded = CONFIG.build().apply({"params": fp32(params)}, characters[:, :longest], method="encode")
+    encoded = CONFIG.encoder().apply({"params": fp32(params)}, characters[:, :longest], method="encode")
     close(encoded, reference.encode(params, CONFIG, characters), atol=2e-5)
 
 
@@ -292,7 +294,7 @@ def test_in_half_precision_the_state_is_kept_in_full(params, carry):
 @jax.jit
 def run(params, words_BTP, lengths_B, carry):
     with jax.default_matmul_precision("highest"):
-        return CONFIG.build().apply({"params": params}, words_BTP, lengths_B, carry, method="run")
+        return CONFIG.encoder().apply({"params": params}, words_BTP, lengths_B, carry, method="apply_layers")
 
 
 def test_rows_of_any_length_are_read_from_both_ends(params, carry):
@@ -369,7 +371,7 @@ def test_every_dropout_has_a_key_of_its_own(params, carry, monkeypatch):
             "_dropout",
             lambda x, rate, key: (collected.append(jax.random.key_data(key)), shapes.append(x.shape), x)[2],
         )
-        CONFIG.build().loss(fp32(params), fp32(carry), make_batch(), jax.random.key(0) if training else None)
+        CONFIG.build().loss(fp32(params), fp32(carry), make_batch(), jax.random.key(0), training)
         return collected
 
     assert len({tuple(np.asarray(key)) for key in keys(True)}) == len(shapes) == 2 * (CONFIG.num_layers + 1)

@@ -118,8 +118,7 @@ def test_an_evaluation_is_one_division_without_dropout(tiny_bert, random_bert_ba
     params = model.init_params(jax.random.key(0))
     total = weight = 0.0
     for batch in batches:
-        inputs = [batch[name] for name in ("tokens", "token_types", "positions", "segments")]
-        hidden = model.apply({"params": params}, *inputs, method="hidden_states")[-1]
+        hidden = tiny_bert.encoder().apply({"params": params}, batch, method="hidden_states")[-1]
         masked = np.take_along_axis(np.asarray(hidden), batch["masked_positions"][..., None], 1)
         logits = np.asarray(model.apply({"params": params}, masked, method="masked_lm_logits"), np.float64)
         log_normalizer = np.log(np.exp(logits).sum(-1))
@@ -133,7 +132,7 @@ def test_an_evaluation_is_one_division_without_dropout(tiny_bert, random_bert_ba
 def test_a_batch_without_weight_has_no_loss_and_no_nan(tiny_bert, random_bert_batch):
     batch = random_bert_batch(0) | {"next_sentence_weights": np.zeros((8, 1), np.float32)}
     model = tiny_bert.build()
-    losses, metrics, _ = model.loss(model.init_params(jax.random.key(0)), {}, batch, None)
+    losses, metrics, _ = model.loss(model.init_params(jax.random.key(0)), {}, batch, jax.random.key(0), False)
     values = loop.means(model, losses | metrics)
     assert values["next_sentence_loss"] == 0
     assert values["loss"] == values["masked_lm_loss"] > 0
