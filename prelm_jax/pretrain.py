@@ -128,7 +128,7 @@ def prepare(run: Run, make_shards: preparation.MakeShards | None = None, verify:
     """The vocabulary and the token stores of a run; made, if they are not in the cache (see text/preparation.py)."""
     corpus = Corpus(run.corpus, run.held_out, run.deduplicate, run.errors)
     tokenizer = run.tokenizer.build(corpus)
-    new = not preparation.location(corpus, tokenizer).exists()
+    new = not preparation.store_path(corpus, tokenizer).exists()
     stores = preparation.prepare(corpus, tokenizer, make_shards=make_shards, verify=verify)
     return Prepared(corpus, tokenizer, *stores, new)
 

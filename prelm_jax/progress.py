@@ -104,6 +104,7 @@ class Progress:
             progress.TimeRemainingColumn(),
             console=Console(stderr=True),
         )
-        bar.add_task(self.description or "", total=self.total, completed=self.done, count=self._count(), text="")
+        task = bar.add_task(self.description or "", total=self.total, count=self._count(), text="")
+        bar.update(task, completed=self.done)
         bar.start()
         return bar
