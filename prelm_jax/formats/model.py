@@ -13,10 +13,9 @@ from typing import Any, ClassVar, Self
 import h5py
 import jax
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from prelm_jax.errors import InputError
+from prelm_jax.progress import Progress
 from prelm_jax.storage import fetched, is_remote, reachable, read_json
 from prelm_jax.tokenizers import load as tokenizers
 from prelm_jax.tokenizers.base import Tokenizer
@@ -228,10 +227,11 @@ def write_embeddings(model: Model, lines: Sequence[str], path: str | os.PathLike
     try:
         with h5py.File(temporary, "w") as file:
             results = model.embed(lines, **options)
-            progress = track(results, "embed", total=len(lines), console=Console(stderr=True))
-            for i, (tokens, hidden) in enumerate(progress):
-                dataset = file.create_dataset(str(i), data=hidden)
-                dataset.attrs["tokens"] = json.dumps(tokens, ensure_ascii=False)
+            with Progress("embed", len(lines), "lines") as progress:
+                for i, (tokens, hidden) in enumerate(results):
+                    dataset = file.create_dataset(str(i), data=hidden)
+                    dataset.attrs["tokens"] = json.dumps(tokens, ensure_ascii=False)
+                    progress.advance(1)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

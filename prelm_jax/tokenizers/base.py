@@ -18,6 +18,7 @@ class Tokenizer(Protocol):
     special_ids: dict[str, int]  # those of WordPiece ("[PAD]", "[UNK]", …), of BPE ("<unk>"), of words ("<S>", …)
     unknown_id: int | None  # the id that stands for what the vocabulary cannot spell
     lowercase: bool  # whether text is lower-cased
+    open_vocabulary: bool  # whether words outside of the vocabulary keep ids of their own in the store
     fingerprint: str  # SHA-256 (hex) of the vocabulary and the settings
 
     @property

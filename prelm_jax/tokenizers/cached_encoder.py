@@ -34,6 +34,8 @@ class WordEncoder:
     than the pipeline is on whole texts, with the same ids.
     """
 
+    open_vocabulary = False
+
     def __init__(self, tokens: list[str], pipeline: tokenizers.Tokenizer):
         self.tokens = tokens
         self._pipeline = pipeline

@@ -48,6 +48,7 @@ class WordVocabulary:
     """
 
     lowercase = False
+    open_vocabulary = True
 
     def __init__(self, tokens: Iterable[str], tokenize: bool = False):
         self.tokens = list(tokens)
