@@ -27,6 +27,7 @@ from prelm_jax.data.windows import WindowsConfig
 from prelm_jax.errors import InputError
 from prelm_jax.formats import model as exchange
 from prelm_jax.storage import copy_files, is_remote, reachable
+from prelm_jax.tokenizers.build import build as build_tokenizer
 from prelm_jax.training import loop
 from prelm_jax.training.checkpoint import Checkpoints
 from prelm_jax.training.metrics import MetricsWriter
@@ -127,7 +128,7 @@ class Prepared(NamedTuple):
 def prepare(run: Run, make_shards: preparation.MakeShards | None = None, verify: bool = False) -> Prepared:
     """The vocabulary and the token stores of a run; made, if they are not in the cache (see text/preparation.py)."""
     corpus = Corpus(run.corpus, run.held_out, run.deduplicate, run.errors)
-    tokenizer = run.tokenizer.build(corpus)
+    tokenizer = build_tokenizer(run.tokenizer, corpus)
     new = not preparation.location(corpus, tokenizer).exists()
     stores = preparation.prepare(corpus, tokenizer, make_shards=make_shards, verify=verify)
     return Prepared(corpus, tokenizer, *stores, new)
