@@ -29,6 +29,7 @@ import tyro
 from prelm_jax import pretrain
 from prelm_jax.corpus import prepare as preparation
 from prelm_jax.corpus.documents import Corpus
+from prelm_jax.tokenizers.build import build as build_tokenizer
 from prelm_jax.training import loop
 from prelm_jax.training.checkpoint import Checkpoints
 
@@ -54,7 +55,7 @@ class Mini:
     def __init__(self, sources: tuple[str, ...]):
         run = dataclasses.replace(runpy.run_path(str(EXPERIMENTS))["mini"](), corpus=sources)
         corpus = Corpus(run.corpus, run.held_out)
-        tokenizer = run.tokenizer.build(corpus)
+        tokenizer = build_tokenizer(run.tokenizer, corpus)
         training, _ = preparation.prepare(corpus, tokenizer)
         self.batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
         model = dataclasses.replace(run.model, vocab_size=tokenizer.vocab_size).build()

@@ -17,6 +17,7 @@ from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
 from prelm_jax.formats.model import load, read_record, read_tokenizer
 from prelm_jax.storage import copy_files, fetched, is_remote, reachable
+from prelm_jax.tokenizers.build import build as build_tokenizer
 from prelm_jax.training.checkpoint import Checkpoints
 from prelm_jax.training.metrics import MetricsWriter
 
@@ -78,7 +79,7 @@ def test_a_work_directory_is_claimed_and_read(bucket, tmp_path):
     (tmp_path / "corpus.txt").write_text(tiny.text(seed=0))
     run = dataclasses.replace(tiny.bert(), corpus=(str(tmp_path / "corpus.txt"),))
     corpus = Corpus(run.corpus, run.held_out)
-    tokenizer = run.tokenizer.build(corpus)
+    tokenizer = build_tokenizer(run.tokenizer, corpus)
     workdir = reachable("gs://bucket/run")
     pretrain._claim(workdir, run, corpus, tokenizer)
     pretrain._claim(workdir, run, corpus, tokenizer)
