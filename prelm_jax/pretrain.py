@@ -203,7 +203,7 @@ def pretrain(run: Run, workdir: Path) -> Summary:
         def evaluate_held_out(state: loop.TrainState) -> dict[str, float]:
             placed = on_devices(evaluation, 0, run.evaluate_batches, mesh)
             values = evaluate(state.params, state.carry, (batch for _, batch in placed))
-            return _with_other_units(evaluation, values)
+            return _with_derived(run.data, values, held_out)
 
         done = int(state.step)
         steps = on_devices(batches, done, run.steps, mesh)
@@ -212,7 +212,7 @@ def pretrain(run: Run, workdir: Path) -> Summary:
                 run, model, state, steps, batches.layout, evaluate_held_out, checkpoints, writer, workdir
             )
         values = values or evaluate_held_out(state)
-        return _summary(workdir, values, batches, evaluation, run.evaluate_batches, held_out)
+        return _summary(workdir, values, run.data, batches, evaluation, run.evaluate_batches, held_out)
 
 
 def show_batch(run: Run, step: int) -> Iterator[str]:
@@ -221,7 +221,7 @@ def show_batch(run: Run, step: int) -> Iterator[str]:
         raise InputError(f"--step {step}: steps are counted from 0")
     _, tokenizer, training, _, _ = prepare(run)
     batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
-    yield from batches.show(batches[step], tokenizer)
+    yield from run.data.show(batches[step], tokenizer)
 
 
 def evaluate(workdir: Path, sources: tuple[str, ...] = ()) -> Summary:
@@ -250,9 +250,9 @@ def evaluate(workdir: Path, sources: tuple[str, ...] = ()) -> Summary:
             _, items = checkpoints.restore({"progress": loop.abstract_progress(model, rows, mesh)})
         carry = items["progress"]["carry"]
         values = loop.make_evaluate(model)(loaded.params, carry, (batch for _, batch in placed))
-    values = _with_other_units(evaluation, values)
+    values = _with_derived(data, values, held_out)
     batches = data.build(training, tokenizer, rows, record["seed"])
-    return _summary(workdir, values, batches, evaluation, circumstance["evaluate_batches"], held_out)
+    return _summary(workdir, values, data, batches, evaluation, circumstance["evaluate_batches"], held_out)
 
 
 def export(workdir: Path, directory: Path) -> None:
@@ -312,19 +312,19 @@ def _evaluation_batches(data: Any, held_out: store.Store, tokenizer: Any, rows: 
     return data.build(held_out, tokenizer, rows, EVALUATION_SEED)
 
 
-def _with_other_units(batches: Any, values: dict[str, float]) -> dict[str, float]:
-    units = (batches.in_other_units(name, value) for name, value in values.items())
-    return values | {name: value for unit in units for name, value in unit.items()}
+def _with_derived(data: Any, values: dict[str, float], held_out: store.Store) -> dict[str, float]:
+    derived = (data.derived_metrics(name, value, held_out) for name, value in values.items())
+    return values | {name: value for metrics in derived for name, value in metrics.items()}
 
 
 def _summary(
-    workdir: Path, values: dict[str, float], batches: Any, evaluation: Any, steps: int, held_out: store.Store
+    workdir: Path, values: dict[str, float], data: Any, batches: Any, evaluation: Any, steps: int, held_out: store.Store
 ) -> Summary:
     """With baselines that learned from `batches`."""
-    baselines = batches.baselines(evaluation[i] for i in range(steps))
+    baselines = data.baselines(batches, (evaluation[i] for i in range(steps)))
     for name, known in list(baselines.items()):
         for model, value in known.items():
-            for unit, x in evaluation.in_other_units(name, value).items():
+            for unit, x in data.derived_metrics(name, value, held_out).items():
                 baselines.setdefault(unit, {})[model] = x
     unknown = held_out.manifest["unknown_tokens"] / held_out.num_tokens
     return Summary(values, baselines, unknown, _tokens_per_second(workdir))

@@ -16,6 +16,12 @@ class Tokenizer(Protocol):
 
     tokens: list[str]  # id -> string
     special_ids: dict[str, int]  # those of WordPiece ("[PAD]", "[UNK]", …), of BPE ("<unk>"), of words ("<S>", …)
+    pad_id: int | None  # ids by role, None where the vocabulary has no such token
+    cls_id: int | None
+    sep_id: int | None
+    mask_id: int | None
+    bos_id: int | None
+    eos_id: int | None
     unknown_id: int | None  # the id that stands for what the vocabulary cannot spell
     lowercase: bool  # whether text is lower-cased
     fingerprint: str  # SHA-256 (hex) of the vocabulary and the settings

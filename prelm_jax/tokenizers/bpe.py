@@ -60,6 +60,7 @@ class BPE(WordEncoder):
                 raise InputError(f"the merge {f'{first} {second}'!r} needs {missing[0]!r}: it is not in the vocabulary")
         self.special_ids = {UNKNOWN: ids[UNKNOWN]}
         self.unknown_id = ids[UNKNOWN]
+        self.pad_id = self.cls_id = self.sep_id = self.mask_id = self.bos_id = self.eos_id = None
         self.fingerprint = digest([tokens, self.merges])
         super().__init__(tokens, _pipeline(tokens, self.merges))
 

@@ -63,6 +63,9 @@ class SentencePiece(WordEncoder):
             raise InputError(f"the vocabulary lacks special tokens: it needs {expected}")
         self.special_ids = {token: ids[token] for token in self.special_tokens}
         self.unknown_id = self.special_ids.get("[UNK]", self.special_ids.get(bpe.UNKNOWN))
+        roles = (self.special_ids.get(f"[{role}]") for role in ("PAD", "CLS", "SEP", "MASK"))
+        self.pad_id, self.cls_id, self.sep_id, self.mask_id = roles
+        self.bos_id = self.eos_id = None
         self.continuation = np.array(
             [not token.startswith(BEGIN_OF_WORD) and token not in self.special_ids for token in tokens]
         )

@@ -46,6 +46,10 @@ class WordPiece(WordEncoder):
             raise InputError(f"the vocabulary has no {' and no '.join(missing)}: it needs {' '.join(SPECIAL_TOKENS)}")
         self.special_ids = {token: ids[token] for token in SPECIAL_TOKENS}
         self.unknown_id = ids["[UNK]"]
+        self.pad_id, self.cls_id, self.sep_id, self.mask_id = (
+            ids[f"[{role}]"] for role in ("PAD", "CLS", "SEP", "MASK")
+        )
+        self.bos_id = self.eos_id = None
         settings = [tokens, lowercase, lowercase if strip_accents is None else strip_accents]
         self.fingerprint = digest(settings)
         self.continuation = np.array([token.startswith("##") for token in tokens])

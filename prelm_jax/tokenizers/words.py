@@ -57,6 +57,8 @@ class WordVocabulary:
             raise InputError(f"the vocabulary begins with {' '.join(self.tokens[:3])}, not with <S>, </S> and <UNK>")
         self.special_ids = {token: self._ids[token] for token in SPECIAL_TOKENS}
         self.unknown_id = self._ids[UNKNOWN]
+        self.pad_id = self.cls_id = self.sep_id = self.mask_id = None
+        self.bos_id, self.eos_id = self._ids[BEGIN_SENTENCE], self._ids[END_SENTENCE]
         self.fingerprint = digest(["words", self.tokens, tokenize])
         self._split = Splitter(tokenize)
 
