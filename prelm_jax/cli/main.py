@@ -89,12 +89,12 @@ def batch(experiment: str, arguments: list[str]) -> None:
 
     def command(run: run_type = run, step: int = 0, rows: int = 4) -> None:
         from prelm_jax import pretrain
-        from prelm_jax.data.show import MARK
+        from prelm_jax.data.show import MARKER
 
         console = Console()
         for shown in itertools.islice(pretrain.show_batch(run, step), rows):
             text = Text(shown)
-            text.highlight_regex(MARK, "bold green")
+            text.highlight_regex(MARKER, "bold green")
             console.print(text, soft_wrap=True)
 
     _call(command, arguments, f"prelm batch {experiment}")

@@ -279,6 +279,8 @@ class TokenizerOfSize:
         specials = (*wordpiece.SPECIAL_TOKENS, *words.SPECIAL_TOKENS)
         self.special_ids = {token: i for i, token in enumerate(specials)}
         self.unknown_id = self.special_ids["<UNK>"]
+        roles = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "<S>", "</S>")
+        self.pad_id, self.cls_id, self.sep_id, self.mask_id, self.bos_id, self.eos_id = map(self.special_ids.get, roles)
         self.tokens = [*specials, *map(str, range(len(specials), vocab_size))]
         self.continuation = np.arange(vocab_size) % 3 == 2  # one piece of three, as in a text
 
