@@ -124,6 +124,11 @@ class BPEConfig:
         if self.num_merges < 0:
             raise InputError(f"tokenizer.num_merges is {self.num_merges}: give 0 or more")
 
+    @property
+    def expected_vocab_size(self) -> int:
+        """The size of an untrained vocabulary, for planning: the merges and GPT-1's alphabet and special tokens."""
+        return self.num_merges + 478
+
     def build(self, corpus: Corpus) -> BPE:
         """The tokenizer. A trained vocabulary depends on the corpus' training side alone, and is kept in the cache."""
         if self.path is not None:

@@ -136,6 +136,11 @@ class SentencePieceConfig:
     special_tokens: Literal["bert", "gpt"] = "bert"
     path: str | None = None
 
+    @property
+    def expected_vocab_size(self) -> int:
+        """The size of an untrained vocabulary, for planning."""
+        return self.vocab_size
+
     def build(self, corpus: Corpus) -> SentencePiece:
         """The tokenizer. A trained vocabulary depends on the corpus' training side alone, and is kept in the cache."""
         if self.path is not None:

@@ -125,6 +125,11 @@ class WordPieceConfig:
     lowercase: bool = True
     path: str | None = None
 
+    @property
+    def expected_vocab_size(self) -> int:
+        """The size of an untrained vocabulary, for planning."""
+        return self.vocab_size
+
     def build(self, corpus: Corpus) -> WordPiece:
         """The tokenizer. A trained vocabulary depends on the corpus' training side alone, and is kept in the cache."""
         if self.path is not None:

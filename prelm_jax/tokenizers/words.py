@@ -163,6 +163,11 @@ class WordVocabularyConfig:
         if self.vocab_size <= len(SPECIAL_TOKENS):
             raise InputError(f"tokenizer.vocab_size is {self.vocab_size}: give more than {len(SPECIAL_TOKENS)}")
 
+    @property
+    def expected_vocab_size(self) -> int:
+        """The size of an untrained vocabulary, for planning."""
+        return self.vocab_size
+
     def build(self, corpus: Corpus) -> WordVocabulary:
         """The tokenizer. A trained vocabulary depends on the corpus' training side alone, and is kept in the cache.
 
