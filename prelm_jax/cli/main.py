@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.text import Text
 
 from prelm_jax.errors import InputError, Preempted
-from prelm_jax.report import of_plan, of_summary, of_tokenizer, print_table
+from prelm_jax.report import of_summary, of_tokenizer, print_table
 from prelm_jax.storage import is_remote
 
 USER_ERROR = 1
@@ -137,7 +137,7 @@ def plan(experiment: str, arguments: list[str]) -> None:
         """
         import jax
 
-        from prelm_jax.planning.plan import LOCAL, plan
+        from prelm_jax.planning.plan import LOCAL, plan, plan_table
 
         if topology != LOCAL:
             jax.config.update("jax_platforms", "cpu")  # The compiler's library would look for chips to use.
@@ -145,7 +145,7 @@ def plan(experiment: str, arguments: list[str]) -> None:
         if as_json:
             print(json.dumps(planned.as_json()))
         else:
-            print_table(of_plan(planned))
+            print_table(plan_table(planned))
 
     _call(command, arguments, f"prelm plan {experiment}")
 
