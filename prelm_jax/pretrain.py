@@ -224,7 +224,7 @@ def show_batch(run: Run, step: int) -> Iterator[str]:
     yield from batches.show(batches[step], tokenizer)
 
 
-def evaluate(workdir: Path, sources: tuple[str, ...] = ()) -> Summary:
+def evaluate(workdir: Path, sources: tuple[str, ...] = (), step="newest", run: Run | None = None) -> Summary:
     """Evaluates the newest checkpoint of a work directory: on the run's held-out side, or on other sources.
 
     The batches, as many as in the training, are drawn from all documents of that side.
@@ -255,7 +255,7 @@ def evaluate(workdir: Path, sources: tuple[str, ...] = ()) -> Summary:
     return _summary(workdir, values, batches, evaluation, circumstance["evaluate_batches"], held_out)
 
 
-def export(workdir: Path, directory: Path) -> None:
+def export(workdir: Path, directory: Path, step="newest") -> None:
     """Writes the newest checkpoint of a work directory as a model directory, in the format that others read."""
     workdir = reachable(workdir)
     record = exchange.read_record(workdir)

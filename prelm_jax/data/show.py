@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-MARK = r"⟦.*?⟧"  # a regular expression
+MARKER = r"⟦.*?⟧"  # a regular expression
 
 
 def mark(standing: str, predicted: str) -> str:

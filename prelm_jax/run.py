@@ -1,0 +1,5 @@
+"""A Run."""
+
+from prelm_jax.pretrain import Run
+
+__all__ = ["Run"]
