@@ -1,7 +1,7 @@
 """BERT (Devlin et al. 2018, https://arxiv.org/abs/1810.04805).
 
-Each public function returns a Run: `prelm pretrain bert:NAME --help` explains it and lists its options. To use a component
-of another class, add a function to a copy of this file:
+Each public function returns a Run: `prelm pretrain bert:NAME --help` explains it and lists its options. To use a
+component of another class, add a function to a copy of this file:
 
     def sentencepiece() -> Run:
         return dataclasses.replace(mini(), tokenizer=SentencePieceConfig(vocab_size=8192))
@@ -70,7 +70,8 @@ def base() -> Run:
     """BERT-base, phase 1: 110 million parameters; 90 % of the paper's steps, on sequences of 128 tokens.
 
     Target: the paper's GLUE average of 79.6 and masked-LM perplexity of about 4.0, after `base_512`.
-    Cost: 4 days on 16 TPU chips in the paper: 1M steps of 256 sequences from Wikipedia and BooksCorpus (3.3 billion words).
+    Cost: 4 days on 16 TPU chips in the paper: 1M steps of 256 sequences, from Wikipedia and BooksCorpus (3.3 billion
+    words).
 
         prelm pretrain bert:base --corpus 'wikipedia/*.txt.gz' 'books/*.txt.gz,documents=file'
     """

@@ -38,7 +38,7 @@ def demo() -> Run:
 def mini() -> Run:
     """A first model of a genre: 4 layers of 192, on some dozens of novels (57 MB).
 
-    Target: fewer bits per byte on held-out novels than a trigram baseline fitted on all of the others.
+    Target: fewer bits per byte on held-out novels than a trigram baseline fitted on all training novels.
     Cost: 20 minutes on two CPU cores.
 
     With more time, raise the number of steps and the length of the schedule together:

@@ -30,12 +30,12 @@ UNWRITABLE = {
 
 COMMANDS = {
     "experiments": experiments,
-    "prepare": training.prepare,
-    "batch": training.batch,
-    "plan": training.plan,
     "pretrain": training.pretrain,
     "evaluate": training.evaluate,
     "export": training.export,
+    "prepare": training.prepare,
+    "batch": training.batch,
+    "plan": training.plan,
     "embed": models.embed,
     "score": models.score,
     "fill": models.fill,

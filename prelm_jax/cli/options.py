@@ -1,8 +1,9 @@
 """Command-line options from the signature of a function, by tyro: the glue, help, and one-line complaints.
 
-A command is a function. Its parameters are options (`Positional` ones excepted), its docstring is their help. A parameter
-with a `Choice` becomes the first argument, which names a configuration, say an experiment: each field of that
-configuration is then an option too. There are no unions of configurations, because tyro makes subcommands of them.
+A command is a function. Its parameters are options, unless they are `Positional`; its docstring is their help. A
+parameter with a `Choice` becomes the first argument, which names a configuration (an experiment, for example), and each
+field of that configuration becomes an option too. Unions of configurations are not supported: tyro turns them into
+subcommands.
 """
 
 import contextlib
@@ -210,6 +211,8 @@ def _unknown_option(arguments: Sequence[str], parse: Callable[[Sequence[str]], o
     for argument in arguments:
         option = argument.partition("=")[0]
         if re.match(r"--[a-zA-Z]", option) and option.replace("_", "-") not in known:
+            if field := next((each for each in known if each.startswith(f"{option}.")), None):
+                return f"{option} is not an option, but {field} is; to change its class, edit a copy of the experiment."
             nearest = nearest_option(option.replace("_", "-"), known)
             return f"there is no option {option}." + (f" Did you mean {nearest}?" if nearest else "")
     return None
