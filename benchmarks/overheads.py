@@ -59,9 +59,9 @@ class Mini:
         training, _ = preparation.prepare(corpus, tokenizer)
         self.batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
         model = dataclasses.replace(run.model, vocab_size=tokenizer.vocab_size).build()
-        self.mesh = run.mesh.build()
+        self.mesh = run.loop.mesh.build()
         jax.set_mesh(self.mesh)
-        abstract = loop.abstract_state(model, run.optimizer, run.batch_size, self.mesh, run.mesh.parameters)
+        abstract = loop.abstract_state(model, run.optimizer, run.batch_size, self.mesh, run.loop.mesh.parameters)
         self.state = loop.new_state(model, run.optimizer, run.batch_size, run.seed, abstract)
         self._step = loop.make_train_step(model, run.optimizer, run.accumulate, self.batches.layout, abstract)
         self._key = loop.Keys.from_seed(run.seed).dropout

@@ -1,7 +1,7 @@
 """Draws docs/demos.svg: held-out loss of the three demos over training, with their trivial baselines.
 
-    make demo && make demo MODEL=gpt1 && make demo MODEL=elmo
-    python docs/demos.py runs docs/demos.svg
+make demo && make demo MODEL=gpt1 && make demo MODEL=elmo
+python docs/demos.py runs docs/demos.svg
 """
 
 import argparse
@@ -40,8 +40,13 @@ def main() -> None:
         for baseline in shown:
             axis.axhline(baselines[baseline], color=COLORS[baseline], linestyle="--", linewidth=1)
             axis.annotate(
-                baseline, (0.99, baselines[baseline]), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                color=COLORS[baseline], fontsize=8,
+                baseline,
+                (0.99, baselines[baseline]),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="bottom",
+                color=COLORS[baseline],
+                fontsize=8,
             )
         if metric == "perplexity":
             axis.set_yscale("log")

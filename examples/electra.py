@@ -83,9 +83,7 @@ class Electra(LanguageModel):
         """Both losses; how many tokens are replaced, and how many the discriminator tells right."""
         tokens_BT, targets_BM = batch["tokens"], batch["masked_targets"]
         positions_BM, weights_BM = batch["masked_positions"], batch["masked_weights"]
-        hidden_BMD = jnp.take_along_axis(
-            self.generator.hidden_states(batch, train)[-1], positions_BM[..., None], 1
-        )
+        hidden_BMD = jnp.take_along_axis(self.generator.hidden_states(batch, train)[-1], positions_BM[..., None], 1)
         logits_BMV = self.masked_lm(hidden_BMD, self.embeddings.word_embeddings.table)
         nll_BM, correct_BM = cross_entropy(logits_BMV, targets_BM)
 

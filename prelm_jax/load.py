@@ -1,11 +1,7 @@
 """load(path): a model directory or a work directory, as a pretrained model."""
 
-import contextlib
 import os
 from pathlib import Path
-from typing import Literal
-
-import jax
 
 from prelm_jax.errors import InputError
 from prelm_jax.families import find_family
@@ -13,9 +9,8 @@ from prelm_jax.formats.base import LoadedModel, abstract_params, find_model_type
 from prelm_jax.inference.base import Pretrained
 from prelm_jax.run import config_from_json
 from prelm_jax.storage import is_remote, prefix_errors
+from prelm_jax.training.checkpoint import Step
 from prelm_jax.workdir import WorkDir
-
-Step = int | Literal["newest", "best"]
 
 
 def load(path: str | os.PathLike, step: Step = "newest") -> Pretrained:
@@ -47,13 +42,5 @@ def load_checkpoint(workdir: WorkDir, step: Step = "newest") -> tuple[int, Pretr
     family = find_family(record.model_type, workdir.path / "run.json")
     with prefix_errors(workdir.path / "run.json"):
         config = config_from_json(family.model, record.identity["model"])
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract_params(config)
-    )
-    with contextlib.closing(workdir.open_checkpoints()) as checkpoints:
-        restored = checkpoints.restore({"params": abstract}, step)
-    if restored is None:
-        raise InputError(f"{workdir.path}: no checkpoint here yet")
-    found, items = restored
-    return found, family.pretrained(LoadedModel(config, items["params"], workdir.read_tokenizer()))
+    found, params = workdir.read_params(abstract_params(config), step)
+    return found, family.pretrained(LoadedModel(config, params, workdir.read_tokenizer()))

@@ -18,13 +18,14 @@ from prelm_jax.errors import InputError
 from prelm_jax.families import find_family
 from prelm_jax.formats.base import save
 from prelm_jax.formats.transfer import initial_params
-from prelm_jax.load import Step, load, load_checkpoint
+from prelm_jax.load import load, load_checkpoint
 from prelm_jax.report import Summary
 from prelm_jax.run import Run, RunRecord
 from prelm_jax.tokenizers import build as tokenizers
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.train import placed_batches, train
 from prelm_jax.training import loop
+from prelm_jax.training.checkpoint import Step
 from prelm_jax.training.contract import Batches, Model, Params
 from prelm_jax.training.sharding import MeshConfig
 from prelm_jax.workdir import WorkDir
@@ -72,12 +73,10 @@ def pretrain(run: Run, workdir: str | os.PathLike) -> Summary:
     def continued(fresh: Params) -> Params:
         pretrained = load(str(run.init_from))
         format = find_family(pretrained.config.model_type, run.init_from).format
-        return initial_params(pretrained, format, run.model, fresh, tokenizer)
+        return initial_params(pretrained.loaded, format, run.model, fresh, tokenizer)
 
     start = None if run.init_from is None else continued
-    values = train(
-        run, directory, record, tokenizer, model, batches, evaluation, start, training.tokens_per_word
-    )
+    values = train(run, directory, record, tokenizer, model, batches, evaluation, start, training.tokens_per_word)
     baselines = directory.read_baselines() or {}
     return Summary(values, baselines, held_out.unknown_rate, directory.tokens_per_second())
 
@@ -96,9 +95,7 @@ def evaluate(
         run = record.run(family.model, family.data)
     tokenizer = directory.read_tokenizer()
     run = dataclasses.replace(run, model=_with_vocabulary(run.model, tokenizer))
-    training, held_out = preparation.prepare(
-        Corpus(run.corpus, run.held_out, run.deduplicate, run.errors), tokenizer
-    )
+    training, held_out = preparation.prepare(Corpus(run.corpus, run.held_out, run.deduplicate, run.errors), tokenizer)
     if corpus:
         _, held_out = preparation.prepare(Corpus(corpus, 1.0, run.deduplicate, run.errors), tokenizer)
     model = run.model.build(jnp.dtype(run.precision))
@@ -106,7 +103,7 @@ def evaluate(
     evaluation = HeldOut(run, model, tokenizer, batches, held_out)
     mesh = MeshConfig(devices=1).build()
     with jax.set_mesh(mesh), contextlib.closing(directory.open_checkpoints()) as checkpoints:
-        restored = checkpoints.restore(loop.abstract_inference_state(model, run.batch_size, mesh), step)
+        restored = checkpoints.restore(loop.abstract_items(model, run.batch_size, mesh), step)
         if restored is None:
             raise InputError(f"{directory.path}: no checkpoint here yet")
         _, items = restored

@@ -13,7 +13,6 @@ from prelm_jax.corpus.documents import Corpus
 from prelm_jax.corpus.store import Store
 from prelm_jax.formats.base import Format, LoadedModel
 from prelm_jax.run import Run, RunRecord
-from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training.contract import Params
 from prelm_jax.workdir import WorkDir
 
@@ -125,7 +124,10 @@ def _held_out(workdir: WorkDir, step: int) -> str:
         return f"Not evaluated up to step {step:,}."
     baselines = workdir.read_baselines() or {}
     values = {name.removeprefix(prefix): value for name, value in lines[-1].items() if name.startswith(prefix)}
-    rows = [f"| {_words(name)} | {value:.4f} | {_baselines(baselines.get(name, {}), '.4f')} |" for name, value in values.items()]
+    rows = [
+        f"| {_words(name)} | {value:.4f} | {_baselines(baselines.get(name, {}), '.4f')} |"
+        for name, value in values.items()
+    ]
     table = "\n".join(["| metric | model | baseline |", "|---|---|---|", *rows])
     return f"Held-out text, after step {int(lines[-1]['step']):,}:\n\n{table}"
 

@@ -16,6 +16,7 @@ from prelm_jax.training.contract import Batches, Model, Params
 from prelm_jax.training.sharding import shard_batch
 from prelm_jax.workdir import WorkDir, baseline_metrics
 
+
 class Evaluation(Protocol):
     """How a model does on text that it is not trained on."""
 
@@ -71,7 +72,9 @@ def train(
         with contextlib.closing(workdir.write_metrics(done, settings.tensorboard)) as writer:
             if jax.process_index() == 0 and not (known and workdir.read_baselines()):
                 writer.write(done, baseline_metrics(evaluation.baselines()))
-            state, values = loop.train(run, model, state, steps, batches.layout, evaluate, checkpoints, writer)
+            state, values = loop.train(
+                run, model, state, steps, batches.layout, evaluate, checkpoints, writer, workdir.path, tokens_per_word
+            )
         return values or evaluate(state)
 
 

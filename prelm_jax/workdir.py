@@ -1,10 +1,10 @@
 """WorkDir: the only reader and writer of a work directory.
 
-    run.json          what the run is (run.RunRecord)
-    tokenizer/        as its published format has it
-    metrics.jsonl     one object a line: `step`, and metrics by name; the trivial baselines as `baseline/METRIC/NAME`
-    checkpoints/      one directory a step
-    profile/          traces, if asked for
+run.json          what the run is (run.RunRecord)
+tokenizer/        as its published format has it
+metrics.jsonl     one object a line: `step`, and metrics by name; the trivial baselines as `baseline/METRIC/NAME`
+checkpoints/      one directory a step
+profile/          traces, if asked for
 """
 
 import json
@@ -21,7 +21,8 @@ from prelm_jax.run import RECORD_FORMAT, RunRecord
 from prelm_jax.storage import copy_files, fetched, is_remote, reachable, read_json
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.tokenizers.load import load as load_tokenizer
-from prelm_jax.training.checkpoint import Checkpoints
+from prelm_jax.training.checkpoint import Checkpoints, Step, restore_params
+from prelm_jax.training.contract import Params
 from prelm_jax.training.metrics import MetricsWriter
 
 BASELINE = "baseline/"
@@ -97,11 +98,15 @@ class WorkDir:
 
     def write_metrics(self, resume_at: int, tensorboard: bool = False) -> MetricsWriter:
         """The writer of metrics.jsonl; lines of steps after `resume_at` are dropped."""
-        return MetricsWriter(self.path, resume_at, tensorboard)
+        return MetricsWriter(self.path / "metrics.jsonl", resume_at, tensorboard)
 
     def open_checkpoints(self, keep: int | None = None) -> Checkpoints:
         """The checkpoints; `keep`: how many of the newest to keep, None: only read."""
         return Checkpoints(self.path / "checkpoints", keep)
+
+    def read_params(self, abstract_params: Params, step: Step) -> tuple[int, Params]:
+        """(step, parameters) of a checkpoint, on the first device; InputError where there is none."""
+        return restore_params(self.path / "checkpoints", abstract_params, step)
 
     @property
     def _record_path(self) -> Path:

@@ -102,7 +102,7 @@ def test_what_a_bucket_does_not_hold(bucket):
     with pytest.raises(InputError, match=r"gs://bucket/model: no work directory \(no run.json\)"):
         load("gs://bucket/model")
     with pytest.raises(InputError, match="--profile 3: traces are written to this machine only"):
-        pretrain.pretrain(dataclasses.replace(tiny.bert(), profile=3), "gs://bucket/run")
+        pretrain.pretrain(dataclasses.replace(tiny.bert(), loop=dataclasses.replace(tiny.bert().loop, profile=3)), "gs://bucket/run")
 
 
 @pytest.mark.parametrize(

@@ -120,11 +120,12 @@ def abstract_state(
     return _with_shardings(model, jax.eval_shape(fresh), mesh, parameters)
 
 
-def abstract_progress(model: Model, batch_size: int, mesh: jax.sharding.Mesh) -> Params:
-    """The `progress` item of a checkpoint (step and carry) in the same form, for any optimizer."""
+def abstract_items(model: Model, batch_size: int, mesh: jax.sharding.Mesh) -> dict[str, Params]:
+    """The items of a checkpoint that evaluating needs, in the same form: params and progress, whatever the optimizer."""
 
-    def fresh() -> Params:
-        return {"step": jnp.zeros((), jnp.int32), "carry": model.init_carry(batch_size)}
+    def fresh() -> dict[str, Params]:
+        progress = {"step": jnp.zeros((), jnp.int32), "carry": model.init_carry(batch_size)}
+        return {"params": model.init_params(jax.random.key(0)), "progress": progress}
 
     return _with_shardings(model, jax.eval_shape(fresh), mesh, "replicated")
 
