@@ -5,6 +5,6 @@ __version__ = "0.1.0"
 
 def load(path):
     """The model in a model directory (of ours or anybody's) or a work directory; see exchange/model.py."""
-    from prelm_jax.formats.model import load
+    from prelm_jax.load import load
 
     return load(path)

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from prelm_jax import load as exchange
 from prelm_jax.corpus import prepare as preparation
 from prelm_jax.corpus import store
 from prelm_jax.corpus.documents import Corpus
@@ -25,7 +26,8 @@ from prelm_jax.data.pairs import PairsConfig
 from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.data.windows import WindowsConfig
 from prelm_jax.errors import InputError
-from prelm_jax.formats import model as exchange
+from prelm_jax.formats.base import save
+from prelm_jax.formats.transfer import initial_params
 from prelm_jax.storage import copy_files, is_remote, reachable
 from prelm_jax.training import loop
 from prelm_jax.training.checkpoint import Checkpoints
@@ -194,7 +196,9 @@ def pretrain(run: Run, workdir: Path) -> Summary:
         else:
             start = None
             if run.init_from is not None:
-                start = partial(exchange.initial_params, exchange.load(run.init_from), run.model, tokenizer=tokenizer)
+                loaded = exchange.load(run.init_from).loaded
+                format = exchange.family(loaded.config.model_type, run.init_from).format
+                start = partial(initial_params, loaded, format, run.model, tokenizer=tokenizer)
             state = loop.new_state(model, run.optimizer, run.batch_size, run.seed, abstract, start)
 
         _introduce(run, prepared, state, mesh)
@@ -259,7 +263,8 @@ def export(workdir: Path, directory: Path) -> None:
     """Writes the newest checkpoint of a work directory as a model directory, in the format that others read."""
     workdir = reachable(workdir)
     record = exchange.read_record(workdir)
-    exchange.save(exchange.load(workdir), directory, _card(workdir, record))
+    format = exchange.family(record["model"]["model_type"], workdir).format
+    save(exchange.load(workdir).loaded, format, directory, _card(workdir, record))
 
 
 def check_batch_size(run: Run, devices: int) -> None:
@@ -398,7 +403,7 @@ def _card(workdir: Path, record: dict[str, Any]) -> str:
     sources = "\n".join(f"- `{source}`" for source in circumstance["corpus"])
     places = last["step"] * record["batch_size"] * data["max_length"]
     return f"""---
-library_name: {exchange.family(model_type, workdir).library}
+library_name: {exchange.family(model_type, workdir).format.library}
 tags:
 - {model_type}
 - prelm_jax

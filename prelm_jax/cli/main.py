@@ -64,7 +64,7 @@ def pretrain(experiment: str, arguments: list[str]) -> None:
         import jax
 
         from prelm_jax import pretrain
-        from prelm_jax.formats.model import family
+        from prelm_jax.load import family
         from prelm_jax.training import processes
 
         _configure_jax()
@@ -75,7 +75,7 @@ def pretrain(experiment: str, arguments: list[str]) -> None:
         print_table(of_summary(summary))
         print(f"\nThe run is in {workdir}. Next:")
         print(f"  prelm export {workdir} DIRECTORY")
-        verb = next(verb for verb in EXAMPLES if hasattr(family(run.model.model_type, workdir), verb))
+        verb = next(verb for verb in EXAMPLES if hasattr(family(run.model.model_type, workdir).pretrained, verb))
         print(f"  prelm {verb} {workdir} {EXAMPLES[verb]}")
 
     _call(command, arguments, f"prelm pretrain {experiment}")
@@ -193,7 +193,8 @@ def embed(
         state: ELMo: what its LSTMs start a line from: zeros; the state after an empty line; what the line before left.
         batch_size: ELMo, --state carry: line i goes on from line i - BATCH_SIZE, as in bilm-tf and AllenNLP.
     """
-    from prelm_jax.formats.model import load, write_embeddings
+    from prelm_jax.inference.base import write_embeddings
+    from prelm_jax.load import load
     from prelm_jax.storage import read_lines
 
     _configure_jax()
@@ -204,7 +205,7 @@ def embed(
 
 def score(model: Positional[Place], input: Positional[Path]) -> None:
     """Print the log-probability (natural) and the number of tokens of each line of a text file."""
-    from prelm_jax.formats.model import load
+    from prelm_jax.load import load
     from prelm_jax.storage import read_lines
 
     _configure_jax()
@@ -359,7 +360,7 @@ def _experiment(reference: str) -> tuple[str, Any]:
 
 def _load(path: str | Path, verb: str) -> Any:
     """The model at a path; InputError for one of a family without that verb."""
-    from prelm_jax.formats.model import load
+    from prelm_jax.load import load
 
     model = load(path)
     if not hasattr(model, verb):

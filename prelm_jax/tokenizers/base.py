@@ -17,6 +17,10 @@ class Tokenizer(Protocol):
     tokens: list[str]  # id -> string
     special_ids: dict[str, int]  # those of WordPiece ("[PAD]", "[UNK]", …), of BPE ("<unk>"), of words ("<S>", …)
     unknown_id: int | None  # the id that stands for what the vocabulary cannot spell
+    pad_id: int | None
+    cls_id: int | None
+    sep_id: int | None
+    mask_id: int | None
     lowercase: bool  # whether text is lower-cased
     fingerprint: str  # SHA-256 (hex) of the vocabulary and the settings
 

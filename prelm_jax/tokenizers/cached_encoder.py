@@ -34,6 +34,12 @@ class WordEncoder:
     than the pipeline is on whole texts, with the same ids.
     """
 
+    special_ids: dict[str, int]
+    pad_id = property(lambda self: self.special_ids.get("[PAD]"))
+    cls_id = property(lambda self: self.special_ids.get("[CLS]"))
+    sep_id = property(lambda self: self.special_ids.get("[SEP]"))
+    mask_id = property(lambda self: self.special_ids.get("[MASK]"))
+
     def __init__(self, tokens: list[str], pipeline: tokenizers.Tokenizer):
         self.tokens = tokens
         self._pipeline = pipeline
