@@ -24,7 +24,7 @@ from prelm_jax.corpus.documents import Corpus
 from prelm_jax.data.masking import MaskingConfig
 from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.errors import InputError, Preempted
-from prelm_jax.formats.model import load
+from prelm_jax.load import load
 from prelm_jax.models.elmo import ELMoConfig
 from prelm_jax.pretrain import Run, pretrain
 from prelm_jax.tokenizers.words import WordVocabularyConfig

@@ -15,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from prelm_jax import pretrain
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
-from prelm_jax.formats.model import load, read_record, read_tokenizer
+from prelm_jax.load import load, read_record, read_tokenizer
 from prelm_jax.storage import copy_files, fetched, is_remote, reachable
 from prelm_jax.tokenizers.build import build as build_tokenizer
 from prelm_jax.training.checkpoint import Checkpoints

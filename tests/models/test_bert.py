@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 from model_directories import randomize
 from scipy import stats
 
-from prelm_jax.formats.huggingface_bert import VOCABULARY_TABLES, tensor_name
-from prelm_jax.formats.model import abstract_params
+from prelm_jax.formats.base import abstract_params
+from prelm_jax.formats.huggingface_bert import LAYOUT
 from prelm_jax.models import layers
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.layers import Dropout, random_bits, truncated_normal
@@ -47,7 +47,7 @@ def torch_bert():
 
 def theirs(state, path, shape):
     """The value of our parameter in a PyTorch state dict (or its gradient), in our orientation, padded with zeros."""
-    value = state[tensor_name(path)].numpy()
+    value = state[LAYOUT.tensor_name(path)].numpy()
     value = value.T if path.endswith("kernel") else value
     return np.pad(value, [(0, want - have) for want, have in zip(shape, value.shape, strict=True)])
 
@@ -176,7 +176,7 @@ def test_parameter_counts_of_the_published_sizes(layers, width, encoder_and_pool
     config = BertConfig(30522, width, layers, width // 64, intermediate_size=4 * width)
     sizes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
-        rows = config.vocab_size if path_name(path) in VOCABULARY_TABLES else leaf.shape[0]
+        rows = config.vocab_size if path_name(path) in LAYOUT.vocabulary_tables else leaf.shape[0]
         sizes[path_name(path)] = rows * math.prod(leaf.shape[1:])
     heads = {"pooler": 0, "masked_lm": 0, "next_sentence": 0}
     for head in heads:

@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from prelm_jax.errors import InputError
-from prelm_jax.formats.model import abstract_params
+from prelm_jax.formats.base import abstract_params
 from prelm_jax.models import layers
 from prelm_jax.models.elmo import ELMoConfig, log_expected_count
 from prelm_jax.models.lstm import lstm

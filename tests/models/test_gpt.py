@@ -16,8 +16,8 @@ from model_directories import randomize
 from scipy import stats
 
 from prelm_jax.errors import InputError
-from prelm_jax.formats.huggingface_gpt import tensor_name
-from prelm_jax.formats.model import abstract_params
+from prelm_jax.formats.base import abstract_params
+from prelm_jax.formats.huggingface_gpt import LAYOUT
 from prelm_jax.models import layers
 from prelm_jax.models.cross_entropy import tied_cross_entropy
 from prelm_jax.models.gpt import GPTConfig
@@ -45,7 +45,7 @@ def torch_gpt():
 
 def theirs(state, path, shape):
     """The value of our parameter in a PyTorch state dict (or its gradient), padded with zeros."""
-    value = state[f"transformer.{tensor_name(path)}"].numpy()
+    value = state[f"transformer.{LAYOUT.tensor_name(path)}"].numpy()
     for third, name in enumerate(("query", "key", "value")):
         if f"/{name}/" in path:
             value = value[..., third * CONFIG.hidden_size : (third + 1) * CONFIG.hidden_size]
