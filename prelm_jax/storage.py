@@ -73,7 +73,7 @@ def fetched(directory: Path) -> Iterator[Path]:
 def opened(path: str | os.PathLike) -> Iterator[io.BufferedReader]:
     """Opens a file to read bytes. Read errors inside the block, and damaged compression, become InputErrors."""
     try:
-        with open(path, "rb") as file:
+        with reachable(path).open("rb") as file:
             yield file
     except (EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
         raise InputError(f"{path} is damaged ({error}): copy or download it again") from error

@@ -249,7 +249,7 @@ def test_without_next_sentences(tmp_path):
     corpus = tmp_path / "lines.txt"
     corpus.write_text(tiny.text(seed=2).replace("\n\n", "\n"))
     data = dataclasses.replace(tiny.bert().data, next_sentence=False)
-    run = dataclasses.replace(tiny.bert(), corpus=(str(corpus), "documents=line"), data=data, loop=dataclasses.replace(tiny.bert().loop, steps=2))
+    run = dataclasses.replace(tiny.bert(), corpus=(f"{corpus},documents=line",), data=data, loop=dataclasses.replace(tiny.bert().loop, steps=2))
     summary = pretrain(run, tmp_path / "run")
     assert set(summary.evaluation) == {"loss", "masked_lm_loss", "masked_lm_accuracy", "masked_lm_perplexity"}
     assert summary.evaluation["loss"] == summary.evaluation["masked_lm_loss"]
@@ -307,7 +307,7 @@ def test_elmo_learns_thirty_words(tmp_path):
 
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(sentence() for _ in range(12)) + "\n")
-    run = dataclasses.replace(tiny.elmo(), corpus=(str(corpus), "documents=line", "sentences=line"), held_out=0.1, tokenizer=WordVocabularyConfig(vocab_size=33, min_count=1), model=ELMoConfig(
+    run = dataclasses.replace(tiny.elmo(), corpus=(f"{corpus},documents=line,sentences=line",), held_out=0.1, tokenizer=WordVocabularyConfig(vocab_size=33, min_count=1), model=ELMoConfig(
             character_embedding_size=4,
             filters=((1, 8), (2, 8), (3, 16), (4, 32), (5, 64)),
             activation="tanh",

@@ -245,5 +245,5 @@ def test_a_file_without_permission_is_named(write, error_of, monkeypatch):
     def refuse(*arguments):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("io.open", refuse)
     assert error_of(path) == f"cannot read {path}: Permission denied"

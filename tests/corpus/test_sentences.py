@@ -62,7 +62,7 @@ def test_chinese_punctuation(expected):
 
 
 def test_chinese_paragraphs(real_data):
-    """Sentences end at full stops outside of quotation marks and brackets, at few other characters, and at line ends."""
+    """Full stops outside of quotation marks and brackets end sentences; little else does."""
     with lzma.open(real_data / "pretrain/zhwiki.txt.xz", "rt", encoding="utf-8") as file:
         text = file.read(300_000)
     found = split(text, "library")

@@ -435,9 +435,9 @@ def test_build_keeps_the_vocabulary(prose, monkeypatch):
 def test_build_tells_configurations_and_corpora_apart(prose):
     configs = [WordPieceConfig(110), WordPieceConfig(111), WordPieceConfig(110, lowercase=False)]
     assert len({config.build(prose).fingerprint for config in configs}) == 3
-    assert WordPieceConfig(110).build(Corpus((*prose.sources, "documents=line"), held_out=0.5)).fingerprint not in {
-        config.build(prose).fingerprint for config in configs
-    }
+    assert WordPieceConfig(110).build(
+        Corpus((f"{prose.sources[0]},documents=line",), held_out=0.5)
+    ).fingerprint not in {config.build(prose).fingerprint for config in configs}
 
 
 def test_build_takes_a_vocabulary_and_does_not_read_the_corpus(prose, tmp_path, monkeypatch):
