@@ -36,15 +36,10 @@ GPT1_BASE = 478  # Entries of GPT-1's vocabulary besides its 40,000 merges: <unk
 VERSION = 1  # Raise it when the same corpus would give another vocabulary.
 
 # The settings of a tokenizer.json that this package can apply.
+_CLEANING = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True}
 _TOKENIZER_JSON = {
     "model": {"type": "BPE", "unk_token": UNKNOWN, "end_of_word_suffix": END_OF_WORD, "fuse_unk": False},
-    "normalizer": {
-        "type": "BertNormalizer",
-        "clean_text": True,
-        "handle_chinese_chars": True,
-        "strip_accents": None,
-        "lowercase": True,
-    },
+    "normalizer": {"type": "BertNormalizer", **_CLEANING},
     "pre_tokenizer": {"type": "BertPreTokenizer"},
 }
 

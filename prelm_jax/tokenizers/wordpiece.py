@@ -30,11 +30,7 @@ VERSION = 1  # Raise it when the same corpus would give another vocabulary.
 
 # The settings of a tokenizer.json that this package can apply; lower-casing and accents may vary.
 _TOKENIZER_JSON = {
-    "model": {
-        "type": "WordPiece",
-        "continuing_subword_prefix": "##",
-        "max_input_chars_per_word": MAX_WORD_CHARACTERS,
-    },
+    "model": {"type": "WordPiece", "continuing_subword_prefix": "##", "max_input_chars_per_word": MAX_WORD_CHARACTERS},
     "normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True},
     "pre_tokenizer": {"type": "BertPreTokenizer"},
 }
