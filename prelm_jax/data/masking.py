@@ -105,9 +105,11 @@ class Masking:
             continues_BT = self._continuation_V[tokens_BT] | continues_BT
             position_BM, used_BM = self._choose_words(continues_BT, candidates_BT, count_B, random_BT)
 
+        # A view of all rows end to end, and the indices of the chosen positions in it.
         tokens, index_BM = tokens_BT.reshape(-1), position_BM + np.arange(0, B * T, T)[:, None]
         target_BM = tokens[index_BM]
         random_BM, choice_BM = np.split(random_uint32(bits(self._choice_key, example_B), 2 * M), 2, axis=1)
+        # 32 random bits times V, divided by 2^32: a random id.
         random_BM = (random_BM.astype(np.uint64) * self._vocab_size >> np.uint64(32)).astype(np.int32)
         # An unused slot points at position 0 and must leave its token as it is.
         choice_BM = np.where(used_BM, choice_BM, _LARGEST)

@@ -106,7 +106,7 @@ def _count(source: TokenSource, chunks: list[range], vocab_size: int, queries: n
     """How often the n-grams of the queries occur in the chunks, and the number of tokens in these.
 
     int64 [5, n], for a query (a, b, c): the counts of abc, of ab before any third token, of bc, of b before any second
-    token, and of c; 0 for an n-gram of which a token is missing.
+    token, and of c; 0 for an n-gram with a missing token.
     """
     distinct, inverse = zip(*(np.unique(keys, return_inverse=True) for keys in _keys(queries, vocab_size)), strict=True)
     counts = [np.zeros(len(keys), np.int64) for keys in distinct]

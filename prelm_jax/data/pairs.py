@@ -78,7 +78,7 @@ class PairsConfig:
 
 
 class PairBatches(StoreBatches):
-    """Batches of sentence pairs. `examples_per_epoch` is the number of anchors."""
+    """Batches of sentence pairs; the end of `rows` lists their keys. `examples_per_epoch` is the number of anchors."""
 
     def __init__(self, config: PairsConfig, store: Store, tokenizer: Tokenizer, batch_size: int, seed: int):
         super().__init__(store, tokenizer.vocab_size, batch_size)
@@ -131,18 +131,7 @@ class PairBatches(StoreBatches):
         self._with_fewer = np.append(0, np.cumsum(np.bincount(self._tokens_left, minlength=T + 1)))
 
     def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Rows start to stop of the batch of a step, built without the others.
-
-        A row is three spans: [CLS] A [SEP], then B [SEP], then padding; the second is empty without B. It is gathered
-        from the store by adding to each column the shift of its span. With T = 13, where A is the tokens 104 to 106
-        and B the tokens 107 to 111 of the store:
-
-            column   0     1   2   3   4      5   6   7   8   9   10     11  12
-            row      [CLS] A   A   A   [SEP]  B   B   B   B   B   [SEP]  pad pad
-            shift    103   103 103 103 103    102 102 102 102 102 102    0   0      A begins in column 1, B in column 5
-            index    103   104 105 106 107    107 108 109 110 111 112    11  12     the columns of special tokens and
-                                                                                    padding are overwritten
-        """
+        """Rows start to stop of the batch of a step, built without the others."""
         example_B = step * self.batch_size + np.arange(start, stop)
         B, T = len(example_B), self._config.max_length
         next_sentence = {}
@@ -159,12 +148,20 @@ class PairBatches(StoreBatches):
             second_begin_B = first_begin_B
             length_B = first_length_B + 2
 
-        second_B = first_length_B + 2  # the column where B begins, or padding if there is no B
+        # A row is three spans: [CLS] A [SEP], B [SEP] (empty without B), and padding. Its tokens are gathered from the
+        # store at column + shift of the span. With T = 13, A the tokens 104 to 106 and B the tokens 107 to 111:
+        #
+        #     column   0     1   2   3   4      5   6   7   8   9   10     11  12
+        #     row      [CLS] A   A   A   [SEP]  B   B   B   B   B   [SEP]  pad pad
+        #     shift    103   103 103 103 103    102 102 102 102 102 102    0   0      104 - column 1, 107 - column 5
+        #     index    103   104 105 106 107    107 108 109 110 111 112    11  12
+        #
+        # What is gathered for special tokens and padding is overwritten; their indices may be outside of the store.
+        second_B = first_length_B + 2
         lengths_B3 = np.array([second_B, length_B - second_B, T - length_B]).T
         shift_B3 = np.array([first_begin_B - 1, second_begin_B - second_B, np.zeros(B, np.int64)]).T
         index_BT = _spread(shift_B3, lengths_B3)
         index_BT += np.arange(T)
-        # The indices of special tokens and padding may be outside of the store.
         np.clip(index_BT, 0, self.store.num_tokens - 1, out=index_BT)
         tokens_BT = self.store.gather(index_BT)
         segments_BT = _spread(np.tile(np.array([1, 1, 0], np.int32), (B, 1)), lengths_B3)

@@ -45,7 +45,7 @@ def show_windows(batch: HostBatch, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def show_streams(batch: HostBatch, tokenizer: Tokenizer) -> Iterator[str]:
-    """Each row of `streams`: what each direction reads. The target of an unknown word is <UNK>, and so is marked."""
+    """Each row of `streams`: what each direction reads. A word before an unknown word is to predict <UNK>."""
     directions = [name.removesuffix("_words") for name in batch if name.endswith("_words")]
     for row in range(len(batch[f"{directions[0]}_words"])):
         lines = [f"row {row}"]
@@ -59,8 +59,8 @@ def show_streams(batch: HostBatch, tokenizer: Tokenizer) -> Iterator[str]:
 def format_targets(inputs: Sequence[str], targets: np.ndarray, weights: np.ndarray, tokenizer: Tokenizer) -> str:
     """One line for a model that predicts the next token: the inputs, each marked unless the next input is its target.
 
-    Without weight nothing is to be predicted: "a b c" with the targets b, x, y and the weights 1, 1, 0 is
-    "a ⟦b → x⟧ ⟦c → ⟧".
+    The inputs a b c with the targets b x y and the weights 1 1 0 are "a ⟦b → x⟧ ⟦c → ⟧": without weight nothing is to
+    be predicted.
     """
     predicted = [tokenizer.tokens[id] if weight else "" for id, weight in zip(targets, weights, strict=True)]
     columns = zip(inputs, predicted, [*inputs[1:], None], strict=True)

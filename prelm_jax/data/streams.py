@@ -55,7 +55,7 @@ EPOCHS_KEPT = 2  # a step may read the end of one epoch and the beginning of the
 class StreamsConfig:
     """Continuous streams of sentences for a bidirectional language model of words."""
 
-    max_length: int = 20  # Words per row and step (T): the LSTMs are unrolled and backpropagated through so many.
+    max_length: int = 20  # Words per row (T): backpropagation through time is truncated there.
     num_negatives: int = 8192  # Words drawn for the sampled softmax of each direction; 0 for the full softmax.
     # Give each direction its own random order of sentences, as the original does: more distinct words, slower steps.
     independent_directions: bool = False

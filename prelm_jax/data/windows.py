@@ -59,7 +59,7 @@ class WindowsConfig:
 
 
 class WindowBatches(StoreBatches):
-    """Batches of windows. `examples_per_epoch` is the number of windows."""
+    """Batches of windows; the end of `_windows` lists their keys. `examples_per_epoch` is the number of windows."""
 
     def __init__(self, config: WindowsConfig, store: Store, tokenizer: Tokenizer, batch_size: int, seed: int):
         super().__init__(store, tokenizer.vocab_size, batch_size)
