@@ -1,22 +1,20 @@
 """Tables for a person at a terminal."""
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 GiB = 2**30
 
 
-def print_table(table: Table) -> None:
+def print_table(table: Table | str) -> None:
     """Prints it as wide as the terminal; where there is none, 120 columns wide."""
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def of_summary(summary: Any) -> Table:
+def summary_table(summary: Any) -> Table:
     """What was reached on held-out text, beside what models that know next to nothing reach."""
     table = Table("held-out", "model", "baseline")
     for name, value in summary.evaluation.items():
@@ -58,26 +56,8 @@ def of_plan(plan: Any) -> Table:
     return table
 
 
-def of_tokenizer(tokenizer: Any, lines: Sequence[str] | None) -> Table:
-    """What a tokenizer is; with lines of text, what it makes of them and which of them it knows least of."""
-    table = Table(show_header=False)
-    table.add_row("kind", type(tokenizer).__name__)
-    table.add_row("entries", f"{tokenizer.vocab_size:,}")
-    table.add_row(
-        "special tokens", escape(", ".join(f"{name} {index}" for name, index in tokenizer.special_ids.items()))
-    )
-    table.add_row("lower-cased", "yes" if tokenizer.lowercase else "no")
-    table.add_row("longest entries", escape("  ".join(sorted(tokenizer.tokens, key=len, reverse=True)[:5])))
-    if lines is not None:
-        encoded = tokenizer.encode_batch(lines)
-        unknown = [ids.count(tokenizer.unknown_id) for ids in encoded]
-        tokens = max(1, sum(map(len, encoded)))
-        table.add_section()
-        table.add_row("tokens", f"{sum(map(len, encoded)):,}")
-        table.add_row("bytes per token", f"{sum(len(line.encode()) for line in lines) / tokens:.3f}")
-        table.add_row("tokens per word", f"{tokens / max(1, sum(len(line.split()) for line in lines)):.3f}")
-        table.add_row("unknown tokens", f"{sum(unknown) / tokens:.2%}")
-        for i in sorted(range(len(lines)), key=unknown.__getitem__, reverse=True)[:5]:
-            if unknown[i]:
-                table.add_row(f"line {i + 1}: {unknown[i]} unknown", escape(lines[i][:200]))
-    return table
+def corpus_table(corpus, training, held_out) -> str:
+    """Counts of both sides of a prepared corpus."""
+    from prelm_jax import pretrain
+
+    return pretrain.figures(pretrain.Prepared(corpus, None, training, held_out, False))

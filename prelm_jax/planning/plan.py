@@ -16,6 +16,7 @@ from prelm_jax.corpus.store import Store
 from prelm_jax.errors import InputError
 from prelm_jax.planning.hlo import NETWORK, Collective, Program
 from prelm_jax.pretrain import Run, check_batch_size
+from prelm_jax.report import of_plan as plan_table  # noqa: F401
 from prelm_jax.tokenizers import wordpiece, words
 from prelm_jax.tokenizers.bpe import BPEConfig
 from prelm_jax.training import chips, loop
