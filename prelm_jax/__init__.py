@@ -12,8 +12,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from prelm_jax.load import load
-    from prelm_jax.pretrain import pretrain
     from prelm_jax.run import Run
 
 __version__ = "0.1.0"

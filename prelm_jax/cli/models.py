@@ -1,14 +1,13 @@
 """Commands that use a pretrained model: embed, score, fill, generate."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, TypeVar
 
 from prelm_jax.cli.options import AnyPath, Positional, Step
 from prelm_jax.cli.training import cache_compiled_programs
 from prelm_jax.errors import InputError
 
-if TYPE_CHECKING:
-    from prelm_jax.formats.model import Model
+Kind = TypeVar("Kind")
 
 
 def embed(
@@ -36,12 +35,12 @@ def embed(
         batch_size: ELMo with --state carry: line i continues from line i - BATCH_SIZE. Match the tool you compare with.
         step: Checkpoint of a work directory: its step, or the best one on held-out text, or the newest.
     """
-    from prelm_jax.formats.model import write_embeddings
+    from prelm_jax.inference.base import Pretrained, write_embeddings
     from prelm_jax.storage import read_lines
 
     options = {"truncate": truncate, "tokenize": tokenize, "state": state, "batch_size": batch_size}
     given = {name: value for name, value in options.items() if value is not None and value is not False}
-    write_embeddings(_load(model, step, "embed"), read_lines(input), output, **given)
+    write_embeddings(_load(model, step, Pretrained, "embed"), read_lines(input), output, **given)
 
 
 def score(model: Positional[AnyPath], input: Positional[Path], step: Step = "newest") -> None:
@@ -54,9 +53,10 @@ def score(model: Positional[AnyPath], input: Positional[Path], step: Step = "new
         input: Text file in UTF-8, one text per line.
         step: Checkpoint of a work directory: its step, or the best one on held-out text, or the newest.
     """
+    from prelm_jax.inference.base import Pretrained
     from prelm_jax.storage import read_lines
 
-    for log_probability, tokens in _load(model, step, "score").score(read_lines(input)):
+    for log_probability, tokens in _load(model, step, Pretrained, "score").score(read_lines(input)):
         print(f"{log_probability:.6f}\t{tokens}")
 
 
@@ -69,7 +69,9 @@ def fill(model: Positional[AnyPath], text: Positional[str], top_k: int = 5, step
         top_k: Number of tokens to print for each [MASK].
         step: Checkpoint of a work directory: its step, or the best one on held-out text, or the newest.
     """
-    for candidates in _load(model, step, "fill").fill(text, top_k):
+    from prelm_jax.inference.bert import BertPretrained
+
+    for candidates in _load(model, step, BertPretrained, "fill").fill(text, top_k):
         print("  ".join(f"{token} {probability:.3f}" for token, probability in candidates))
 
 
@@ -95,15 +97,18 @@ def generate(
         seed: Random seed of the sampling; change it for another continuation.
         step: Checkpoint of a work directory: its step, or the best one on held-out text, or the newest.
     """
-    print(_load(model, step, "generate").generate(prompt, max_tokens, temperature, top_k, top_p, seed))
+    from prelm_jax.inference.gpt import GPTPretrained
+
+    loaded = _load(model, step, GPTPretrained, "generate")
+    print(loaded.generate(prompt, max_tokens, temperature, top_k, top_p, seed))
 
 
-def _load(path: str | Path, step: int | Literal["best", "newest"], command: str) -> "Model":
-    """The model at a path; InputError if its family does not have the command."""
+def _load(path: str | Path, step: int | Literal["best", "newest"], kind: type[Kind], command: str) -> Kind:
+    """The model at a path; InputError if it is not of the kind that the command needs."""
     from prelm_jax.load import load
 
     cache_compiled_programs()
     model = load(path, step)
-    if not hasattr(model, command):
+    if not isinstance(model, kind):
         raise InputError(f"{path} is a model of type {model.config.model_type}, which cannot {command}.")
     return model

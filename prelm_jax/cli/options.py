@@ -15,9 +15,9 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
@@ -25,6 +25,9 @@ from prelm_jax.errors import InputError
 from prelm_jax.storage import is_remote
 
 Positional = tyro.conf.Positional
+Bound = Callable[..., None]  # a command and the values of its parameters
+Parse = Callable[[Sequence[str]], Bound]
+Kind = TypeVar("Kind")
 
 
 def parse_path(word: str) -> str | Path:
@@ -119,7 +122,7 @@ def call(command: Callable[..., None], arguments: Sequence[str], program: str) -
         metavar = choice.name.upper()
         raise InputError(f"usage: {program} {metavar} [options]. {metavar} comes first; {program} --help explains it.")
 
-    def parse(words: Sequence[str]) -> Callable[[], None]:
+    def parse(words: Sequence[str]) -> Bound:
         return tyro.cli(
             _interface(command, choice, chosen),
             args=words,
@@ -134,13 +137,11 @@ def call(command: Callable[..., None], arguments: Sequence[str], program: str) -
         finally:
             if choice is not None and chosen is None:
                 print(choice.catalog())
-    try:
-        with _captured() as complaint:
-            bound = parse(arguments)
-    except SystemExit:
-        reason = _unknown_option(arguments, parse) or _one_line(complaint.getvalue())
-        raise InputError(f"{reason} {program} --help lists the options.") from None
-    functools.partial(bound, **remainders)()
+    bound, complaint = _captured(parse, arguments)
+    if bound is None:
+        reason = _unknown_option(arguments, parse) or _one_line(complaint)
+        raise InputError(f"{reason} {program} --help lists the options.")
+    bound(**remainders)
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -155,28 +156,30 @@ def nearest_option(option: str, known: Iterable[str]) -> str | None:
     nearest_option("--lerning-rate", ["--optimizer.learning-rate", "--steps"]) is "--optimizer.learning-rate".
     """
 
+    def ratio(a: str, b: str) -> float:
+        return difflib.SequenceMatcher(None, a.lstrip("-"), b.lstrip("-")).ratio()
+
     def similarity(other: str) -> tuple[float, float]:
-        last, whole = ((option.rpartition(".")[2], other.rpartition(".")[2]), (option, other))
-        return tuple(difflib.SequenceMatcher(None, *(x.lstrip("-") for x in pair)).ratio() for pair in (last, whole))
+        return ratio(option.rpartition(".")[2], other.rpartition(".")[2]), ratio(option, other)
 
     best = max(known, key=similarity, default=None)
     return best if best is not None and similarity(best)[0] >= 0.6 else None
 
 
-def _metadata(parameter: inspect.Parameter, kind: type) -> object | None:
+def _metadata(parameter: inspect.Parameter, kind: type[Kind]) -> Kind | None:
     """The metadata of a kind in the annotation of a parameter, `Annotated[…, metadata]`."""
     found = getattr(parameter.annotation, "__metadata__", ())
     return next((each for each in found if isinstance(each, kind)), None)
 
 
-def _interface(command: Callable[..., None], choice: Choice | None, chosen: Chosen | None) -> Callable[..., object]:
+def _interface(command: Callable[..., None], choice: Choice | None, chosen: Chosen | None) -> Callable[..., Bound]:
     """A function for tyro, with the docstring of the command and its parameters as this call has them.
 
     tyro calls it with the parsed values; it returns the command bound to them, to be called when parsing is over.
     """
 
-    def bind(*args: object, **kwargs: object) -> Callable[[], None]:
-        return functools.partial(command, *args, **kwargs)
+    def bind(**values: object) -> Bound:
+        return functools.partial(command, **values)
 
     name = chosen.name if chosen is not None else choice.placeholder if choice is not None else ""
     parameters, annotations = [], {}
@@ -189,7 +192,8 @@ def _interface(command: Callable[..., None], choice: Choice | None, chosen: Chos
             annotations[choice.name] = Annotated[str, Positional, tyro.conf.arg(help=choice.help)]
             parameter = parameter.replace(name=choice.name)
         elif chosen is not None:
-            annotations[parameter.name] = Annotated[type(chosen.value), tyro.conf.arg(name="")]
+            chosen_type = type(chosen.value)
+            annotations[parameter.name] = Annotated[chosen_type, tyro.conf.arg(name="")]
             parameter = parameter.replace(default=chosen.value)
         parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
     bind.__doc__ = command.__doc__
@@ -198,13 +202,12 @@ def _interface(command: Callable[..., None], choice: Choice | None, chosen: Chos
     return bind
 
 
-def _unknown_option(arguments: Sequence[str], parse: Callable[[Sequence[str]], object]) -> str | None:
+def _unknown_option(arguments: Sequence[str], parse: Parse) -> str | None:
     """The complaint about the first option that the help does not list; None if it lists all of them."""
-    with _captured() as text, contextlib.suppress(SystemExit):
-        parse(["--help"])
+    _, text = _captured(parse, ["--help"])
     known = [
         word
-        for line in text.getvalue().splitlines()
+        for line in text.splitlines()
         if line.startswith("│ -")
         for word in re.findall(r"(?<!\S)--?[a-zA-Z][\w.-]*", line.strip("│ ").partition("  ")[0])
     ]
@@ -236,14 +239,15 @@ class _Output(io.StringIO):
     encoding = "utf-8"  # With another one, tyro draws no boxes.
 
 
-@contextlib.contextmanager
-def _captured() -> Iterator[io.StringIO]:
-    """What tyro prints inside of the block, without colors, its boxes one below the other."""
+def _captured(parse: Parse, words: Sequence[str]) -> tuple[Bound | None, str]:
+    """The result of a parse, None if it exits, and what tyro prints: without colors, its boxes one below the other."""
     output, before = _Output(), os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "100"
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            yield output
+            return parse(words), ""
+    except SystemExit:
+        return None, output.getvalue()
     finally:
         if before is None:
             del os.environ["COLUMNS"]

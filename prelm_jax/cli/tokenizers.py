@@ -2,7 +2,6 @@
 
 import inspect
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -99,7 +98,7 @@ def inspect_tokenizer(tokenizer: Positional[Path], input: Positional[Path | None
     print_table(tokenizer_table(load(tokenizer, lowercase=not cased), lines))
 
 
-def tokenizer_table(tokenizer: "Tokenizer", lines: Sequence[str] | None) -> "Table":
+def tokenizer_table(tokenizer: "Tokenizer", lines: list[str] | None) -> "Table":
     """A table of the facts of a tokenizer and, with lines of text, statistics of their tokens."""
     from rich.markup import escape
     from rich.table import Table
@@ -113,7 +112,7 @@ def tokenizer_table(tokenizer: "Tokenizer", lines: Sequence[str] | None) -> "Tab
     table.add_row("longest tokens", escape("  ".join(sorted(tokenizer.tokens, key=len, reverse=True)[:5])))
     if lines is not None:
         encoded = tokenizer.encode_batch(lines)
-        unknown = [ids.count(tokenizer.unknown_id) for ids in encoded]
+        unknown = [0 if tokenizer.unknown_id is None else ids.count(tokenizer.unknown_id) for ids in encoded]
         tokens = sum(map(len, encoded))
         table.add_section()
         table.add_row("tokens", f"{tokens:,}")

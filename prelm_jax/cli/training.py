@@ -1,5 +1,6 @@
 """Commands that train, and what comes before and after: pretrain, evaluate, export, prepare, batch, plan."""
 
+import contextlib
 import itertools
 import json
 import sys
@@ -26,17 +27,19 @@ def pretrain(run: Annotated["Run", EXPERIMENT], workdir: AnyPath = "runs/{name}"
     import jax
 
     from prelm_jax import pretrain
-    from prelm_jax.report import of_summary, print_table
+    from prelm_jax.families import find_family
+    from prelm_jax.report import print_table, summary_table
     from prelm_jax.training import processes
 
     cache_compiled_programs()
     processes.join()
     summary = pretrain.pretrain(run, workdir)
     if jax.process_index() == 0:
-        print_table(of_summary(summary))
-        print(f"\nThe run is in {workdir}. Next:")
-        print(f"  prelm export {workdir} DIRECTORY")
-        print(f"  prelm embed {workdir} LINES.txt VECTORS.hdf5")
+        print_table(summary_table(summary))
+        print(f"\nThe run is in {workdir}.")
+        with contextlib.suppress(InputError):  # A family from outside of the package has no example, and no format.
+            example = find_family(run.model.model_type, workdir).example
+            print(f"Next:\n  prelm export {workdir} DIRECTORY\n  {example.format(workdir)}")
 
 
 def evaluate(
@@ -54,7 +57,7 @@ def evaluate(
         step: Checkpoint: its step, or the best one on held-out text, or the newest.
     """
     from prelm_jax import pretrain
-    from prelm_jax.report import of_summary, print_table
+    from prelm_jax.report import print_table, summary_table
 
     run = None
     if workdir is not None:
@@ -62,7 +65,7 @@ def evaluate(
     elif ":" in model and not is_remote(model):
         raise InputError(f"evaluate {model}: --workdir must be given, the directory of that experiment's run.")
     cache_compiled_programs()
-    print_table(of_summary(pretrain.evaluate(workdir or model, corpus, step, run)))
+    print_table(summary_table(pretrain.evaluate(workdir or model, corpus, step, run)))
 
 
 def export(workdir: Positional[AnyPath], directory: Positional[Path], step: Step = "newest") -> None:
@@ -92,13 +95,15 @@ def prepare(
             example --beam --runner=FlinkRunner.
     """
     from prelm_jax import pretrain
+    from prelm_jax.report import corpus_table, print_table
 
     make_shards = None
     if beam is not None:
         from prelm_jax.corpus.beam import make_shards_with
 
         make_shards = make_shards_with(list(beam))
-    print(pretrain.figures(pretrain.prepare(run, make_shards, verify=True)))
+    prepared = pretrain.prepare(run, make_shards, verify=True)
+    print_table(corpus_table(prepared.corpus, prepared.training, prepared.held_out))
 
 
 def batch(run: Annotated["Run", EXPERIMENT], step: int = 0, rows: int = 4) -> None:
@@ -134,8 +139,8 @@ def plan(
     """
     import jax
 
-    from prelm_jax.planning.plan import LOCAL, plan
-    from prelm_jax.report import of_plan, print_table
+    from prelm_jax.planning.plan import LOCAL, plan, plan_table
+    from prelm_jax.report import print_table
 
     if topology != LOCAL:
         jax.config.update("jax_platforms", "cpu")  # The TPU compiler would look for attached chips.
@@ -143,7 +148,7 @@ def plan(
     if as_json:
         print(json.dumps(planned.as_json()))
     else:
-        print_table(of_plan(planned))
+        print_table(plan_table(planned))
 
 
 def cache_compiled_programs() -> None:
