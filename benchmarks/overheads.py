@@ -26,7 +26,7 @@ import jax
 import numpy as np
 import tyro
 
-from prelm_jax import pretrain
+from prelm_jax import train
 from prelm_jax.corpus import prepare as preparation
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.tokenizers.build import build as build_tokenizer
@@ -70,7 +70,7 @@ class Mini:
 
     def real(self, start: int, stop: int) -> Any:
         """The batches of a run, from its loader."""
-        return pretrain.on_devices(self.batches, start, stop, self.mesh)
+        return train.placed_batches(self.batches, start, stop, self.mesh)
 
     def seconds(self, before: Callable[[], Any], batches: Any, after: Callable[[], Any] = lambda: None) -> float:
         """Of a step on each batch, as in the loop: the host looks at the metrics of the step before."""

@@ -6,8 +6,8 @@ masked LM head and the batches are BERT's; the loop, checkpoints and commands ar
     prelm pretrain examples/electra.py:demo
     prelm evaluate examples/electra.py:demo --workdir runs/electra-demo
 
-Reference: google-research/electra, run_pretraining.py. Divergences: the generator shares the norm of its embeddings with
-the discriminator too, and the metrics count each position once.
+Reference: google-research/electra, run_pretraining.py. Divergence: the generator shares the norm of its embeddings with
+the discriminator, too.
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ from rich.table import Table
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.corpus.store import Store
 from prelm_jax.formats.base import Format, LoadedModel
-from prelm_jax.run import Run, RunRecord
+from prelm_jax.run import Run
 from prelm_jax.training.contract import Params
 from prelm_jax.workdir import WorkDir
 
@@ -82,13 +82,13 @@ def print_run_header(run: Run, params: Params, step: int, mesh: jax.sharding.Mes
         print("the learning rate ends at zero: to train for longer, raise --optimizer.decay-steps too", file=sys.stderr)
 
 
-def model_card(workdir: WorkDir, record: RunRecord, step: int, model: LoadedModel, format: Format, name: str) -> str:
+def model_card(workdir: WorkDir, run: Run, step: int, model: LoadedModel, format: Format, name: str) -> str:
     """README.md of an exported checkpoint: usage, size, corpus, held-out metrics beside their baselines, command."""
-    identity = record.identity
-    config = model.config
+    record = workdir.read_record()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
-    positions = step * identity["batch_size"] * identity["data"]["max_length"]
-    sources = "\n".join(f"- `{source}`" for source in record.sources["corpus"])
+    positions = step * run.batch_size * run.data.max_length
+    sources = "\n".join(f"- `{source}`" for source in run.corpus)
+    fingerprint = str(record.identity["corpus_fingerprint"])[:16]
     return f"""---
 library_name: {format.library}
 license: # the license of your corpus and weights, for example apache-2.0
@@ -99,14 +99,14 @@ tags:
 
 # {name}
 
-{record.model_type}, pretrained from scratch with [prelm_jax](https://pypi.org/project/prelm-jax/).
+{record.model_type}, pretrained with prelm_jax.
 
 {format.usage.format(name=name)}
 
-- Weights: step {step:,} of the run, {parameters:,} parameters; {config.vocab_size:,} tokens in the vocabulary.
-- Training: {step:,} steps of {identity["batch_size"]} × {identity["data"]["max_length"]} tokens ({positions:,} \
-positions, padding included), seed {identity["seed"]}, {identity["precision"]}.
-- Corpus ({identity["held_out"]:.1%} of its documents held out; content `{identity["corpus_fingerprint"][:16]}`):
+- Weights: step {step:,} of the run, {parameters:,} parameters; {model.config.vocab_size:,} tokens in the vocabulary.
+- Training: {step:,} steps of {run.batch_size} × {run.data.max_length} tokens ({positions:,} positions, padding \
+included), seed {run.seed}, {run.precision}.
+- Corpus ({run.held_out:.1%} of its documents held out; content `{fingerprint}`):
 
 {sources}
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import typing
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
@@ -66,7 +67,7 @@ class RunRecord:
     """
 
     model_type: str
-    identity: dict[str, object]
+    identity: dict[str, Any]
     segments: list[dict[str, object]]
     sources: dict[str, object]
     loop: dict[str, object]
@@ -81,7 +82,10 @@ class RunRecord:
         sources = {name: fields.pop(name) for name in SOURCES}
         loop, optimizer = fields.pop("loop"), fields.pop("optimizer")
         identity = fields | {"corpus_fingerprint": corpus_fingerprint, "tokenizer_fingerprint": tokenizer_fingerprint}
-        segment = {"from_step": 0, "optimizer": {"name": type(optimizer).__name__, **dataclasses.asdict(optimizer)}}
+        segment: dict[str, object] = {
+            "from_step": 0,
+            "optimizer": {"name": type(optimizer).__name__, **dataclasses.asdict(optimizer)},
+        }
         record = cls(run.model.model_type, identity, [segment], sources, loop, sys.argv[1:])
         return cls(**json.loads(record.to_json()))
 
@@ -104,30 +108,24 @@ class RunRecord:
 
     def run(self, model: type, data: type) -> Run:
         """The run as far as evaluating needs it: without tokenizer (the work directory has it) and optimizer."""
-        fields = self.identity | self.sources
-        fields = {field.name: fields[field.name] for field in dataclasses.fields(Run) if field.name in fields}
-        return Run(
-            **fields
-            | {
-                "tokenizer": None,
-                "optimizer": None,
-                "corpus": tuple(fields["corpus"]),
-                "model": config_from_json(model, fields["model"]),
-                "data": config_from_json(data, fields["data"]),
-                "loop": config_from_json(LoopConfig, self.loop),
-            }
-        )
+        fields = {**self.identity, **self.sources, "loop": self.loop, "tokenizer": None, "optimizer": None}
+        known = {field.name: fields[field.name] for field in dataclasses.fields(Run)}
+        return config_from_json(Run, known, model=model, data=data)
 
 
-def config_from_json(cls: type[Config], fields: object) -> Config:
-    """A config dataclass from the JSON object that it was written as; nested configs too."""
-    types = typing.get_type_hints(cls)
-    return cls(
-        **{
-            name: config_from_json(types[name], value) if dataclasses.is_dataclass(types[name]) else value
-            for name, value in fields.items()
-        }
-    )
+def config_from_json(cls: type[Config], fields: Mapping[str, object], **classes: type) -> Config:
+    """A config dataclass from the JSON object it was written as, nested configs too.
+
+    `classes`: those of the fields whose annotation does not say. Raises TypeError for fields that `cls` does not have.
+    """
+    hints = typing.get_type_hints(cls) | classes
+
+    def value(name: str, field: object) -> object:
+        if isinstance(field, dict) and dataclasses.is_dataclass(hints.get(name)):
+            return config_from_json(hints[name], field)
+        return tuple(field) if isinstance(field, list) else field
+
+    return cls(**{name: value(name, field) for name, field in fields.items()})
 
 
 def _flatten(value: object, name: str = "") -> dict[str, object]:

@@ -14,11 +14,10 @@ from etils import epath
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from prelm_jax import pretrain
+from prelm_jax import pretraining
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
-from prelm_jax.load import load
-from prelm_jax.workdir import WorkDir
+from prelm_jax.loading import load
 from prelm_jax.storage import copy_files, fetched, is_remote, reachable, read_json, read_lines, writing
 from prelm_jax.tokenizers.build import build as build_tokenizer
 from prelm_jax.training.checkpoint import Checkpoints
@@ -169,7 +168,9 @@ def test_missing_files_in_a_bucket_are_named(bucket):
     with pytest.raises(InputError, match=r"gs://bucket/model: no work directory \(no run.json\)"):
         load("gs://bucket/model")
     with pytest.raises(InputError, match="--profile 3: traces are written to this machine only"):
-        pretrain.pretrain(dataclasses.replace(tiny.bert(), loop=dataclasses.replace(tiny.bert().loop, profile=3)), "gs://bucket/run")
+        pretrain.pretrain(
+            dataclasses.replace(tiny.bert(), loop=dataclasses.replace(tiny.bert().loop, profile=3)), "gs://bucket/run"
+        )
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 from prelm_jax.data.pairs import PairsConfig
 from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.data.windows import WindowsConfig
-from prelm_jax.load import load
+from prelm_jax.loading import load
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.elmo import ELMoConfig
 from prelm_jax.models.gpt import GPTConfig

@@ -109,8 +109,9 @@ class TooLarge(Exception):
 def plan(run: Run, topology: str, progress: Callable[[str], None] = lambda line: None) -> Plan:
     """Compiles the train step of a run for a slice such as "v5e:4x4", or for the devices of this machine ("local").
 
-    With `run.loop.mesh.slices` > 1, for that many slices. Reads no corpus, allocates no arrays, trains nothing; an untrained
-    vocabulary has its expected size. If the batch does not fit, bisects for the largest that does, one compile a try.
+    With `run.loop.mesh.slices` > 1, for that many slices. Reads no corpus, allocates no arrays, trains nothing; an
+    untrained vocabulary has its expected size. If the batch does not fit, bisects for the largest that does, a compile
+    each.
 
         print_table(plan_table(plan(run, "v5e:4x4")))
 

@@ -28,7 +28,6 @@ class Tokenizer(Protocol):
     mask_id: int | None
     bos_id: int | None
     eos_id: int | None
-    open_vocabulary: bool  # whether words outside of the vocabulary keep ids of their own in the token store
     lowercase: bool  # whether text is lower-cased
     open_vocabulary: bool  # whether words outside of the vocabulary keep ids of their own in the store
     fingerprint: str  # SHA-256 (hex) of the vocabulary and the settings

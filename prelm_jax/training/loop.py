@@ -121,7 +121,7 @@ def abstract_state(
 
 
 def abstract_items(model: Model, batch_size: int, mesh: jax.sharding.Mesh) -> dict[str, Params]:
-    """The items of a checkpoint that evaluating needs, in the same form: params and progress, whatever the optimizer."""
+    """The items of a checkpoint that an evaluation needs, in the same form, for any optimizer."""
 
     def fresh() -> dict[str, Params]:
         progress = {"step": jnp.zeros((), jnp.int32), "carry": model.init_carry(batch_size)}

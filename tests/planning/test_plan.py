@@ -24,7 +24,9 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_plan_for_this_machine(family):
-    run = dataclasses.replace(FAMILIES[family](), loop=dataclasses.replace(FAMILIES[family]().loop, mesh=MeshConfig(devices=2)))
+    run = dataclasses.replace(
+        FAMILIES[family](), loop=dataclasses.replace(FAMILIES[family]().loop, mesh=MeshConfig(devices=2))
+    )
     planned = plan(run, "local")
     assert planned.fits and planned.chips == 2
     assert planned.tokens == run.batch_size * run.data.max_length
@@ -51,9 +53,18 @@ def test_largest_batch_that_fits(monkeypatch):
             raise TooLarge((20 + 7 * rows) * GiB, 100 * GiB)
         return dataclasses.replace(fitting, batch_size=run.batch_size, memory_needed=(20 + 7 * rows) * GiB)
 
-    fitting = plan(dataclasses.replace(FAMILIES["bert"](), loop=dataclasses.replace(FAMILIES["bert"]().loop, mesh=MeshConfig(devices=2))), "local")
+    fitting = plan(
+        dataclasses.replace(
+            FAMILIES["bert"](), loop=dataclasses.replace(FAMILIES["bert"]().loop, mesh=MeshConfig(devices=2))
+        ),
+        "local",
+    )
     monkeypatch.setattr(planning, "analyze", analyze)
-    run = dataclasses.replace(FAMILIES["bert"](), batch_size=128, loop=dataclasses.replace(FAMILIES["bert"]().loop, mesh=MeshConfig(devices=2)))
+    run = dataclasses.replace(
+        FAMILIES["bert"](),
+        batch_size=128,
+        loop=dataclasses.replace(FAMILIES["bert"]().loop, mesh=MeshConfig(devices=2)),
+    )
     planned = plan(run, "local")
     assert not planned.fits
     assert planned.memory_needed == (20 + 7 * 64) * GiB
@@ -167,7 +178,11 @@ def test_compiled_for_a_pod(name, quick_compiler):
 @needs_compiler
 @pytest.mark.parametrize("parameters", ["replicated", "fsdp"])
 def test_slices_exchange_gradients_over_their_network(parameters, quick_compiler):
-    run = dataclasses.replace(FAMILIES["bert"](), batch_size=32, loop=dataclasses.replace(FAMILIES["bert"]().loop, mesh=MeshConfig(slices=2, parameters=parameters)))
+    run = dataclasses.replace(
+        FAMILIES["bert"](),
+        batch_size=32,
+        loop=dataclasses.replace(FAMILIES["bert"]().loop, mesh=MeshConfig(slices=2, parameters=parameters)),
+    )
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, hidden_size=256, intermediate_size=1024))
     planned = plan(run, "v5e:4x4")
     assert planned.chips == 32

@@ -5,7 +5,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from prelm_jax.errors import InputError
 from prelm_jax.families import find_family
 from prelm_jax.formats.base import save
 from prelm_jax.formats.transfer import initial_params
-from prelm_jax.load import load, load_checkpoint
+from prelm_jax.loading import load, load_checkpoint
 from prelm_jax.report import Summary
 from prelm_jax.run import Run, RunRecord
 from prelm_jax.tokenizers import build as tokenizers
@@ -47,7 +47,7 @@ def prepare(run: Run, make_shards: preparation.MakeShards | None = None, verify:
     """The vocabulary and the token stores of a run, from the cache or made now (see corpus/prepare.py)."""
     corpus = Corpus(run.corpus, run.held_out, run.deduplicate, run.errors)
     tokenizer = tokenizers.build(run.tokenizer, corpus)
-    new = not preparation.location(corpus, tokenizer).exists()
+    new = not preparation.store_path(corpus, tokenizer).exists()
     stores = preparation.prepare(corpus, tokenizer, make_shards=make_shards, verify=verify)
     prepared = Prepared(corpus, tokenizer, *stores)
     if new:
@@ -82,17 +82,19 @@ def pretrain(run: Run, workdir: str | os.PathLike) -> Summary:
 
 
 def evaluate(
-    workdir: str | os.PathLike, corpus: tuple[str, ...] = (), step: Step = "newest", run: Run | None = None
+    workdir: str | os.PathLike, corpus: tuple[str, ...] = (), step: Step = "newest", experiment: Run | None = None
 ) -> Summary:
     """Evaluates a checkpoint of a work directory on the run's held-out text, or on all of another corpus.
 
-    run: needed for a model outside of the table of families only; else run.json says what it is.
+    experiment: for a model from outside of the package, a run of it, which tells the classes that run.json cannot.
     """
     directory = WorkDir(workdir)
     record = directory.read_record()
-    if run is None:
+    if experiment is None:
         family = find_family(record.model_type, directory.path / "run.json")
         run = record.run(family.model, family.data)
+    else:
+        run = record.run(type(experiment.model), type(experiment.data))
     tokenizer = directory.read_tokenizer()
     run = dataclasses.replace(run, model=_with_vocabulary(run.model, tokenizer))
     training, held_out = preparation.prepare(Corpus(run.corpus, run.held_out, run.deduplicate, run.errors), tokenizer)
@@ -107,7 +109,7 @@ def evaluate(
         if restored is None:
             raise InputError(f"{directory.path}: no checkpoint here yet")
         _, items = restored
-        values = evaluation(items["params"], items["progress"]["carry"], mesh)
+        values = evaluation(items["params"], cast(Params, items["progress"]["carry"]), mesh)
     return Summary(values, evaluation.baselines(), held_out.unknown_rate, directory.tokens_per_second())
 
 
@@ -116,9 +118,10 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike, step: Step 
     source = WorkDir(workdir)
     record = source.read_record()
     found, model = load_checkpoint(source, step)
-    format = find_family(record.model_type, source.path).format
-    card = report.model_card(source, record, found, model, format, Path(directory).name)
-    save(model.loaded, format, directory, card)
+    family = find_family(record.model_type, source.path)
+    run = record.run(family.model, family.data)
+    card = report.model_card(source, run, found, model.loaded, family.format, Path(directory).name)
+    save(model.loaded, family.format, directory, card)
 
 
 def show_batch(run: Run, step: int) -> Iterator[str]:
