@@ -19,7 +19,7 @@ ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh}
 
 @dataclasses.dataclass(frozen=True)
 class CharacterCNNConfig:
-    """`filters`: (width in characters, how many of them), for each convolution."""
+    """The part of an ELMoConfig that encodes words; see there."""
 
     filters: tuple[tuple[int, int], ...]
     activation: Literal["relu", "tanh"]
@@ -28,7 +28,7 @@ class CharacterCNNConfig:
 
 
 class Convolution(nn.Module):
-    """The greatest answer of each filter over the places of a word where it fits whole (padding counts), [U, F]."""
+    """[U, F]: each filter's maximum over the positions of a word where it fits entirely (padding counts)."""
 
     width: int
     features: int
@@ -38,26 +38,29 @@ class Convolution(nn.Module):
     def __call__(self, x_UCD: Array) -> Array:
         kernel = self.param("kernel", self.initializer, (self.width, x_UCD.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        places = x_UCD.shape[1] - self.width + 1
-        windows = jnp.concatenate([x_UCD[:, k : k + places] for k in range(self.width)], -1)
-        answers = windows.reshape(-1, windows.shape[-1]) @ kernel.astype(x_UCD.dtype).reshape(-1, self.features)
-        return answers.reshape(-1, places, self.features).max(1) + bias[None].astype(x_UCD.dtype)
+        # As one product. Width 2 over the characters a b c d: the positions ab, bc, cd, each a row of 2 · D numbers.
+        positions = x_UCD.shape[1] - self.width + 1
+        windows = jnp.concatenate([x_UCD[:, k : k + positions] for k in range(self.width)], -1)
+        outputs = windows.reshape(-1, windows.shape[-1]) @ kernel.astype(x_UCD.dtype).reshape(-1, self.features)
+        # The bias is the same at every position: it is cheaper to add after the maximum.
+        return outputs.reshape(-1, positions, self.features).max(1) + bias[None].astype(x_UCD.dtype)
 
 
 class Highway(nn.Module):
-    """g · relu(x W + b) + (1 - g) · x (Srivastava et al. 2015); g, the gate of what is new, is called carry."""
+    """g · relu(x W + b) + (1 - g) · x (Srivastava et al. 2015); the reference calls the layer of the gate g `carry`."""
 
     initializer: nn.initializers.Initializer
 
     @nn.compact
     def __call__(self, x_UF: Array) -> Array:
         size = x_UF.shape[-1]
+        # The bias of -2 nearly closes the gate, so that at first a word passes almost unchanged.
         gate_UF = jax.nn.sigmoid(Dense(size, self.initializer, -2.0, name="carry")(x_UF))
         return gate_UF * jax.nn.relu(Dense(size, self.initializer, name="transform")(x_UF)) + (1 - gate_UF) * x_UF
 
 
 class CharacterCNN(nn.Module):
-    """[U, P] for the characters' vectors [U, C, D] of words; no dropout."""
+    """[U, P] from the vectors [U, C, D] of the characters of words; no dropout."""
 
     config: CharacterCNNConfig
 
