@@ -174,11 +174,6 @@ class ELMo(LanguageModel):
     config: ELMoConfig
     dtype: jnp.dtype = jnp.float32
 
-    replicated: ClassVar[tuple[str, ...]] = ELMoEncoder.replicated
-    matrices: ClassVar[tuple[str, ...]] = ELMoEncoder.matrices
-    # The objective is the mean of both directions.
-    coefficients: ClassVar[dict[str, float]] = {f"{d}_loss": 0.5 for d in DIRECTIONS}
-
     def setup(self):
         c = self.config
         self.bilm = ELMoEncoder(c, self.dtype)
@@ -250,6 +245,21 @@ class ELMo(LanguageModel):
     def check(self, batch: HostBatch) -> None:
         """Raises InputError where a batch asks for rows that the tables lack."""
         check_rows(batch, **{f"{d}_targets": (self.config.known_vocab_size, "vocab_size") for d in DIRECTIONS})
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """The objective is the mean of both directions."""
+        return {f"{d}_loss": 0.5 for d in DIRECTIONS}
+
+    @property
+    def replicated(self) -> tuple[str, ...]:
+        """Regular expressions of the parameter paths that are never sharded."""
+        return ELMoEncoder.replicated
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Regular expressions of the paths of the layers' weight matrices."""
+        return ELMoEncoder.matrices
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         """The weight of each loss, from the batch alone."""

@@ -81,10 +81,6 @@ class GPT(LanguageModel):
     config: GPTConfig
     dtype: jnp.dtype = jnp.float32
 
-    replicated: ClassVar[tuple[str, ...]] = GPTEncoder.replicated
-    matrices: ClassVar[tuple[str, ...]] = GPTEncoder.matrices
-    coefficients: ClassVar[dict[str, float]] = {"lm_loss": 1.0}
-
     def setup(self):
         self.gpt = GPTEncoder(self.config, self.dtype)
         nn.share_scope(self, self.gpt)
@@ -133,6 +129,16 @@ class GPT(LanguageModel):
     def create_parameters(self) -> None:
         one = jnp.zeros((1, 1), jnp.int32)
         self.gpt.hidden_states({"tokens": one, "positions": one, "segments": one})
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """The objective is the loss."""
+        return {"lm_loss": 1.0}
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Regular expressions of the paths of the layers' weight matrices."""
+        return GPTEncoder.matrices
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         """The weight of the loss, from the batch alone."""

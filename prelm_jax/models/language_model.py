@@ -1,7 +1,7 @@
 """What the pretraining models of all families share: the vocabulary's size, and most of the `Model` contract."""
 
 import dataclasses
-from typing import ClassVar, cast
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -33,8 +33,6 @@ class LanguageModel(nn.Module):
     A subclass defines `losses` and `create_parameters`, both called inside `apply`, and what the contract asks besides.
     """
 
-    replicated: ClassVar[tuple[str, ...]] = ()
-
     def losses(self, batch: Batch, carry: Params, train: bool) -> tuple[Sums, Sums, Params]:
         """(losses, metrics, new carry), each loss and metric as (sum, weight)."""
         raise NotImplementedError
@@ -56,6 +54,11 @@ class LanguageModel(nn.Module):
         rngs = {"sample": jax.random.fold_in(key, SAMPLE)} | ({"dropout": key} if train else {})
         outputs = self.apply({"params": params}, batch, carry, train, rngs=rngs, method="losses")
         return cast(tuple[Sums, Sums, Params], outputs)
+
+    @property
+    def replicated(self) -> tuple[str, ...]:
+        """Regular expressions of the parameter paths that are never sharded: none."""
+        return ()
 
     def tokens(self, batch: Batch) -> Array:
         """int32 [2]: the tokens of a batch that are not padding, and all its positions."""
