@@ -54,8 +54,8 @@ class MergeHeads(nn.Module):
 class Mask(NamedTuple):
     """Which tokens attend to which.
 
-    allowed_B1TS: bool [B or 1, 1, T, S]. segments_BT and causal: what it was computed from, for a kernel that computes
-    it block by block; None where it was not computed from segments.
+    allowed_B1TS: bool [B or 1, 1, T, S]. segments_BT and causal: the arguments of `attention_mask`, for a kernel that
+    computes the mask block by block; segments_BT is None for a mask of another origin.
     """
 
     allowed_B1TS: Array
@@ -64,7 +64,7 @@ class Mask(NamedTuple):
 
 
 def attention_mask(segments_BT: Array, causal: bool = False) -> Mask:
-    """A token attends to the tokens of its own segment; with `causal` only to itself and those before it in the row.
+    """A token attends to the tokens of its own segment; with `causal` only to itself and earlier ones.
 
     Segment 0 is padding and takes no part. The row [1, 1, 2, 0] allows, with `causal`:
 

@@ -3,7 +3,7 @@
 Reference: google-research/bert, modeling.py and run_pretraining.py. Divergences:
 - The GELU is the exact form, with which the published checkpoints were trained; the reference's later code has tanh.
 - Attention is masked by segments (equal and not 0) instead of by padding alone, so that rows may be packed.
-- The vocabulary table has a multiple of 128 rows; those past `vocab_size` are never looked up and never win.
+- The vocabulary table has a multiple of 128 rows; padding rows are never looked up and never win.
 - Each loss is divided by the weight of the whole global batch; the reference divides on each replica.
 - `embedding_size` is ELECTRA's (Clark et al. 2020; google-research/electra, model/modeling.py): narrower embeddings.
 """

@@ -40,7 +40,7 @@ def tied_logits(x: Array, table_VD: Array, vocab_size: int, bias_V: Array | None
     if bias_V is not None:
         logits_GV = add_bias(logits_GV, jnp.where(jnp.arange(rows) < vocab_size, bias_V, MASKED))
     else:
-        # An update in place of what the product wrote; a condition on the column would write all logits a second time.
+        # Updates the product in place; a condition on the column would write all logits a second time.
         padding_GV = jnp.full((x_GD.shape[0], rows - vocab_size), MASKED)
         logits_GV = jax.lax.dynamic_update_slice(logits_GV, padding_GV, (0, vocab_size))
     return logits_GV.reshape(*x.shape[:-1], rows)

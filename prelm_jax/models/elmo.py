@@ -3,7 +3,7 @@
 Reference: allenai/bilm-tf, bilm/training.py. Divergences:
 - Both directions of a batch may read the same words; the reference draws different sentences for each.
 - The characters of a distinct word are encoded once per batch.
-- The vocabulary table has a multiple of 128 rows; those past `vocab_size` are never looked up and never win.
+- The vocabulary table has a multiple of 128 rows; padding rows are never looked up and never win.
 - There is a projection after the highways even where it changes no width, and one in every LSTM.
 - The loss is the mean over positions; the reference's is `unroll_steps` times that (see `training.optimizer.Adagrad`).
 """
@@ -146,7 +146,7 @@ class ELMoEncoder(nn.Module):
     ) -> tuple[dict[str, list[Array]], States]:
         """For each direction the outputs [B, T, P] of every layer for its inputs [B, T, P], and the new states.
 
-        `lengths_B`: the new states are those after so many words of a row; None: after all of them.
+        `lengths_B`: words of each row after which its new state is taken; None: all of them.
         """
         c = self.config
         stacks = {"forward": self.forward(), "backward": self.backward()}

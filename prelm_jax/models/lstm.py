@@ -78,7 +78,7 @@ class LSTMStack(nn.Module):
 
 
 class Steps(NamedTuple):
-    """What the backward pass needs of every step, rows last."""
+    """The values of every step that the backward pass needs, rows last."""
 
     gates_TZB: Array  # i, j, f, o after their sigmoid or tanh
     cell_TEB: Array  # c', after clipping
@@ -153,7 +153,7 @@ lstm.defvjp(_forward, _backward)
 def _step(
     state: State, z_ZB: Array, recurrent_ZP: Array, projection_PE: Array, cell_clip: float, projection_clip: float
 ) -> tuple[State, Steps]:
-    """The next state, and what the backward pass needs of this step."""
+    """The next state, and the values that the backward pass needs."""
     dtype = z_ZB.dtype
     z_ZB = _wide(z_ZB) + _product(recurrent_ZP, state["hidden"].astype(dtype))
     i, j, f, o = jnp.split(z_ZB, 4)
@@ -174,8 +174,8 @@ def _step_back(
 ) -> tuple[State, tuple[Array, Array]]:
     """The gradient of the state before the step; and the gradients of z and of h' before clipping.
 
-    step: the gradient of h' from the outputs, the cell before the step, and what the step kept. Values beyond a bound
-    pass no gradient; values on the bound do, as in tf.clip_by_value.
+    step: the gradient of h' from the outputs, the cell before the step, and the values that the step kept.
+    Values beyond a bound pass no gradient; values on the bound do, as in tf.clip_by_value.
     """
     dhidden_PB, before_EB, (gates_ZB, cell_EB, raw_PB) = step
     recurrent_PZ, projection_EP = kernels

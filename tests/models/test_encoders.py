@@ -181,7 +181,7 @@ def electra_name(path):
     return path.replace("/kernel", ".weight").replace("/scale", ".weight").replace("/", ".")
 
 
-def test_narrow_embeddings_equal_those_of_transformers():
+def test_narrow_embeddings_equal_transformers():
     """Hidden states and masked LM logits, against ElectraForMaskedLM."""
     theirs = transformers.ElectraForMaskedLM(
         transformers.ElectraConfig(
