@@ -90,7 +90,7 @@ class GPT(LanguageModel):
         return tied_logits(hidden, self.gpt.token_embeddings.table, self.config.known_vocab_size)
 
     def next_logits(self, tokens_BT: Array, length: Array) -> Array:
-        """[B, padded vocabulary], fp32: logits of the token after texts of `length` tokens that end with `tokens_BT`.
+        """[B, padded vocabulary], fp32: logits of the token after `length` tokens, of which these are the last.
 
         The collection `cache` (see `init_cache`) holds the keys and values of the last `max_position_embeddings` tokens;
         the new tokens are appended to it, so apply with `mutable=["cache"]`. Where `length` is less than T, the first

@@ -309,7 +309,7 @@ def plain(x_BTD, table_VD, targets_BT, weights_BT):
 
 @pytest.fixture(params=[1, 7, 40, 1000])
 def chunked(request, monkeypatch):
-    """`tied_cross_entropy` of 40 tokens in chunks of one token, with a remainder, of all tokens, and with room for more."""
+    """`tied_cross_entropy` of 40 tokens in chunks of 1, of 7 (with a remainder), of all, and of more."""
     monkeypatch.setattr("prelm_jax.models.cross_entropy.CHUNK_TOKENS_ON_CPU", request.param)
     return lambda x, table, targets, weights: tied_cross_entropy(x, table, targets, weights, 100)
 
