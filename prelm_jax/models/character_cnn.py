@@ -3,7 +3,6 @@
 Reference: allenai/bilm-tf, bilm/training.py, `_build_word_char_embeddings`.
 """
 
-import dataclasses
 import math
 from typing import Literal
 
@@ -15,16 +14,6 @@ from jax import Array
 from prelm_jax.models.layers import Dense, normal, uniform
 
 ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh}
-
-
-@dataclasses.dataclass(frozen=True)
-class CharacterCNNConfig:
-    """The part of an ELMoConfig that encodes words; see there."""
-
-    filters: tuple[tuple[int, int], ...]
-    activation: Literal["relu", "tanh"]
-    num_highways: int
-    projection_size: int
 
 
 class Convolution(nn.Module):
@@ -60,19 +49,24 @@ class Highway(nn.Module):
 
 
 class CharacterCNN(nn.Module):
-    """[U, P] from the vectors [U, C, D] of the characters of words; no dropout."""
+    """[U, P] from the vectors [U, C, D] of the characters of words; no dropout.
 
-    config: CharacterCNNConfig
+    filters: (width in characters, number of filters) of each convolution.
+    """
+
+    filters: tuple[tuple[int, int], ...]
+    activation: Literal["relu", "tanh"]
+    num_highways: int
+    projection_size: int
 
     @nn.compact
     def __call__(self, x_UCD: Array) -> Array:
-        c = self.config
         words = []
-        for i, (width, features) in enumerate(c.filters):
-            initializer = uniform(0.05) if c.activation == "relu" else normal(1 / math.sqrt(width * x_UCD.shape[-1]))
+        for i, (width, features) in enumerate(self.filters):
+            initializer = uniform(0.05) if self.activation == "relu" else normal(1 / math.sqrt(width * x_UCD.shape[-1]))
             words.append(Convolution(width, features, initializer, name=f"convolution_{i}")(x_UCD))
-        x_UF = ACTIVATIONS[c.activation](jnp.concatenate(words, -1))
+        x_UF = ACTIVATIONS[self.activation](jnp.concatenate(words, -1))
         initializer = normal(1 / math.sqrt(x_UF.shape[-1]))
-        for i in range(c.num_highways):
+        for i in range(self.num_highways):
             x_UF = Highway(initializer, name=f"highway_{i}")(x_UF)
-        return Dense(c.projection_size, initializer, name="projection")(x_UF)
+        return Dense(self.projection_size, initializer, name="projection")(x_UF)

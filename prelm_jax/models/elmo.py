@@ -20,7 +20,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from prelm_jax.errors import InputError
-from prelm_jax.models.character_cnn import CharacterCNN, CharacterCNNConfig
+from prelm_jax.models.character_cnn import CharacterCNN
 from prelm_jax.models.cross_entropy import cross_entropy, tied_cross_entropy, tied_logits
 from prelm_jax.models.language_model import LanguageModel, LanguageModelConfig
 from prelm_jax.models.layers import MASKED, Dropout, Embedding, add_bias, check_rows, normal, padded_vocabulary, uniform
@@ -95,7 +95,7 @@ class ELMoEncoder(nn.Module):
     def setup(self):
         c = self.config
         self.characters = Embedding(NUM_CHARACTERS, c.character_embedding_size, uniform(1.0))
-        self.encoder = CharacterCNN(CharacterCNNConfig(c.filters, c.activation, c.num_highways, c.projection_size))
+        self.encoder = CharacterCNN(c.filters, c.activation, c.num_highways, c.projection_size)
         self.forward = LSTMStack(c.num_layers, c.hidden_size, c.projection_size)
         self.backward = LSTMStack(c.num_layers, c.hidden_size, c.projection_size)
         self.dropout = Dropout(c.dropout)
