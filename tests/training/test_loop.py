@@ -226,7 +226,8 @@ def test_settings_below_one_are_refused():
 
 @pytest.mark.parametrize("parameters", ["replicated", "fsdp"])
 def test_a_scalar_mix_learns_its_layer(tmp_path, parameters):
-    config = Config(LoopConfig(steps=150, mesh=MeshConfig(parameters=parameters), evaluate_every=150, log_every=150))
+    mesh = MeshConfig(devices=4, parameters=parameters)
+    config = Config(LoopConfig(steps=80, mesh=mesh, evaluate_every=80, log_every=80), OPTIMIZER)
     state = train(tmp_path / "run", config)
     assert lines(tmp_path / "run")[0]["train/error"] < 0.1
     shares = np.exp(state.params["mix"]["weights"]) / np.exp(state.params["mix"]["weights"]).sum()
