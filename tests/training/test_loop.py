@@ -188,8 +188,8 @@ def test_kept_are_the_newest_the_best_and_those_asked_for(uninterrupted):
     assert set(recorded["checkpoints.kept/10"]["checksums"]) == {"params", "progress"}
     for name, checkpoint in recorded.items():
         step = int(name.split("/")[1])
-        assert checkpoint["tokens_seen"] == seen[step - 1]
-        assert checkpoint["evaluation_loss"] == LOSSES.get(step)
+        assert checkpoint["record"]["tokens_seen"] == seen[step - 1]
+        assert checkpoint["record"]["evaluation_loss"] == LOSSES.get(step)
     logged = [line["train/tokens_seen"] for line in lines(uninterrupted) if "train/tokens_seen" in line]
     assert logged == seen.tolist()
 
