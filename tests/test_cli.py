@@ -368,7 +368,7 @@ def test_what_a_newer_version_wrote(place, capsys, tmp_path):
         shutil.copytree(place / "run", tmp_path / "run", dirs_exist_ok=True)
         file = tmp_path / "run" / name
         content = file.read_text()
-        file.write_text(content.replace(old, new) if old else re.sub(r'"format": ?2', '"format": 3', content))
+        file.write_text(content.replace(old, new) if old else re.sub(r'"format": ?3', '"format": 4', content))
         assert file.read_text() != content
         assert "upgrade" in complaint(capsys, "fill", tmp_path / "run", "[MASK]")
         assert "upgrade" in complaint(

@@ -83,7 +83,7 @@ def test_one_step_lowers_on_four_devices(name):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_golden(name):
     run = EXPERIMENTS[name]()
-    _, params = build(run)
+    model, params = build(run)
     lines = [
         f"{field.name}: {getattr(run, field.name)}"
         for field in dataclasses.fields(run)
@@ -94,7 +94,7 @@ def test_golden(name):
     for (path, leaf), decay in zip(leaves, jax.tree.leaves(decays(params)), strict=True):
         parameter = path_name(path)
         if "layer_" not in parameter or "layer_0/" in parameter or "layer_norm" in parameter.split("/")[0]:
-            axes = tuple(partition(parameter, leaf.shape, 4))
+            axes = tuple(partition(parameter, leaf.shape, 4, model.replicated))
             lines.append(f"{parameter} {list(leaf.shape)} decay={decay} fsdp={axes}")
     text = "\n".join(lines) + "\n"
     golden = GOLDEN / f"{name}.txt"
