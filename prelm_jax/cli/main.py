@@ -237,7 +237,6 @@ def train_tokenizer(kind: str, arguments: list[str]) -> None:
     """Learn a vocabulary from a corpus: wordpiece, bpe, sentencepiece or words."""
     from prelm_jax.corpus.documents import Corpus
     from prelm_jax.tokenizers.bpe import BPEConfig
-    from prelm_jax.tokenizers.build import build
     from prelm_jax.tokenizers.sentencepiece import SentencePieceConfig
     from prelm_jax.tokenizers.wordpiece import WordPieceConfig
     from prelm_jax.tokenizers.words import WordVocabularyConfig
@@ -253,7 +252,7 @@ def train_tokenizer(kind: str, arguments: list[str]) -> None:
     config_type = Annotated[kinds[kind], tyro.conf.arg(name="")]
 
     def command(directory: Positional[Path], corpus: tuple[str, ...], config: config_type = kinds[kind]()) -> None:  # noqa: B008
-        tokenizer = build(config, Corpus(corpus))
+        tokenizer = config.build(Corpus(corpus))
         tokenizer.save(directory)
         print(f"wrote {directory}: {tokenizer.vocab_size:,} entries")
 
