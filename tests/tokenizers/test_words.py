@@ -165,13 +165,7 @@ def test_a_trained_vocabulary(corpus):
     assert words.tokens == ["<S>", "</S>", "<UNK>", *counts, *once]
     assert words.tokenize
     assert build(WordVocabularyConfig(min_count=2), corpus).tokens == ["<S>", "</S>", "<UNK>", *counts]
-    assert build(WordVocabularyConfig(vocab_size=5, min_count=1), corpus).tokens == [
-        "<S>",
-        "</S>",
-        "<UNK>",
-        "the",
-        "cat",
-    ]
+    assert build(WordVocabularyConfig(vocab_size=5, min_count=1), corpus).tokens[3:] == ["the", "cat"]
     chunks = build(WordVocabularyConfig(min_count=2, tokenize=False), corpus)
     assert chunks.tokens == ["<S>", "</S>", "<UNK>", "the", "é"]
     assert not chunks.tokenize
