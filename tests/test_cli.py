@@ -267,7 +267,7 @@ def test_a_vocabulary_of_words_in_another_order(place, capsys, tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join([*words[:3], *reversed(words[3:])]) + "\n")
     options = ("--corpus", place / "corpus.txt", "--workdir", tmp_path / "run", "--tokenizer.path")
     message = complaint(capsys, "pretrain", f"{Path(__file__).parent}/tiny.py:elmo", *options, tmp_path / "vocab.txt")
-    assert "vocab.txt is not sorted by falling count, from which sampled softmax takes" in message
+    assert "vocab.txt is not sorted by falling count" in message and "--tokenizer.path" in message
 
 
 def test_a_family_without_that_verb(place, capsys):
