@@ -126,7 +126,7 @@ def test_files_are_copied_to_a_bucket_and_back(bucket, tmp_path):
     with fetched(remote) as directory:
         assert (directory / "a.txt").read_bytes() == "€\r\n".encode()
     assert read_lines(remote / "a.txt") == read_lines("gs://bucket/run/files/a.txt") == ["€\r"]
-    with pytest.raises(InputError, match="cannot read gs://bucket/run/files/b.txt: "):
+    with pytest.raises(InputError, match=r"cannot read gs://bucket/run/files/b\.txt: "):
         read_lines(remote / "b.txt")
 
 
