@@ -14,11 +14,12 @@ from etils import epath
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from prelm_jax import pretrain
+from prelm_jax import pretraining
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
-from prelm_jax.formats.model import load, read_record, read_tokenizer
+from prelm_jax.loading import load
 from prelm_jax.storage import copy_files, fetched, is_remote, reachable, read_json, read_lines, writing
+from prelm_jax.tokenizers.build import build as build_tokenizer
 from prelm_jax.training.checkpoint import Checkpoints
 from prelm_jax.training.metrics import MetricsWriter
 
@@ -132,7 +133,7 @@ def test_files_are_copied_to_a_bucket_and_back(bucket, tmp_path):
 
 def test_metrics(bucket):
     for resume_at, steps in [(0, [2, 4, 6]), (4, [6])]:
-        writer = MetricsWriter(reachable("gs://bucket/run"), resume_at)
+        writer = MetricsWriter(reachable("gs://bucket/run") / "metrics.jsonl", resume_at)
         for step in steps:
             writer.write(step, {"loss": step / 2})
         lines = (bucket / "run" / "metrics.jsonl").read_text().splitlines()  # Before the file is closed.
@@ -144,7 +145,7 @@ def test_a_work_directory_is_created_and_read(bucket, tmp_path):
     (tmp_path / "corpus.txt").write_text(tiny.text(seed=0))
     run = dataclasses.replace(tiny.bert(), corpus=(str(tmp_path / "corpus.txt"),))
     corpus = Corpus(run.corpus, run.held_out)
-    tokenizer = run.tokenizer.build(corpus)
+    tokenizer = build_tokenizer(run.tokenizer, corpus)
     workdir = reachable("gs://bucket/run")
     pretrain._claim(workdir, run, corpus, tokenizer)
     pretrain._claim(workdir, run, corpus, tokenizer)
@@ -167,7 +168,9 @@ def test_missing_files_in_a_bucket_are_named(bucket):
     with pytest.raises(InputError, match=r"gs://bucket/model: no work directory \(no run.json\)"):
         load("gs://bucket/model")
     with pytest.raises(InputError, match="--profile 3: traces are written to this machine only"):
-        pretrain.pretrain(dataclasses.replace(tiny.bert(), profile=3), "gs://bucket/run")
+        pretrain.pretrain(
+            dataclasses.replace(tiny.bert(), loop=dataclasses.replace(tiny.bert().loop, profile=3)), "gs://bucket/run"
+        )
 
 
 @pytest.mark.parametrize(

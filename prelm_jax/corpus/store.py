@@ -91,6 +91,11 @@ class Store:
         return self.manifest["words"]
 
     @property
+    def unknown_rate(self) -> float:
+        """The fraction of tokens that the vocabulary cannot spell."""
+        return self.manifest["unknown_tokens"] / max(self.num_tokens, 1)
+
+    @property
     def tokens_per_word(self) -> float:
         return self.num_tokens / max(self.num_words, 1)
 
