@@ -247,7 +247,7 @@ def test_settings_beside_a_given_vocabulary_come_first(corpus, tmp_path):
 
 
 def spelled(store: Store) -> list[str]:
-    return [bytes(store.words.bytes[a:b]).decode() for a, b in pairwise(store.words.offsets)]
+    return [bytes(store.spellings.bytes[a:b]).decode() for a, b in pairwise(store.spellings.offsets)]
 
 
 @pytest.mark.parametrize("tokenize", [False, True])
@@ -258,7 +258,7 @@ def test_the_store_spells_every_word(tmp_path, tokenize):
     for side, store in zip(("training", "held_out"), stores, strict=True):
         kinds = spelled(store)
         assert kinds[:50] == words.tokens
-        assert len(set(kinds)) == len(kinds) == len(store.words)
+        assert len(set(kinds)) == len(kinds) == len(store.spellings)
         text = [word for d in corpus.documents(side) for s in split(d.text, d.sentences) for word in s.split()]
         assert [kinds[id] for id in store.ids] == text
         assert store.ids.dtype == np.uint32
@@ -274,7 +274,7 @@ def test_the_store_spells_every_word(tmp_path, tokenize):
 
 def test_stores_of_pieces_are_as_they_were(corpus, tmp_path):
     store, _ = prepare(corpus, WordPiece([*SPECIAL_TOKENS, *"abcdeghorst"]), tmp_path)
-    assert store.words is None
+    assert store.spellings is None
     assert tuple(store.manifest["lengths"]) == tuple(store.manifest["checksums"]) == ARRAYS
 
 
