@@ -252,7 +252,7 @@ def test_settings_of_a_directory_override_the_configuration(corpus, tmp_path):
 
 
 def spelled(store: Store) -> list[str]:
-    return [bytes(store.words.bytes[a:b]).decode() for a, b in pairwise(store.words.offsets)]
+    return [bytes(store.spellings.bytes[a:b]).decode() for a, b in pairwise(store.spellings.offsets)]
 
 
 @pytest.mark.parametrize("tokenize", [False, True])
@@ -263,7 +263,7 @@ def test_the_store_spells_every_word(tmp_path, tokenize):
     for side, store in zip(("training", "held_out"), stores, strict=True):
         kinds = spelled(store)
         assert kinds[:50] == words.tokens
-        assert len(set(kinds)) == len(kinds) == len(store.words)
+        assert len(set(kinds)) == len(kinds) == len(store.spellings)
         text = [word for d in corpus.documents(side) for s in split(d.text, d.sentences) for word in s.split()]
         assert [kinds[id] for id in store.ids] == text
         assert store.ids.dtype == np.uint32
@@ -279,7 +279,7 @@ def test_the_store_spells_every_word(tmp_path, tokenize):
 
 def test_stores_of_subwords_have_no_spellings(corpus, tmp_path):
     store, _ = prepare(corpus, WordPiece([*SPECIAL_TOKENS, *"abcdeghorst"]), tmp_path)
-    assert store.words is None
+    assert store.spellings is None
     assert tuple(store.manifest["lengths"]) == tuple(store.manifest["checksums"]) == ARRAYS
 
 
