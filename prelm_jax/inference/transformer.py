@@ -47,9 +47,7 @@ def hidden_states(
         "positions": jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape),
         "segments": segments_BT,
     }
-    keys = list(batch) if isinstance(config, BertConfig) else ("tokens", "positions", "segments")
-    inputs = [batch[key] for key in keys]
-    return cast("tuple[Array, ...]", config.build().apply({"params": params}, *inputs, method="hidden_states"))
+    return cast("tuple[Array, ...]", config.encoder().apply({"params": params}, batch, method="hidden_states"))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -1,7 +1,6 @@
 """Model directories and work directories as pretrained models."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
@@ -12,9 +11,10 @@ from prelm_jax.formats import huggingface_bert
 from prelm_jax.formats.base import LoadedModel, save
 from prelm_jax.inference.bert import BertPretrained
 from prelm_jax.inference.elmo import ELMoPretrained
-from prelm_jax.load import load
+from prelm_jax.loading import load
 from prelm_jax.models.elmo import ELMoConfig
-from prelm_jax.tokenizers.wordpiece import SPECIAL_TOKENS, WordPiece
+from prelm_jax.run import RunRecord
+from prelm_jax.tokenizers.wordpiece import WordPiece
 from prelm_jax.tokenizers.words import WordVocabulary
 from prelm_jax.training.checkpoint import Checkpoints
 
@@ -31,8 +31,8 @@ def assert_equal(found, config, params, tokenizer):
 
 
 def write_run(workdir, config, tokenizer, *checkpoints):
-    record = {"model": {"model_type": config.model_type, **dataclasses.asdict(config)}, "seed": 1}
-    (workdir / "run.json").write_text(json.dumps(record))
+    record = RunRecord(config.model_type, {"model": dataclasses.asdict(config)}, [], {}, {}, [])
+    (workdir / "run.json").write_text(record.to_json())
     tokenizer.save(workdir / "tokenizer")
     saved = Checkpoints(workdir / "checkpoints", keep=len(checkpoints))
     for step, params in enumerate(checkpoints, 1):
@@ -43,7 +43,9 @@ def write_run(workdir, config, tokenizer, *checkpoints):
 @pytest.fixture
 def bert(tiny_bert):
     config = dataclasses.replace(tiny_bert, vocab_size=5)
-    return LoadedModel(config, config.build().init_params(jax.random.key(0)), WordPiece(SPECIAL_TOKENS))
+    return LoadedModel(
+        config, config.build().init_params(jax.random.key(0)), WordPiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    )
 
 
 def test_a_model_directory(bert, tmp_path):
@@ -80,8 +82,8 @@ def test_a_work_directory_of_elmo_has_the_softmax(tmp_path):
         ({"config.json": "[]"}, "config.json is not a JSON object"),
         ({"config.json": "{}"}, "config.json: model_type is None; supported: bert"),
         ({"config.json": '{"model_type": "gpt2"}'}, "config.json: model_type is 'gpt2'; supported: bert, openai-gpt"),
-        ({"run.json": '{"model": {"model_type": "bert", "depth": 1}}'}, "run.json: not the fields of a BertConfig"),
-        ({"run.json": '{"model": {"model_type": "bert", "vocab_size": 9}}'}, "no checkpoint here"),
+        ({"run.json": RunRecord("bert", {"model": {"depth": 1}}, [], {}, {}, []).to_json()}, "run.json: .*depth"),
+        ({"run.json": RunRecord("bert", {"model": {"vocab_size": 9}}, [], {}, {}, []).to_json()}, "no checkpoint"),
     ],
 )
 def test_other_directories_are_refused(files, complaint, tmp_path):
