@@ -106,7 +106,8 @@ def test_a_mistake_in_the_values_of_an_experiment(folder, tmp_path, fails):
 def test_classes_of_an_experiment_file(folder, tmp_path, help_of):
     """A configuration that the file defines has its comments as help."""
     content = (folder / "tiny.py").read_text() + (
-        "\n\n@dataclasses.dataclass(frozen=True)\nclass Mine(type(tests.bert())):\n    spice: float = 0.5  # Degree of it.\n"
+        "\n\n@dataclasses.dataclass(frozen=True)\n"
+        "class Mine(type(tests.bert())):\n    spice: float = 0.5  # Degree of it.\n"
         "\n\ndef mine():\n    run = tiny()\n"
         "    return Mine(**{field.name: getattr(run, field.name) for field in dataclasses.fields(run)})\n"
     )

@@ -43,12 +43,17 @@ def assert_all_explained(text: str, *expected: str) -> None:
 
 def test_options_without_help_are_found():
     """The check of the tests below can fail."""
-    text = "│ -h, --help  show it │\n│ --seed INT  Decides all random numbers. (default: 0) │\n│ --steps INT │\n│    (default: 3) │\n"
+    text = """\
+│ -h, --help  show it                                  │
+│ --seed INT  Decides all random numbers. (default: 0) │
+│ --steps INT                                          │
+│   (default: 3)                                       │
+"""
     assert explained(text) == {"-h": "show it", "--seed": "Decides all random numbers.", "--steps": ""}
     with pytest.raises(AssertionError, match=r"without help: \['--steps'\]"):
         assert_all_explained(text)
     with pytest.raises(AssertionError, match="with the same help"):
-        assert_all_explained(text.replace("--steps INT │\n│   ", "--steps INT  Decides all random numbers."))
+        assert_all_explained(text.replace("  (default: 3)", "  Decides all random numbers. (default: 3)"))
 
 
 @pytest.mark.parametrize("command", WITHOUT_CHOICE)

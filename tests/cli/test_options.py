@@ -167,7 +167,7 @@ def test_complaints_are_one_line_of_sentences(command, arguments, expected, monk
         with pytest.raises(InputError) as error:
             call(command, arguments, "x")
         message = str(error.value)
-        assert expected in message and "x --help" in message or "x small --help" in message
+        assert expected in message and ("x --help" in message or "x small --help" in message)
         assert not set(message) & set("\n\x1b│─╭╰") and message.endswith(".")
 
 
@@ -176,5 +176,5 @@ def test_what_the_command_raises_is_not_a_complaint():
         """Fail."""
         raise ValueError(model)
 
-    with pytest.raises(ValueError, match="^m$"):
+    with pytest.raises(ValueError, match=r"^m$"):
         call(fails, ["m"], "x")
