@@ -1,16 +1,18 @@
-# Two commands on a machine that has Python >= 3.11 and pip:
-#   make demo     pretrain, evaluate, export and use a small BERT (5 minutes on two cores); or MODEL=gpt1, MODEL=elmo
-#   make test     lint and the whole test suite
+# Needs Python >= 3.11 with pip:
+#   make demo        pretrain, evaluate, export and use a small BERT (5 minutes on two cores); or MODEL=gpt1, MODEL=elmo
+#   make test        lint, types and tests (7 minutes on two cores)
+#   make test-slow   the tests that compile for pods, kill often or start many processes
 
 PYTHON ?= python3
 MODEL ?= bert
 RUN = runs/$(MODEL)-demo
 PRELM = .venv/bin/prelm
+PYTEST = .venv/bin/python -m pytest --numprocesses auto --dist worksteal --durations 10
 
 # Large pages for large arrays: XLA on a Linux CPU spends a tenth of its time in page faults otherwise.
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
-.PHONY: demo use-bert use-gpt1 use-elmo test format
+.PHONY: demo use-bert use-gpt1 use-elmo lint test test-slow format
 
 demo: .venv/installed
 	$(PRELM) pretrain $(MODEL):demo
@@ -29,10 +31,16 @@ use-elmo:
 	.venv/bin/python examples/neighbours.py $(RUN)/exported --word set --sentences \
 		"A set is an unordered collection with no duplicate elements." "The flag is set if the call fails."
 
-test: .venv/installed-test
+lint: .venv/installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest --numprocesses auto --dist worksteal
+	.venv/bin/pyrefly check
+
+test: lint
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/installed-test
+	$(PYTEST) -m slow
 
 format: .venv/installed-test
 	.venv/bin/ruff check --fix .

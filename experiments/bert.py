@@ -15,6 +15,7 @@ from prelm_jax.data.pairs import PairsConfig
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.run import Run
 from prelm_jax.tokenizers.wordpiece import WordPieceConfig
+from prelm_jax.training.loop import LoopConfig
 from prelm_jax.training.optimizer import AdamW
 
 
@@ -34,10 +35,7 @@ def demo() -> Run:
         data=_pairs(max_length=64, max_predictions=10),
         optimizer=_adamw(learning_rate=1.5e-3, warmup_steps=100, decay_steps=2400, bias_correction="moments"),
         batch_size=32,
-        steps=2400,
-        evaluate_every=800,
-        save_every=800,
-        log_every=50,
+        loop=LoopConfig(steps=2400, evaluate_every=800, save_every=800, log_every=50),
     )
 
 
@@ -60,9 +58,7 @@ def mini() -> Run:
         data=_pairs(max_length=64, max_predictions=10),
         optimizer=_adamw(learning_rate=1e-3, warmup_steps=200, decay_steps=2700, bias_correction="moments"),
         batch_size=32,
-        steps=2700,
-        evaluate_every=900,
-        save_every=300,
+        loop=LoopConfig(steps=2700, evaluate_every=900, save_every=300),
     )
 
 
@@ -83,11 +79,8 @@ def base() -> Run:
         data=_pairs(max_length=128, max_predictions=20),
         optimizer=_adamw(learning_rate=1e-4, warmup_steps=10_000, decay_steps=1_000_000, bias_correction="none"),
         batch_size=256,
-        steps=900_000,
+        loop=LoopConfig(steps=900_000, save_every=5000, evaluate_every=5000, log_every=100),
         precision="bfloat16",
-        save_every=5000,
-        evaluate_every=5000,
-        log_every=100,
     )
 
 
@@ -106,7 +99,7 @@ def base_512() -> Run:
         base(),
         data=_pairs(max_length=512, max_predictions=76),
         optimizer=_adamw(learning_rate=1e-5, warmup_steps=0, decay_steps=100_000, bias_correction="none"),
-        steps=100_000,
+        loop=dataclasses.replace(base().loop, steps=100_000),
     )
 
 

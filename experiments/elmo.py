@@ -7,6 +7,7 @@ from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.models.elmo import ELMoConfig
 from prelm_jax.run import Run
 from prelm_jax.tokenizers.words import WordVocabularyConfig
+from prelm_jax.training.loop import LoopConfig
 from prelm_jax.training.optimizer import Adagrad
 
 
@@ -31,10 +32,7 @@ def demo() -> Run:
         data=StreamsConfig(max_length=20, num_negatives=0),
         optimizer=_adagrad(),
         batch_size=32,
-        steps=3000,
-        evaluate_every=1000,
-        save_every=1000,
-        log_every=50,
+        loop=LoopConfig(steps=3000, evaluate_every=1000, save_every=1000, log_every=50),
     )
 
 
@@ -83,11 +81,8 @@ def _published(projection_size: int, hidden_size: int, num_highways: int) -> Run
         data=StreamsConfig(max_length=20, num_negatives=8192),
         optimizer=_adagrad(),
         batch_size=384,
-        steps=1_000_840,
+        loop=LoopConfig(steps=1_000_840, save_every=5000, evaluate_every=5000, log_every=100),
         precision="bfloat16",
-        save_every=5000,
-        evaluate_every=5000,
-        log_every=100,
     )
 
 

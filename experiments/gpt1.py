@@ -9,6 +9,7 @@ from prelm_jax.data.windows import WindowsConfig
 from prelm_jax.models.gpt import GPTConfig
 from prelm_jax.run import Run
 from prelm_jax.tokenizers.bpe import BPEConfig
+from prelm_jax.training.loop import LoopConfig
 from prelm_jax.training.optimizer import AdamW
 
 
@@ -28,10 +29,7 @@ def demo() -> Run:
         data=WindowsConfig(max_length=128),
         optimizer=_adamw(learning_rate=3e-3, warmup_steps=100, decay_steps=2400),
         batch_size=16,
-        steps=2400,
-        evaluate_every=800,
-        save_every=800,
-        log_every=50,
+        loop=LoopConfig(steps=2400, evaluate_every=800, save_every=800, log_every=50),
     )
 
 
@@ -54,10 +52,7 @@ def mini() -> Run:
         data=WindowsConfig(max_length=128),
         optimizer=_adamw(learning_rate=1e-3, warmup_steps=500, decay_steps=11_000),
         batch_size=4,
-        steps=11_000,
-        evaluate_every=2000,
-        evaluate_batches=128,
-        save_every=1000,
+        loop=LoopConfig(steps=11_000, evaluate_every=2000, evaluate_batches=128, save_every=1000),
     )
 
 
@@ -82,11 +77,8 @@ def base() -> Run:
         data=WindowsConfig(max_length=512),
         optimizer=_adamw(learning_rate=2.5e-4, warmup_steps=2000, decay_steps=3_360_000),
         batch_size=64,
-        steps=3_360_000,
+        loop=LoopConfig(steps=3_360_000, save_every=5000, evaluate_every=5000, log_every=100),
         precision="bfloat16",
-        save_every=5000,
-        evaluate_every=5000,
-        log_every=100,
     )
 
 

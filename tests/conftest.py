@@ -1,50 +1,63 @@
-"""Strictness for every test: eight fake devices, warnings are errors, no silent broadcasting."""
+"""Setup of all tests: eight fake devices, warnings are errors, no implicit broadcasting, shared compiled programs."""
 
+import collections
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+# Also for the processes that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests spend most of their time in the compiler; unoptimised programs halve that.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# Tests spend most of their time in the compiler; without optimization it takes half as long.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import hypothesis
 import jax
 import numpy as np
 
-# How long an example takes says nothing on a machine that others use too.
+# Other programs slow the examples down too.
 hypothesis.settings.register_profile("without deadline", deadline=None)
 hypothesis.settings.load_profile("without deadline")
 
-jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 PRELM_DATA = Path(os.environ.get("PRELM_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache_of_its_own(tmp_path_factory):
-    """No test reads or leaves anything in the user's cache."""
+def private_cache(tmp_path_factory) -> Iterator[None]:
+    """A cache for tests instead of the user's; all test processes and their children share its compiled programs."""
+    base = tmp_path_factory.getbasetemp()
+    programs = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "xla"
+    programs.mkdir(exist_ok=True)
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "xla").symlink_to(programs)  # The command line keeps compiled programs there.
+    jax.config.update("jax_compilation_cache_dir", str(programs))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PRELM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("PRELM_CACHE", str(cache))
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory):
-    """A program that several tests compile is compiled once, by whichever of pytest's processes comes first."""
-    directory = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        directory = directory.parent
-    jax.config.update("jax_compilation_cache_dir", str(directory / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Reports the time of each folder and file of tests: seconds of all workers together, and their share."""
+    seconds = collections.Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds["/".join(report.nodeid.partition("::")[0].split("/")[:2])] += report.duration
+    if len(seconds) > 1:
+        terminalreporter.section("time by room")
+        for room, time in seconds.most_common():
+            terminalreporter.line(f"{time:8.1f} s {time / seconds.total():6.1%}  {room}")
 
 
 @pytest.fixture
 def real_data():
-    """The folder of real corpora and vocabularies; tests that need it are skipped where it is absent."""
+    """The folder of real corpora and vocabularies; skips the test if there is none."""
     if not PRELM_DATA.is_dir():
         pytest.skip(f"no real data at {PRELM_DATA}; set PRELM_DATA")
     return PRELM_DATA
@@ -52,7 +65,7 @@ def real_data():
 
 @pytest.fixture
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """An unused port of this machine."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
@@ -60,7 +73,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def tiny_bert():
-    """The configuration of a BERT that compiles in a second or two."""
+    """A BERT that compiles in a second or two."""
     from prelm_jax.models.bert import BertConfig
 
     return BertConfig(
@@ -70,7 +83,7 @@ def tiny_bert():
 
 @pytest.fixture(scope="session")
 def tiny_gpt():
-    """The configuration of a GPT that compiles in a second or two."""
+    """A GPT that compiles in a second or two."""
     from prelm_jax.models.gpt import GPTConfig
 
     return GPTConfig(vocab_size=120, hidden_size=32, num_layers=2, num_heads=2, max_position_embeddings=32)

@@ -18,8 +18,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prelm_jax.corpus.store import Store
-from prelm_jax.planning.plan import TokenizerOfSize, vocab_size_of
-from prelm_jax.pretrain import CIRCUMSTANCE, DATA, Run
+from prelm_jax.planning.plan import TokenizerOfSize
+from prelm_jax.pretraining import CIRCUMSTANCE, DATA, Run
 from prelm_jax.training import loop
 from prelm_jax.training.optimizer import decays
 from prelm_jax.training.parameters import path_name
@@ -47,7 +47,7 @@ EXPERIMENTS = experiments()
 
 def build(run: Run):
     """The model at the size of its vocabulary, and its parameters without values."""
-    model = dataclasses.replace(run.model, vocab_size=vocab_size_of(run.tokenizer)).build(jnp.dtype(run.precision))
+    model = dataclasses.replace(run.model, vocab_size=run.tokenizer.expected_vocab_size).build(jnp.dtype(run.precision))
     return model, jax.eval_shape(model.init_params, jax.random.key(0))
 
 
@@ -59,7 +59,7 @@ def test_one_step_lowers_on_four_devices(name):
     run = function()
     model, _ = build(run)
     assert type(run.data) is DATA[run.model.model_type]
-    tokenizer = TokenizerOfSize(vocab_size_of(run.tokenizer))
+    tokenizer = TokenizerOfSize(run.tokenizer.expected_vocab_size)
     store = Store.from_documents([[[5, 6, 7]] * 400, [[8, 9]] * 400], tokenizer.tokens)
     batches = run.data.build(store, tokenizer, run.batch_size, run.seed)
     example = batches[0]

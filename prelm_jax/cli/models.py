@@ -105,7 +105,7 @@ def generate(
 
 def _load(path: str | Path, step: int | Literal["best", "newest"], kind: type[Kind], command: str) -> Kind:
     """The model at a path; InputError if it is not of the kind that the command needs."""
-    from prelm_jax.load import load
+    from prelm_jax.loading import load
 
     cache_compiled_programs()
     model = load(path, step)

@@ -26,14 +26,14 @@ def pretrain(run: Annotated["Run", EXPERIMENT], workdir: AnyPath = "runs/{name}"
     """
     import jax
 
-    from prelm_jax import pretrain
+    from prelm_jax import pretraining
     from prelm_jax.families import find_family
     from prelm_jax.report import print_table, summary_table
     from prelm_jax.training import processes
 
     cache_compiled_programs()
     processes.join()
-    summary = pretrain.pretrain(run, workdir)
+    summary = pretraining.pretrain(run, workdir)
     if jax.process_index() == 0:
         print_table(summary_table(summary))
         print(f"\nThe run is in {workdir}.")
@@ -56,16 +56,16 @@ def evaluate(
         corpus: Sources of text to evaluate on; none: the held-out side of the run's own corpus.
         step: Checkpoint: its step, or the best one on held-out text, or the newest.
     """
-    from prelm_jax import pretrain
+    from prelm_jax import pretraining
     from prelm_jax.report import print_table, summary_table
 
-    run = None
+    experiment = None
     if workdir is not None:
-        _, run, _ = load_run(model)
+        _, experiment, _ = load_run(model)
     elif ":" in model and not is_remote(model):
         raise InputError(f"evaluate {model}: --workdir must be given, the directory of that experiment's run.")
     cache_compiled_programs()
-    print_table(summary_table(pretrain.evaluate(workdir or model, corpus, step, run)))
+    print_table(summary_table(pretraining.evaluate(workdir or model, corpus, step, experiment)))
 
 
 def export(workdir: Positional[AnyPath], directory: Positional[Path], step: Step = "newest") -> None:
@@ -76,9 +76,9 @@ def export(workdir: Positional[AnyPath], directory: Positional[Path], step: Step
         directory: Directory to write; a model directory that is already there is replaced.
         step: Checkpoint: its step, or the best one on held-out text, or the newest.
     """
-    from prelm_jax import pretrain
+    from prelm_jax import pretraining
 
-    pretrain.export(workdir, directory, step)
+    pretraining.export(workdir, directory, step)
     print(f"wrote {directory}")
 
 
@@ -94,7 +94,7 @@ def prepare(
         beam: Tokenize with Apache Beam instead of local processes (extra beam). Everything after it goes to Beam, for
             example --beam --runner=FlinkRunner.
     """
-    from prelm_jax import pretrain
+    from prelm_jax import pretraining
     from prelm_jax.report import corpus_table, print_table
 
     make_shards = None
@@ -102,7 +102,7 @@ def prepare(
         from prelm_jax.corpus.beam import make_shards_with
 
         make_shards = make_shards_with(list(beam))
-    prepared = pretrain.prepare(run, make_shards, verify=True)
+    prepared = pretraining.prepare(run, make_shards, verify=True)
     print_table(corpus_table(prepared.corpus, prepared.training, prepared.held_out))
 
 
@@ -116,11 +116,11 @@ def batch(run: Annotated["Run", EXPERIMENT], step: int = 0, rows: int = 4) -> No
     from rich.console import Console
     from rich.text import Text
 
-    from prelm_jax import pretrain
+    from prelm_jax import pretraining
     from prelm_jax.data.show import MARKER
 
     console = Console()
-    for row in itertools.islice(pretrain.show_batch(run, step), rows):
+    for row in itertools.islice(pretraining.show_batch(run, step), rows):
         text = Text(row)
         text.highlight_regex(MARKER, "bold green")
         console.print(text, soft_wrap=True)

@@ -85,7 +85,7 @@ def test_steps_reach_load(monkeypatch, arguments):
         received.append(arguments)
         raise InputError("enough")
 
-    monkeypatch.setattr("prelm_jax.load.load", load)
+    monkeypatch.setattr("prelm_jax.loading.load", load)
     for option in ([], ["--step", "best"], ["--step", "30"]):
         with pytest.raises(SystemExit):
             main([*arguments, *option])

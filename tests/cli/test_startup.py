@@ -38,10 +38,10 @@ def test_the_public_interface(folder):
     code = f"""
 import prelm_jax
 assert set(prelm_jax.__all__) == {{"Run", "load", "pretrain"}}
-from prelm_jax.pretrain import pretrain
+from prelm_jax.pretraining import pretrain
 from prelm_jax import load
 model = load({str(folder / "model")!r})
-from prelm_jax.load import load as same
+from prelm_jax.loading import load as same
 assert type(prelm_jax.load({str(folder / "model")!r})) is type(same({str(folder / "model")!r})) is type(model)
 assert prelm_jax.Run.__name__ == "Run" and callable(prelm_jax.pretrain)
 try: prelm_jax.nothing

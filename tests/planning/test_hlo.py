@@ -1,4 +1,4 @@
-"""Costs and collectives read off a compiled program, beside XLA's own analysis of the same work without a loop."""
+"""Costs and collectives read from compiled programs agree with XLA's analysis of the same work without loops."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from prelm_jax.training.sharding import MeshConfig
 
 
 def multiplied(x, w, times, loop):
-    """x after `times` products with w, in a loop or written out."""
+    """x after `times` products with w, in a loop or unrolled."""
     if loop:
         return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=times)[0]
     for _ in range(times):
@@ -19,24 +19,24 @@ def multiplied(x, w, times, loop):
     return x
 
 
-def test_the_body_of_a_loop_counts_as_often_as_it_runs():
+def test_loop_bodies_count_as_often_as_they_run():
     x, w = jnp.ones((64, 128)), jnp.ones((128, 128))
     compiled = jax.jit(multiplied, static_argnums=(2, 3)).lower(x, w, 7, True).compile()
     flops, bytes_ = Program(compiled.as_text()).repetition()
     assert flops == 7
     assert compiled.cost_analysis()["flops"] * flops == pytest.approx(7 * 2 * 64 * 128 * 128, rel=0.1)
-    # Each run reads x and w and writes x, at least; XLA may write a temporary or two.
+    # Each iteration reads x and w and writes x, at least; XLA may write a temporary or two.
     least = 7 * 4 * (2 * 64 * 128 + 128 * 128)
     assert least <= compiled.cost_analysis()["bytes accessed"] * bytes_ <= 3 * least
 
 
-def test_without_a_loop_nothing_is_repeated():
+def test_repetition_is_1_without_loops():
     compiled = jax.jit(multiplied, static_argnums=(2, 3)).lower(jnp.ones((8, 8)), jnp.ones((8, 8)), 3, False).compile()
     assert Program(compiled.as_text()).repetition() == (1, 1)
 
 
-def test_a_loop_that_takes_slices_reads_the_slices():
-    """A row of x is read in each run, and not all of x: 8 kB before the loop, 12 in each of 100 runs."""
+def test_loops_over_slices_read_only_the_slices():
+    """Each iteration reads a row of x, not all of x: 8 kB before the loop, 12 kB in each of 100 iterations."""
     x = jnp.ones((100, 1000))
     compiled = jax.jit(lambda x: jax.lax.scan(lambda c, row: (c + jnp.sin(row), None), x[0], x)[0]).lower(x).compile()
     _, bytes_ = Program(compiled.as_text()).repetition()
@@ -63,7 +63,7 @@ def test_collectives(loop):
     assert Program(text).collectives() == [Collective("all-gather", 4, times, times * 8 * 16 * 4)]
 
 
-def test_the_ways_to_write_groups_and_what_starts_early():
+def test_replica_group_notations_and_asynchronous_collectives():
     text = """
 ENTRY %main (p: f32[8]) -> f32[8] {
   %p = f32[8]{0} parameter(0)
@@ -80,8 +80,8 @@ ENTRY %main (p: f32[8]) -> f32[8] {
     ]
 
 
-def test_what_goes_from_slice_to_slice():
-    """The compiler for TPUs writes it as what the hosts send and receive, once each."""
+def test_collectives_between_slices():
+    """The compiler for TPUs writes them as one send and one receive of the hosts."""
     transfer = (
         'is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,3:5}x{0:15}",'
         '_xla_megascale_transfer_type="ALL_REDUCE"}'
@@ -96,29 +96,29 @@ ENTRY %main (p: f32[8]) -> f32[8] {{
   ROOT %d = f32[8]{{0}} get-tuple-element(%done), index=0
 }}
 """
-    assert Program(text).collectives() == [Collective("network all-reduce", 4, 1, 32)]
+    assert Program(text).collectives() == [Collective("all-reduce", 4, 1, 32, between_slices=True)]
 
 
-def test_what_stays_on_the_chip_is_no_traffic_of_its_memory():
-    """As the compiler for TPUs writes it: a copy from memory to the chip, a product there, its result to memory."""
+def test_arrays_on_the_chip_are_no_memory_traffic():
+    """As the compiler for TPUs writes it: a copy from memory to the chip, a sine there, a sum to memory."""
     on_chip, in_memory = "f32[8,8]{1,0:T(8,128)S(1)}", "f32[8,8]{1,0:T(8,128)}"
     text = f"""
 ENTRY %main (x: f32[8,8]) -> f32[8,8] {{
   %x = {in_memory} parameter(0)
-  %begun = ({on_chip}, {in_memory}, u32[]{{:S(2)}}) copy-start(%x)
-  %near = {on_chip} copy-done(%begun)
-  %sine = {on_chip} sine(%near)
+  %copy = ({on_chip}, {in_memory}, u32[]{{:S(2)}}) copy-start(%x)
+  %copied = {on_chip} copy-done(%copy)
+  %sine = {on_chip} sine(%copied)
   ROOT %sum = {in_memory} add(%sine, %x)
 }}
 """
-    # The copy reads x (and its context, a word), the sum reads it again and writes its result.
-    assert Program(text).memory_bytes() == 3 * 8 * 8 * 4 + 4
+    # The copy reads x (and a word of context); the sum reads x again and writes its result.
+    assert Program(text).memory_traffic() == 3 * 8 * 8 * 4 + 4
 
 
 @pytest.mark.parametrize(("direction", "known", "runs"), [("LT", "", 20), ("NE", "", 1), ("NE", '{"n":"7"}', 7)])
-def test_how_often_a_loop_runs_is_found_in_its_condition_where_the_compiler_does_not_say(direction, known, runs):
-    """The compiler for TPUs does not say."""
-    said = f', backend_config={{"known_trip_count":{known}}}' if known else ""
+def test_trip_counts_from_loop_conditions(direction, known, runs):
+    """The compiler for TPUs does not state them."""
+    stated = f', backend_config={{"known_trip_count":{known}}}' if known else ""
     text = f"""
 %body (a: (s32[], f32[8])) -> (s32[], f32[8]) {{
   %a = (s32[], f32[8]{{0}}) parameter(0)
@@ -135,7 +135,7 @@ def test_how_often_a_loop_runs_is_found_in_its_condition_where_the_compiler_does
 
 ENTRY %main (c: (s32[], f32[8])) -> (s32[], f32[8]) {{
   %c = (s32[], f32[8]{{0}}) parameter(0)
-  ROOT %loop = (s32[], f32[8]{{0}}) while(%c), condition=%condition, body=%body{said}
+  ROOT %loop = (s32[], f32[8]{{0}}) while(%c), condition=%condition, body=%body{stated}
 }}
 """
     assert Program(text).collectives() == [Collective("all-reduce", 2, runs, runs * 8 * 4)]

@@ -1,4 +1,4 @@
-"""What a run would take: figures that agree with the run, a line for bad input, and what is compiled for pods."""
+"""Plans agree with the run, report bad input in one line, and compile for pods as intended."""
 
 import dataclasses
 import importlib.util
@@ -11,9 +11,10 @@ from tiny import FAMILIES
 
 from prelm_jax.errors import InputError
 from prelm_jax.planning import plan as planning
-from prelm_jax.planning.hlo import COLLECTIVES, Program
-from prelm_jax.planning.plan import compile_step, plan
-from prelm_jax.training import chips
+from prelm_jax.planning.hlo import COLLECTIVES, Collective, Program
+from prelm_jax.planning.plan import TooLarge, compile_step, plan, plan_table
+from prelm_jax.planning.topology import collective_seconds, compile_only_devices, link_bandwidth
+from prelm_jax.training.chips import GiB, find_chip
 from prelm_jax.training.sharding import MeshConfig
 
 needs_compiler = pytest.mark.skipif(
@@ -22,41 +23,55 @@ needs_compiler = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_plan_for_this_machine(family):
-    run = dataclasses.replace(FAMILIES[family](), mesh=MeshConfig(devices=2))
+def test_plan_for_this_machine(family):
+    run = dataclasses.replace(
+        FAMILIES[family](), loop=dataclasses.replace(FAMILIES[family]().loop, mesh=MeshConfig(devices=2))
+    )
     planned = plan(run, "local")
     assert planned.fits and planned.chips == 2
     assert planned.tokens == run.batch_size * run.data.max_length
-    assert planned.steps == run.steps
-    whole, share = planned.shares["parameters"]
-    assert whole == share > 0
-    whole, share = planned.shares["batch"]
-    assert share < whole  # Rows are shared; ELMo's negatives are not.
+    assert planned.steps == run.loop.steps
+    total, per_chip = planned.sizes["parameters"]
+    assert total == per_chip > 0
+    total, per_chip = planned.sizes["batch"]
+    assert per_chip < total  # Rows are sharded; ELMo's negatives are not.
     assert 0.5 < planned.compiled_flops / planned.model_flops < 4
     assert planned.seconds * planned.tokens_per_second == pytest.approx(planned.tokens)
     assert planned.collectives[0][0].kind == "all-reduce"
+    cells = [cell for column in plan_table(planned).columns for cell in column.cells]
+    assert f"{run.batch_size} rows, {planned.tokens} tokens" in cells
 
 
-def test_a_batch_that_does_not_fit(monkeypatch):
-    """A chip with room for 100, of which the state takes 20 and a row 7: eleven rows fit, twelve do not."""
-    weighed = []
+def test_largest_batch_that_fits(monkeypatch):
+    """On a chip with room for 100, a state of 20 and rows of 7: eleven rows fit, twelve do not."""
+    analyzed = []
 
-    def weigh(run, topology, mesh, progress):
+    def analyze(run, topology, mesh, progress):
         rows = run.batch_size // mesh.size
-        weighed.append(rows)
+        analyzed.append(rows)
         if 20 + 7 * rows > 100:
-            raise planning._TooLarge((20 + 7 * rows) * 2**30, 100 * 2**30)
-        return dataclasses.replace(fitting, batch_size=run.batch_size, memory_needed=(20 + 7 * rows) * 2**30)
+            raise TooLarge((20 + 7 * rows) * GiB, 100 * GiB)
+        return dataclasses.replace(fitting, batch_size=run.batch_size, memory_needed=(20 + 7 * rows) * GiB)
 
-    fitting = plan(dataclasses.replace(FAMILIES["bert"](), mesh=MeshConfig(devices=2)), "local")
-    monkeypatch.setattr(planning, "_weigh", weigh)
-    run = dataclasses.replace(FAMILIES["bert"](), batch_size=128, mesh=MeshConfig(devices=2))
+    fitting = plan(
+        dataclasses.replace(
+            FAMILIES["bert"](), loop=dataclasses.replace(FAMILIES["bert"]().loop, mesh=MeshConfig(devices=2))
+        ),
+        "local",
+    )
+    monkeypatch.setattr(planning, "analyze", analyze)
+    run = dataclasses.replace(
+        FAMILIES["bert"](),
+        batch_size=128,
+        loop=dataclasses.replace(FAMILIES["bert"]().loop, mesh=MeshConfig(devices=2)),
+    )
     planned = plan(run, "local")
     assert not planned.fits
-    assert planned.memory_needed == (20 + 7 * 64) * 2**30
+    assert planned.memory_needed == (20 + 7 * 64) * GiB
     assert planned.batch_size == 22
-    assert planned.advice == "128 rows need 468.0 GiB of 100.0; --batch-size 22 fits, or --accumulate 8"
-    assert len(weighed) <= 6
+    for part in ("128 rows", "468.0 GiB of 100.0", "--batch-size 22", "--accumulate 8"):
+        assert part in planned.advice
+    assert len(analyzed) == 1 + 6  # 64 is refused, and bisected.
 
 
 @pytest.mark.parametrize(
@@ -68,20 +83,20 @@ def test_a_batch_that_does_not_fit(monkeypatch):
         "available HBM (15.75G).",
     ],
 )
-def test_what_the_compiler_says_when_there_is_no_room(message):
-    too_large = planning._too_large(jax.errors.JaxRuntimeError(message))
-    assert too_large.needed == pytest.approx(41.9 * 2**30)
-    assert too_large.available == 15.75 * 2**30
+def test_out_of_memory_messages_of_the_compiler(message):
+    error = planning.too_large(jax.errors.JaxRuntimeError(message))
+    assert error.needed == pytest.approx(41.9 * GiB)
+    assert error.available == 15.75 * GiB
     other = jax.errors.JaxRuntimeError("INTERNAL: something else")
-    assert planning._too_large(other) is other
+    assert planning.too_large(other) is other
 
 
-def test_a_state_that_does_not_fit(monkeypatch):
-    def weigh(run, topology, mesh, progress):
-        raise planning._TooLarge(20 * 2**30, 15 * 2**30)
+def test_state_that_does_not_fit(monkeypatch):
+    def analyze(run, topology, mesh, progress):
+        raise TooLarge(20 * GiB, 15 * GiB)
 
-    monkeypatch.setattr(planning, "_weigh", weigh)
-    with pytest.raises(InputError, match=r"one row a chip does not fit either: try --mesh.parameters fsdp or a larger"):
+    monkeypatch.setattr(planning, "analyze", analyze)
+    with pytest.raises(InputError, match=r"8 rows need 20.0 GiB of 15.0, .* --mesh.parameters fsdp"):
         plan(FAMILIES["bert"](), "local")
 
 
@@ -91,10 +106,27 @@ def test_bad_input():
         plan(run, "v5e:3x3")
     with pytest.raises(InputError, match="--topology v9: not one of"):
         plan(run, "v9")
-    with pytest.raises(InputError, match=r"--mesh.devices 9: there are 8"):
-        plan(dataclasses.replace(run, mesh=MeshConfig(devices=9)), "local")
-    with pytest.raises(InputError, match=r"--batch-size 8 cannot be divided into 1 micro-batches .* for 3 devices"):
-        plan(dataclasses.replace(run, mesh=MeshConfig(devices=3)), "local")
+    with pytest.raises(InputError, match=r"--mesh.devices 9.* 8"):
+        plan(dataclasses.replace(run, loop=dataclasses.replace(run.loop, mesh=MeshConfig(devices=9))), "local")
+    with pytest.raises(InputError, match=r"--batch-size 8 .* 1 .* 3 devices"):
+        plan(dataclasses.replace(run, loop=dataclasses.replace(run.loop, mesh=MeshConfig(devices=3))), "local")
+
+
+def test_collective_seconds():
+    v5e, v4, h100 = (find_chip(kind) for kind in ("TPU v5 lite", "TPU v4", "NVIDIA H100 80GB HBM3"))
+    # An axis of 16 is a ring on v5e, one of 4 is not; on v4 both 4 and 8 are. Half of `links` goes out.
+    assert link_bandwidth(v5e, (16, 16)) == 2 * link_bandwidth(v5e, (4, 4)) == 200e9
+    assert link_bandwidth(v4, (4, 4, 8)) == 300e9 and link_bandwidth(v4, (2, 2, 1)) == 100e9
+    assert link_bandwidth(h100, (8,)) == 450e9
+    # Of 16 MB on 16 devices each sends 15 MB, for an all-reduce twice.
+    gather, reduce = (Collective(kind, 16, 1, 16_000_000) for kind in ("all-gather", "all-reduce"))
+    assert collective_seconds(gather, v5e, (4, 4)) == pytest.approx(15e6 / 100e9)
+    assert collective_seconds(reduce, v5e, (4, 4)) == pytest.approx(30e6 / 100e9)
+    scattered = dataclasses.replace(gather, kind="reduce-scatter", bytes=1_000_000)  # The result on one device.
+    assert collective_seconds(scattered, v5e, (4, 4)) == collective_seconds(gather, v5e, (4, 4))
+    between = Collective("all-reduce", 2, 1, 1_000_000, between_slices=True)
+    assert collective_seconds(between, v5e, (4, 4)) == pytest.approx(1e6 / 3.125e9)
+    assert collective_seconds(dataclasses.replace(reduce, devices=1), v5e, (4, 4)) == 0
 
 
 @pytest.fixture
@@ -116,13 +148,14 @@ SMALLER = {
 COLLECTIVE = rf" ({'|'.join(COLLECTIVES)})(-start)?\("
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("name", SMALLER)
 def test_compiled_for_a_pod(name, quick_compiler):
-    """Devices hand each other gradients and no activations; the state is updated in place."""
+    """Devices exchange gradients and no activations; the state is updated in place."""
     run = EXPERIMENTS[name]()
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, **SMALLER[name]))
-    step = compile_step(run, MeshConfig().build(chips.compile_only_devices("v5e:4x4", 1)))
+    step = compile_step(run, MeshConfig().build(compile_only_devices("v5e:4x4", 1)))
     text, memory = step.compiled.as_text(), step.compiled.memory_analysis()
     sizes_of_parameters = [leaf.size for leaf in jax.tree.leaves(step.state.params)]
     collectives = Program(text).collectives()
@@ -131,27 +164,32 @@ def test_compiled_for_a_pod(name, quick_compiler):
     tied = name != "elmo-original"
     if tied:
         assert {each.kind for each in collectives} == {"all-reduce"}
-    # Each gradient once, but for a tied table: its two uses, as input and as output, travel apart.
+    # Each gradient once, but for a tied table: its two uses, as input and as output, are reduced separately.
     assert sizes["all-reduce"] < 4.01 * (sum(sizes_of_parameters) + tied * max(sizes_of_parameters))
     forward = [line for line in text.splitlines() if re.search(COLLECTIVE, line) and "/jvp(" in line]
     assert not [line for line in forward if re.search(r"(embeddings|encoder|decoder)/", line)]
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((step.state.params, step.state.opt_state)))
     assert memory.alias_size_in_bytes >= state
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    assert needed < 0.85 * chips.find_chip("TPU v5 lite").memory
+    assert needed < 0.85 * find_chip("TPU v5 lite").memory
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("parameters", ["replicated", "fsdp"])
-def test_slices_exchange_gradients_over_the_network_between_them(parameters, quick_compiler):
-    run = dataclasses.replace(FAMILIES["bert"](), batch_size=32, mesh=MeshConfig(slices=2, parameters=parameters))
+def test_slices_exchange_gradients_over_their_network(parameters, quick_compiler):
+    run = dataclasses.replace(
+        FAMILIES["bert"](),
+        batch_size=32,
+        loop=dataclasses.replace(FAMILIES["bert"]().loop, mesh=MeshConfig(slices=2, parameters=parameters)),
+    )
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, hidden_size=256, intermediate_size=1024))
     planned = plan(run, "v5e:4x4")
     assert planned.chips == 32
-    (network,) = (pair for pair in planned.collectives if pair[0].kind == "network all-reduce")
-    assert network[0].devices == 2
+    ((network, seconds),) = (pair for pair in planned.collectives if pair[0].between_slices)
+    assert network.kind == "all-reduce" and network.devices == 2
     # Each chip sends a sixteenth; small arrays are padded.
-    parameter_bytes, _ = planned.shares["parameters"]
-    assert parameter_bytes / 16 <= network[0].bytes <= 2 * parameter_bytes / 16
-    assert network[1] == pytest.approx(network[0].bytes / chips.find_chip("TPU v5 lite").network)
-    assert planned.seconds_by["links"] > network[1]
+    total, _ = planned.sizes["parameters"]
+    assert total / 16 <= network.bytes <= 2 * total / 16
+    assert seconds == pytest.approx(network.bytes / find_chip("TPU v5 lite").network)
+    assert planned.seconds_by["links"] > seconds
