@@ -30,15 +30,27 @@ def explained(text: str) -> dict[str, str]:
     return {name: re.sub(r" ?\((default|required|fixed).*", "", help).strip() for name, help in found.items()}
 
 
+def descriptions(text: str) -> list[str]:
+    """The descriptions of the groups of options: the text of a box above its first rule.
+
+    A comment above a field is also the help of the fields after it, up to the next comment or blank line.
+    """
+    boxes = re.findall(r"^╭─ \S+ options ─+╮\n((?:│.*│\n)*?)│ ─+ │$", text, re.MULTILINE)
+    return [" ".join(box.replace("│", "").split()) for box in boxes]
+
+
 def assert_all_explained(text: str, *expected: str) -> None:
-    """Each option has three words of help or more, and no other option has the same."""
+    """Each option has help of its own, of two words or more, and more than its name."""
     found = explained(text)
     assert set(expected) <= set(found)
     del found["-h"]
-    bare = [name for name, help in found.items() if len(help.split()) < 3]
+    names = {name: name.strip("-[]").replace("-", " ").lower() for name in found}
+    bare = [name for name, help in found.items() if len(help.split()) < 2 or help.strip(".").lower() == names[name]]
     assert not bare, f"without help: {bare}"
     shared = {name for name, help in found.items() if list(found.values()).count(help) > 1}
     assert not shared, f"with the same help: {shared}"
+    leaked = [help for help in descriptions(text) if help in found.values()]
+    assert not leaked, f"the help of an option describes a group: {leaked}"
 
 
 def test_options_without_help_are_found():
