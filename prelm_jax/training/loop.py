@@ -32,9 +32,7 @@ class LoopConfig:
     save_every: int = 1000  # Steps between checkpoints; the last step, SIGTERM and a new best evaluation save as well.
     keep: int = 3  # Number of newest checkpoints to keep; the one with the best evaluation is kept in addition.
     keep_at_steps: tuple[int, ...] = ()  # Keep the parameters after these steps forever (without optimizer state).
-    keep_at_words: tuple[
-        int, ...
-    ] = ()  # The same, as soon as this many words of the corpus were seen (a learning curve).
+    keep_at_words: tuple[int, ...] = ()  # The same, once this many words of the corpus were seen (a learning curve).
     evaluate_every: int = 1000  # Steps between evaluations on held-out text; the last step is evaluated as well.
     evaluate_batches: int = 32  # Number of held-out batches in an evaluation; more for a less noisy loss.
     log_every: int = 50  # Steps between lines of metrics.jsonl and of the terminal.
