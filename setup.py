@@ -1,5 +1,8 @@
-"""For tools that still ask for a setup.py; everything is declared in pyproject.toml."""
+"""The packages of the wheel: prelm_jax, and the folder experiments/ as prelm_jax.experiments. See pyproject.toml."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-setup()
+setup(
+    packages=[*find_packages(include=["prelm_jax*"]), "prelm_jax.experiments"],
+    package_dir={"prelm_jax.experiments": "experiments"},
+)

@@ -22,11 +22,14 @@ from prelm_jax.data.windows import WindowsConfig
 VOCAB_SIZE = 30_522
 TOKENIZER = SimpleNamespace(
     vocab_size=VOCAB_SIZE,
-    special_ids={"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103},
+    pad_id=0,
+    cls_id=101,
+    sep_id=102,
+    mask_id=103,
     continuation=np.arange(VOCAB_SIZE) % 4 == 0,
 )
 # As in ELMo's training on the One Billion Word Benchmark.
-WORDS = SimpleNamespace(vocab_size=793_471, special_ids={"<S>": 0, "</S>": 1, "<UNK>": 2}, unknown_id=2)
+WORDS = SimpleNamespace(vocab_size=793_471, bos_id=0, eos_id=1, unknown_id=2)
 NUM_TYPES = 2_000_000
 BATCH_SIZE, STEPS = 256, 200
 

@@ -30,7 +30,7 @@ from prelm_jax.models.elmo import DIRECTIONS, ELMoConfig
 from prelm_jax.models.lstm import lstm
 from prelm_jax.training import loop
 from prelm_jax.training.optimizer import Adagrad
-from prelm_jax.training.sharding import MeshConfig, place
+from prelm_jax.training.sharding import MeshConfig, shard_batch
 
 FLOP = "layer: 3 · 2·B·T · 18·P·E; step: see ELMo.flops"
 OURS = "ours"
@@ -129,8 +129,8 @@ def our_step(s: Settings, config: ELMoConfig, batch: dict[str, np.ndarray]) -> t
     with jax.set_mesh(mesh):
         abstract = loop.abstract_state(model, optimizer, s.batch_size, mesh, "replicated")
         state = loop.new_state(model, optimizer, s.batch_size, 0, abstract)
-        placed = place(batch, layout, mesh)
-    train_step, key = loop.make_train_step(model, optimizer, 1, layout, abstract), loop.Keys.of(0).dropout
+        placed = shard_batch(batch, layout, mesh)
+    train_step, key = loop.make_train_step(model, optimizer, 1, layout, abstract), loop.Keys.from_seed(0).dropout
     padding = (len(state.params["softmax"]["bias"]) - s.vocab_size) * (config.projection_size + 1)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params)) - padding
 

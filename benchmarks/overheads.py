@@ -26,9 +26,10 @@ import jax
 import numpy as np
 import tyro
 
-from prelm_jax import pretrain
+from prelm_jax import train
 from prelm_jax.corpus import prepare as preparation
 from prelm_jax.corpus.documents import Corpus
+from prelm_jax.tokenizers.build import build as build_tokenizer
 from prelm_jax.training import loop
 from prelm_jax.training.checkpoint import Checkpoints
 
@@ -54,22 +55,22 @@ class Mini:
     def __init__(self, sources: tuple[str, ...]):
         run = dataclasses.replace(runpy.run_path(str(EXPERIMENTS))["mini"](), corpus=sources)
         corpus = Corpus(run.corpus, run.held_out)
-        tokenizer = run.tokenizer.build(corpus)
+        tokenizer = build_tokenizer(run.tokenizer, corpus)
         training, _ = preparation.prepare(corpus, tokenizer)
         self.batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
         model = dataclasses.replace(run.model, vocab_size=tokenizer.vocab_size).build()
-        self.mesh = run.mesh.build()
+        self.mesh = run.loop.mesh.build()
         jax.set_mesh(self.mesh)
-        abstract = loop.abstract_state(model, run.optimizer, run.batch_size, self.mesh, run.mesh.parameters)
+        abstract = loop.abstract_state(model, run.optimizer, run.batch_size, self.mesh, run.loop.mesh.parameters)
         self.state = loop.new_state(model, run.optimizer, run.batch_size, run.seed, abstract)
         self._step = loop.make_train_step(model, run.optimizer, run.accumulate, self.batches.layout, abstract)
-        self._key = loop.Keys.of(run.seed).dropout
+        self._key = loop.Keys.from_seed(run.seed).dropout
         _, self.constant = next(self.real(0, 1))
         self.seconds(lambda: None, [self.constant] * 3)
 
     def real(self, start: int, stop: int) -> Any:
         """The batches of a run, from its loader."""
-        return pretrain.on_devices(self.batches, start, stop, self.mesh)
+        return train.placed_batches(self.batches, start, stop, self.mesh)
 
     def seconds(self, before: Callable[[], Any], batches: Any, after: Callable[[], Any] = lambda: None) -> float:
         """Of a step on each batch, as in the loop: the host looks at the metrics of the step before."""
@@ -115,7 +116,7 @@ def saves(mini: Mini, rounds: int, steps: int = 20) -> dict[str, list[float]]:
 
         for _ in range(rounds):
             plain.append(mini.seconds(lambda: None, [mini.constant] * steps))
-            saving.append(mini.seconds(save, [mini.constant] * steps, checkpoints.settle))
+            saving.append(mini.seconds(save, [mini.constant] * steps, checkpoints.wait))
     plain, saving = np.array(plain), np.array(saving)
     return {
         "checkpoint_percent": _quartiles(100 * (saving - plain) / (plain / steps * SAVE_EVERY)),
@@ -141,7 +142,7 @@ def start(starts: int) -> dict[str, list[float]]:
                 said = []
                 for line in process.stderr:
                     said.append(line)
-                    if line.startswith("step 2/2"):
+                    if line.startswith("train: 2/2 "):
                         break
                 seconds = time.perf_counter() - began
                 process.communicate()

@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from prelm_jax.corpus.store import Store
-from prelm_jax.data.pairs import PairsConfig, length_only_accuracy
+from prelm_jax.data.baselines import length_only_accuracy
+from prelm_jax.data.pairs import PairsConfig
 
-SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
+ROLES = ("pad_id", "cls_id", "sep_id", "mask_id")
 BATCH_SIZE = 16_384
 SHORT = 0.1
 
@@ -30,11 +31,11 @@ def ours(store: Store, T: int) -> list[float]:
     n = store.num_tokens
     arrays = {name: getattr(store, name) for name in ("sentence_offsets", "document_offsets", "document_bytes")}
     positions = Store(arrays | {"ids": np.arange(n, dtype=np.uint32)}, {})
-    special_ids = {token: n + i for i, token in enumerate(SPECIAL_TOKENS)}
-    tokenizer = SimpleNamespace(vocab_size=n + len(SPECIAL_TOKENS), special_ids=special_ids, tokens=[])
+    special = {role: n + i for i, role in enumerate(ROLES)}
+    tokenizer = SimpleNamespace(vocab_size=n + len(ROLES), tokens=[], **special)
     config = PairsConfig(max_length=T, max_predictions=1, short_sequence_probability=SHORT)
     batches = config.build(positions, tokenizer, BATCH_SIZE, seed=0)
-    seen = np.zeros(n + len(SPECIAL_TOKENS), bool)
+    seen = np.zeros(n + len(ROLES), bool)
     steps = -(-batches.examples_per_epoch // BATCH_SIZE)
     labels, told, filled, before = [], [], [], batches[steps]
     for step in range(steps):

@@ -1,23 +1,25 @@
 """GPT-1 (Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training").
 
-Each function returns a Run; `prelm pretrain experiments/gpt1.py:NAME --help` lists the fields that a command can set.
+Each public function returns a Run: `prelm pretrain gpt1:NAME --help` explains it and lists its options.
 """
 
 import math
 
 from prelm_jax.data.windows import WindowsConfig
 from prelm_jax.models.gpt import GPTConfig
-from prelm_jax.pretrain import Run
+from prelm_jax.run import Run
 from prelm_jax.tokenizers.bpe import BPEConfig
+from prelm_jax.training.loop import LoopConfig
 from prelm_jax.training.optimizer import AdamW
 
 
 def demo() -> Run:
-    """A GPT for a coffee break: 2 layers of 128 on the prose that comes with every Python (2 MB).
+    """A GPT for a coffee break: 2 layers of 128, on the documentation inside every Python (2 MB).
 
-    Target: fewer bits per byte on held-out text than a trigram. Cost: 4 minutes on two CPU cores.
+    Target: fewer bits per byte on held-out text than the trigram baseline.
+    Cost: 4 minutes on two CPU cores.
 
-        prelm pretrain experiments/gpt1.py:demo
+        prelm pretrain gpt1:demo
     """
     return Run(
         corpus=("python-docs",),
@@ -27,20 +29,20 @@ def demo() -> Run:
         data=WindowsConfig(max_length=128),
         optimizer=_adamw(learning_rate=3e-3, warmup_steps=100, decay_steps=2400),
         batch_size=16,
-        steps=2400,
-        evaluate_every=800,
-        save_every=800,
-        log_every=50,
+        loop=LoopConfig(steps=2400, evaluate_every=800, save_every=800, log_every=50),
     )
 
 
 def mini() -> Run:
-    """A first model of a genre: 4 layers of 192 on some dozens of novels (57 MB).
+    """A first model of a genre: 4 layers of 192, on some dozens of novels (57 MB).
 
-    Target: fewer bits per byte on held-out novels than a trigram of all of them. Cost: 20 minutes on two CPU cores. For
-    more, give more steps: --steps 20000 --optimizer.decay-steps 20000.
+    Target: fewer bits per byte on held-out novels than a trigram baseline fitted on all training novels.
+    Cost: 20 minutes on two CPU cores.
 
-        prelm pretrain experiments/gpt1.py:mini --corpus 'novels/*.txt.xz,documents=file'
+    With more time, raise the number of steps and the length of the schedule together:
+    --steps 20000 --optimizer.decay-steps 20000.
+
+        prelm pretrain gpt1:mini --corpus 'novels/*.txt.xz,documents=file'
     """
     return Run(
         corpus=("novels/*.txt,documents=file",),
@@ -50,22 +52,22 @@ def mini() -> Run:
         data=WindowsConfig(max_length=128),
         optimizer=_adamw(learning_rate=1e-3, warmup_steps=500, decay_steps=11_000),
         batch_size=4,
-        steps=11_000,
-        evaluate_every=2000,
-        evaluate_batches=128,
-        save_every=1000,
+        loop=LoopConfig(steps=11_000, evaluate_every=2000, evaluate_batches=128, save_every=1000),
     )
 
 
 def base() -> Run:
     """GPT-1: 12 layers of 768, 117 million parameters.
 
-    Paper: 100 epochs of BooksCorpus (about a billion words), 64 sequences of 512 tokens a step, a month on 8 GPUs;
-    perplexity 18.4 per token of its own vocabulary. The rate is warmed up over 2,000 steps, then falls along a cosine.
-    What the paper leaves open (betas, epsilon, clipping) is as in the authors' fine-tuning; so is their form of Adam,
-    `--optimizer.bias-correction rate`, which differs from AdamW in the first thousand steps alone.
+    Target: the paper's perplexity of 18.4 per token of its own vocabulary.
+    Cost: a month on 8 GPUs in the paper: 100 epochs of BooksCorpus (about a billion words), 64 sequences of 512 tokens
+    a step.
 
-        prelm pretrain experiments/gpt1.py:base --corpus 'books/*.txt.gz,documents=file,cleaning=gpt'
+    The learning rate warms up over 2,000 steps, then falls along a cosine. What the paper leaves open (betas, epsilon,
+    clipping) follows the authors' fine-tuning code. Their variant of Adam is `--optimizer.bias-correction rate`; it
+    differs from AdamW in the first thousand steps only.
+
+        prelm pretrain gpt1:base --corpus 'books/*.txt.gz,documents=file,cleaning=gpt'
     """
     return Run(
         corpus=("books/*.txt,documents=file,cleaning=gpt",),
@@ -75,16 +77,13 @@ def base() -> Run:
         data=WindowsConfig(max_length=512),
         optimizer=_adamw(learning_rate=2.5e-4, warmup_steps=2000, decay_steps=3_360_000),
         batch_size=64,
-        steps=3_360_000,
+        loop=LoopConfig(steps=3_360_000, save_every=5000, evaluate_every=5000, log_every=100),
         precision="bfloat16",
-        save_every=5000,
-        evaluate_every=5000,
-        log_every=100,
     )
 
 
 def _short_run(hidden_size: int, num_layers: int) -> GPTConfig:
-    """A small GPT that has little time: no dropout, and weights as large for their width as the paper's at 768."""
+    """A small GPT for a short run: no dropout; initial weights as large, relative to the width, as the paper's."""
     return GPTConfig(
         hidden_size=hidden_size,
         num_layers=num_layers,

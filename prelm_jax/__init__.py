@@ -1,10 +1,26 @@
-"""Pretraining of ELMo, GPT-1 and BERT in JAX and Flax."""
+"""ELMo, GPT-1 and BERT in JAX and Flax: pretraining, and use of what was pretrained.
+
+The public interface, imported when it is first used:
+
+    model = prelm_jax.load("my-bert")               # a model directory or a work directory
+    summary = prelm_jax.pretrain(run, "runs/mine")  # run: a prelm_jax.Run
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prelm_jax.loading import load
+    from prelm_jax.pretraining import pretrain
+    from prelm_jax.run import Run
 
 __version__ = "0.1.0"
+__all__ = ["Run", "load", "pretrain"]
+
+_HOMES = {"Run": "run", "load": "loading", "pretrain": "pretraining"}
 
 
-def load(path):
-    """The model in a model directory (of ours or anybody's) or a work directory; see exchange/model.py."""
-    from prelm_jax.formats.model import load
-
-    return load(path)
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,4 +1,4 @@
-"""What is made once and kept: the cache directory, and the digests that name what lies there."""
+"""The cache directory: files that are built once and reused, under names made of digests."""
 
 import contextlib
 import fcntl
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def cache_directory() -> Path:
-    """Where prepared data lies: $PRELM_CACHE, else `prelm_jax` in the user's cache directory."""
+    """The directory of cached files: $PRELM_CACHE, else `prelm_jax` in the user's cache directory."""
     if "PRELM_CACHE" in os.environ:
         return Path(os.environ["PRELM_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prelm_jax"
@@ -18,9 +18,9 @@ def cache_directory() -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Of the processes that are about to make what `path` names, one is in the block and the others wait.
+    """Holds an exclusive lock, so that one process builds `path` while others wait.
 
-    The lock is on a file beside it. It ends with the process, however that ends.
+    The lock is on the file `.NAME.lock` in the same directory. The kernel releases it when the process ends.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "w") as file:
@@ -28,25 +28,30 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def cached_file(kind: str, name: str, make: Callable[[Path], None]) -> Path:
-    """The file kept in the cache directory under `kind` and `name`; `make` writes it if it is not there yet."""
+def cached_file(kind: str, name: str, build: Callable[[Path], object]) -> Path:
+    """The path of the file `name` in the cache's directory `kind`. If it is missing, `build` writes it.
+
+    The file appears under its name when it is complete.
+    """
     path = cache_directory() / kind / name
     if not path.exists():
         with locked(path):
             if not path.exists():
-                # Whole or not at all.
                 unfinished = path.with_name(f".{name}.unfinished")
-                make(unfinished)
+                build(unfinished)
                 unfinished.replace(path)
     return path
 
 
-def cached(kind: str, key: str, make: Callable[[], str]) -> str:
-    """The text kept in the cache directory under `kind` and `key`; made, and kept, if it is not there yet."""
-    path = cached_file(kind, f"{key}.txt", lambda path: path.write_bytes(make().encode()))
+def cached(kind: str, key: str, build: Callable[[], str]) -> str:
+    """The text cached under `kind` and `key`; if it is missing, `build()`, which is then cached.
+
+    Example: `cached("vocabularies", digest(settings), lambda: "\\n".join(train(corpus)))`
+    """
+    path = cached_file(kind, f"{key}.txt", lambda path: path.write_bytes(build().encode()))
     return path.read_bytes().decode()
 
 
-def digest(value) -> str:
-    """SHA-256 (hex) of a value that JSON can hold."""
+def digest(value: object) -> str:
+    """SHA-256 (hex) of a value that JSON can represent."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()

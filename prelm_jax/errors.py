@@ -1,12 +1,12 @@
-"""The two exceptions that are no fault of the program."""
+"""Errors that the user can fix, and preemption."""
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used. The message is one line: what is wrong, where, and what to do.
+    """A file, option or value from the user is not usable. The message is one line: what, where, what to do.
 
-    The command line prints the message and exits with 1; a program that uses the library may catch it.
+    The command line prints the message and exits with 1. Programs that use the library may catch it.
     """
 
 
 class Preempted(Exception):
-    """The run was asked to stop (SIGTERM) and has saved; the command line exits with 75, and may be run again."""
+    """The run received SIGTERM and has saved. The command line exits with 75: the same command resumes."""

@@ -1,51 +1,140 @@
-"""Tables for a person at a terminal."""
+"""What people read: tables at the terminal, the header of a run, and the model card of an export."""
 
+import dataclasses
+import math
 import sys
-from collections.abc import Sequence
-from typing import Any
+from typing import Literal
 
+import jax
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from prelm_jax.corpus.documents import Corpus
+from prelm_jax.corpus.store import Store
+from prelm_jax.formats.base import Format, LoadedModel
+from prelm_jax.run import Run
+from prelm_jax.training.contract import Params
+from prelm_jax.workdir import WorkDir
 
-def print_table(table: Table) -> None:
-    """Prints it as wide as the terminal; where there is none, 120 columns wide."""
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """How a model does on held-out text: metrics, the trivial baselines of each, and the rate of unknown tokens.
+
+    `tokens_per_second`: the median speed of its training.
+    """
+
+    evaluation: dict[str, float]
+    baselines: dict[str, dict[str, float]]
+    unknown_tokens: float
+    tokens_per_second: float
 
 
-def of_summary(summary: Any) -> Table:
-    """What was reached on held-out text, beside what models that know next to nothing reach."""
+def print_table(table: Table, stderr: bool = False) -> None:
+    """Prints a table as wide as the terminal, or 120 columns wide into a file or pipe."""
+    stream = sys.stderr if stderr else sys.stdout
+    Console(file=stream, width=None if stream.isatty() else 120).print(table)
+
+
+def summary_table(summary: Summary) -> Table:
+    """Held-out metrics, each with its trivial baselines."""
     table = Table("held-out", "model", "baseline")
     for name, value in summary.evaluation.items():
-        baselines = ", ".join(f"{known} {x:.3f}" for known, x in summary.baselines.get(name, {}).items())
-        table.add_row(name.replace("_", " "), f"{value:.3f}", baselines)
+        table.add_row(_words(name), f"{value:.3f}", _baselines(summary.baselines.get(name, {}), ".3f"))
     table.add_section()
     table.add_row("unknown tokens", f"{summary.unknown_tokens:.2%}", "")
     table.add_row("training, tokens/s", f"{summary.tokens_per_second:,.0f}", "")
     return table
 
 
-def of_tokenizer(tokenizer: Any, lines: Sequence[str] | None) -> Table:
-    """What a tokenizer is; with lines of text, what it makes of them and which of them it knows least of."""
-    table = Table(show_header=False)
-    table.add_row("kind", type(tokenizer).__name__)
-    table.add_row("entries", f"{tokenizer.vocab_size:,}")
-    table.add_row(
-        "special tokens", escape(", ".join(f"{name} {index}" for name, index in tokenizer.special_ids.items()))
-    )
-    table.add_row("lower-cased", "yes" if tokenizer.lowercase else "no")
-    table.add_row("longest entries", escape("  ".join(sorted(tokenizer.tokens, key=len, reverse=True)[:5])))
-    if lines is not None:
-        encoded = tokenizer.encode_batch(lines)
-        unknown = [ids.count(tokenizer.unknown_id) for ids in encoded]
-        tokens = max(1, sum(map(len, encoded)))
-        table.add_section()
-        table.add_row("tokens", f"{sum(map(len, encoded)):,}")
-        table.add_row("bytes per token", f"{sum(len(line.encode()) for line in lines) / tokens:.3f}")
-        table.add_row("tokens per word", f"{tokens / max(1, sum(len(line.split()) for line in lines)):.3f}")
-        table.add_row("unknown tokens", f"{sum(unknown) / tokens:.2%}")
-        for i in sorted(range(len(lines)), key=unknown.__getitem__, reverse=True)[:5]:
-            if unknown[i]:
-                table.add_row(f"line {i + 1}: {unknown[i]} unknown", escape(lines[i][:200]))
+def corpus_table(corpus: Corpus, training: Store, held_out: Store) -> Table:
+    """Counts of both sides of a prepared corpus."""
+    stores = (training, held_out)
+
+    def lengths(unit: Literal["documents", "sentences"]) -> list[str]:
+        return [" / ".join(f"{length:,}" for length in store.length_quantiles(unit)) for store in stores]
+
+    table = Table("corpus", "training", "held-out", caption="* median / 90 % / 99 % / longest")
+    for name in ("documents", "sentences", "words", "tokens", "bytes"):
+        table.add_row(name, *(f"{store.manifest[name]:,}" for store in stores))
+    table.add_row("bytes per token", *(f"{store.manifest['bytes'] / max(store.num_tokens, 1):.2f}" for store in stores))
+    table.add_row("unknown tokens", *(f"{store.unknown_rate:.3%}" for store in stores))
+    table.add_row("longest word, characters", *(f"{store.manifest['longest_word']:,}" for store in stores))
+    table.add_row("tokens per document*", *lengths("documents"))
+    table.add_row("tokens per sentence*", *lengths("sentences"))
+    table.add_row("empty documents, dropped", *(f"{store.manifest['empty_documents']:,}" for store in stores))
+    if corpus.deduplicate:
+        table.add_row("duplicates, dropped", f"{corpus.duplicates:,} of both sides", "")
     return table
+
+
+def print_run_header(run: Run, params: Params, step: int, mesh: jax.sharding.Mesh) -> None:
+    """Says, on process 0, what is about to be trained."""
+    if jax.process_index() != 0:
+        return
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    print(
+        f"{run.model.model_type} with {parameters:,} parameters on {mesh.size} × {jax.devices()[0].device_kind}, "
+        f"steps {step:,} to {run.loop.steps:,}",
+        file=sys.stderr,
+    )
+    if run.loop.steps > 1 and float(run.optimizer.schedule(run.loop.steps - 1)) == 0:
+        print("the learning rate ends at zero: to train for longer, raise --optimizer.decay-steps too", file=sys.stderr)
+
+
+def model_card(workdir: WorkDir, run: Run, step: int, model: LoadedModel, format: Format, name: str) -> str:
+    """README.md of an exported checkpoint: usage, size, corpus, held-out metrics beside their baselines, command."""
+    record = workdir.read_record()
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    positions = step * run.batch_size * run.data.max_length
+    sources = "\n".join(f"- `{source}`" for source in run.corpus)
+    fingerprint = str(record.identity["corpus_fingerprint"])[:16]
+    return f"""---
+library_name: {format.library}
+license: # the license of your corpus and weights, for example apache-2.0
+tags:
+- {record.model_type}
+- prelm_jax
+---
+
+# {name}
+
+{record.model_type}, pretrained with prelm_jax.
+
+{format.usage.format(name=name)}
+
+- Weights: step {step:,} of the run, {parameters:,} parameters; {model.config.vocab_size:,} tokens in the vocabulary.
+- Training: {step:,} steps of {run.batch_size} × {run.data.max_length} tokens ({positions:,} positions, padding \
+included), seed {run.seed}, {run.precision}.
+- Corpus ({run.held_out:.1%} of its documents held out; content `{fingerprint}`):
+
+{sources}
+
+{_held_out(workdir, step)}
+
+Command: `prelm {" ".join(record.command)}`
+"""
+
+
+def _held_out(workdir: WorkDir, step: int) -> str:
+    """The last evaluation at or before a step, as a table of a model card."""
+    prefix = "evaluation/"
+    lines = [line for line in workdir.read_metrics() if line["step"] <= step and f"{prefix}loss" in line]
+    if not lines:
+        return f"Not evaluated up to step {step:,}."
+    baselines = workdir.read_baselines() or {}
+    values = {name.removeprefix(prefix): value for name, value in lines[-1].items() if name.startswith(prefix)}
+    rows = [
+        f"| {_words(name)} | {value:.4f} | {_baselines(baselines.get(name, {}), '.4f')} |"
+        for name, value in values.items()
+    ]
+    table = "\n".join(["| metric | model | baseline |", "|---|---|---|", *rows])
+    return f"Held-out text, after step {int(lines[-1]['step']):,}:\n\n{table}"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _baselines(values: dict[str, float], form: str) -> str:
+    return ", ".join(f"{name} {value:{form}}" for name, value in values.items() if not math.isnan(value))

@@ -1,7 +1,8 @@
-"""Where files are: on this machine, or in a bucket (gs://…), through the path library of Orbax."""
+"""Files and directories, local or in a bucket (gs://…): reading with one-line errors, and copying."""
 
 import contextlib
 import gzip
+import io
 import json
 import lzma
 import os
@@ -9,22 +10,24 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import cast, overload
 
 import zstandard
 
 from prelm_jax.errors import InputError
 
+# ---- Paths -----------------------------------------------------------------------------------------------------------
+
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Whether it is in a bucket (gs://…), where nothing is mapped into memory and nothing is appended to."""
+    """Whether the path is in a bucket, where files can be neither memory-mapped nor appended to."""
     return "://" in str(path)
 
 
 def reachable(path: str | os.PathLike) -> Path:
-    """A path of this machine, or one in a bucket, which is used in the same way.
+    """A local path as it is, or a bucket's as an object with the same methods.
 
-    Raises InputError for a bucket that cannot be reached, or not by this user.
+    Raises InputError if the bucket is unreachable, or closed to this user.
     """
     if not is_remote(path):
         return Path(path)
@@ -36,17 +39,17 @@ def reachable(path: str | os.PathLike) -> Path:
             remote.stat()
     except ImportError:
         raise InputError(f'{path}: a bucket needs a package: pip install "prelm_jax[gcs]"') from None
-    except Exception as error:  # Whatever the bucket's client makes of it.
+    except Exception as error:  # Each bucket client raises its own types.
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{path}: cannot be reached ({reason}): see that the bucket is there and that you may use it, after "
+            f"{path}: cannot be reached ({reason}): check its name and your access, then run "
             "gcloud auth application-default login"
         ) from None
-    return remote
+    return cast(Path, remote)
 
 
 def copy_files(source: Path, target: Path) -> None:
-    """The files of a directory into another, which is made if need be; either may be in a bucket."""
+    """Copies the files of a directory into another, which is created if need be. Either may be in a bucket."""
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
@@ -54,7 +57,7 @@ def copy_files(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def fetched(directory: Path) -> Iterator[Path]:
-    """A directory of this machine with the files of one that may be in a bucket."""
+    """The directory itself if local, else a temporary local copy of its files."""
     if not is_remote(directory):
         yield directory
         return
@@ -63,18 +66,14 @@ def fetched(directory: Path) -> Iterator[Path]:
         yield Path(copy)
 
 
-def decode_utf8(path: str | os.PathLike, offset: int, data: bytes, remedy: str = "convert the file") -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 at byte {offset + error.start}: {remedy}") from None
+# ---- Reading ---------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike) -> Iterator[Any]:
-    """A file to read bytes from; what goes wrong inside the block, damaged compression too, is an InputError."""
+def opened(path: str | os.PathLike) -> Iterator[io.BufferedReader]:
+    """Opens a file to read bytes. Read errors inside the block, and damaged compression, become InputErrors."""
     try:
-        with open(path, "rb") as file:
+        with reachable(path).open("rb") as file:
             yield file
     except (EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
         raise InputError(f"{path} is damaged ({error}): copy or download it again") from error
@@ -82,20 +81,32 @@ def opened(path: str | os.PathLike) -> Iterator[Any]:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
 
 
+def decode_utf8(path: str | os.PathLike, offset: int, data: bytes, remedy: str = "convert the file") -> str:
+    """Decodes bytes found at `offset` of a file. Raises InputError with the position of the first invalid byte."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 at byte {offset + error.start}: {remedy}") from None
+
+
 def read_text(path: str | os.PathLike) -> str:
-    """The text of a UTF-8 file, as it is."""
+    """The text of a UTF-8 file, line ends unchanged."""
     with opened(path) as file:
         return decode_utf8(path, 0, file.read())
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:
-    r"""The lines of a UTF-8 file. Lines end at \n only; a \n at the end of the file ends the last line."""
+    r"""The lines of a UTF-8 file, split at \n only and without it; a \n at the end adds no empty line."""
     lines = read_text(path).split("\n")
     return lines[:-1] if lines[-1] == "" else lines
 
 
-def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
-    """The JSON object in a file, or with `kind=list` the array."""
+@overload
+def read_json(path: str | os.PathLike) -> dict: ...
+@overload
+def read_json(path: str | os.PathLike, kind: type[list]) -> list: ...
+def read_json(path: str | os.PathLike, kind: type[dict] | type[list] = dict) -> dict | list:
+    """The JSON object in a file, or the array with `kind=list`. Raises InputError if the file holds neither."""
     try:
         value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -105,9 +116,12 @@ def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
     return value
 
 
+# ---- Errors that name the file ---------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def prefix_errors(path: str | os.PathLike) -> Iterator[None]:
-    """What is wrong inside the block is wrong with the file: complaints name it."""
+    """Prefixes InputErrors raised in the block with the file name."""
     try:
         yield
     except InputError as error:
@@ -116,7 +130,7 @@ def prefix_errors(path: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """What the system says inside the block, of a full disk for example, comes with the name of the file."""
+    """Adds the file name to OSErrors raised in the block: write() reports a full disk without it."""
     try:
         yield
     except OSError as error:

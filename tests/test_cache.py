@@ -1,4 +1,4 @@
-"""Where prepared data lies, and that it is made once."""
+"""The cache directory, and that files are built once."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def test_the_cache_directory(monkeypatch, tmp_path):
     assert cache_directory() == tmp_path / ".cache/prelm_jax"
 
 
-def test_what_is_cached_is_made_once(monkeypatch, tmp_path):
+def test_a_text_is_built_once(monkeypatch, tmp_path):
     monkeypatch.setenv("PRELM_CACHE", str(tmp_path))
     texts = iter(["é\r\n", "another"])
     assert cached("kind", "key", lambda: next(texts)) == "é\r\n"
@@ -26,7 +26,7 @@ def test_what_is_cached_is_made_once(monkeypatch, tmp_path):
     assert names == {"key.txt", "other.txt", ".key.txt.lock", ".other.txt.lock"}
 
 
-def test_what_was_not_finished_is_made_again(monkeypatch, tmp_path):
+def test_an_unfinished_file_is_built_again(monkeypatch, tmp_path):
     monkeypatch.setenv("PRELM_CACHE", str(tmp_path))
 
     def stop(path):

@@ -17,7 +17,7 @@ EXPERIMENT = '''
 """A BERT of two seconds."""
 from prelm_jax.data.pairs import PairsConfig
 from prelm_jax.models.bert import BertConfig
-from prelm_jax.pretrain import Run
+from prelm_jax.pretraining import Run
 from prelm_jax.tokenizers.wordpiece import WordPieceConfig
 from prelm_jax.training.optimizer import AdamW
 from prelm_jax.training.sharding import MeshConfig

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from prelm_jax.corpus.store import Store
 from prelm_jax.planning.plan import TokenizerOfSize
-from prelm_jax.pretrain import CIRCUMSTANCE, DATA, Run
+from prelm_jax.pretraining import CIRCUMSTANCE, DATA, Run
 from prelm_jax.training import loop
 from prelm_jax.training.optimizer import decays
 from prelm_jax.training.parameters import path_name

@@ -19,14 +19,14 @@ import pytest
 import tiny
 from tiny import assert_same_bits, metrics, newest_checkpoint
 
-from prelm_jax import pretrain as module
+from prelm_jax import pretraining as module
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.data.masking import MaskingConfig
 from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.errors import InputError, Preempted
-from prelm_jax.formats.model import load
+from prelm_jax.loading import load
 from prelm_jax.models.elmo import ELMoConfig
-from prelm_jax.pretrain import Run, pretrain
+from prelm_jax.pretraining import Run, pretrain
 from prelm_jax.tokenizers.words import WordVocabularyConfig
 from prelm_jax.training.optimizer import Adagrad, AdamW
 from prelm_jax.training.parameters import path_name
@@ -113,7 +113,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(run, uninterrupted, tmp_path
 @bert_else_slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run, uninterrupted, tmp_path, capsys):
     workdir = tmp_path / "damaged"
-    pretrain(dataclasses.replace(run, steps=10, evaluate_every=12), workdir)
+    pretrain(dataclasses.replace(run, loop=dataclasses.replace(run.loop, steps=10, evaluate_every=12)), workdir)
     data = max((workdir / "checkpoints" / "10").rglob("d/*"), key=lambda path: path.stat().st_size)
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
@@ -128,10 +128,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run, uninterrupte
 def test_circumstances_may_change(run, tmp_path):
     """More steps, another mesh, a corpus that moved: the run goes on."""
     workdir = tmp_path / "run"
-    pretrain(dataclasses.replace(run, steps=6), workdir)
+    pretrain(dataclasses.replace(run, loop=dataclasses.replace(run.loop, steps=6)), workdir)
     moved = tmp_path / "elsewhere.txt"
     moved.write_text(tiny.text(seed=0))
-    pretrain(dataclasses.replace(run, corpus=(str(moved),), mesh=MeshConfig(devices=2), steps=8), workdir)
+    pretrain(
+        dataclasses.replace(
+            run, corpus=(str(moved),), loop=dataclasses.replace(run.loop, mesh=MeshConfig(devices=2), steps=8)
+        ),
+        workdir,
+    )
     assert [line["step"] for line in metrics(workdir)] == [2, 4, 6, 6, 8, 8]
 
 
@@ -164,7 +169,9 @@ def test_a_nan_stops_the_run_and_is_not_kept(run, tmp_path):
     workdir = tmp_path / "run"
     optimizer = dataclasses.replace(run.optimizer, learning_rate=1e30)
     with pytest.raises(InputError, match=r"not finite at step \d"):
-        pretrain(dataclasses.replace(run, optimizer=optimizer, save_every=1), workdir)
+        pretrain(
+            dataclasses.replace(run, optimizer=optimizer, loop=dataclasses.replace(run.loop, save_every=1)), workdir
+        )
     _, state = newest_checkpoint(workdir)
     for leaf in jax.tree.leaves(state):
         assert np.isfinite(leaf).all()
@@ -248,7 +255,9 @@ def test_positions_beyond_the_table(family, corpus, tmp_path):
 
 
 def test_batch_that_cannot_be_divided(run, tmp_path):
-    changed = dataclasses.replace(run, batch_size=6, accumulate=2, mesh=MeshConfig(devices=2))
+    changed = dataclasses.replace(
+        run, batch_size=6, accumulate=2, loop=dataclasses.replace(run.loop, mesh=MeshConfig(devices=2))
+    )
     with pytest.raises(InputError, match=r"--batch-size 6 .* choose a multiple of 4"):
         pretrain(changed, tmp_path / "run")
 
@@ -263,7 +272,12 @@ def test_without_next_sentences(tmp_path):
     corpus = tmp_path / "lines.txt"
     corpus.write_text(tiny.text(seed=2).replace("\n\n", "\n"))
     data = dataclasses.replace(tiny.bert().data, next_sentence=False)
-    run = dataclasses.replace(tiny.bert(), corpus=(str(corpus), "documents=line"), data=data, steps=2)
+    run = dataclasses.replace(
+        tiny.bert(),
+        corpus=(f"{corpus},documents=line",),
+        data=data,
+        loop=dataclasses.replace(tiny.bert().loop, steps=2),
+    )
     summary = pretrain(run, tmp_path / "run")
     assert set(summary.evaluation) == {"loss", "masked_lm_loss", "masked_lm_accuracy", "masked_lm_perplexity"}
     assert summary.evaluation["loss"] == summary.evaluation["masked_lm_loss"]
@@ -271,7 +285,7 @@ def test_without_next_sentences(tmp_path):
 
 def test_bits_per_byte_are_those_of_the_text(corpus, tmp_path):
     """From the loss and the held-out documents themselves; the baselines' as well, and the unknown tokens beside it."""
-    run = dataclasses.replace(tiny.gpt(), corpus=(corpus,), steps=2)
+    run = dataclasses.replace(tiny.gpt(), corpus=(corpus,), loop=dataclasses.replace(tiny.gpt().loop, steps=2))
     summary = pretrain(run, tmp_path / "run")
     documents = [document.text for document in Corpus(run.corpus, run.held_out).documents("held_out")]
     tokens = sum(map(len, load(tmp_path / "run").tokenizer.encode_batch(documents)))
@@ -305,7 +319,7 @@ def test_chinese(real_data, tmp_path):
             max_predictions=4,
             masking=MaskingConfig(whole_word=True, segmenter="jieba"),
         ),
-        steps=6,
+        loop=dataclasses.replace(tiny.bert().loop, steps=6),
     )
     summary = pretrain(run, tmp_path / "run")
     assert summary.unknown_tokens < 0.01
@@ -329,7 +343,7 @@ def test_elmo_learns_thirty_words(tmp_path):
     corpus.write_text("\n".join(sentence() for _ in range(12)) + "\n")
     run = dataclasses.replace(
         tiny.elmo(),
-        corpus=(str(corpus), "documents=line", "sentences=line"),
+        corpus=(f"{corpus},documents=line,sentences=line",),
         held_out=0.1,
         tokenizer=WordVocabularyConfig(vocab_size=33, min_count=1),
         model=ELMoConfig(
@@ -343,9 +357,7 @@ def test_elmo_learns_thirty_words(tmp_path):
         data=StreamsConfig(max_length=10, num_negatives=16),
         optimizer=Adagrad(learning_rate=0.2, unroll_steps=10, clip_norm=1.0),
         batch_size=2,
-        steps=300,
-        evaluate_every=300,
-        save_every=300,
+        loop=dataclasses.replace(tiny.elmo().loop, steps=300, evaluate_every=300, save_every=300),
     )
     pretrain(run, tmp_path / "run")
     assert module.evaluate(tmp_path / "run", run.corpus).evaluation["perplexity"] < 20
@@ -365,5 +377,5 @@ def test_bfloat16_is_close_to_float32(run, uninterrupted, tmp_path):
 
 @bert_else_slow
 def test_a_profile_is_written_on_request(run, tmp_path):
-    pretrain(dataclasses.replace(run, profile=1), tmp_path / "run")
+    pretrain(dataclasses.replace(run, loop=dataclasses.replace(run.loop, profile=1)), tmp_path / "run")
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))

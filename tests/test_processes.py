@@ -63,7 +63,7 @@ def finish(*processes: subprocess.Popen) -> list[str]:
 def wait_for_step(process: subprocess.Popen, reports: int = 1) -> None:
     """Waits until the process has printed this many lines about its training."""
     for line in process.stderr:
-        reports -= line.startswith("step ")
+        reports -= line.startswith("train: ")
         if reports == 0:
             return
     pytest.fail(f"the process ended with {process.wait()} before it trained")

@@ -11,16 +11,17 @@ import numpy as np
 from prelm_jax.data.pairs import PairsConfig
 from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.data.windows import WindowsConfig
-from prelm_jax.formats.model import load
+from prelm_jax.loading import load
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.elmo import ELMoConfig
 from prelm_jax.models.gpt import GPTConfig
-from prelm_jax.pretrain import Run
+from prelm_jax.run import Run
 from prelm_jax.tokenizers.bpe import BPEConfig
 from prelm_jax.tokenizers.wordpiece import WordPieceConfig
 from prelm_jax.tokenizers.words import WordVocabularyConfig
 from prelm_jax.training import loop
 from prelm_jax.training.checkpoint import Checkpoints
+from prelm_jax.training.loop import LoopConfig
 from prelm_jax.training.optimizer import Adagrad, AdamW
 from prelm_jax.training.sharding import MeshConfig
 
@@ -47,13 +48,15 @@ def bert() -> Run:
         data=PairsConfig(max_length=32, max_predictions=4, short_sequence_probability=0.1),
         optimizer=AdamW(learning_rate=1e-3, warmup_steps=3, decay_steps=100, weight_decay=0.01),
         batch_size=8,
-        steps=12,
-        mesh=MeshConfig(devices=1),
-        evaluate_every=6,
-        evaluate_batches=2,
-        save_every=5,
-        keep=2,
-        log_every=2,
+        loop=LoopConfig(
+            steps=12,
+            mesh=MeshConfig(devices=1),
+            evaluate_every=6,
+            evaluate_batches=2,
+            save_every=5,
+            keep=2,
+            log_every=2,
+        ),
     )
 
 

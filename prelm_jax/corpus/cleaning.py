@@ -1,43 +1,36 @@
-"""What GPT-1 did to its books before it tokenised them (openai/finetune-transformer-lm, text_utils.py).
+"""GPT-1's cleaning of its books before tokenization (openai/finetune-transformer-lm, text_utils.py).
 
-ftfy undoes broken encodings and straightens quotation marks; then dashes, ellipses and white space are made uniform,
-and runs of most punctuation marks are set apart by spaces.
+ftfy repairs broken encodings and straightens quotation marks. Then dashes, ellipses and white space are normalized, and
+runs of most punctuation characters are surrounded by spaces.
 """
 
 import re
 
-from prelm_jax.errors import InputError
-
 _REPLACED = str.maketrans({"—": "-", "–": "-", "―": "-", "…": "...", "´": "'"})
-# Not the backslash: it is in the original's list, but the expression there, no raw string, does not say so.
-_SET_APART = re.compile(r"""(([-~!";?+,)(/*\[\]}{|_])\2*)""")
+# Without the backslash: the original lists it, but in a string that is not raw, where it only escapes the next plus.
+_SEPARATED = re.compile(r"""(([-~!";?+,)(/*[\]}{|_])\2*)""")
 
 
 def version() -> str:
-    """What decides the cleaned text besides the text."""
-    return _ftfy().__version__
+    """The version of ftfy, on which cleaned text depends."""
+    import ftfy
+
+    return ftfy.__version__
 
 
 def clean(text: str) -> str:
-    """The text as the original's `ftfy.fix_text` and `text_standardize` leave it.
+    r"""The text after the original's `ftfy.fix_text` and `text_standardize`.
 
-    Lines end with " \\n ", other white space is single spaces, and there is none at the edges. Raises InputError where
-    ftfy is not installed.
+    Lines end with " \n ", other white space is single spaces, with none at the edges.
     """
-    return standardize(_ftfy().fix_text(text))
+    import ftfy  # Here: most corpora need no cleaning.
+
+    return standardize(ftfy.fix_text(text))
 
 
 def standardize(text: str) -> str:
-    """`text_standardize` of the original."""
-    text = _SET_APART.sub(r" \1 ", text.translate(_REPLACED))
-    # The original takes the newlines first, for which a long run of spaces costs time quadratic in its length.
+    """The original's `text_standardize`. Example: `standardize("Well—so…") == "Well - so..."`."""
+    text = _SEPARATED.sub(r" \1 ", text.translate(_REPLACED))
+    # The original treats newlines first: quadratic in the length of a run of spaces.
     text = re.sub(r"[^\S\n]+", " ", text)
     return re.sub(r"\s*\n\s*", " \n ", text).strip()
-
-
-def _ftfy():
-    try:
-        import ftfy
-    except ImportError:
-        raise InputError('cleaning=gpt needs ftfy: pip install "prelm_jax[cleaning]"') from None
-    return ftfy

@@ -1,21 +1,17 @@
-"""Documents from a SPEC, and which of them are held out.
+"""A corpus: documents from SPECs, each on the training or the held-out side.
 
-A corpus is a list of sources. Each is `python-docs` (the prose inside every Python), a path or glob of files of text,
-of JSON lines (.jsonl) or of Parquet (extra `parquet`), or `tfds:name/config[:split]`; text and JSON lines may be
-compressed (.gz, .xz, .zst). Options follow after commas:
-
-    novels/*.txt.xz,documents=file,sentences=line
-
-or, as on a command line, in the items that follow it.
+A SPEC (`prelm_jax.corpus.spec`) is `python-docs` (the documentation inside every Python), a path or glob of files of
+plain text, JSON lines (.jsonl) or Parquet, or `tfds:name/config[:split]`; text and JSON lines may be compressed (.gz,
+.xz, .zst). Options follow after commas: `novels/*.txt.xz,documents=file,sentences=line`.
 
 documents   blank-line, file or line: where a document of a text file ends (the end of a file always ends one)
-field       where the text is in JSON lines, Parquet and TFDS; `text` unless said
+field       name of the text field of JSON lines, Parquet and TFDS; default `text`
 sentences   library or line: how sentences are found (`prelm_jax.corpus.sentences`)
-cleaning    gpt: documents are cleaned as for GPT-1 (`prelm_jax.corpus.cleaning`; extra `cleaning`)
-weight      how often the documents of a source are trained on: 3 gives three passes over the source, one after the
-            other, 2.5 two and a pass of half the documents, those of the lowest hashes; held out they are once
+cleaning    gpt: clean documents as GPT-1 did (`prelm_jax.corpus.cleaning`)
+weight      passes over the training documents of the source: 3 reads it three times, 2.5 twice and then half of its
+            documents, those of the lowest hashes; held-out documents are read once
 
-Files are read as streams: no more than one document is held at a time.
+Files are streamed, one document in memory at a time.
 """
 
 import array
@@ -23,7 +19,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,39 +27,37 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from prelm_jax.cache import cached, cached_file, digest
-from prelm_jax.corpus import cleaning
+from prelm_jax.corpus import cleaning, sources
 from prelm_jax.corpus.readers import Errors, File, endings
-from prelm_jax.corpus.sources import PART_BYTES, Part, Source, parse
+from prelm_jax.corpus.sources import Part, Source
+from prelm_jax.corpus.spec import Spec, Splitting, parse
 from prelm_jax.errors import InputError
-from prelm_jax.progress import progress
+from prelm_jax.progress import Progress
 from prelm_jax.storage import opened
 
 Side = Literal["training", "held_out"]
 
-READING_VERSION = 2  # raise it when the same files would give other documents
+READING_VERSION = 2  # Raise it when the same files would give other documents.
 SHARD_CHARACTERS = 1 << 23
 
 
 class Document(NamedTuple):
-    """One document: `text` with lines joined by "\\n", how its sentences are found, and the side it is on.
-
-    `bytes`: of the text in UTF-8 before any cleaning.
-    """
+    r"""One document. Lines of `text` end at \n; `original` is the text before cleaning; `sentences`: how to split."""
 
     text: str
-    sentences: str
+    original: str
+    sentences: Splitting
     side: Side
-    bytes: int
 
 
 class Shard(NamedTuple):
-    """Documents that stand one after the other, as they were read; `bytes` of the files, compressed, they took.
+    """Consecutive original texts of a part, and the bytes (compressed) of the files that held them.
 
-    Where a shard begins and ends depends on the files alone, and shards sort by `name` as they follow each other.
+    The bounds of a shard depend on the files alone. Shards sorted by `name` are in the order of the corpus.
     """
 
     name: str
-    source: Source
+    spec: Spec
     repetition: int
     texts: list[str]
     bytes: float
@@ -72,14 +65,16 @@ class Shard(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """The documents of `sources`, a fraction of them (`held_out`, 0 to 1) kept from training.
+    """The documents of `sources` (SPECs), a fraction `held_out` (0 to 1) of them kept from training.
 
-    The side of a document is decided by a hash of its text, so it depends neither on the order of the documents nor on
-    what else is in the corpus, and equal documents are on one side. With `deduplicate`, of documents with the same text
-    only the first is read. `errors` says whether bytes that are not UTF-8 are refused or read as U+FFFD.
+    The side of a document is decided by a hash of its text: it depends neither on the order of the documents nor on the
+    rest of the corpus, and equal documents are on one side. `deduplicate` drops exact duplicates: the first document of
+    each text is kept. `errors`: bytes that are not UTF-8 are an error ("strict") or read as U+FFFD ("replace").
 
-    Raises InputError for a SPEC that is not understood, here; and for files that cannot be read, or that change
-    meanwhile, when they are read.
+    Raises InputError here for a SPEC that cannot be parsed; when reading for files that cannot be read or have changed.
+
+        corpus = Corpus(("novels/*.txt", "web.jsonl,field=body"), held_out=0.01)
+        for document in corpus.documents("training"): ...
     """
 
     sources: tuple[str, ...]
@@ -92,34 +87,35 @@ class Corpus:
             raise InputError(f"held_out is a fraction of the documents, from 0 to 1, not {self.held_out}")
         parse(self.sources)
 
-    def documents(self, side: Side | None = None, task: str | None = None) -> Iterator[Document]:
-        """The documents of one side (both sides if None), in the order of the sources, sorted files and lines.
+    def documents(self, side: Side | None = None, description: str | None = None) -> Iterator[Document]:
+        """The documents of one side (None: both), in the order of the sources, files and lines.
 
-        With `task`, a few words that name the work, its progress is shown on the standard error.
+        With a `description` of the work, its progress is shown on the standard error.
         """
         empty = True
-        with progress(task, self.bytes) as advance:
+        with Progress(description, self.bytes, "bytes") as progress:
             for part in self.parts:
-                for text in part.texts(self.errors, advance):
+                for text in part.texts(self.errors, progress.advance):
                     empty = False
-                    document = self.document(text, part.source, part.repetition)
+                    document = self.document(text, part.source.spec, part.repetition)
                     if document and side in (None, document.side):
                         yield document
         if empty:
             raise InputError(f"the corpus {' '.join(self.sources)} holds no text: give files with text in them")
 
-    def document(self, original: str, source: Source, repetition: int) -> Document | None:
-        """A document from its text in a source, or None if it is not read in this pass over the source."""
-        text = original if source.cleaning == "none" else cleaning.clean(original)
+    def document(self, original: str, spec: Spec, repetition: int) -> Document | None:
+        """The document of an original text, or None if this pass over the source leaves it out."""
+        text = cleaning.clean(original) if spec.cleaning == "gpt" else original
         hash, threshold = _hash(text), int(self.held_out * 2**64)
         if hash < threshold:
-            side, kept = "held_out", repetition == 0
-        else:  # The hashes of this side lie evenly between the threshold and 2**64.
-            side, kept = "training", hash - threshold < (source.weight - repetition) * (2**64 - threshold)
-        return Document(text, source.sentences, side, len(original.encode())) if kept else None
+            return Document(text, original, spec.sentences, "held_out") if repetition == 0 else None
+        # Hashes of the training side are uniform between the threshold and 2**64: the last pass keeps the lowest.
+        if hash - threshold < (spec.weight - repetition) * (2**64 - threshold):
+            return Document(text, original, spec.sentences, "training")
+        return None
 
     def shards(self, number: int, part: Part) -> Iterator[Shard]:
-        """The documents of one of the parts, of that number, in shards of SHARD_CHARACTERS or little more."""
+        """The documents of part `number`, in shards that end with the document that reaches SHARD_CHARACTERS."""
         texts: list[str] = []
         characters, read = 0, 0.0
         count = itertools.count()
@@ -129,7 +125,7 @@ class Corpus:
             read += size
 
         def shard() -> Shard:
-            return Shard(f"{number:06}-{next(count):06}", part.source, part.repetition, texts, read)
+            return Shard(f"{number:06}-{next(count):06}", part.source.spec, part.repetition, texts, read)
 
         for text in part.texts(self.errors, advance):
             texts.append(text)
@@ -142,73 +138,66 @@ class Corpus:
 
     @functools.cached_property
     def parts(self) -> list[Part]:
-        """What is read, one after the other."""
-        sources = [list(source.parts(files)) for source, files in self._files]
+        """The parts of all sources in reading order, once for each pass."""
+        parts_of = [list(source.parts(files)) for source, files in self._files]
         if self.deduplicate:
-            left_out = iter(self._duplicates([part for parts in sources for part in parts]))
-            sources = [[part._replace(left_out=next(left_out)) for part in parts] for parts in sources]
+            duplicates = iter(self._duplicates([part for parts in parts_of for part in parts]))
+            parts_of = [[part._replace(duplicates=next(duplicates)) for part in parts] for parts in parts_of]
         return [
             part._replace(repetition=repetition)
-            for parts in sources
-            for repetition in range(_passes(parts[0].source))
+            for (source, _), parts in zip(self._files, parts_of, strict=True)
+            for repetition in range(source.spec.passes)
             for part in parts
         ]
 
     @functools.cached_property
     def duplicates(self) -> int:
-        """How many documents are left out because their text was there before."""
-        return sum(len(part.left_out) for part in self.parts if part.repetition == 0)
+        """Number of documents dropped because an earlier one has the same text."""
+        return sum(len(part.duplicates) for part in self.parts if part.repetition == 0)
 
     @functools.cached_property
     def bytes(self) -> int:
-        """Of all files, as often as they are read."""
-        return sum(file.size * _passes(source) for source, files in self._files for file in files)
+        """Bytes of all files, each counted once for each pass."""
+        return sum(file.size * source.spec.passes for source, files in self._files for file in files)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the content of the files, the options and the held-out fraction; not of the files' names.
+        """SHA-256 (hex) of the contents of the files, the options and the held-out fraction; not of file names.
 
-        The content is read once: what was found is remembered in the cache directory by path, size and time of change.
+        Hashes of contents are memoized in the cache directory by path, size and modification time.
         """
-        files = [(source, file) for source, files in self._files for file in files]
-        options = [READING_VERSION, self.held_out, [(source.options(), endings(file.path)) for source, file in files]]
-        options += [self.deduplicate, self.errors]
-        states = [(os.path.abspath(file.path), file.size, file.modified) for _, file in files]
-
-        def hash_content():
-            return digest([options, [_content_digest(file) for _, file in files]])
-
-        return cached("corpora", digest([options, states]), hash_content)
+        contents = [[source.spec.identity(), _contents_digest(files)] for source, files in self._files]
+        return digest([READING_VERSION, self.held_out, self.deduplicate, self.errors, contents])
 
     @functools.cached_property
     def _files(self) -> list[tuple[Source, list[File]]]:
-        return [(source, source.files()) for source in parse(self.sources)]
+        return [(source, source.files()) for source in map(sources.from_spec, parse(self.sources))]
 
     def _duplicates(self, parts: list[Part]) -> list[np.ndarray]:
-        """For each part the numbers of its documents whose text the corpus has before. Found once, and remembered.
+        """For each part, the numbers of the documents whose text occurred before. Found once and cached.
 
-        While they are looked for, some 30 bytes are held for each document of the corpus.
+        The search holds some 30 bytes in memory for each document of the corpus.
         """
 
         def find(path: Path):
             hashes, ends = array.array("Q"), []
-            with progress(
-                "looking for duplicates", sum(file.size for _, files in self._files for file in files)
-            ) as advance:
+            size = sum(file.size for _, files in self._files for file in files)
+            with Progress("find duplicates", size, "bytes") as progress:
                 for part in parts:
-                    hashes.extend(map(_hash, part.texts(self.errors, advance)))
+                    hashes.extend(map(_hash, part.texts(self.errors, progress.advance)))
                     ends.append(len(hashes))
-            hash_D = np.frombuffer(hashes, np.uint64)
-            order_D = np.argsort(hash_D, kind="stable")
-            again = hash_D[order_D[1:]] == hash_D[order_D[:-1]]
+            # Hashes [7, 5, 7, 7] sort to 5 7 7 7, of documents 1 0 2 3: repeated are 2 and 3.
+            hash_X = np.frombuffer(hashes, np.uint64)
+            order_X = np.argsort(hash_X, kind="stable")
+            repeated = hash_X[order_X[1:]] == hash_X[order_X[:-1]]
             with open(path, "wb") as file:
-                np.savez(file, left_out=np.sort(order_D[1:][again]), ends=ends)
+                np.savez(file, duplicates=np.sort(order_X[1:][repeated]), ends=ends)
 
-        key = digest([self.fingerprint, PART_BYTES])
+        key = digest([self.fingerprint, sources.PART_BYTES])
         with np.load(cached_file("duplicates", f"{key}.npz", find)) as found:
-            left_out, ends = found["left_out"], found["ends"]
-        pieces = np.split(left_out, np.searchsorted(left_out, ends[:-1]))
-        return [piece - begin for piece, begin in zip(pieces, [0, *ends[:-1]], strict=True)]
+            duplicates, ends = found["duplicates"], found["ends"]
+        by_part = np.split(duplicates, np.searchsorted(duplicates, ends[:-1]))
+        return [numbers - begin for numbers, begin in zip(by_part, [0, *ends[:-1]], strict=True)]
 
 
 def _hash(text: str) -> int:
@@ -216,8 +205,11 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
-def _passes(source: Source) -> int:
-    return math.ceil(source.weight)
+def _contents_digest(files: list[File]) -> str:
+    """SHA-256 (hex) of the contents of files and of the endings that decide how they are read."""
+    states = [(os.path.abspath(file.path), file.size, file.modified) for file in files]
+    contents = cached("contents", digest(states), lambda: digest(list(map(_content_digest, files))))
+    return digest([[endings(file.path) for file in files], contents])
 
 
 def _content_digest(file: File) -> str:

@@ -1,10 +1,10 @@
-"""A corpus to its token store, in shards: all cores work, and what was killed goes on where it was.
+"""Preparation: a corpus to its token stores, on all cores, resumable after a kill.
 
-The corpus is cut into shards, each a fixed range of the input, whatever makes them (`Corpus.shards`). One process reads
-the documents; others, one for each core, split and tokenise a shard each and leave it as a file in the directory
-`STORE.partial`. A file that is there is whole and is not made again. When all are there they are appended to the arrays
-of the store, in order, and deleted after it: in between the disk holds the tokens twice. Memory depends on the size of
-a shard, not of the corpus. (ELMo's words that are outside of the vocabulary are the exception: each is held once.)
+The corpus is cut into shards, fixed ranges of the input (`Corpus.shards`). One process reads the documents. A worker
+for each core splits and tokenizes one shard at a time, into a file of the directory `STORE.*.partial`; a file is
+complete or absent, and a complete one is not made again. In the end the files are appended to the arrays of the store,
+in order, and deleted: in between, the disk holds the tokens twice. Memory depends on the size of a shard, not of the
+corpus, except for an open vocabulary, whose distinct words are all in memory.
 """
 
 import collections
@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import re
 import shutil
 import signal
 import uuid
@@ -21,37 +22,50 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import get_args
+from typing import Protocol, TypeGuard, get_args
 
 import numpy as np
 
 from prelm_jax.cache import cache_directory, digest, locked
-from prelm_jax.corpus.documents import SHARD_CHARACTERS, Corpus, Document, Shard, Side
+from prelm_jax.corpus import documents, sources
+from prelm_jax.corpus.documents import Corpus, Document, Shard, Side
 from prelm_jax.corpus.sentences import split
-from prelm_jax.corpus.sources import PART_BYTES
-from prelm_jax.corpus.store import FORMAT, PIECES, Store, Writer, spelled
+from prelm_jax.corpus.store import COLUMNS, COUNTS, STORE_FORMAT, Store, Writer, spelled
 from prelm_jax.errors import InputError
-from prelm_jax.progress import Advance, progress
+from prelm_jax.progress import Advance, Progress
 from prelm_jax.storage import writing
 from prelm_jax.tokenizers.base import Tokenizer
-from prelm_jax.tokenizers.words import WordVocabulary
 
 BATCH_CHARACTERS = 1 << 22
 SIDES: tuple[Side, ...] = get_args(Side)
 
-# Makes all shards of a corpus that are not in the directory yet.
-MakeShards = Callable[[Corpus, Tokenizer, Path], None]
+# The blocks of CJK ideographs; planes 2 and 3 hold nothing else.
+_IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+
+MakeShards = Callable[[Corpus, Tokenizer, Path], None]  # Writes the missing shards of a corpus to a directory.
 
 
-def location(corpus: Corpus, tokenizer: Tokenizer, directory: str | os.PathLike | None = None) -> Path:
-    """Where the stores of a corpus lie: under the fingerprints of corpus and tokenizer, in the cache unless said."""
-    key = digest([FORMAT, corpus.fingerprint, tokenizer.fingerprint])
+class OpenVocabulary(Tokenizer, Protocol):
+    """A tokenizer whose unknown words get ids of their own in the store."""
+
+    def number_flat(self, texts: list[str], numbers: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+        """As `encode_flat`, with ids from `numbers`, to which new words are added."""
+        ...
+
+
+def _is_open(tokenizer: Tokenizer) -> TypeGuard[OpenVocabulary]:
+    return tokenizer.open_vocabulary
+
+
+def store_path(corpus: Corpus, tokenizer: Tokenizer, directory: str | os.PathLike | None = None) -> Path:
+    """The directory of a corpus's stores, named by the fingerprints, in `directory` or else in the cache."""
+    key = digest([STORE_FORMAT, corpus.fingerprint, tokenizer.fingerprint])
     return Path(directory or cache_directory()) / "stores" / key
 
 
-def partial_directory(target: Path) -> Path:
-    """Where the shards of the stores lie while they are made; those that are cut in another way lie elsewhere."""
-    return target.with_name(f"{target.name}.{digest([PART_BYTES, SHARD_CHARACTERS])[:8]}.partial")
+def partial_path(target: Path) -> Path:
+    """The directory of unfinished shards of the stores at `target`; shards of other sizes are elsewhere."""
+    return target.with_name(f"{target.name}.{digest([sources.PART_BYTES, documents.SHARD_CHARACTERS])[:8]}.partial")
 
 
 def prepare(
@@ -61,18 +75,20 @@ def prepare(
     make_shards: MakeShards | None = None,
     verify: bool = False,
 ) -> tuple[Store, Store]:
-    """The stores of the corpus' training and held-out sides; made once, by one process while others wait for it.
+    """The training and held-out stores of a corpus, made if they do not exist, by one process while others wait.
 
-    `make_shards`: how, by default on all cores of this machine. `verify`: compare the checksums of a store that is
-    there. Raises InputError if the corpus cannot be read or has no tokens.
+    `make_shards`: default `make_shards_locally`. `verify`: check the checksums of existing stores. Raises InputError if
+    the corpus cannot be read or has no tokens.
+
+        training, held_out = prepare(Corpus(("novels/*.txt",), held_out=0.01), tokenizer)
     """
-    target = location(corpus, tokenizer, directory)
-    partial = partial_directory(target)
+    target = store_path(corpus, tokenizer, directory)
+    partial = partial_path(target)
     if not target.exists():
         with locked(target):
             if not target.exists():
                 partial.mkdir(exist_ok=True)
-                (make_shards or make_shards_here)(corpus, tokenizer, partial)
+                (make_shards or make_shards_locally)(corpus, tokenizer, partial)
                 _merge(corpus, tokenizer, partial).rename(target)
                 verify = False
     shutil.rmtree(partial, ignore_errors=True)
@@ -84,13 +100,13 @@ def prepare(
 
 
 def make_shard(shard: Shard, corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None:
-    """Tokenises a shard to a file in `directory`, which is there whole or not at all."""
+    """Tokenizes a shard to a file in `directory`, which appears when it is complete."""
     target, unfinished = _file(shard, directory), directory / f".{shard.name}-{uuid.uuid4().hex}"
-    arrays = _tokenised(shard, corpus, tokenizer)
+    arrays = _tokenize(shard, corpus, tokenizer)
     with writing(target):
         try:
             with open(unfinished, "wb") as file:
-                np.savez(file, **arrays)
+                np.savez(file, allow_pickle=False, **arrays)
             unfinished.replace(target)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -100,58 +116,57 @@ def _file(shard: Shard, directory: Path) -> Path:
     return directory / f"{shard.name}.npz"
 
 
-def _tokenised(shard: Shard, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """The documents of a shard: for each side what `Writer.append` takes.
+def _tokenize(shard: Shard, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """The documents of a shard: for each side the COLUMNS and COUNTS that `Writer.append` takes.
 
-    Ids of words are those of the vocabulary; other words are numbered from there on as they are met, and are `words`.
+    With an open vocabulary, words outside of it are numbered from `vocab_size` on in order of appearance, and listed in
+    `new_words`.
     """
-    numbers = (
-        {word: number for number, word in enumerate(tokenizer.tokens)}
-        if isinstance(tokenizer, WordVocabulary)
-        else None
-    )
-    pieces: dict[str, list[np.ndarray]] = collections.defaultdict(list)
+    numbers = {word: number for number, word in enumerate(tokenizer.tokens)} if _is_open(tokenizer) else {}
+    batches: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     for batch in _batches(shard, corpus):
         sentences = [split(document.text, document.sentences) for document in batch]
         texts = list(itertools.chain.from_iterable(sentences))
-        ids, length_S = tokenizer.encode_flat(texts) if numbers is None else tokenizer.number_flat(texts, numbers)
-        ids = ids.astype(_dtype(tokenizer))
+        ids, tokens_Y = tokenizer.number_flat(texts, numbers) if _is_open(tokenizer) else tokenizer.encode_flat(texts)
+        ids = ids.astype(_id_dtype(tokenizer))
         unknown = ids >= tokenizer.vocab_size
         if tokenizer.unknown_id is not None:
             unknown |= ids == tokenizer.unknown_id
-        document_S = np.repeat(np.arange(len(batch)), [len(of_document) for of_document in sentences])
-        bytes_D = np.array([document.bytes for document in batch], np.int64)
-        longest_D = np.array([max(map(len, document.text.split()), default=0) for document in batch], np.int64)
+        document_Y = np.repeat(np.arange(len(batch)), list(map(len, sentences)))
+        bytes_X, words_X, longest_X = _measure(batch)
         for side in SIDES:
-            chosen_D = np.array([document.side == side for document in batch], bool)
-            chosen_S = chosen_D[document_S]
-            chosen = np.repeat(chosen_S, length_S)
-            chosen_S &= length_S > 0
-            sentences_D = np.bincount(document_S[chosen_S], minlength=len(batch))
-            kept_D = sentences_D > 0
+            # Sides t h t, sentences per document 2 1 1, tokens per sentence 3 0 2 1: the training side keeps tokens
+            # 0 1 2 and 5, in sentences of 3 1 tokens, in documents of 1 1 sentences.
+            on_side_X = np.array([document.side == side for document in batch], bool)
+            on_side_Y = on_side_X[document_Y]
+            on_side = np.repeat(on_side_Y, tokens_Y)
+            kept_Y = on_side_Y & (tokens_Y > 0)
+            sentences_X = np.bincount(document_Y[kept_Y], minlength=len(batch))
+            kept_X = sentences_X > 0
             arrays = {
-                "ids": ids[chosen],
-                "sentence_lengths": length_S[chosen_S],
-                "document_lengths": sentences_D[kept_D],
-                "document_bytes": bytes_D[kept_D],
-                "unknown_tokens": unknown[chosen].sum(keepdims=True),
-                "empty_documents": (chosen_D & ~kept_D).sum(keepdims=True),
-                "longest_word": longest_D[chosen_D].max(initial=0, keepdims=True),
+                "ids": ids[on_side],
+                "sentence_lengths": tokens_Y[kept_Y],
+                "document_lengths": sentences_X[kept_X],
+                "document_bytes": bytes_X[kept_X],
+                "words": words_X[kept_X].sum(keepdims=True),
+                "unknown_tokens": unknown[on_side].sum(keepdims=True),
+                "empty_documents": (on_side_X & ~kept_X).sum(keepdims=True),
+                "longest_word": longest_X[on_side_X].max(initial=0, keepdims=True),
             }
             for name, array in arrays.items():
-                pieces[f"{side}/{name}"].append(array)
-    joined = {name: np.concatenate(arrays) for name, arrays in pieces.items()}
-    if numbers is not None:
-        new = itertools.islice(numbers, tokenizer.vocab_size, None)
-        joined["words"] = np.frombuffer("\n".join(new).encode(), np.uint8)
+                batches[f"{side}/{name}"].append(array)
+    joined = {name: np.concatenate(arrays) for name, arrays in batches.items()}
+    if _is_open(tokenizer):
+        new_words = itertools.islice(numbers, tokenizer.vocab_size, None)
+        joined["new_words"] = np.frombuffer("\n".join(new_words).encode(), np.uint8)
     return joined
 
 
 def _batches(shard: Shard, corpus: Corpus) -> Iterator[list[Document]]:
-    """The documents of a shard, not all at once."""
+    """The documents of a shard, BATCH_CHARACTERS at a time."""
     batch, characters = [], 0
     for text in shard.texts:
-        if document := corpus.document(text, shard.source, shard.repetition):
+        if document := corpus.document(text, shard.spec, shard.repetition):
             batch.append(document)
             characters += len(document.text)
         if characters >= BATCH_CHARACTERS:
@@ -160,47 +175,70 @@ def _batches(shard: Shard, corpus: Corpus) -> Iterator[list[Document]]:
     yield batch
 
 
-def _dtype(tokenizer: Tokenizer) -> type[np.integer]:
-    return np.uint16 if tokenizer.vocab_size <= 1 << 16 and not isinstance(tokenizer, WordVocabulary) else np.uint32
+def _measure(batch: list[Document]) -> np.ndarray:
+    """int64 [3, X]: UTF-8 bytes and words of each original, characters of the longest run without white space."""
+    measures = (
+        (
+            len(document.original.encode()),
+            count_words(document.original),
+            max(map(len, document.text.split()), default=0),
+        )
+        for document in batch
+    )
+    return np.array(list(measures), np.int64).reshape(-1, 3).T
+
+
+def count_words(text: str) -> int:
+    """Number of words: runs without white space, where each CJK ideograph is a word of its own.
+
+    Independent of tokenizers, so that "words seen" compares runs. Example: `count_words("It's 2024年 now") == 4`.
+    """
+    if text.isascii() or not _IDEOGRAPH.search(text):
+        return len(text.split())
+    return len(_IDEOGRAPH.sub(r" \g<0> ", text).split())
+
+
+def _id_dtype(tokenizer: Tokenizer) -> type[np.integer]:
+    return np.uint16 if tokenizer.vocab_size <= 1 << 16 and not tokenizer.open_vocabulary else np.uint32
 
 
 # ---- On this machine -------------------------------------------------------------------------------------------------
 
 
-def make_shards_here(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None:
-    """Makes the shards that are missing, on all cores; a single one in this process."""
-    # A copy, without what the corpus has found out about its files: that may be large.
+def make_shards_locally(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None:
+    """Makes the missing shards on all cores of this machine; a single one in this process."""
+    # A copy, without the cached properties: those of a large corpus are large, and each worker gets one.
     make = functools.partial(make_shard, corpus=dataclasses.replace(corpus), tokenizer=tokenizer, directory=directory)
-    with progress("tokenising", corpus.bytes) as advance:
+    with Progress("tokenize", corpus.bytes, "bytes") as progress:
 
         def missing() -> Iterator[Shard]:
             for number, part in enumerate(corpus.parts):
                 for shard in corpus.shards(number, part):
                     if _file(shard, directory).exists():
-                        advance(shard.bytes)
+                        progress.advance(shard.bytes)
                     else:
                         yield shard
 
         shards = missing()
         first = list(itertools.islice(shards, 2))
         if len(first) == 2:
-            _in_processes(make, itertools.chain(first, shards), advance)
+            _in_processes(make, itertools.chain(first, shards), progress.advance)
         else:
             for shard in first:
                 make(shard)
-                advance(shard.bytes)
+                progress.advance(shard.bytes)
 
 
 def _in_processes(make: Callable[[Shard], None], shards: Iterable[Shard], advance: Advance) -> None:
-    import loky  # Here, for a small corpus does without.
+    import loky  # Here: a small corpus needs no workers.
 
     workers = loky.cpu_count()
-    # Processes without work end after the timeout: none stays for long when this one is killed.
-    executor = loky.ProcessPoolExecutor(workers, timeout=60, initializer=_begin, initargs=(make,))
+    # Idle workers exit after the timeout, so none stays for long when this process is killed.
+    executor = loky.ProcessPoolExecutor(workers, timeout=60, initializer=_initialize_worker, initargs=(make,))
     running: dict[futures.Future, float] = {}
 
     def wait(number: int) -> None:
-        """Until no more than this number of shards is on the way."""
+        """Until at most `number` shards are being made."""
         while len(running) > number:
             for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
                 future.result()
@@ -208,46 +246,48 @@ def _in_processes(make: Callable[[Shard], None], shards: Iterable[Shard], advanc
 
     try:
         for shard in shards:
-            running[executor.submit(_make, shard)] = shard.bytes
+            running[executor.submit(_make_in_worker, shard)] = shard.bytes
             wait(workers)
         wait(0)
     except BrokenProcessPool as error:
         reason = str(error).partition("\n")[0]
         raise InputError(
-            f"a process that tokenises came to its end, perhaps for lack of memory ({reason}): the same command goes on"
+            f"a tokenizer worker died, probably out of memory ({reason}): the same command resumes"
         ) from None
     finally:
         executor.shutdown(kill_workers=True)
 
 
-def _begin(make: Callable[[Shard], None]) -> None:
-    """In each process, first."""
+_make_shard: Callable[[Shard], None]  # In a worker.
+
+
+def _initialize_worker(make: Callable[[Shard], None]) -> None:
     global _make_shard
     _make_shard = make
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # There is a process for each core.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The process that handed out the work stops the others.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # There is a worker for each core.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent process stops the workers.
 
 
-def _make(shard: Shard) -> None:
+def _make_in_worker(shard: Shard) -> None:
     _make_shard(shard)
 
 
-# ---- One store of them -----------------------------------------------------------------------------------------------
+# ---- Merging ---------------------------------------------------------------------------------------------------------
 
 
 def _merge(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> Path:
-    """Appends the shards in a directory to each other, in order; where the stores of both sides are."""
+    """Appends the shards in `directory` to the stores of both sides, in order. Returns the stores' directory."""
     target = directory / "stores"
-    shutil.rmtree(target, ignore_errors=True)  # Half of them, of a process that was killed.
-    writers = {side: Writer(target / side, _dtype(tokenizer), isinstance(tokenizer, WordVocabulary)) for side in SIDES}
+    shutil.rmtree(target, ignore_errors=True)  # Half a merge, of a process that was killed.
+    writers = {side: Writer(target / side, _id_dtype(tokenizer), tokenizer.open_vocabulary) for side in SIDES}
     new_words: dict[str, int] = {}
     files = sorted(directory.glob("*.npz"))
     for file in files:
         shard = _read(file)
-        if "words" in shard:
-            _number(shard, new_words, tokenizer.vocab_size)
+        if tokenizer.open_vocabulary:
+            _renumber(shard, new_words, tokenizer.vocab_size)
         for side, writer in writers.items():
-            writer.append({name: shard[f"{side}/{name}"] for name in PIECES})
+            writer.append({name: shard[f"{side}/{name}"] for name in (*COLUMNS, *COUNTS)})
     if not any(writer.counts["tokens"] for writer in writers.values()):
         shutil.rmtree(directory)
         nothing = (
@@ -255,24 +295,27 @@ def _merge(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> Path:
         )
         raise InputError(f"the corpus {' '.join(corpus.sources)} holds {nothing}")
     for side, writer in writers.items():
-        if isinstance(tokenizer, WordVocabulary):
+        if tokenizer.open_vocabulary:
             writer.write(spelled(itertools.chain(tokenizer.tokens, new_words)))
         writer.finish({"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint, "side": side})
     return target
 
 
 def _read(file: Path) -> dict[str, np.ndarray]:
-    """The arrays of a shard, whose checksums the format has."""
+    """The arrays of a shard. The format has checksums: damage raises InputError."""
     try:
         with open(file, "rb") as content, np.load(content) as arrays:
             return dict(arrays)
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{file} is damaged ({error}): delete it, and the same command goes on") from None
+        raise InputError(f"{file} is damaged ({error}): delete it, and the same command resumes") from None
 
 
-def _number(shard: dict[str, np.ndarray], numbers: dict[str, int], first: int) -> None:
-    """Gives the words of a shard that are outside of the vocabulary their ids in the store, from `first` on."""
-    words = bytes(shard["words"]).decode().split()
+def _renumber(shard: dict[str, np.ndarray], numbers: dict[str, int], first: int) -> None:
+    """Replaces a shard's ids of new words by their ids in the store, from `first` on, which `numbers` collects.
+
+    With first = 3, `numbers` {"bed": 3} and a shard whose new words are cab bed, its ids 0 3 4 become 0 4 3.
+    """
+    words = bytes(shard["new_words"]).decode().split()
     new_ids = [numbers.setdefault(word, first + len(numbers)) for word in words]
     id_of = np.append(np.arange(first, dtype=np.uint32), np.array(new_ids, np.uint32))
     for side in SIDES:

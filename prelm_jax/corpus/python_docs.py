@@ -1,4 +1,4 @@
-"""The prose inside every Python: the topics of its language reference and the docstrings of its standard library."""
+"""The documentation inside every Python: topics of the language reference, docstrings of the standard library."""
 
 import ast
 import functools
@@ -9,18 +9,19 @@ import warnings
 
 from prelm_jax.storage import opened
 
+EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo"}
+
 
 def files() -> list[str]:
     """The source files of the standard library, without tests, installed packages and old tools."""
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo"}
     paths = []
     for folder, folders, names in os.walk(sysconfig.get_paths()["stdlib"]):
-        folders[:] = sorted(set(folders) - left_out)
+        folders[:] = sorted(set(folders) - EXCLUDED)
         paths += [os.path.join(folder, name) for name in sorted(names) if name.endswith(".py")]
     return paths
 
 
-@functools.cache  # preparing reads a corpus several times, and to parse the library takes seconds
+@functools.cache  # Parsing the library takes seconds, and a corpus is read several times.
 def documents() -> list[str]:
     """A document for each topic of the language reference, then one for each module: its docstrings."""
     from pydoc_data.topics import topics
@@ -28,7 +29,7 @@ def documents() -> list[str]:
     texts = [_unwrap(topic) for _, topic in sorted(topics.items())]
     for path in files():
         with opened(path) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of invalid escapes in the file
+            warnings.simplefilter("ignore")  # Of invalid escapes in the file.
             try:
                 tree = ast.parse(file.read())
             except (SyntaxError, ValueError):
@@ -40,16 +41,16 @@ def documents() -> list[str]:
 
 
 def _line_number(node: ast.AST) -> int:
-    return getattr(node, "lineno", 0)  # a module has none
+    return getattr(node, "lineno", 0)  # A module has none.
 
 
 def _unwrap(text: str) -> str:
-    """A paragraph on each line: lines of 50 characters or more were wrapped, so the next line continues them."""
+    """One paragraph a line: a line of 50 characters or more was wrapped, so the next line continues it."""
     lines = [""]
     for line in map(str.strip, text.split("\n")):
         if len(lines[-1]) >= 50 and re.match(r"[\w\"'(`*]", line) and not line.startswith("* "):
             lines[-1] += " " + line
-        elif re.search(r"\w", line):  # no underlines of headings
+        elif re.search(r"\w", line):  # Not the underline of a heading.
             lines.append(line)
         else:
             lines.append("")

@@ -1,6 +1,7 @@
-"""Files as bytes, lines, text, JSON and documents; plain, .gz, .xz or .zst; Parquet. Complaints name file and place.
+r"""Files to documents: plain text, JSON lines and Parquet; text may be compressed (.gz, .xz, .zst).
 
-Lines of documents end at "\\n", "\\r\\n" or "\\r", and with "\\n" in what is read: a file may come from any system.
+Files are streamed, one document in memory at a time. Lines end at \n, \r\n or \r (a file may come from any system) and
+at \n in the documents. Errors name the file and the byte, line or row.
 """
 
 import gzip
@@ -9,7 +10,7 @@ import lzma
 import os
 import re
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 import zstandard
 
@@ -17,19 +18,23 @@ from prelm_jax.errors import InputError
 from prelm_jax.progress import Advance
 from prelm_jax.storage import decode_utf8, opened
 
-Errors = Literal["strict", "replace"]  # refuse what is not UTF-8, or read it as U+FFFD
+Errors = Literal["strict", "replace"]  # Bytes that are not UTF-8: an error, or U+FFFD.
 
 CHUNK_BYTES = 1 << 20
 DECOMPRESSORS = {".gz": gzip.open, ".xz": lzma.open}
 
 
 def endings(path: str) -> tuple[str | None, str | None]:
-    """The endings of a name that decide how it is read: ".jsonl", ".parquet" or None; ".gz", ".xz", ".zst" or None."""
-    return re.search(r"(\.jsonl|\.parquet)?(\.gz|\.xz|\.zst)?$", path).groups()
+    """The endings of a name that decide how it is read.
+
+    Example: `endings("a.jsonl.gz") == (".jsonl", ".gz")`, `endings("a.parquet") == (".parquet", None)`.
+    """
+    kind, compression = re.findall(r"(\.jsonl|\.parquet)?(\.gz|\.xz|\.zst)?\Z", path)[0]
+    return kind or None, compression or None
 
 
 class File(NamedTuple):
-    """A file as it was when it was first looked at; `modified` is in nanoseconds."""
+    """A file as it was when the corpus was opened; `modified` in nanoseconds."""
 
     path: str
     size: int
@@ -41,13 +46,16 @@ class File(NamedTuple):
         return cls(path, stat.st_size, stat.st_mtime_ns)
 
     def check(self) -> None:
-        """InputError if it is not the same any more: what was read of it would not be what its fingerprint says."""
+        """Raises InputError if the file has changed: its content would no longer match the corpus fingerprint."""
         if File.at(self.path) != self:
             raise InputError(f"{self.path} was changed while it was in use: run again when it is complete")
 
 
+# ---- Bytes and lines -------------------------------------------------------------------------------------------------
+
+
 def _chunks(file: File, advance: Advance) -> Iterator[bytes]:
-    """The content of a file, decompressed."""
+    """The decompressed content of a file."""
     compression = endings(file.path)[1]
     with opened(file.path) as raw:
         if compression == ".zst":
@@ -64,8 +72,8 @@ def _chunks(file: File, advance: Advance) -> Iterator[bytes]:
         file.check()
 
 
-def _zstandard_chunks(file) -> Iterator[bytes]:
-    """The frames of a .zst file. The library's own reader takes a file that breaks off for one that ends."""
+def _zstandard_chunks(file: IO[bytes]) -> Iterator[bytes]:
+    """The frames of a .zst file. The library's own reader takes a truncated file for a complete one."""
     frame = None
     while chunk := file.read(CHUNK_BYTES):
         while chunk:
@@ -75,11 +83,11 @@ def _zstandard_chunks(file) -> Iterator[bytes]:
             if frame.eof:
                 frame = None
     if frame:
-        raise EOFError("the file breaks off")
+        raise EOFError("the file is truncated")
 
 
 def _lines(file: File, advance: Advance) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, with what ends them, each with its byte offset in the decompressed file."""
+    """The lines of a file, each with its line end and its byte offset in the decompressed file."""
     offset, parts, held = 0, [], b""
     for chunk in _chunks(file, advance):
         chunk = held + chunk
@@ -96,7 +104,7 @@ def _lines(file: File, advance: Advance) -> Iterator[tuple[int, bytes]]:
 
 
 def decode(path: str, offset: int, data: bytes, errors: Errors) -> str:
-    """The text of bytes that stand in a file from `offset` on."""
+    """The text of bytes found at `offset` of a file; a byte order mark at the beginning of the file is dropped."""
     if errors == "replace":
         text = data.decode("utf-8", "replace")
     else:
@@ -104,13 +112,16 @@ def decode(path: str, offset: int, data: bytes, errors: Errors) -> str:
     return text.removeprefix("\ufeff") if offset == 0 else text
 
 
+# ---- Documents -------------------------------------------------------------------------------------------------------
+
+
 def as_document(text: str) -> list[str]:
-    """The text without line ends around it, if there is more than white space in it."""
+    r"""The text as a document: lines end at \n, no blank lines around it. Nothing for a text of white space."""
     return [text.replace("\r\n", "\n").replace("\r", "\n").strip("\n")] if text.strip() else []
 
 
 def plain_texts(file: File, documents: str, errors: Errors, advance: Advance) -> Iterator[str]:
-    """The documents of a file of plain text, which end at each "blank-line", at each "line", or with the "file"."""
+    """The documents of a plain text file, which end at each "blank-line", at each "line", or with the "file"."""
     start, lines = 0, []
     for offset, line in _lines(file, advance):
         if not lines:
@@ -131,7 +142,7 @@ def json_texts(file: File, field: str, errors: Errors, advance: Advance) -> Iter
             text = json.loads(decoded)[field]
             if errors == "replace":
                 text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            text.encode()  # A lone surrogate can be written in JSON, but it is no text.
+            text.encode()  # JSON can spell a lone surrogate, UTF-8 cannot.
         except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
             raise InputError(
                 f"{file.path}:{number} is not a JSON object with a string `{field}`: correct the line"
@@ -140,31 +151,31 @@ def json_texts(file: File, field: str, errors: Errors, advance: Advance) -> Iter
 
 
 def parquet_texts(file: File, field: str, errors: Errors, advance: Advance) -> Iterator[str]:
-    """The documents of a Parquet file, a row each, in the column `field` of strings. A row group is held at a time."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise InputError(f'{file.path} needs pyarrow: pip install "prelm_jax[parquet]"') from None
+    """The documents of a Parquet file, one a row, in the string column `field`; one row group in memory at a time."""
+    import pyarrow
+    import pyarrow.parquet
+
     with opened(file.path) as raw:
         try:
             table = pyarrow.parquet.ParquetFile(raw)
-            columns = table.schema_arrow
-            if field not in columns.names:
-                raise InputError(f"{file.path} has no column `{field}`, only {', '.join(columns.names)}")
+            schema = table.schema_arrow
+            if field not in schema.names:
+                raise InputError(f"{file.path} has no column `{field}`, only {', '.join(schema.names)}")
             row = 0
             for group in range(table.num_row_groups):
-                texts = table.read_row_group(group, columns=[field], use_threads=False).column(0)
+                column = table.read_row_group(group, columns=[field], use_threads=False).column(0)
                 file.check()
-                # As bytes, for the library does not look whether its strings are UTF-8.
-                for data in texts.cast(pyarrow.large_binary()):
+                try:
+                    # As bytes: pyarrow does not check that its strings are UTF-8.
+                    texts = column.cast(pyarrow.large_binary())
+                except pyarrow.ArrowNotImplementedError:
+                    raise InputError(f"{file.path}: the column `{field}` holds {column.type}, not text") from None
+                for data in texts:
                     row += 1
                     if not data.is_valid:
                         raise InputError(f"{file.path}: row {row} has no `{field}`: fill it or leave the row out")
                     yield from as_document(decode(f"{file.path}, row {row},", 0, data.as_py(), errors))
                 advance(file.size / table.num_row_groups)
-        except pyarrow.ArrowNotImplementedError:
-            raise InputError(f"{file.path}: the column `{field}` holds {columns.field(field).type}, not text") from None
         except pyarrow.ArrowInvalid as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"{file.path} is damaged ({reason}): copy or download it again") from None

@@ -1,46 +1,47 @@
-"""Documents to sentences. No character but white space at the edges of a sentence is lost."""
+"""Documents to sentences. Only white space at the edges of a sentence is lost."""
 
 import re
 from typing import Literal
 
 import sentencex
 
-# sentencex needs time quadratic in the number of quotation marks and brackets it is given (a million characters of them
-# took minutes), so a longer line is given to it in pieces.
-PIECE_CHARACTERS = 10_000
+# sentencex takes time quadratic in the number of quotation marks and brackets (minutes for a million), so longer lines
+# are segmented in chunks.
+CHUNK_CHARACTERS = 10_000
 
-# What sentencex gets wrong in Chinese and Japanese, whatever the language: it takes a digit or a small letter after a
-# full stop for a sentence that goes on ("完工。2009年…"), 『』 for no quotation marks, and what follows a quotation
-# for a new sentence even after a comma ("「…！」，他說").
-_SEEMS_TO_GO_ON = re.compile("(?<=[。！？])[0-9a-z]")
-_GOES_ON = tuple("，、；：。！？…」』）》】〉")
+# Errors of sentencex in Chinese and Japanese, in any language setting: a digit or lower-case Latin letter after a full
+# stop continues the sentence ("完工。2009年…"), 『』 are no quotation marks, and a quotation ends the sentence even
+# before a comma ("「…！」，他說").
+_LOOKS_LIKE_CONTINUATION = re.compile("(?<=[。！？])[0-9a-z]")
+_CONTINUES_SENTENCE = tuple("，、；：。！？…」』）》】〉")
 
 
-def split(text: str, how: Literal["library", "line"], language: str = "en") -> list[str]:
-    """The sentences of a document: its non-empty lines ("line"), or these split further by sentencex ("library").
+def split(text: str, how: Literal["library", "line"]) -> list[str]:
+    """The sentences of a document: its non-empty lines ("line"), or these segmented further by sentencex ("library").
 
-    A sentence never goes over the end of a line. `language` is the two-letter code that sentencex takes.
+    Example: `split("Mr. Smith slept. It was late.", "library") == ["Mr. Smith slept.", "It was late."]`.
     """
     lines = text.split("\n")
     if how == "library":
-        lines = [sentence for line in lines for sentence in _segment(line, language)]
+        lines = [sentence for line in lines for sentence in _segment(line)]
     return [sentence for sentence in map(str.strip, lines) if sentence]
 
 
-def _segment(line: str, language: str) -> list[str]:
+def _segment(line: str) -> list[str]:
     sentences = []
     start = 0
     while start < len(line):
-        end = start + PIECE_CHARACTERS
+        end = start + CHUNK_CHARACTERS
         if end < len(line):
             end = line.rfind(" ", start, end) + 1 or end
-        piece = _SEEMS_TO_GO_ON.sub("一", line[start:end].replace("『", "“").replace("』", "”"))
-        segments = sentencex.segment(language, piece)
+        # The substitutes have the length of the originals, so segments are cut from the line itself.
+        chunk = _LOOKS_LIKE_CONTINUATION.sub("一", line[start:end].replace("『", "“").replace("』", "”"))
+        segments = sentencex.segment("en", chunk)  # pyrefly: ignore[missing-attribute]  # Compiled, without stubs.
         if end < len(line) and len(segments) > 1:
-            del segments[-1]  # it may go on after the piece; the next piece begins with it
+            del segments[-1]  # The chunk may end inside this sentence: the next chunk begins with it.
         for segment in segments:
             sentence = line[start : start + len(segment)]
-            if sentences and sentence.startswith(_GOES_ON):
+            if sentences and sentence.startswith(_CONTINUES_SENTENCE):
                 sentences[-1] += sentence
             else:
                 sentences.append(sentence)

@@ -1,4 +1,4 @@
-"""The token store: a tokenised corpus as flat arrays on disk, memory-mapped.
+"""The token store: a tokenized corpus as flat arrays on disk, memory-mapped.
 
 A store is a directory with `manifest.json` and little-endian arrays, each a bare file:
 
@@ -7,13 +7,16 @@ A store is a directory with `manifest.json` and little-endian arrays, each a bar
     document_offsets  int64 [documents + 1]: index of the first sentence of each document, and the number of sentences
     document_bytes    int64 [documents]: UTF-8 bytes of each document's original text, before cleaning and lower-casing
 
-Ids of words (ELMo's, `prelm_jax.tokenizers.words`) number every word of the corpus: first the vocabulary, then
-those outside of it as they were met, on either side. Two more arrays spell them:
+With an open vocabulary (ELMo's, `prelm_jax.tokenizers.words`) every distinct word of the corpus has an id: first the
+vocabulary, then other words in order of appearance on either side. Two more arrays spell them:
 
     word_bytes        uint8: the UTF-8 bytes of the words, end to end
     word_offsets      int64 [words + 1]: index of the first byte of each word, and the number of bytes
 
-`prelm_jax.corpus.prepare` makes a store.
+The documents [[5, 6] [7]] [[8]] of ids are `ids` 5 6 7 8, `sentence_offsets` 0 2 3 4, `document_offsets` 0 2 3.
+
+`prelm_jax.corpus.prepare` makes stores. Letters at the end of a name in `corpus` are the axes of an array: X documents,
+Y sentences, W distinct words. Flat arrays of tokens have none.
 """
 
 import functools
@@ -23,7 +26,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -32,31 +35,32 @@ from prelm_jax.errors import InputError
 from prelm_jax.storage import writing
 from prelm_jax.tokenizers.characters import Spellings
 
-FORMAT = 3  # raise it when the same corpus and tokenizer would give another store
-COUNTED_AT_ONCE = 1 << 24
+STORE_FORMAT = 4  # Raise it when the arrays or the manifest change.
+CHUNK_ITEMS = 1 << 24  # Counted in memory at once.
 ARRAYS = ("ids", "sentence_offsets", "document_offsets", "document_bytes")
 WORD_ARRAYS = ("word_bytes", "word_offsets")
-PIECES = (
-    "ids",
-    "sentence_lengths",
-    "document_lengths",
-    "document_bytes",
-    "unknown_tokens",
-    "empty_documents",
-    "longest_word",
-)
+# What is appended to a store: arrays of consecutive documents, then counts, one or more of each to be summed up.
+COLUMNS = ("ids", "sentence_lengths", "document_lengths", "document_bytes")
+COUNTS = ("words", "unknown_tokens", "empty_documents", "longest_word")
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
 
 
 class Store:
     """Token ids with the offsets of their sentences and documents; no sentence and no document is empty.
 
-    `manifest` holds the counts (`documents`, `sentences`, `tokens`, `bytes`, `unknown_tokens`, and `empty_documents`,
-    which were left out), the characters of the `longest_word` between white space, the fingerprints of corpus and
-    tokenizer, and a checksum for each array. `words` spells each id where ids are words, else it is None.
+    `words` spells each id of an open vocabulary, else it is None. `manifest` holds
+
+        documents, sentences, tokens      counts
+        bytes, words                      UTF-8 bytes and words (`prepare.count_words`) of the original documents
+        unknown_tokens                    tokens that are unknown to the vocabulary
+        empty_documents                   documents left out because they have no tokens
+        longest_word                      characters of the longest run without white space
+        corpus, tokenizer, side           fingerprints, and "training" or "held_out"
+        format                            STORE_FORMAT
+        lengths, dtypes, checksums        of each array; checksums are SHA-256 (hex)
     """
 
-    def __init__(self, arrays: dict[str, np.ndarray], manifest: dict[str, Any]):
+    def __init__(self, arrays: dict[str, np.ndarray], manifest: dict):
         self.ids = arrays["ids"]
         self.sentence_offsets = arrays["sentence_offsets"]
         self.document_offsets = arrays["document_offsets"]
@@ -66,7 +70,7 @@ class Store:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the manifest, and so of all that the store holds and where it comes from."""
+        """SHA-256 (hex) of the manifest, whose checksums and fingerprints cover content and origin."""
         return digest(self.manifest)
 
     @property
@@ -81,6 +85,20 @@ class Store:
     def num_documents(self) -> int:
         return len(self.document_bytes)
 
+    @property
+    def num_words(self) -> int:
+        """Words of the original documents, by which runs with different tokenizers compare; 0 in memory."""
+        return self.manifest["words"]
+
+    @property
+    def unknown_rate(self) -> float:
+        """The fraction of tokens that the vocabulary cannot spell."""
+        return self.manifest["unknown_tokens"] / max(self.num_tokens, 1)
+
+    @property
+    def tokens_per_word(self) -> float:
+        return self.num_tokens / max(self.num_words, 1)
+
     def gather(self, positions: np.ndarray) -> np.ndarray:
         """The ids (int32) at token indices of any shape."""
         return self.ids[positions].astype(np.int32)
@@ -88,17 +106,17 @@ class Store:
     def token_counts(self, vocab_size: int) -> np.ndarray:
         """int64 [vocab_size]: how often each id occurs."""
         counts = np.zeros(vocab_size, np.int64)
-        for start in range(0, self.num_tokens, COUNTED_AT_ONCE):
-            counts += np.bincount(self.ids[start : start + COUNTED_AT_ONCE], minlength=vocab_size)
+        for start in range(0, self.num_tokens, CHUNK_ITEMS):
+            counts += np.bincount(self.ids[start : start + CHUNK_ITEMS], minlength=vocab_size)
         return counts
 
     def length_quantiles(self, unit: Literal["documents", "sentences"]) -> list[int]:
-        """How many tokens at most have half of the documents or sentences, 90 %, 99 %, and all."""
+        """The lengths in tokens that half, 90 %, 99 % and all of the documents or sentences do not exceed."""
         number = self.num_documents if unit == "documents" else self.num_sentences
         counts = np.zeros(1, np.int64)
-        for start in range(0, number, COUNTED_AT_ONCE):
-            piece = slice(start, start + COUNTED_AT_ONCE + 1)
-            bounds = self.sentence_offsets[self.document_offsets[piece] if unit == "documents" else piece]
+        for start in range(0, number, CHUNK_ITEMS):
+            chunk = slice(start, start + CHUNK_ITEMS + 1)
+            bounds = self.sentence_offsets[self.document_offsets[chunk] if unit == "documents" else chunk]
             found = np.bincount(np.diff(bounds), minlength=len(counts))
             found[: len(counts)] += counts
             counts = found
@@ -108,9 +126,11 @@ class Store:
     def from_documents(
         cls, documents: Iterable[Sequence[Sequence[int]]], words: Iterable[str] | None = None
     ) -> "Store":
-        """A store in memory, of documents of sentences of ids, which are those of `words` if these are given.
+        """A store in memory, from documents of sentences of ids; `words` spells the ids of an open vocabulary.
 
-        The sizes of the texts are not known: they are 0.
+        Bytes and words of the original texts are unknown, and 0.
+
+            Store.from_documents([[[5, 6], [7]], [[8]]])
         """
         documents = [[sentence for sentence in document if len(sentence)] for document in documents]
         kept = [document for document in documents if document]
@@ -124,22 +144,19 @@ class Store:
         if words is not None:
             arrays |= spelled(words)
         checksums = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
-        return cls(arrays, {"empty_documents": len(documents) - len(kept), "checksums": checksums})
+        return cls(arrays, {"words": 0, "empty_documents": len(documents) - len(kept), "checksums": checksums})
 
     @classmethod
     def open(cls, directory: str | os.PathLike, verify: bool = False) -> "Store":
-        """Maps a store that was prepared. Raises InputError if it is not whole.
-
-        Its sizes are looked at; with `verify` all of it is read, to compare the checksums.
-        """
+        """Memory-maps a store. Raises InputError if it is incomplete: sizes differ, or with `verify` checksums."""
         directory = Path(directory)
         again = f"delete {directory.parent} and run again"
         try:
             manifest = json.loads((directory / "manifest.json").read_bytes())
             lengths, dtypes, checksums = manifest["lengths"], manifest["dtypes"], manifest["checksums"]
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{directory} is no complete token store ({error!r}): {again}") from None
-        if manifest.get("format") != FORMAT:
+            raise InputError(f"{directory} is not a complete token store ({error!r}): {again}") from None
+        if manifest.get("format") != STORE_FORMAT:
             raise InputError(f"{directory} is a token store of another version of prelm_jax: {again}")
         arrays = {}
         for name in (*ARRAYS, *(name for name in WORD_ARRAYS if name in lengths)):
@@ -150,7 +167,7 @@ class Store:
             if verify:
                 with open(path, "rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != checksums[name]:
-                        raise InputError(f"{path} is damaged, its checksum is another: {again}")
+                        raise InputError(f"{path} is damaged (its checksum differs): {again}")
             # An empty file cannot be mapped.
             arrays[name] = np.asarray(np.memmap(path, dtype, "r")) if size else np.empty(0, dtype)
         return cls(arrays, manifest)
@@ -163,39 +180,41 @@ def spelled(words: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 class Writer:
-    """Writes a store from beginning to end, in pieces, with the counts and checksums of what was written."""
+    """Writes a store sequentially, with the counts and checksums of what was written."""
 
-    def __init__(self, directory: Path, ids: Any, words: bool):
+    def __init__(self, directory: Path, id_dtype: type[np.integer], words: bool):
         directory.mkdir(parents=True)
         self.directory = directory
-        dtypes = dict.fromkeys(ARRAYS, np.int64) | {"ids": ids}
+        dtypes = dict.fromkeys(ARRAYS, np.int64) | {"ids": id_dtype}
         if words:
             dtypes |= {"word_bytes": np.uint8, "word_offsets": np.int64}
         self.dtypes = {name: np.dtype(dtype).newbyteorder("<") for name, dtype in dtypes.items()}
         self.checksums = {name: hashlib.sha256() for name in dtypes}
         self.lengths = dict.fromkeys(dtypes, 0)
-        counted = ("documents", "sentences", "tokens", "bytes", "unknown_tokens", "empty_documents", "longest_word")
-        self.counts = dict.fromkeys(counted, 0)
+        self.counts = dict.fromkeys(("documents", "sentences", "tokens", "bytes", *COUNTS), 0)
         self.write({name: np.zeros(int("offsets" in name), np.int64) for name in ARRAYS})
 
-    def append(self, pieces: dict[str, np.ndarray]) -> None:
-        """Appends documents. `pieces` are PIECES: the ids of all sentences end to end, the tokens of each sentence, the
-        sentences of each document, its bytes; and counts, of which there may be several, for parts of the documents."""
+    def append(self, documents: dict[str, np.ndarray]) -> None:
+        """Appends documents given as COLUMNS and COUNTS.
+
+        COLUMNS are the ids of all sentences end to end, the tokens of each sentence, the sentences and the bytes of
+        each document.
+        """
         self.write(
             {
-                "ids": pieces["ids"],
-                "sentence_offsets": self.counts["tokens"] + np.cumsum(pieces["sentence_lengths"]),
-                "document_offsets": self.counts["sentences"] + np.cumsum(pieces["document_lengths"]),
-                "document_bytes": pieces["document_bytes"],
+                "ids": documents["ids"],
+                "sentence_offsets": self.counts["tokens"] + np.cumsum(documents["sentence_lengths"]),
+                "document_offsets": self.counts["sentences"] + np.cumsum(documents["document_lengths"]),
+                "document_bytes": documents["document_bytes"],
             }
         )
-        self.counts["documents"] += len(pieces["document_lengths"])
-        self.counts["sentences"] += len(pieces["sentence_lengths"])
-        self.counts["tokens"] += len(pieces["ids"])
-        self.counts["bytes"] += int(pieces["document_bytes"].sum())
-        self.counts["unknown_tokens"] += int(pieces["unknown_tokens"].sum())
-        self.counts["empty_documents"] += int(pieces["empty_documents"].sum())
-        self.counts["longest_word"] = int(max(self.counts["longest_word"], *pieces["longest_word"]))
+        self.counts["documents"] += len(documents["document_lengths"])
+        self.counts["sentences"] += len(documents["sentence_lengths"])
+        self.counts["tokens"] += len(documents["ids"])
+        self.counts["bytes"] += int(documents["document_bytes"].sum())
+        for name in ("words", "unknown_tokens", "empty_documents"):
+            self.counts[name] += int(documents[name].sum())
+        self.counts["longest_word"] = int(max(self.counts["longest_word"], *documents["longest_word"]))
 
     def write(self, arrays: dict[str, np.ndarray]) -> None:
         """Appends to the arrays."""
@@ -207,10 +226,10 @@ class Writer:
             self.lengths[name] += len(array)
 
     def finish(self, origin: dict[str, str]) -> None:
-        """Writes the manifest; `origin` says of what the store was made."""
+        """Writes the manifest. `origin`: fingerprints of corpus and tokenizer, and the side."""
         checksums = {name: checksum.hexdigest() for name, checksum in self.checksums.items()}
         dtypes = {name: dtype.str for name, dtype in self.dtypes.items()}
         arrays = {"lengths": self.lengths, "dtypes": dtypes, "checksums": checksums}
         path = self.directory / "manifest.json"
         with writing(path):
-            path.write_text(json.dumps({"format": FORMAT, **origin, **self.counts, **arrays}, indent=2) + "\n")
+            path.write_text(json.dumps({"format": STORE_FORMAT, **origin, **self.counts, **arrays}, indent=2) + "\n")

@@ -1,10 +1,10 @@
-"""Masked language modelling: which positions are to be predicted, and what stands in their place.
+"""Masked language modeling: which tokens are to be predicted, and what the model reads in their place.
 
 BERT, appendix A.1 (Devlin et al., 2019); google-research/bert, create_masked_lm_predictions in
 create_pretraining_data.py. As there, the number of predictions counts the special tokens too, a random token is drawn
-from the whole vocabulary, and the 80/10/10 choice is made for each piece, also in whole words.
+from the whole vocabulary, and the 80/10/10 choice is made for each subword, also in whole words.
 
-Divergences: masks are drawn afresh for each example, where the original draws ten for each text; a piece that follows a
+Divergences: masks are drawn for each example, where the original draws ten masks for each text; a subword right after a
 special token, where a segment was cut inside a word, is a word of its own, where the original joins it to the word
 before the special token.
 """
@@ -14,25 +14,23 @@ from typing import Literal
 
 import numpy as np
 
-from prelm_jax.data.randomness import bits, key, words
+from prelm_jax.data.batches import special_id
+from prelm_jax.data.randomness import bits, key, random_uint32
 from prelm_jax.errors import InputError
+from prelm_jax.tokenizers.base import Tokenizer
 
 _LARGEST = np.uint32(2**32 - 1)
 
 
 @dataclass(frozen=True)
 class MaskingConfig:
-    """Which tokens are to be predicted: `probability` · length of them.
+    """Selects `probability` × length tokens to predict and replaces most of them."""
 
-    Of these `mask` become [MASK] and `random` any token of the vocabulary; the others stay. With `whole_word` all
-    pieces of a word are chosen or none (a piece that begins with ## belongs to the word before it). Chinese, whose
-    characters are tokens, has words with a `segmenter` alone (`prelm_jax.data.segmentation`).
-    """
-
-    probability: float = 0.15
-    mask: float = 0.8
-    random: float = 0.1
-    whole_word: bool = False
+    probability: float = 0.15  # Fraction of a sequence's tokens to predict; special tokens count towards its length.
+    mask: float = 0.8  # Fraction of the predicted tokens that the model reads as [MASK].
+    random: float = 0.1  # Fraction that it reads as a random token; the rest is left as it is.
+    whole_word: bool = False  # Predict all subwords of a word or none (needs a vocabulary with subwords).
+    # Word segmenter for Chinese, where every character is a token (needs whole_word and the extra "chinese").
     segmenter: Literal["jieba"] | None = None
 
     def __post_init__(self):
@@ -48,29 +46,31 @@ class MaskingConfig:
                 f"masking.segmenter is {self.segmenter}, which is for whole words: turn masking.whole_word on too"
             )
 
-    def build(self, tokenizer, max_predictions: int, seed: int) -> "Masking":
-        """The masking of a run; `tokenizer` has `vocab_size`, `special_ids` and `continuation` (bool [vocab_size])."""
+    def build(self, tokenizer: Tokenizer, max_predictions: int, seed: int) -> "Masking":
+        """The masking of a run, for at most `max_predictions` (M) tokens a row."""
         return Masking(self, tokenizer, max_predictions, seed)
 
 
 class Masking:
-    """Masks the tokens of examples; a pure function of (seed, example)."""
+    """Masks the tokens of examples: a pure function of (seed, example)."""
 
-    def __init__(self, config: MaskingConfig, tokenizer, max_predictions: int, seed: int):
+    def __init__(self, config: MaskingConfig, tokenizer: Tokenizer, max_predictions: int, seed: int):
         self._config = config
         self._max_predictions = max_predictions
-        self._mask_id = np.int32(tokenizer.special_ids["[MASK]"])
+        self._mask_id = np.int32(special_id(tokenizer, "mask", "masked language models"))
         self._vocab_size = np.uint64(tokenizer.vocab_size)
         self._order_key, self._choice_key = key(seed, "masking: order"), key(seed, "masking: choice")
-        # Of 32 random bits: below the first a token becomes [MASK], and else below the second a random one.
+        # 32 random bits below the first threshold make a token [MASK], below the second a random token.
         self._mask_below = np.uint32(config.mask * _LARGEST)
         self._random_below = np.uint32((config.mask + config.random) * _LARGEST)
+        self._continuation_V = None
         if config.whole_word:
-            self._continuation_V = tokenizer.continuation
+            # bool [V]: the entries that continue a word. Only vocabularies of subwords have it.
+            self._continuation_V = getattr(tokenizer, "continuation", np.zeros(tokenizer.vocab_size, bool))
             if not self._continuation_V.any() and config.segmenter is None:
                 raise InputError(
-                    "masking.whole_word needs a vocabulary with pieces that continue a word, and this one has none: "
-                    "give one of pieces, for Chinese also masking.segmenter, or leave it off"
+                    "masking.whole_word needs a vocabulary with subwords that continue a word, and this one has none: "
+                    "choose one that has, set masking.segmenter (Chinese), or turn masking.whole_word off"
                 )
 
     def __call__(
@@ -81,35 +81,37 @@ class Masking:
         example_B: np.ndarray,
         continues_BT: np.ndarray | bool = False,
     ) -> dict[str, np.ndarray]:
-        """Chooses positions among the candidates and replaces what stands there, in `tokens_BT` itself.
+        """Chooses positions among the candidates and replaces their tokens in `tokens_BT` itself.
 
         Args:
             tokens_BT: int32, C-contiguous; changed in place.
-            candidates_BT: bool, where a token may be chosen: the real tokens but [CLS] and [SEP].
+            candidates_BT: bool, the positions that may be chosen: real tokens but [CLS] and [SEP].
             length_B: number of real tokens, [CLS] and [SEP] included.
-            example_B: number of each example; it decides the draws.
-            continues_BT: bool, where a token continues a word that the vocabulary does not tell (whole words).
+            example_B: number of each example; it determines the random draws.
+            continues_BT: bool, where a token continues a word although the vocabulary does not say so (Chinese).
 
         Returns:
             `masked_positions` (ascending) and `masked_targets`, int32 [B, M], and `masked_weights`, float32 [B, M].
-            Slots that are not used come last; in them all three are 0.
+            Unused slots come last; all three are 0 there.
         """
         (B, T), M = tokens_BT.shape, self._max_predictions
-        # Halves are rounded to even, as Python rounds them in the original.
+        # Halves are rounded to even, like Python's round() in the original.
         count_B = np.rint(length_B * self._config.probability).astype(np.int64)
         count_B = np.minimum(np.maximum(count_B, 1), M)
-        random_BT = words(bits(self._order_key, example_B), T)
-        if self._config.whole_word:
-            inside_BT = self._continuation_V[tokens_BT] | continues_BT
-            position_BM, used_BM = self._whole_words(inside_BT, candidates_BT, count_B, random_BT)
+        random_BT = random_uint32(bits(self._order_key, example_B), T)
+        if self._continuation_V is None:
+            position_BM, used_BM = self._choose_tokens(candidates_BT, count_B, random_BT)
         else:
-            position_BM, used_BM = self._pieces(candidates_BT, count_B, random_BT)
+            continues_BT = self._continuation_V[tokens_BT] | continues_BT
+            position_BM, used_BM = self._choose_words(continues_BT, candidates_BT, count_B, random_BT)
 
+        # A view of all rows end to end, and the indices of the chosen positions in it.
         tokens, index_BM = tokens_BT.reshape(-1), position_BM + np.arange(0, B * T, T)[:, None]
         target_BM = tokens[index_BM]
-        random_BM, choice_BM = np.split(words(bits(self._choice_key, example_B), 2 * M), 2, axis=1)
+        random_BM, choice_BM = np.split(random_uint32(bits(self._choice_key, example_B), 2 * M), 2, axis=1)
+        # 32 random bits times V, divided by 2^32: a random id.
         random_BM = (random_BM.astype(np.uint64) * self._vocab_size >> np.uint64(32)).astype(np.int32)
-        # A slot that is not used points at position 0 and leaves it as it is.
+        # An unused slot points at position 0 and must leave its token as it is.
         choice_BM = np.where(used_BM, choice_BM, _LARGEST)
         replacement_BM = np.where(choice_BM < self._random_below, random_BM, target_BM)
         tokens[index_BM] = np.where(choice_BM < self._mask_below, self._mask_id, replacement_BM)
@@ -119,33 +121,48 @@ class Masking:
             "masked_weights": used_BM.astype(np.float32),
         }
 
-    def _pieces(self, candidates_BT, count_B, random_BT) -> tuple[np.ndarray, np.ndarray]:
+    def _choose_tokens(
+        self, candidates_BT: np.ndarray, count_B: np.ndarray, random_BT: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Positions of count_B random candidates, or of all where there are fewer: (position_BM, used_BM)."""
         position_BM, used_BM = _shuffle(candidates_BT, random_BT, self._max_predictions)
         used_BM &= np.arange(self._max_predictions) < count_B[:, None]
+        # Unused slots are sorted to the end.
         position_BM[~used_BM] = candidates_BT.shape[1]
         position_BM.sort(axis=1)
         position_BM[~used_BM] = 0
         return position_BM, used_BM
 
-    def _whole_words(self, inside_BT, candidates_BT, count_B, random_BT) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of random whole words of together at most count_B pieces: (position_BM, used_BM)."""
+    def _choose_words(
+        self, continues_BT: np.ndarray, candidates_BT: np.ndarray, count_B: np.ndarray, random_BT: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of random whole words that have at most count_B tokens together: (position_BM, used_BM).
+
+        One row with count 3, in which the word at 4 is drawn before the word at 1:
+
+            position     0      1   2         3       4    5
+            token        [CLS]  un  ##believ  ##able  day  [SEP]
+            continues    0      0   1         1       0    0
+            next_begin   0      1   4         4       4    5      the first position from here on that begins a word
+            word at 4    ends at next_begin[5] = 5: 1 token of 3, chosen, 2 left
+            word at 1    ends at next_begin[2] = 4: 3 tokens of 2, passed over
+            change       0      0   0         0       1    -1     its running sum is 1 at chosen positions: at 4
+        """
         B, T = candidates_BT.shape
-        inside_BT &= candidates_BT
-        inside_BT[:, 1:] &= candidates_BT[:, :-1]
-        begin_BT, is_word_BT = _shuffle(candidates_BT & ~inside_BT, random_BT, T)
-        # The first position from here on that is not inside a word: the word that begins at i ends before end_BT[i +
-        # 1].
-        end_BT = np.where(np.pad(inside_BT, ((0, 0), (0, 1))), T, np.arange(T + 1))
-        end_BT = np.minimum.accumulate(end_BT[:, ::-1], axis=1)[:, ::-1]
+        # A word does not continue over a special token.
+        continues_BT &= candidates_BT
+        continues_BT[:, 1:] &= candidates_BT[:, :-1]
+        begin_BT, is_word_BT = _shuffle(candidates_BT & ~continues_BT, random_BT, T)
+        next_begin_BT = np.where(np.pad(continues_BT, ((0, 0), (0, 1))), T, np.arange(T + 1))
+        next_begin_BT = np.minimum.accumulate(next_begin_BT[:, ::-1], axis=1)[:, ::-1]
 
         # One word of every row at a time; a word too long for what is left is passed over, as in the original.
-        change_BT = np.zeros((B, T + 1), np.int8)  # 1 where a chosen word begins, -1 where it has ended
+        change_BT = np.zeros((B, T + 1), np.int8)
         row_B, left_B = np.arange(B), count_B.copy()
         for begin_B, is_word_B in zip(begin_BT.T, is_word_BT.T, strict=True):
             if not (is_word_B & (left_B > 0)).any():
                 break
-            end_B = end_BT[row_B, begin_B + 1]
+            end_B = next_begin_BT[row_B, begin_B + 1]
             chosen_B = is_word_B & (end_B - begin_B <= left_B)
             left_B -= (end_B - begin_B) * chosen_B
             change_BT[row_B, begin_B] += chosen_B
@@ -158,9 +175,15 @@ class Masking:
 
 
 def _shuffle(allowed_BT: np.ndarray, random_BT: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first n of each row's positions in random order, the allowed ones first; and which of them are allowed."""
+    """The first n of each row's positions in random order, allowed ones first; and whether each of them is allowed.
+
+    Overwrites `random_BT`, because sorting single numbers is fastest: in each the highest bit says that the position is
+    not allowed, the lowest bits are the position, and the bits between are random. With T = 4:
+
+        position 2, allowed       0 <random> 10
+        position 3, not allowed   1 <random> 11    sorted after all that are allowed
+    """
     T = allowed_BT.shape[1]
-    # From its highest bit one number holds: not allowed, at random, the position. So it is enough to sort the numbers.
     not_allowed, position = np.uint32(1 << 31), np.uint32((1 << (T - 1).bit_length()) - 1)
     random_BT &= ~(not_allowed | position)
     random_BT |= np.arange(T, dtype=np.uint32)

@@ -1,52 +1,74 @@
-"""What a trigram model reaches: the baseline beside which the loss of a language model says something.
+"""The cross-entropy of a trigram model: the baseline of a language model's loss.
 
-Interpolated as by Jelinek and Mercer (1980): the probability of a token is a mean of its frequency after the two tokens
-before it and of what a bigram says, which is a mean of the frequency after the one before it and of the unigram's; the
-weights of these means depend on how often the tokens before were seen, in powers of two. They are fitted by
-expectation-maximisation to training tokens, each of which is taken out of the counts while it is predicted (deleted
-interpolation), so that no text has to be set aside.
+Interpolated after Jelinek and Mercer (1980): the probability of a token is a weighted mean of its frequency after the
+two tokens before it and of the bigram model's probability, which in turn is a weighted mean of its frequency after the
+one token before it and of the unigram model's probability. The weights depend on how often the tokens before were seen,
+in powers of two. Expectation-maximization fits them to training tokens, each of which is taken out of the counts while
+it is predicted (deleted interpolation), so no text has to be set aside.
 
-Only the n-grams that are asked for are counted, so memory does not grow with the corpus; and of a large one no more
-than COUNTED pieces, evenly spread, are read.
+Only the n-grams that are asked for are counted, so memory does not grow with the corpus; of a large corpus at most
+COUNTED_CHUNKS chunks, evenly spread, are read.
 """
+
+from typing import Protocol
 
 import numpy as np
 
-from prelm_jax.corpus.store import Store
-
-PIECE = 1 << 20  # tokens
-COUNTED = 64  # pieces
-FITTED_ON = 1 << 17  # tokens, about, that the weights are fitted to
+CHUNK = 1 << 20  # tokens
+COUNTED_CHUNKS = 64
+FITTED_ON = 1 << 17  # tokens, about, to which the weights are fitted
 _ITERATIONS = 30
-_LEVELS = 64
+_LEVELS = 64  # of how often a history was seen: powers of two
 
 
-def trigram_loss(store: Store, vocab_size: int, asked: np.ndarray) -> float:
-    """The mean cross-entropy (nats) of the last tokens of trigrams after the two before.
+class TokenSource(Protocol):
+    """Token ids of documents: a `Store`, or anything that can be read like one."""
+
+    sentence_offsets: np.ndarray  # index of the first token of each sentence, and the number of tokens
+    document_offsets: np.ndarray  # index of the first sentence of each document, and the number of sentences
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def gather(self, positions: np.ndarray) -> np.ndarray:
+        """The ids (int32) at token indices of any shape."""
+        ...
+
+
+def trigram_loss(source: TokenSource, vocab_size: int, queries: np.ndarray) -> float:
+    """The mean cross-entropy (nats) of the last token of each trigram, given the two before it.
 
     Args:
-        store: what the model is fitted on; none of its n-grams crosses the border of a document.
-        vocab_size: V, above all ids; up to two million.
-        asked: int [3, n], the trigrams, with V where there is no first token, or no first and no second.
+        source: the training text; no n-gram crosses the boundary of a document.
+        vocab_size: V, above all ids; at most two million.
+        queries: int [3, n], the trigrams. V stands for a missing token: [V, V, c] is the first token of a document,
+            [V, b, c] its second.
     """
-    pieces = _pieces(store.num_tokens)
-    stride = -(-sum(map(len, pieces)) // FITTED_ON)
-    fitted_to = _ngrams(store, np.concatenate([piece[::stride] for piece in pieces]), vocab_size)
-    counts, seen = _count(store, pieces, vocab_size, np.concatenate([fitted_to, asked], axis=1))
+    chunks = _chunks(source.num_tokens)
+    stride = -(-sum(map(len, chunks)) // FITTED_ON)
+    fitted_to = _ngrams(source, np.concatenate([chunk[::stride] for chunk in chunks]), vocab_size)
+    counts, total = _count(source, chunks, vocab_size, np.concatenate([fitted_to, queries], axis=1))
     n = fitted_to.shape[1]
-    left_out, rest = np.maximum(counts[:, :n] - 1, 0), counts[:, n:]
+    left_out, asked = np.maximum(counts[:, :n] - 1, 0), counts[:, n:]
 
-    # Probabilities of the tokens left out in turn and of those asked for: the unigram's, then with the bigram's
-    # frequencies (counts 2 and 3), and with the trigram's (0 and 1).
-    mean, result = ((x[4] + 1) / (total + vocab_size) for x, total in ((left_out, seen - 1), (rest, seen)))
+    # `fitted` are the probabilities of the tokens that are left out in turn, `result` those of the queries: first the
+    # unigram model's (count 4), then mixed with the bigram frequencies (counts 2 and 3), then with the trigram
+    # frequencies (counts 0 and 1).
+    fitted = (left_out[4] + 1) / (total - 1 + vocab_size)
+    result = (asked[4] + 1) / (total + vocab_size)
     for order in (2, 0):
-        (frequency, level), (asked_frequency, asked_level) = (
-            (x[order] / np.maximum(x[order + 1], 1), np.frexp(x[order + 1])[1]) for x in (left_out, rest)
-        )
-        weight = _fit(frequency, mean, level)
-        mean = weight[level] * frequency + (1 - weight[level]) * mean
+        frequency, level = _frequency(left_out, order)
+        asked_frequency, asked_level = _frequency(asked, order)
+        weight = _fit(frequency, fitted, level)
+        fitted = weight[level] * frequency + (1 - weight[level]) * fitted
         result = weight[asked_level] * asked_frequency + (1 - weight[asked_level]) * result
     return float(-np.log(result).mean())
+
+
+def _frequency(counts: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray]:
+    """The frequency of n-grams after their histories, and the level of the histories: the bits of their counts."""
+    ngram, history = counts[order], counts[order + 1]
+    return ngram / np.maximum(history, 1), np.frexp(history)[1]
 
 
 def _fit(frequency: np.ndarray, lower: np.ndarray, level: np.ndarray) -> np.ndarray:
@@ -54,49 +76,54 @@ def _fit(frequency: np.ndarray, lower: np.ndarray, level: np.ndarray) -> np.ndar
     members = np.bincount(level, minlength=_LEVELS)
     weight = np.full(_LEVELS, 0.5)
     for _ in range(_ITERATIONS):
-        share = weight[level] * frequency
-        share /= share + (1 - weight[level]) * lower
-        weight = (np.bincount(level, share, minlength=_LEVELS) + 0.5) / (members + 1)
-    weight[0] = 0  # what stands before was never seen
+        posterior = weight[level] * frequency
+        posterior /= posterior + (1 - weight[level]) * lower
+        weight = (np.bincount(level, posterior, minlength=_LEVELS) + 0.5) / (members + 1)
+    weight[0] = 0  # of a history that was never seen
     return weight
 
 
-def _pieces(num_tokens: int) -> list[range]:
-    """The places that are counted."""
-    pieces = [range(begin, min(begin + PIECE, num_tokens)) for begin in range(0, num_tokens, PIECE)]
-    return [pieces[i * len(pieces) // COUNTED] for i in range(COUNTED)] if len(pieces) > COUNTED else pieces
+def _chunks(num_tokens: int) -> list[range]:
+    """The token indices that are counted."""
+    chunks = [range(begin, min(begin + CHUNK, num_tokens)) for begin in range(0, num_tokens, CHUNK)]
+    if len(chunks) <= COUNTED_CHUNKS:
+        return chunks
+    return [chunks[i * len(chunks) // COUNTED_CHUNKS] for i in range(COUNTED_CHUNKS)]
 
 
-def _ngrams(store: Store, places: np.ndarray, none: int) -> np.ndarray:
-    """int64 [3, n]: the tokens at some places after the two before them, `none` where the document begins later."""
-    begins = store.sentence_offsets[store.document_offsets]
-    depth = places - begins[np.searchsorted(begins, places, side="right") - 1]
-    back = np.array([[2], [1], [0]])
-    return np.where(depth >= back, store.gather(np.maximum(places - back, 0)), none).astype(np.int64)
+def _ngrams(source: TokenSource, indices: np.ndarray, missing: int) -> np.ndarray:
+    """int64 [3, n]: the tokens at some indices after the two before them; `missing` before a document's beginning.
 
-
-def _count(store: Store, pieces: list[range], vocab_size: int, asked: np.ndarray) -> tuple[np.ndarray, int]:
-    """How often the n-grams asked for occur at the places of the pieces, and the number of these.
-
-    int64 [5, n]: the trigram, the two tokens before a third, the bigram, the token before a second, the token; 0 for
-    those of which a part is missing.
+    A document a b c gives the columns (missing, missing, a), (missing, a, b), (a, b, c).
     """
-    distinct, inverse = zip(*(np.unique(keys, return_inverse=True) for keys in _keys(asked, vocab_size)), strict=True)
+    begins = source.sentence_offsets[source.document_offsets]
+    depth = indices - begins[np.searchsorted(begins, indices, side="right") - 1]  # tokens before it in its document
+    back = np.array([[2], [1], [0]])
+    return np.where(depth >= back, source.gather(np.maximum(indices - back, 0)), missing).astype(np.int64)
+
+
+def _count(source: TokenSource, chunks: list[range], vocab_size: int, queries: np.ndarray) -> tuple[np.ndarray, int]:
+    """How often the n-grams of the queries occur in the chunks, and the number of tokens in these.
+
+    int64 [5, n], for a query (a, b, c): the counts of abc, of ab before any third token, of bc, of b before any second
+    token, and of c; 0 for an n-gram with a missing token.
+    """
+    distinct, inverse = zip(*(np.unique(keys, return_inverse=True) for keys in _keys(queries, vocab_size)), strict=True)
     counts = [np.zeros(len(keys), np.int64) for keys in distinct]
-    for piece in pieces:
-        ngrams = _ngrams(store, np.arange(piece.start, piece.stop), vocab_size)
+    for chunk in chunks:
+        ngrams = _ngrams(source, np.arange(chunk.start, chunk.stop), vocab_size)
         for count, known, keys in zip(counts, distinct, _keys(ngrams, vocab_size), strict=True):
-            keys = np.sort(keys)  # in order they are looked up several times as fast
-            place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-            count += np.bincount(place[known[place] == keys], minlength=len(known))
+            keys = np.sort(keys)  # sorted keys are found several times as fast
+            found = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+            count += np.bincount(found[known[found] == keys], minlength=len(known))
     result = np.stack([count[i] for count, i in zip(counts, inverse, strict=True)])
-    result[:2, asked[0] == vocab_size] = 0
-    result[2:4, asked[1] == vocab_size] = 0
-    return result, sum(map(len, pieces))
+    result[:2, queries[0] == vocab_size] = 0
+    result[2:4, queries[1] == vocab_size] = 0
+    return result, sum(map(len, chunks))
 
 
 def _keys(ngrams: np.ndarray, vocab_size: int) -> list[np.ndarray]:
-    """A number for each of the five parts of the trigrams that `_count` counts."""
+    """One number for each of the five n-grams of a trigram that `_count` counts."""
     base = vocab_size + 1
     first, second, third = ngrams
     return [(first * base + second) * base + third, first * base + second, second * base + third, second, +third]

@@ -1,8 +1,12 @@
-"""Counter-based random numbers: the only source of chance of the data.
+"""Counter-based random numbers: the only source of randomness of the data.
 
-Every number is a pure function of a key and a counter, and its bits are a key in their turn (seed → stream → example
+Every number is a pure function of a key and a counter, and its bits can serve as a key again (seed → stream → example
 → position). So a batch can be built anywhere and in any order, and a host that builds only its rows draws the same
-numbers for them. There is no state.
+numbers for them. There is no state:
+
+    shuffle = key(seed, "shuffle")
+    uniform(shuffle, np.arange(3))               # three numbers in [0, 1), the same in every process
+    random_uint32(bits(shuffle, example_B), T)   # T numbers for each example
 """
 
 import hashlib
@@ -11,12 +15,12 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-# By chi-square tests of where two elements go: four rounds are biased below 1000 elements, six are not; shorter sides
-# leave a bias for five elements and fewer.
+# Chosen by chi-square tests of where two elements go: with four rounds, permutations of fewer than 1000 elements are
+# biased, with six they are not; shorter sides bias permutations of five elements or fewer.
 _ROUNDS = 6
 _SHORTEST_SIDE = 8
 
-# SplitMix64 (Steele, Lea and Flood, 2014). As arrays, because NumPy converts a scalar anew for every operation.
+# SplitMix64 (Steele, Lea and Flood, 2014). As arrays, because NumPy converts a scalar for every operation again.
 _GOLDEN, _FIRST, _SECOND = (
     np.array(n, np.uint64) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
@@ -24,7 +28,7 @@ _1, _11, _27, _30, _31, _32 = (np.array(n, np.uint64) for n in (1, 11, 27, 30, 3
 
 
 def key(seed: int, name: str) -> np.ndarray:
-    """The key (uint64) of the stream `name` of a run: streams of different names or seeds are independent."""
+    """The key (uint64) of a stream of random numbers; streams of different names or seeds are independent."""
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
     return np.array(int.from_bytes(digest, "little"), np.uint64)
 
@@ -40,7 +44,7 @@ def bits(key: np.ndarray, counter: ArrayLike) -> np.ndarray:
     return x
 
 
-def words(key_B: np.ndarray, n: int) -> np.ndarray:
+def random_uint32(key_B: np.ndarray, n: int) -> np.ndarray:
     """n random uint32 for each key: [B, n]."""
     return bits(key_B[:, None], np.arange((n + 1) // 2)).view("<u4")[:, :n]
 
@@ -51,7 +55,7 @@ def uniform(key: np.ndarray, counter: ArrayLike) -> np.ndarray:
 
 
 def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    """Where the random permutation of [0, n) that `key` (broadcast to `index`) stands for takes each index (int64).
+    """Maps each index by a random permutation of [0, n), which `key` (broadcast to `index`) chooses: int64.
 
     A Feistel network on the pairs of [0, a) × [0, b), a near-square that holds n, with cycle walking (Black and
     Rogaway, 2002): no table, so a permutation of any size (up to 2^60) costs nothing to set up.
@@ -60,7 +64,8 @@ def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     b = max(-(-n // a), _SHORTEST_SIDE)
     keys = bits(np.broadcast_to(key, index.shape), np.arange(_ROUNDS)[:, None])
     x = _feistel(index.astype(np.uint64), a, b, keys)
-    # a · b is below n + a (but for the smallest n): hardly any index falls outside, and one that does soon comes back.
+    # a · b is below n + a (but for the smallest n): few results are outside of [0, n), and permuting them again brings
+    # them back soon.
     while (outside := np.flatnonzero(x >= n)).size:
         x[outside] = _feistel(x[outside], a, b, keys[:, outside])
     return x.astype(np.int64)

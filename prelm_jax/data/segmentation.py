@@ -1,15 +1,15 @@
-"""Which tokens continue a word where words are written without spaces: Chinese, whose every character is a token.
+"""Word boundaries in Chinese, which is written without spaces: which tokens continue a word.
 
-BERT-wwm (Cui et al. 2019, arXiv:1906.08101) masks the characters of a word together. Here the words are those that
-jieba finds (extra `chinese`: rjieba, which finds the same some forty times as fast).
+Every ideograph is a token, and BERT-wwm (Cui et al. 2019, arXiv:1906.08101) masks the ideographs of a word together.
+Here jieba finds the words (extra `chinese`: rjieba, which gives the same words about forty times as fast).
 
-Divergences: the paper has LTP find the words; they are looked for in the ids, not in the text, so a character outside
-the vocabulary is a word of its own.
+Divergences: the paper segments with LTP. Words are found in the ids, not in the original text, so a character outside
+of the vocabulary is a word of its own.
 """
 
 import importlib.metadata
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,16 +19,15 @@ from prelm_jax.cache import cached_file, digest
 from prelm_jax.corpus.store import Store
 from prelm_jax.errors import InputError
 
-VERSION = 1  # raise it when the same store would give other words
+VERSION = 1  # increase it when the same store would give other words
 TOKENS_AT_ONCE = 1 << 20
-BREAK = "\n"  # stands for whatever is no ideograph
+BREAK = "\n"  # replaces every token that is not an ideograph
 
 
 def continuations(store: Store, tokens: list[str]) -> np.ndarray:
-    """For each token of a store whether it continues a word of ideographs: bool [tokens], memory-mapped.
+    """Whether each token of a store continues a word of ideographs: bool [tokens of the store], memory-mapped.
 
-    `tokens` is the vocabulary. What was found is kept in the cache directory. Raises InputError where rjieba is not
-    installed.
+    `tokens` is the vocabulary. The result is kept in the cache directory. Raises InputError if rjieba is not installed.
     """
     try:
         import rjieba
@@ -45,15 +44,21 @@ def continuations(store: Store, tokens: list[str]) -> np.ndarray:
     return np.asarray(np.memmap(path, bool, "r"))
 
 
-def _parts(store: Store, tokens: list[str], cut) -> Iterator[np.ndarray]:
-    """The continuations, some million tokens at a time; `cut` gives the words of a text, end to end."""
+def _parts(store: Store, tokens: list[str], cut: Callable[[str], list[str]]) -> Iterator[np.ndarray]:
+    """The continuations, about a million tokens at a time. `cut` splits a text into words.
+
+    For sentences 我们来 and 到北京, which are cut into 我们 来 and 到 北京:
+
+        text with breaks     \\n 我 们 来 \\n 到 北 京      a break before each sentence: no word crosses its boundary
+        continues            0  0  1  0  0  0  0  1
+        without breaks          0  1  0     0  0  1
+    """
     character_V = np.array([token if _is_ideograph(token) else BREAK for token in tokens], "<U1")
     offsets = store.sentence_offsets
-    borders = np.searchsorted(offsets, range(0, store.num_tokens, TOKENS_AT_ONCE))
-    for first, last in pairwise([*np.unique(borders), store.num_sentences]):
+    bounds = np.searchsorted(offsets, range(0, store.num_tokens, TOKENS_AT_ONCE))
+    for first, last in pairwise([*np.unique(bounds), store.num_sentences]):
         begins = offsets[first:last] - offsets[first]
         characters = character_V[store.ids[offsets[first] : offsets[last]]]
-        # A break before each sentence: no word goes over its border.
         text = np.insert(characters, begins, BREAK).tobytes().decode("utf-32-le")
         continues = np.ones(len(text), bool)
         continues[np.cumsum([0, *map(len, cut(text))])[:-1]] = False

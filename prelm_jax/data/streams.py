@@ -1,56 +1,63 @@
-"""ELMo's examples: endless rows of sentences, read in both directions; a batch is a pure function of (seed, step).
+"""ELMo's examples: endless rows of sentences, read in both directions.
 
 ELMo, section 3.1 (Peters et al., 2018); bilm-tf, bilm/data.py.
 
-The sentences of an epoch, in random order, stand end to end as a line of places: a sentence of n words has n + 1. The
-forward direction reads `<S> w1 … wn` there to predict `w1 … wn </S>`, the backward direction `</S> wn … w1` to predict
-`wn … w1 <S>`: at each place both are in the same sentence, one that much after its beginning, the other as much before
-its end. The line is cut into as many equal slices as there are rows; a row reads its slice of one epoch, then that of
-the next, without end, T places a step, so it goes on where the step before stopped. Where a slice is a place shorter
-than others, its row reads the place after it too, without weight: all rows begin an epoch together.
+The sentences of an epoch are laid end to end, in random order, as a line of positions: n + 1 for a sentence of n words.
+At them the forward direction reads `<S> w1 … wn` to predict `w1 … wn </S>`, and the backward direction reads
+`</S> wn … w1` to predict `wn … w1 <S>`. So both are in the same sentence, one as far after its beginning as the other
+is before its end.
+
+The line is cut into as many equal slices as there are rows. A row reads its slice of one epoch, then its slice of the
+next, without end, T positions a step; the next step resumes where the last one stopped. A slice that is one position
+shorter than others is followed by one position without weight, so that all rows begin an epoch together. Two rows, a
+line of 9 positions and T = 2:
+
+    line            0 1 2 3 4 5 6 7 8      slices [0, 4) and [4, 9)
+    steps, row 0    0 1 | 2 3 | 4 0 | …    4 is after its slice: weight 0; then the next epoch's line begins
+    steps, row 1    4 5 | 6 7 | 8 4 | …
 
 Divergences from that reference:
 
 - Both directions read the same sentences, so that a word's characters are encoded once for both. Only of a sentence
-  that the border of a step cuts do they read different parts: the one its beginning, the other its end. In the
-  reference each direction has its own random order (`independent_directions`).
-- A row is the owner of its slice; in the reference rows take sentences from one queue, whenever they have none. The
-  sentences at the borders of slices, one for each row, are read by two rows, each a part.
+  that is cut by the end of a step do they read different parts: one its beginning, the other its end. In the reference
+  each direction has its own random order (`independent_directions`).
+- Each row has its own slice; in the reference rows take sentences from one queue, whenever they need one. The sentences
+  at the ends of slices, one for each row, are split between two rows.
 - Sentences are in random order in the whole corpus, not only within the shard that was loaded.
 - The negatives are the same for all devices; in the reference each device draws its own.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from prelm_jax.corpus.store import Store
-from prelm_jax.data.ngrams import trigram_loss
+from prelm_jax.data.baselines import Baselines, perplexity, stream_baselines
+from prelm_jax.data.batches import StoreBatches, special_id
 from prelm_jax.data.randomness import bits, key, permute, uniform
-from prelm_jax.data.show import read_on
-from prelm_jax.data.windows import count_up
+from prelm_jax.data.show import show_streams
+from prelm_jax.data.spans import cut
 from prelm_jax.errors import InputError
-from prelm_jax.tokenizers.characters import spelled
+from prelm_jax.tokenizers.base import Tokenizer
+from prelm_jax.training.contract import HostBatch, Layout
 
 DIRECTIONS = ("forward", "backward")
-FEWEST_WORDS = 128  # for which a batch has room: a multiple of the devices that share them
-FEWEST_CHARACTERS = 24  # that a row of them has room for; in most batches it is enough
-PERMUTED_AT_ONCE = 1 << 20
-EPOCHS_KEPT = 2  # a step may have the end of one and the beginning of the next
+FEWEST_WORDS = 128  # distinct words that a batch has room for: a multiple of the devices that share them
+FEWEST_CHARACTERS = 24  # characters that a distinct word has room for; in most batches they are enough
+PERMUTED_AT_ONCE = 1 << 20  # sentences
+EPOCHS_KEPT = 2  # a step may read the end of one epoch and the beginning of the next
 
 
 @dataclass(frozen=True)
 class StreamsConfig:
-    """Rows that are cut every `max_length` (T) words. `num_negatives` words are drawn for sampled softmax.
+    """Continuous streams of sentences for a bidirectional language model of words."""
 
-    With `num_negatives=0` there are none, for a model that has the full softmax in training too.
-    """
-
-    max_length: int = 20
-    num_negatives: int = 8192
+    max_length: int = 20  # Words per row (T): backpropagation through time is truncated there.
+    num_negatives: int = 8192  # Words drawn for the sampled softmax of each direction; 0 for the full softmax.
+    # Give each direction its own random order of sentences, as the original does: more distinct words, slower steps.
     independent_directions: bool = False
 
     def __post_init__(self):
@@ -59,25 +66,44 @@ class StreamsConfig:
         if self.num_negatives < 0:
             raise InputError(f"data.num_negatives is {self.num_negatives}: give 0 or more")
 
-    def build(self, store: Store, tokenizer, batch_size: int, seed: int) -> "StreamBatches":
-        """The batches of a run; `tokenizer` has `vocab_size`, `special_ids` and `unknown_id`.
-
-        Raises InputError if the store is not one of words, or has less of them than there are rows.
-        """
+    def build(self, store: Store, tokenizer: Tokenizer, batch_size: int, seed: int) -> "StreamBatches":
+        """The batches of a run. Raises InputError for an empty store, or one whose tokens are not words."""
         return StreamBatches(self, store, tokenizer, batch_size, seed)
 
+    def baselines(self, batches: "StreamBatches", evaluation: Iterable[HostBatch]) -> Baselines:
+        """See `stream_baselines`."""
+        return stream_baselines(batches.targets(), batches.vocab_size, evaluation)
 
-class StreamBatches:
-    """`batches[step]`: the batch of a step, a dict of arrays; pure in (seed, step), without end (epochs reshuffle).
+    def derived_metrics(self, name: str, value: float, store: Store) -> dict[str, float]:
+        """Perplexity of each direction, and of both: their geometric mean, as in bilm-tf's `run_test.py`."""
+        names = {"loss": "perplexity"} | {f"{direction}_loss": f"{direction}_perplexity" for direction in DIRECTIONS}
+        return perplexity(names, name, value)
 
-    Keys, int32 unless said: `characters` [U, C], the character ids of the different words of the global batch, with
-    room for the longest of them, both padded to one of a few sizes; and for each direction d, forward and backward,
-    `d_words` [B, T], what is read, as numbers of rows of `characters`; `d_targets` [B, T], what is predicted, ids of
-    the vocabulary; `d_weights` (float32) [B, T], 1 or, for the place after a slice, 0; `d_negatives` [num_negatives],
-    different ids in the order they were drawn; and `d_tries` [], how many draws it took to have so many different ones.
+    def show(self, batch: HostBatch, tokenizer: Tokenizer) -> Iterator[str]:
+        """See `show_streams`."""
+        return show_streams(batch, tokenizer)
+
+
+class SentenceSpans(NamedTuple):
+    """Parts of sentences that rows read: int64 [R] each."""
+
+    begin: np.ndarray  # first token of the sentence in the store
+    end: np.ndarray  # and the one after its last
+    start: np.ndarray  # position in the sentence where the part begins
+    length: np.ndarray  # positions
+
+
+class StreamBatches(StoreBatches):
+    """Batches of streams.
+
+    Keys, int32 unless said: `characters` [U, C], the character ids of the distinct words of the global batch; U and C
+    are padded to one of a few sizes. For each direction d, forward and backward: `d_words` [B, T], the inputs, as row
+    numbers of `characters`; `d_targets` [B, T], ids of the vocabulary; `d_weights` (float32) [B, T], 1, or 0 for the
+    position after a slice; `d_negatives` [num_negatives], distinct ids in the order they were drawn; and `d_tries` [],
+    the number of draws until they were complete.
     """
 
-    def __init__(self, config: StreamsConfig, store: Store, tokenizer, batch_size: int, seed: int):
+    def __init__(self, config: StreamsConfig, store: Store, tokenizer: Tokenizer, batch_size: int, seed: int):
         if store.words is None:
             raise InputError(
                 "the tokens of this store are not words: streams need a vocabulary of words (WordVocabularyConfig)"
@@ -87,231 +113,198 @@ class StreamBatches:
                 f"data.num_negatives is {config.num_negatives}, but the vocabulary has only {tokenizer.vocab_size} "
                 "words: give fewer, or 0 for the full softmax"
             )
-        self.batch_size = batch_size
+        super().__init__(store, tokenizer.vocab_size, batch_size)
         self._config = config
-        self._store = store
-        self._vocab_size = tokenizer.vocab_size
-        self._unknown_id = tokenizer.unknown_id
-        begin, end = (tokenizer.special_ids[token] for token in ("<S>", "</S>"))
-        self._marks = {"forward": (begin, end), "backward": (end, begin)}
+        self._spellings = store.words
+        begin, end = (special_id(tokenizer, role, "word streams") for role in ("bos", "eos"))
+        self._boundaries = {"forward": (begin, end), "backward": (end, begin)}
+        self._unknown_id = np.int32(special_id(tokenizer, "unknown", "word streams"))
         self._epoch_keys = {d: key(seed, f"streams: epoch {d}") for d in DIRECTIONS}
         self._negative_keys = {d: key(seed, f"streams: negatives {d}") for d in DIRECTIONS}
         if n := config.num_negatives:
-            _, tries = log_uniform(self._negative_keys["forward"], n, self._vocab_size, n)
-            # About as many as are needed at every step.
-            self._negatives = partial(log_uniform, n=n, vocab_size=self._vocab_size, at_once=int(tries * 1.03) + 1)
+            _, tries = log_uniform(self._negative_keys["forward"], n, self.vocab_size, n)
+            self._draws = int(tries * 1.03) + 1  # enough for most steps
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-        places = store.num_tokens + store.num_sentences
-        if not places:
+        positions = store.num_tokens + store.num_sentences
+        if not positions:
             raise InputError("the corpus is empty: give one with at least one word")
-        borders = np.arange(batch_size + 1) * places // batch_size
-        self._slice_begins, self._slice_lengths = borders[:-1], np.diff(borders)
-        self._slice = int(self._slice_lengths[-1])  # the longest, by one
+        bounds = np.arange(batch_size + 1) * positions // batch_size
+        self._slice_begins, self._slice_lengths = bounds[:-1], np.diff(bounds)
+        self._slice = int(self._slice_lengths[-1])  # the longest, by at most one
 
-    @property
-    def layout(self) -> dict[str, str]:
-        """Which keys hold a host's rows ("rows"), and which are the same on every host ("shared", "replicated")."""
-        layout = {"characters": "shared"}
-        for direction in DIRECTIONS:
-            layout |= {f"{direction}_{name}": "rows" for name in ("words", "targets", "weights")}
+    @functools.cached_property
+    def layout(self) -> Mapping[str, Layout]:
+        """How each key is spread over hosts and devices."""
+        layout: dict[str, Layout] = {"characters": "shared"}
+        for d in DIRECTIONS:
+            layout |= {f"{d}_words": "rows", f"{d}_targets": "rows", f"{d}_weights": "rows"}
             if self._config.num_negatives:
-                layout |= {f"{direction}_{name}": "replicated" for name in ("negatives", "tries")}
+                layout |= {f"{d}_negatives": "replicated", f"{d}_tries": "replicated"}
         return layout
 
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        return self.rows(step, 0, self.batch_size)
-
     def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Rows start to stop of the batch of a step; what belongs to all rows is of the global batch."""
-        T = self._config.max_length
-        weights_BT = (step * T + np.arange(T)) % self._slice < self._slice_lengths[start:stop, None]
-        read_2BT, targets, parts = [], {}, None
+        """Rows start to stop of the batch of a step; what is not "rows" is that of the global batch."""
+        T, n = self._config.max_length, self._config.num_negatives
+        # Words are numbered for all rows and both directions together: the first axis of inputs_2BT is the direction.
+        inputs_2BT, targets_2BT, parts = [], [], []
         for direction in DIRECTIONS:
-            if parts is None or self._config.independent_directions:
+            if not parts or self._config.independent_directions:
                 parts = self._parts(step, direction)
-            places = [self._words(direction, *pieces) for pieces in parts]
-            read_BT, targets_BT = (
-                np.concatenate([words.reshape(self.batch_size, -1) for words in part], axis=1)
-                for part in zip(*places, strict=True)
-            )
-            read_2BT.append(read_BT)
-            targets[direction] = self._known(targets_BT[start:stop])
-        words_U, number_2BT = _distinct(np.stack(read_2BT))
+            read = [self._read(direction, spans) for spans in parts]
+            for axis, words in zip((inputs_2BT, targets_2BT), zip(*read, strict=True), strict=True):
+                axis.append(np.concatenate([part.reshape(self.batch_size, -1) for part in words], axis=1))
+        words_U, number_2BT = _distinct(np.stack(inputs_2BT))
         padding = np.full(bucket(len(words_U)) - len(words_U), self._unknown_id)
-        batch = {"characters": self._store.words.characters(np.append(words_U, padding), FEWEST_CHARACTERS)}
-        for direction, number_BT in zip(DIRECTIONS, number_2BT, strict=True):
+        batch = {"characters": self._spellings.characters(np.append(words_U, padding), FEWEST_CHARACTERS)}
+
+        weights_BT = (step * T + np.arange(T)) % self._slice < self._slice_lengths[start:stop, None]
+        for direction, number_BT, targets_BT in zip(DIRECTIONS, number_2BT, targets_2BT, strict=True):
             batch[f"{direction}_words"] = number_BT[start:stop]
-            batch[f"{direction}_targets"] = targets[direction]
+            batch[f"{direction}_targets"] = self._known(targets_BT[start:stop])
             batch[f"{direction}_weights"] = weights_BT.astype(np.float32)
-            if self._config.num_negatives:
-                drawn = self._negatives(bits(self._negative_keys[direction], step))
+            if n:
+                step_key = bits(self._negative_keys[direction], step)
+                drawn = log_uniform(step_key, n, self.vocab_size, self._draws)
                 batch[f"{direction}_negatives"], batch[f"{direction}_tries"] = drawn
         return batch
 
-    def baselines(self, evaluation: Iterable[dict[str, np.ndarray]]) -> dict[str, dict[str, float]]:
-        """What models that know next to nothing reach on consecutive evaluation batches, after training on this store.
+    def targets(self) -> dict[str, "StreamTargets"]:
+        """The targets of all sentences, for each direction, to fit baselines on."""
+        return {d: StreamTargets(self, d) for d in DIRECTIONS}
 
-        For each direction's loss the cross-entropy (nats) of the targets under the training frequencies (plus one
-        each), and under an interpolated trigram (`prelm_jax.data.ngrams`) that reads in that direction.
-        """
-        batches = list(evaluation)
-        counts = self._store.token_counts(len(self._store.words))
-        counts_V = counts[: self._vocab_size] + 1
-        counts_V[self._unknown_id] += counts[self._vocab_size :].sum()
-        result = {}
-        for direction in DIRECTIONS:
-            end = self._marks[direction][1]
-            frequencies_V = counts_V.copy()
-            frequencies_V[end] += self._store.num_sentences
-            # Row by row the batches go on, so the targets before a target are those it is predicted from.
-            targets_BT = np.concatenate([batch[f"{direction}_targets"] for batch in batches], axis=1)
-            nothing = np.full((len(targets_BT), 2), self._vocab_size)
-            before_BT = np.concatenate([nothing, np.where(targets_BT == end, self._vocab_size, targets_BT)], axis=1)
-            second_BT = before_BT[:, 1:-1]
-            first_BT = np.where(second_BT == self._vocab_size, self._vocab_size, before_BT[:, :-2])
-            real_BT = np.concatenate([batch[f"{direction}_weights"] for batch in batches], axis=1) > 0
-            trigrams = np.stack([first_BT[real_BT], second_BT[real_BT], targets_BT[real_BT]])
-            result[f"{direction}_loss"] = {
-                "unigram": float(np.log(frequencies_V.sum()) - np.log(frequencies_V)[trigrams[2]].mean()),
-                "trigram": trigram_loss(self._line(direction), self._vocab_size, trigrams),
-            }
-        forward, backward = (result[f"{direction}_loss"] for direction in DIRECTIONS)
-        result["loss"] = {name: (forward[name] + backward[name]) / 2 for name in forward}
-        return result
-
-    def in_other_units(self, name: str, value: float) -> dict[str, float]:
-        """The perplexity of each direction, and of both: their geometric mean, as bilm-tf's `run_test.py` has it."""
-        units = {"loss": "perplexity"} | {f"{direction}_loss": f"{direction}_perplexity" for direction in DIRECTIONS}
-        return {units[name]: math.exp(value)} if name in units else {}
-
-    def show(self, batch: dict[str, np.ndarray], tokenizer) -> Iterator[str]:
-        """Each row in lines: what each direction reads, and marked, before a word outside the vocabulary, <UNK>."""
-        for row in range(len(batch["forward_words"])):
-            lines = [f"row {row}"]
-            for direction in DIRECTIONS:
-                words, targets, weights = (
-                    batch[f"{direction}_{name}"][row] for name in ("words", "targets", "weights")
-                )
-                read = spelled(batch["characters"][words])
-                lines.append(f"  {direction:8} {read_on(read, targets, weights, tokenizer)}")
-            yield "\n".join(lines)
-
-    def _parts(self, step: int, direction: str) -> list[tuple[np.ndarray, ...]]:
-        """The pieces of a step's places: of one epoch, or of the end of one and the beginning of the next."""
-        place, stop = step * self._config.max_length, (step + 1) * self._config.max_length
+    def _parts(self, step: int, direction: str) -> list[SentenceSpans]:
+        """The spans of all rows of a step: of one epoch, or of the end of one and the beginning of the next."""
+        position, stop = step * self._config.max_length, (step + 1) * self._config.max_length
         parts = []
-        while place < stop:
-            epoch, offset = divmod(place, self._slice)
-            count = min(self._slice - offset, stop - place)
-            parts.append(self._pieces(self._slice_begins + offset, count, epoch, direction))
-            place += count
+        while position < stop:
+            epoch, offset = divmod(position, self._slice)
+            count = min(self._slice - offset, stop - position)
+            sentences, offsets = self._epoch(epoch, direction)
+            begin_B = self._slice_begins + offset
+            spans = cut(offsets, begin_B, begin_B + count)
+            bounds, sentence_R = self.store.sentence_offsets, sentences[spans.item]
+            parts.append(SentenceSpans(bounds[sentence_R], bounds[sentence_R + 1], spans.start, spans.length))
+            position += count
         return parts
 
-    def _pieces(self, begin_B: np.ndarray, count: int, epoch: int, direction: str) -> tuple[np.ndarray, ...]:
-        """The pieces (P) of all rows, for `count` places from some on in the line of an epoch: each of one sentence.
-
-        int64 [P]: the tokens between which the sentence lies, the words before the piece in it, and its places.
-        """
-        sentences, offsets = self._epoch(epoch, direction)
-        first_B = np.searchsorted(offsets, begin_B, side="right") - 1
-        count_B = np.searchsorted(offsets, begin_B + count) - first_B
-        number_P = np.repeat(first_B, count_B) + count_up(count_B)
-        begin_P = np.maximum(offsets[number_P], np.repeat(begin_B, count_B))
-        length_P = np.minimum(offsets[number_P + 1], np.repeat(begin_B + count, count_B)) - begin_P
-        bounds, sentence_P = self._store.sentence_offsets, sentences[number_P]
-        return bounds[sentence_P], bounds[sentence_P + 1], begin_P - offsets[number_P], length_P
-
     def _epoch(self, epoch: int, direction: str) -> tuple[np.ndarray, np.ndarray]:
-        """The sentences of an epoch in their order, and the place where each begins (and the number of places)."""
+        """The sentences of an epoch in their order; where each begins on the line, and the length of the line."""
         epoch_key = bits(self._epoch_keys[direction], epoch)
         name = int(epoch_key)
         if name not in self._epochs:
-            n = self._store.num_sentences
+            n = self.store.num_sentences
             sentences = np.empty(n, np.min_scalar_type(n))
             for start in range(0, n, PERMUTED_AT_ONCE):
                 index = np.arange(start, min(start + PERMUTED_AT_ONCE, n))
                 sentences[start : start + len(index)] = permute(index, n, epoch_key)
-            offsets = np.append(0, np.cumsum(np.diff(self._store.sentence_offsets)[sentences] + 1))
+            offsets = np.append(0, np.cumsum(np.diff(self.store.sentence_offsets)[sentences] + 1))
             if len(self._epochs) >= EPOCHS_KEPT * len(DIRECTIONS):
                 del self._epochs[next(iter(self._epochs))]
             self._epochs[name] = sentences, offsets
         return self._epochs[name]
 
-    def _words(
-        self, direction: str, begin_P: np.ndarray, end_P: np.ndarray, offset_P: np.ndarray, length_P: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of the words that a direction reads at the places of pieces, end to end, and of those that follow."""
-        before, after = self._marks[direction]
+    def _read(self, direction: str, spans: SentenceSpans) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of the words that a direction reads in spans, end to end, and of the words that follow them.
+
+        A sentence of the words a b c, tokens 100 to 102 of the store, read whole and from position 1 to 2:
+
+            position            0     1    2    3         1    2
+            forward inputs      <S>   a    b    c         a    b
+            forward targets     a     b    c    </S>      b    c      token 100 + position
+            backward inputs     </S>  c    b    a         c    b
+            backward targets    c     b    a    <S>       b    a      token 102 - position
+
+        An input is the token one step before its target. The tokens beyond the ends of the sentence are replaced by
+        the boundaries.
+        """
+        before, after = self._boundaries[direction]
         ahead = 1 if direction == "forward" else -1
-        stop_P = np.cumsum(length_P)
-        start_P = stop_P - length_P
-        position_P = begin_P + offset_P if direction == "forward" else end_P - 1 - offset_P
-        position = np.repeat(position_P - ahead * start_P, length_P) + ahead * np.arange(stop_P[-1])
-        # Beyond the ends of a sentence stand the marks.
-        last = self._store.num_tokens - 1
-        read = self._store.gather(np.clip(position - ahead, 0, last))
-        read[start_P[offset_P == 0]] = before
-        follow = self._store.gather(np.clip(position, 0, last))
-        follow[stop_P[offset_P + length_P > end_P - begin_P] - 1] = after
-        return read, follow
+        stop_R = np.cumsum(spans.length)
+        start_R = stop_R - spans.length
+        target_R = spans.begin + spans.start if direction == "forward" else spans.end - 1 - spans.start
+        target = np.repeat(target_R - ahead * start_R, spans.length) + ahead * np.arange(stop_R[-1])
+        last = self.store.num_tokens - 1
+        inputs = self.store.gather(np.clip(target - ahead, 0, last))
+        inputs[start_R[spans.start == 0]] = before
+        targets = self.store.gather(np.clip(target, 0, last))
+        targets[stop_R[spans.start + spans.length > spans.end - spans.begin] - 1] = after
+        return inputs, targets
 
     def _known(self, words: np.ndarray) -> np.ndarray:
-        """Ids of the vocabulary for those of any words."""
-        return np.where(words < self._vocab_size, words, np.int32(self._unknown_id))
-
-    def _line(self, direction: str) -> "_Line":
-        return _Line(self._store, lambda *pieces: self._known(self._words(direction, *pieces)[1]))
+        """Words outside of the vocabulary become <UNK>."""
+        return np.where(words < self.vocab_size, words, self._unknown_id)
 
 
-class _Line:
-    """The targets of all sentences as a store of documents, each a sentence: what a trigram is fitted on."""
+class StreamTargets:
+    """The targets of a direction, read like a `Store` in which each sentence is a document."""
 
-    def __init__(self, store: Store, targets: Callable[..., np.ndarray]):
+    def __init__(self, batches: StreamBatches, direction: str):
+        store = batches.store
         self.num_tokens = store.num_tokens + store.num_sentences
         self.sentence_offsets = store.sentence_offsets + np.arange(store.num_sentences + 1)
         self.document_offsets = np.arange(store.num_sentences + 1)
-        self._bounds = store.sentence_offsets
-        self._targets = targets
+        _, self.end_id = batches._boundaries[direction]
+        self._batches, self._direction = batches, direction
 
     def gather(self, positions: np.ndarray) -> np.ndarray:
-        place = positions.ravel()
-        sentence = np.searchsorted(self.sentence_offsets, place, side="right") - 1
-        begin, end = self._bounds[sentence], self._bounds[sentence + 1]
-        pieces = begin, end, place - self.sentence_offsets[sentence], np.ones_like(place)
-        return self._targets(*pieces).reshape(positions.shape)
+        """The targets at some positions of the sentences in the order of the store."""
+        position = positions.ravel()
+        sentence = np.searchsorted(self.sentence_offsets, position, side="right") - 1
+        bounds = self._batches.store.sentence_offsets
+        spans = SentenceSpans(
+            bounds[sentence],
+            bounds[sentence + 1],
+            position - self.sentence_offsets[sentence],
+            np.ones_like(position),
+        )
+        _, targets = self._batches._read(self._direction, spans)
+        return self._batches._known(targets).reshape(positions.shape)
+
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        """int64 [vocab_size]: how often each id is a target."""
+        batches = self._batches
+        counts = batches.store.token_counts(len(batches._spellings))
+        counts_V = counts[:vocab_size].copy()
+        counts_V[batches._unknown_id] += counts[vocab_size:].sum()
+        counts_V[self.end_id] += batches.store.num_sentences
+        return counts_V
 
 
 def _distinct(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What `np.unique` gives with the inverse (int32), of ids from 0 to 2^32: one sort of numbers is twice as fast."""
-    place_bits = ids.size.bit_length()
-    order = ids.ravel().astype(np.int64) << place_bits | np.arange(ids.size)
+    """`np.unique` with the inverse (int32), for ids from 0 to 2^32: twice as fast, because it sorts single numbers.
+
+    The ids 7 5 7 are sorted as (5, 1) (7, 0) (7, 2), an id in the high bits and its index in the low ones; so the
+    distinct ids are 5 7 and the inverse is 1 0 1.
+    """
+    index_bits = ids.size.bit_length()
+    order = ids.ravel().astype(np.int64) << index_bits | np.arange(ids.size)
     order.sort()
-    id, place = order >> place_bits, order & (1 << place_bits) - 1
+    id, index = order >> index_bits, order & (1 << index_bits) - 1
     first = np.append(True, id[1:] != id[:-1])
     number = np.empty(ids.size, np.int32)
-    number[place] = np.cumsum(first) - 1
+    number[index] = np.cumsum(first) - 1
     return id[first].astype(ids.dtype), number.reshape(ids.shape)
 
 
 def bucket(n: int) -> int:
-    """The least of 128, 192, 256, 384, … (powers of two, and one and a half times these) that has room for n."""
+    """The smallest of 128, 192, 256, 384, … (powers of two, and one and a half times these) that is n or more."""
     size = max(1 << (n - 1).bit_length(), FEWEST_WORDS)
     return size * 3 // 4 if n <= size * 3 // 4 and size > FEWEST_WORDS else size
 
 
 def log_uniform(key: np.ndarray, n: int, vocab_size: int, at_once: int) -> tuple[np.ndarray, np.ndarray]:
-    """n different ids of a vocabulary sorted by falling count, and how many draws it took.
+    """Draws n distinct ids of a vocabulary that is sorted by falling count, and counts the draws.
 
-    As TensorFlow's LogUniformCandidateSampler: id k is drawn with the probability log((k + 2) / (k + 1)) /
-    log(vocab_size + 1), again and again, until there are n different ones. `at_once`, how many draws are made before
-    they are looked at, changes nothing but the time it takes.
+    As TensorFlow's LogUniformCandidateSampler: id k is drawn with probability log((k + 2) / (k + 1)) /
+    log(vocab_size + 1), until there are n distinct ids. `at_once`, the number of draws that are made before they are
+    counted, affects only the speed.
 
-    Returns int32 [n], in the order they were drawn, and int32 [].
+    Returns the ids in the order they were drawn, int32 [n], and the number of draws, int32 [].
     """
     while True:
         draws = np.exp(uniform(key, np.arange(at_once)) * np.log(vocab_size + 1)).astype(np.int64) - 1
-        # Of several draws of an id the first is written last.
+        # Written in reverse order, so that the first of several draws of an id stays.
         number = np.arange(at_once, dtype=np.min_scalar_type(at_once))
         first_V = np.empty(vocab_size, number.dtype)
         first_V[draws[::-1]] = number[::-1]

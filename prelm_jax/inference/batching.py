@@ -1,8 +1,8 @@
-"""Texts through a model, many at a time: encoded, padded to a few lengths, computed in batches, put back in order."""
+"""Many texts through a model: encoded, padded to a few lengths, computed in batches, returned in order."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from jax import Array
@@ -10,16 +10,23 @@ from jax import Array
 from prelm_jax.errors import InputError
 from prelm_jax.tokenizers.base import Tokenizer
 
-# Texts are padded to a few lengths and run so many tokens at a time: few programs to compile, and the shape in which a
-# text is computed depends on its own length alone.
+# Texts are padded to a few lengths, and each batch has about TOKENS_PER_BATCH positions: few programs to compile, and
+# the shape in which a text is computed depends on its own length alone.
 SHORTEST = 16
 TOKENS_PER_BATCH = 2048
-# The results for so many tokens are held at once, while texts are put back into their order.
+# The number of tokens whose results are held at once to put texts back into their order.
 TOKENS_PER_WINDOW = 8 * TOKENS_PER_BATCH
+
+Tag = TypeVar("Tag")
+
+_NOTHING = np.zeros(0, np.float32)
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], room: int, truncate: bool = False) -> list[list[int]]:
-    """The ids of each text; one of more than `room` tokens is an InputError naming its line, or cut if `truncate`."""
+    """The ids of each text.
+
+    A text of more than `room` tokens raises InputError with its line number, or is cut if `truncate`.
+    """
     encoded = tokenizer.encode_batch(list(texts))
     for number, ids in enumerate(encoded, 1):
         if len(ids) > room and not truncate:
@@ -28,12 +35,12 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], room: int, truncate: bool
 
 
 def padded_length(length: int, longest: int) -> int:
-    """The next power of two."""
+    """The next power of two, between SHORTEST and `longest`."""
     return min(longest, max(SHORTEST, 1 << (length - 1).bit_length()))
 
 
 def batch(examples: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, segments) [B, T]: the examples are segment 1, the padding after and below them is segment 0."""
+    """(tokens, segments), int32 [rows, length]: each example is segment 1 of its row; padding is segment 0."""
     tokens_BT, segments_BT = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
     for row, example in enumerate(examples):
         tokens_BT[row, : len(example)] = example
@@ -42,15 +49,18 @@ def batch(examples: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np
 
 
 def batches(
-    examples: Iterable[tuple[Any, Sequence[int]]], longest: int
-) -> Iterator[tuple[tuple, np.ndarray, np.ndarray]]:
-    """(tags, tokens, segments) of tagged examples of about one length; all batches of a length have the same shape."""
-    waiting = defaultdict(list)
+    examples: Iterable[tuple[Tag, Sequence[int]]], longest: int
+) -> Iterator[tuple[tuple[Tag, ...], np.ndarray, np.ndarray]]:
+    """(tags, tokens, segments) of tagged examples with the same padded length.
+
+    All batches of a length have the same shape; `tags` names the rows that are examples.
+    """
+    waiting: defaultdict[int, list[tuple[Tag, Sequence[int]]]] = defaultdict(list)
 
     def rows(length: int) -> int:
         return max(1, TOKENS_PER_BATCH // length)
 
-    def full(length: int) -> tuple[tuple, np.ndarray, np.ndarray]:
+    def build(length: int) -> tuple[tuple[Tag, ...], np.ndarray, np.ndarray]:
         tags, together = zip(*waiting.pop(length), strict=True)
         return tags, *batch(together, rows(length), length)
 
@@ -58,17 +68,20 @@ def batches(
         length = padded_length(len(ids), longest)
         waiting[length].append((tag, ids))
         if len(waiting[length]) == rows(length):
-            yield full(length)
+            yield build(length)
     for length in list(waiting):
-        yield full(length)
+        yield build(length)
 
 
 def in_order(
-    encoded: Iterable[list[int]], compute: Callable[[np.ndarray, np.ndarray], Array], longest: int
-) -> Iterator[tuple[list[int], np.ndarray | None]]:
-    """For each text its ids and the part [T, ...] of `compute(tokens_BT, segments_BT)` [B, T, ...] that is its own.
+    encoded: Iterable[list[int]],
+    compute: Callable[[np.ndarray, np.ndarray], Array],
+    longest: int,
+    blank: np.ndarray = _NOTHING,
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """For each text its ids and its part [T, ...] of the result [B, T, ...] of `compute(tokens_BT, segments_BT)`.
 
-    None instead of it for a text without ids.
+    `blank` is the part of a text without ids.
     """
     for window in _windows(encoded):
         results = {}
@@ -76,11 +89,11 @@ def in_order(
             for i, row in zip(tags, np.asarray(compute(*inputs)), strict=False):
                 results[i] = row[: len(window[i])].copy()
         for i, ids in enumerate(window):
-            yield ids, results.get(i)
+            yield ids, results.get(i, blank)
 
 
 def _windows(encoded: Iterable[list[int]]) -> Iterator[list[list[int]]]:
-    """The texts one after the other, about TOKENS_PER_WINDOW tokens at a time."""
+    """Consecutive texts, about TOKENS_PER_WINDOW tokens at a time."""
     window, tokens = [], 0
     for ids in encoded:
         window.append(ids)

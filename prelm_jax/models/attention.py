@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from prelm_jax.models.layers import MASKED, Dropout, affine, backend
+from prelm_jax.models.layers import MASKED, affine, backend
 
 SPLASH_BLOCK = 128  # Tokens: the TPU's attention kernel takes multiples of it.
 
@@ -81,20 +81,25 @@ def attention_mask(segments_BT: Array, causal: bool = False) -> Mask:
     return Mask(allowed_B1TS, segments_BT, causal)
 
 
-def attention(q_BNTH: Array, k_BNSH: Array, v_BNSH: Array, mask: Mask, dropout: Dropout) -> Array:
+def attention(
+    q_BNTH: Array, k_BNSH: Array, v_BNSH: Array, mask: Mask, drop: Callable[[Array], Array] | None = None
+) -> Array:
     """Scaled dot-product attention (Vaswani et al. 2017, 3.2.1), [B, N, T, H]; softmax in fp32.
 
-    On a TPU the scores stay in the memory of the core, unless they have dropout, which its kernel has not.
+    drop: dropout for the attention weights; None: without. A TPU then runs a kernel that never writes the scores to
+    memory (it has no dropout), if the length is static and a multiple of SPLASH_BLOCK.
     """
     B, N, T, H = q_BNTH.shape
     q_BNTH = q_BNTH / math.sqrt(H)
-    if backend() == "tpu" and mask.segments_BT is not None and T % SPLASH_BLOCK == 0 and not dropout.drops:
+    if backend() == "tpu" and mask.segments_BT is not None and T % SPLASH_BLOCK == 0 and drop is None:
         return splash_attention(q_BNTH, k_BNSH, v_BNSH, mask.segments_BT, mask.causal)
     # One batch axis, and that first: left to itself, XLA's CPU backend transposes more.
     q_ATH, k_ASH, v_ASH = (x.reshape(B * N, -1, H) for x in (q_BNTH, k_BNSH, v_BNSH))
     scores_BNTS = jnp.einsum("ATH,ASH->ATS", q_ATH, k_ASH).reshape(B, N, T, -1)
     scores_BNTS = jnp.where(mask.allowed_B1TS, scores_BNTS.astype(jnp.float32), MASKED)
-    weights_BNTS = dropout(jax.nn.softmax(scores_BNTS).astype(v_BNSH.dtype))
+    weights_BNTS = jax.nn.softmax(scores_BNTS).astype(v_BNSH.dtype)
+    if drop is not None:
+        weights_BNTS = drop(weights_BNTS)
     return jnp.einsum("ATS,ASH->ATH", weights_BNTS.reshape(B * N, T, -1), v_ASH).reshape(B, N, T, H)
 
 

@@ -25,16 +25,19 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
     return log_normalizer - picked, (picked == highest).astype(jnp.float32)
 
 
-def tied_logits(x_GD: Array, table_VD: Array, vocab_size: int, bias_V: Array | None = None) -> Array:
-    """[G, V], fp32: products with a vocabulary table; the rows past `vocab_size` are padding and never win."""
+def tied_logits(x: Array, table_VD: Array, vocab_size: int, bias_V: Array | None = None) -> Array:
+    """[..., V], fp32: products of [..., D] with a vocabulary table, whose rows past `vocab_size` never win."""
+    x_GD, rows = x.reshape(-1, x.shape[-1]), table_VD.shape[0]
     logits_GV = jax.lax.dot_general(
-        x_GD, table_VD.astype(x_GD.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        x_GD, table_VD.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
     if bias_V is not None:
-        return add_bias(logits_GV, jnp.where(jnp.arange(len(table_VD)) < vocab_size, bias_V, MASKED))
-    # An update is written where the products are; a condition on the column would write all of them a second time.
-    padding_GV = jnp.full((len(x_GD), len(table_VD) - vocab_size), MASKED)
-    return jax.lax.dynamic_update_slice(logits_GV, padding_GV, (0, vocab_size))
+        logits_GV = add_bias(logits_GV, jnp.where(jnp.arange(rows) < vocab_size, bias_V, MASKED))
+    else:
+        # An update in place of what the product wrote; a condition on the column would write all logits a second time.
+        padding_GV = jnp.full((x_GD.shape[0], rows - vocab_size), MASKED)
+        logits_GV = jax.lax.dynamic_update_slice(logits_GV, padding_GV, (0, vocab_size))
+    return logits_GV.reshape(*x.shape[:-1], rows)
 
 
 def tied_cross_entropy(

@@ -11,24 +11,23 @@ Reference: allenai/bilm-tf, bilm/training.py. Divergences:
 import dataclasses
 import math
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
 from prelm_jax.errors import InputError
 from prelm_jax.models.character_cnn import CharacterCNN, CharacterCNNConfig
 from prelm_jax.models.cross_entropy import cross_entropy, tied_cross_entropy, tied_logits
+from prelm_jax.models.language_model import LanguageModel, LanguageModelConfig
 from prelm_jax.models.layers import MASKED, Dropout, Embedding, add_bias, check_rows, normal, padded_vocabulary, uniform
-from prelm_jax.models.lstm import LSTMStack, lstm
+from prelm_jax.models.lstm import LSTMStack, State, lstm
+from prelm_jax.training.contract import Batch, HostBatch, Params, Sums
 
-Params = dict[str, Any]
-Batch = dict[str, Array]
-Sums = dict[str, tuple[Array, Array]]
+States = dict[str, dict[str, State]]  # for each direction and layer
 
 CHARACTERS = 261  # Ids of characters: 256 bytes; begin and end of a sentence, begin and end of a word, padding.
 MAX_CHARACTERS = 50  # Ids of a word.
@@ -37,7 +36,7 @@ DIRECTIONS = ("forward", "backward")
 
 
 @dataclasses.dataclass(frozen=True)
-class ELMoConfig:
+class ELMoConfig(LanguageModelConfig):
     """ELMo's sizes; the defaults are the original. `vocab_size` None: as many as the vocabulary has.
 
     `filters`: (width in characters, how many of them). `hidden_size` is that of an LSTM's cell, `projection_size` that
@@ -45,7 +44,6 @@ class ELMoConfig:
     """
 
     model_type: ClassVar[str] = "elmo"
-    vocab_size: int | None = None
     character_embedding_size: int = 16
     filters: tuple[tuple[int, int], ...] = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
     activation: Literal["relu", "tanh"] = "relu"
@@ -66,8 +64,12 @@ class ELMoConfig:
             raise InputError(f"--model.filters: {widest} characters are wider than a word, which has {MAX_CHARACTERS}")
 
     def build(self, dtype: jnp.dtype = jnp.float32) -> "ELMo":
-        """The model, computing in `dtype`."""
+        """The pretraining model, computing in `dtype`."""
         return ELMo(self, dtype)
+
+    def encoder(self, dtype: jnp.dtype = jnp.float32) -> "ELMoEncoder":
+        """The model without its softmax, computing in `dtype`."""
+        return ELMoEncoder(self, dtype)
 
 
 class Softmax(nn.Module):
@@ -82,11 +84,18 @@ class Softmax(nn.Module):
         return table, self.param("bias", nn.initializers.zeros, (self.rows,))
 
 
-class ELMo(nn.Module):
-    """One encoder of words, an LSTM stack for each direction, one softmax."""
+class ELMoEncoder(nn.Module):
+    """The encoder of words and an LSTM stack for each direction."""
 
     config: ELMoConfig
     dtype: jnp.dtype = jnp.float32
+
+    # Small arrays, of sizes that many devices do not divide.
+    replicated: ClassVar[tuple[str, ...]] = (r"(^|/)characters/", r"(^|/)convolution_\d+/")
+    matrices: ClassVar[tuple[str, ...]] = (
+        r"(^|/)(forward|backward)/layer_\d+/(projection/)?kernel$",
+        r"(^|/)encoder/(highway_\d+/\w+|projection)/kernel$",
+    )
 
     def setup(self):
         c = self.config
@@ -94,58 +103,64 @@ class ELMo(nn.Module):
         self.encoder = CharacterCNN(CharacterCNNConfig(c.filters, c.activation, c.num_highways, c.projection_size))
         self.forward = LSTMStack(c.num_layers, c.hidden_size, c.projection_size)
         self.backward = LSTMStack(c.num_layers, c.hidden_size, c.projection_size)
-        self.softmax = Softmax(padded_vocabulary(c.vocab_size), c.projection_size)
         self.dropout = Dropout(c.dropout)
 
-    # The forward pass, in pieces; call them with `apply(..., method="encode")`.
+    def hidden_states(self, batch: Batch, train: bool = False) -> tuple[Array, ...]:
+        """The `num_layers` + 1 hidden states [B, T, 2 · P], forward half first; 0 in padding.
+
+        Reads characters [U, C] and words [B, T] (rows of `characters`); segments [B, T] are 0 in padding, which follows
+        the words of a row. Every row is read from the zero state. Layer 0 is the encoding of the word, twice.
+        """
+        real_BT = batch["segments"] != 0
+        words_BTP = jnp.take(self.encode(batch["characters"]), batch["words"], axis=0)
+        words_BTP = jnp.where(real_BT[..., None], words_BTP, 0)
+        carry = initial_states(self.config, words_BTP.shape[0])
+        outputs, _ = self.apply_layers(words_BTP, real_BT.sum(1), carry, train)
+        layers = [jnp.concatenate([outputs[d][i] for d in DIRECTIONS], -1) for i in range(self.config.num_layers)]
+        return jnp.concatenate([words_BTP, words_BTP], -1), *layers
 
     def encode(self, characters_UC: Array) -> Array:
-        """[U, P]: words from the ids of their characters, 0 to 260.
-
-        The ids may have been cut to the longest of the words.
-        """
-        # As much padding as the widest filter spans: with more of it the filters see nothing new.
-        columns = self._columns(characters_UC.shape[1]) - characters_UC.shape[1]
+        """[U, P]: words from the ids of their characters, 0 to 260; C may be the length of the longest word."""
+        # Pad by the width of the widest filter, whose windows then see all that they would see in 50 columns.
+        columns = padded_length(self.config, characters_UC.shape[1]) - characters_UC.shape[1]
         characters_UC = jnp.pad(characters_UC, ((0, 0), (0, columns)), constant_values=PADDING)
         return self.encoder(self.characters(characters_UC).astype(self.dtype))
 
-    def run(self, words_BTP: Array, lengths_B: Array, carry: Params) -> tuple[dict[str, Array], Params]:
-        """Reads encoded rows, of which the first `lengths_B` words are real, in both directions, from a state each.
+    def apply_layers(
+        self, words_BTP: Array, lengths_B: Array, carry: States, train: bool = False
+    ) -> tuple[dict[str, Array], States]:
+        """Reads rows of encoded words, of which the first `lengths_B` are real, in both directions, each from a state.
 
         Returns for "forward" and "backward" the outputs of the layers [L, B, T, P], 0 in padding, and the new states.
         The backward direction begins at the last real word of a row. Padding leaves a state as it is.
         """
-        places_BT = jnp.broadcast_to(jnp.arange(words_BTP.shape[1])[None], words_BTP.shape[:2])
-        real_BT = places_BT < lengths_B[:, None]
-        reversed_BT1 = jnp.where(real_BT, lengths_B[:, None] - 1 - places_BT, places_BT)[..., None]
-        orders = {
-            "forward": lambda x_BTP: x_BTP,
-            "backward": lambda x_BTP: jnp.take_along_axis(x_BTP, reversed_BT1, 1),
-        }
-        inputs = {d: order(words_BTP) for d, order in orders.items()}
-        outputs, carry = self._layers(inputs, carry, lengths_B)
+        # A row of length 3 in T = 5: positions [0 1 2 3 4] -> reversed [2 1 0 3 4]; its own inverse.
+        positions_BT = jnp.broadcast_to(jnp.arange(words_BTP.shape[1])[None], words_BTP.shape[:2])
+        real_BT = positions_BT < lengths_B[:, None]
+        reversed_BT1 = jnp.where(real_BT, lengths_B[:, None] - 1 - positions_BT, positions_BT)[..., None]
+
+        def order(direction: str, x_BTP: Array) -> Array:
+            return x_BTP if direction == "forward" else jnp.take_along_axis(x_BTP, reversed_BT1, 1)
+
+        outputs, carry = self.layers({d: order(d, words_BTP) for d in DIRECTIONS}, carry, train, lengths_B)
         real_BT1 = real_BT[..., None]
-        return {d: jnp.stack([jnp.where(real_BT1, orders[d](x), 0) for x in outputs[d]]) for d in DIRECTIONS}, carry
+        return {d: jnp.stack([jnp.where(real_BT1, order(d, x), 0) for x in outputs[d]]) for d in DIRECTIONS}, carry
 
-    def logits(self, hidden_BTP: Array) -> Array:
-        """[B, T, padded vocabulary], fp32: the word that comes next in the direction of the LSTM that gave `hidden`."""
-        table_VP, bias_V = self.softmax()
-        x_GP = hidden_BTP.reshape(-1, hidden_BTP.shape[-1])
-        logits_GV = tied_logits(x_GP, table_VP, self.config.vocab_size, bias_V)
-        return logits_GV.reshape(*hidden_BTP.shape[:-1], -1)
+    def layers(
+        self, x: dict[str, Array], carry: States, train: bool, lengths_B: Array | None = None
+    ) -> tuple[dict[str, list[Array]], States]:
+        """For each direction the outputs [B, T, P] of every layer for its inputs [B, T, P], and the new states.
 
-    def _layers(self, x: dict[str, Array], carry: Params, lengths_B: Array | None = None):
-        """The outputs [B, T, P] of every layer for inputs [B, T, P], and the new states; for each direction.
-
-        With lengths, the new states are those after so many steps.
+        `lengths_B`: the new states are those after so many words of a row; None: after all of them.
         """
         c = self.config
         stacks = {"forward": self.forward(), "backward": self.backward()}
-        outputs, new = {d: [] for d in DIRECTIONS}, {d: {} for d in DIRECTIONS}
+        outputs: dict[str, list[Array]] = {d: [] for d in DIRECTIONS}
+        new: States = {d: {} for d in DIRECTIONS}
         for i in range(c.num_layers):
             name = f"layer_{i}"
-            # The residual adds what is left after dropout, for in the reference dropout wraps the residual.
-            x = {d: self.dropout(x[d]) for d in DIRECTIONS}
+            # The residual adds the input after dropout: in the reference, the residual wrapper is inside dropout's.
+            x = {d: self.dropout(x[d], train) for d in DIRECTIONS}
             states = [carry[d][name] for d in DIRECTIONS]
             weights = [stacks[d][i] for d in DIRECTIONS]
             hidden, last, cells = lstm(weights, [x[d] for d in DIRECTIONS], states, c.cell_clip, c.projection_clip)
@@ -157,114 +172,128 @@ class ELMo(nn.Module):
                 new[d][name] = state
         return outputs, new
 
-    def _losses(self, batch: Batch, carry: Params) -> tuple[Sums, Params]:
-        words_UP = self.encode(batch["characters"])
-        outputs, carry = self._layers({d: jnp.take(words_UP, batch[f"{d}_words"], axis=0) for d in DIRECTIONS}, carry)
-        last = {d: self.dropout(outputs[d][-1]) for d in DIRECTIONS}
+
+class ELMo(LanguageModel):
+    """The encoder with one softmax for both directions."""
+
+    config: ELMoConfig
+    dtype: jnp.dtype = jnp.float32
+
+    replicated: ClassVar[tuple[str, ...]] = ELMoEncoder.replicated
+    matrices: ClassVar[tuple[str, ...]] = ELMoEncoder.matrices
+    # The objective is the mean of both directions.
+    coefficients: ClassVar[dict[str, float]] = {f"{d}_loss": 0.5 for d in DIRECTIONS}
+
+    def setup(self):
+        c = self.config
+        self.bilm = ELMoEncoder(c, self.dtype)
+        nn.share_scope(self, self.bilm)
+        self.softmax = Softmax(padded_vocabulary(c.known_vocab_size), c.projection_size)
+
+    def logits(self, hidden: Array) -> Array:
+        """[..., padded vocabulary], fp32: the word that the LSTM with these outputs [..., P] reads next."""
+        table_VP, bias_V = self.softmax()
+        return tied_logits(hidden, table_VP, self.config.known_vocab_size, bias_V)
+
+    def losses(self, batch: Batch, carry: Params, train: bool) -> tuple[Sums, Sums, Params]:
+        """The loss of each direction: in training over the batch's negatives, if it has any, else over all words."""
+        words_UP = self.bilm.encode(batch["characters"])
+        inputs = {d: jnp.take(words_UP, batch[f"{d}_words"], axis=0) for d in DIRECTIONS}
+        outputs, states = self.bilm.layers(inputs, cast(States, carry), train)
+        last = {d: self.bilm.dropout(outputs[d][-1], train) for d in DIRECTIONS}
         weights = {d: batch[f"{d}_weights"] for d in DIRECTIONS}
-        if "forward_negatives" in batch and self.has_rng("dropout"):  # Only in training.
+        if train and "forward_negatives" in batch:
             nll = self._sampled_nll(last, batch)
             sums = {d: (nll[d] * weights[d]).sum() for d in DIRECTIONS}
         else:
             table_VP, bias_V = self.softmax()
-            full = partial(tied_cross_entropy, vocab_size=self.config.vocab_size, bias_V=bias_V)
+            full = partial(tied_cross_entropy, vocab_size=self.config.known_vocab_size, bias_V=bias_V)
             sums = {d: full(last[d], table_VP, batch[f"{d}_targets"], weights[d])[0] for d in DIRECTIONS}
-        return {f"{d}_loss": (sums[d], weights[d].sum()) for d in DIRECTIONS}, carry
+        return {f"{d}_loss": (sums[d], weights[d].sum()) for d in DIRECTIONS}, {}, cast(Params, states)
 
     def _sampled_nll(self, x: dict[str, Array], batch: Batch) -> dict[str, Array]:
         """[B, T] of each direction: `sampled_nll` of its targets."""
         table_VP, bias_V = self.softmax()
-        # The gradient of a look-up is as large as the table: one for the targets of both directions, one for their
-        # negatives. Every device looks up the targets of all, so that they hand each other gradients of targets, not
-        # of tables.
+        # The gradient of a lookup is as large as the table: one for the targets of both directions, one for their
+        # negatives. Every device looks up the targets of all, so that they exchange gradients of targets, not of
+        # tables.
         targets, negatives = (jnp.stack([batch[f"{d}_{key}"] for d in DIRECTIONS]) for key in ("targets", "negatives"))
         targets_2BT = _on_every_device(targets)
         true = _on_every_device(jnp.take(table_VP, targets_2BT, axis=0)).astype(self.dtype)
         true_bias = _on_every_device(jnp.take(bias_V, targets_2BT))
         sampled, sampled_bias = jnp.take(table_VP, negatives, axis=0).astype(self.dtype), jnp.take(bias_V, negatives)
+
+        def flat(y: Array) -> Array:
+            return y.reshape(-1, *y.shape[2:])
+
         nll = {}
-        sizes = {"sampled": negatives.shape[1], "vocab_size": self.config.vocab_size}
         for i, d in enumerate(DIRECTIONS):
-            counts = partial(log_expected_count, tries=batch[f"{d}_tries"], **sizes)
-            flat = lambda y: y.reshape(-1, *y.shape[2:])  # noqa: E731
+            targets_BT, tries = batch[f"{d}_targets"], batch[f"{d}_tries"]
+            counts = partial(
+                log_expected_count, tries=tries, sampled=negatives.shape[1], vocab_size=self.config.known_vocab_size
+            )
             nll_G = sampled_nll(
                 flat(x[d]),
                 flat(true[i]),
-                flat(true_bias[i] - counts(batch[f"{d}_targets"])),
+                flat(true_bias[i] - counts(targets_BT)),
                 sampled[i],
                 sampled_bias[i] - counts(negatives[i]),
-                flat(batch[f"{d}_targets"])[:, None] == negatives[i][None],
+                flat(targets_BT)[:, None] == negatives[i][None],
             )
             nll[d] = nll_G.reshape(x[d].shape[:2])
         return nll
 
-    def _columns(self, longest: int) -> int:
-        """The ids of a word that are encoded, where the longest has so many."""
-        return min(longest + max(width for width, _ in self.config.filters), MAX_CHARACTERS)
-
-    def _use_parameters(self, characters_UC: Array) -> None:
-        self.encode(characters_UC)
-        for weights in (self.forward, self.backward, self.softmax):
+    def create_parameters(self) -> None:
+        self.bilm.encode(jnp.zeros((1, MAX_CHARACTERS), jnp.int32))
+        for weights in (self.bilm.forward, self.bilm.backward, self.softmax):
             weights()
 
-    # The contract with the training room.
-
-    def init_params(self, key: Array) -> Params:
-        """Fresh fp32 parameters."""
-        return self.init(key, jnp.zeros((1, MAX_CHARACTERS), jnp.int32), method=ELMo._use_parameters)["params"]
-
     def init_carry(self, batch_size: int) -> Params:
-        """The states before the first word: zeros, for each direction and layer `cell` [B, E] and `hidden` [B, P]."""
-        c = self.config
+        """The zero state: for each direction and layer `cell` [B, E] and `hidden` [B, P]."""
+        return cast(Params, initial_states(self.config, batch_size))
 
-        def layer() -> Params:
-            sizes = {"cell": c.hidden_size, "hidden": c.projection_size}
-            return {name: jnp.zeros((batch_size, size)) for name, size in sizes.items()}
-
-        return {d: {f"layer_{i}": layer() for i in range(c.num_layers)} for d in DIRECTIONS}
-
-    def check(self, batch: dict[str, np.ndarray]) -> None:
+    def check(self, batch: HostBatch) -> None:
         """Raises InputError where a batch asks for rows that the tables lack."""
-        check_rows(batch, **{f"{d}_targets": (self.config.vocab_size, "vocab_size") for d in DIRECTIONS})
-
-    def loss(self, params: Params, carry: Params, batch: Batch, key: Array | None) -> tuple[Sums, Sums, Params]:
-        """(losses, metrics, carry): names to (sum, weight).
-
-        `key` None: evaluation, no dropout, full softmax; so it is in training on batches without negatives.
-        """
-        rngs = {} if key is None else {"dropout": key}
-        losses, carry = self.apply({"params": params}, batch, carry, rngs=rngs, method=ELMo._losses)
-        return losses, {}, carry
+        check_rows(batch, **{f"{d}_targets": (self.config.known_vocab_size, "vocab_size") for d in DIRECTIONS})
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         """The weight of each loss, from the batch alone."""
         return {f"{d}_loss": batch[f"{d}_weights"].sum() for d in DIRECTIONS}
 
-    @property
-    def coefficients(self) -> dict[str, float]:
-        """The objective is the sum of coefficient · sum / weight: the mean of both directions."""
-        return {f"{d}_loss": 0.5 for d in DIRECTIONS}
-
     def tokens(self, batch: Batch) -> Array:
-        """[2]: the words of a batch that are predicted (in one direction), and all its places."""
+        """int32 [2]: the words of a batch that are predicted (in one direction), and all its positions."""
         weights_BT = batch["forward_weights"]
         return jnp.array([(weights_BT > 0).sum(), weights_BT.size])
 
     def flops(self, batch: Batch) -> float:
-        """Matmul operations of one training step on a batch of these shapes: forward, and twice that for backward.
+        """Matmul FLOPs of one training step on a batch of these shapes: forward, and twice that for backward.
 
-        For each distinct word its convolutions, 4·F² for each highway and 2·F·P for the projection; for each place,
-        direction and layer 16·P·E (gates) + 2·E·P; for each place and direction 2·P for every word in the softmax.
+        For each distinct word its convolutions, 4·F² for each highway and 2·F·P for the projection; for each position,
+        direction and layer 16·P·E (gates) + 2·E·P; for each position and direction 2·P for every word in the softmax.
         """
-        c, (words, length), places = self.config, batch["characters"].shape, batch["forward_words"].size
-        length = self._columns(length)
+        c, (words, length), positions = self.config, batch["characters"].shape, batch["forward_words"].size
+        length = padded_length(c, length)
         convolutions = sum(2 * (length - w + 1) * w * c.character_embedding_size * n for w, n in c.filters)
         features = sum(n for _, n in c.filters)
         word = convolutions + 4 * c.num_highways * features**2 + 2 * features * c.projection_size
         layer = 18 * c.projection_size * c.hidden_size
         negatives = batch.get("forward_negatives")
-        softmax = 2 * c.projection_size * (c.vocab_size if negatives is None else 1 + negatives.size)
-        return 3.0 * (words * word + 2 * places * (c.num_layers * layer + softmax))
+        softmax = 2 * c.projection_size * (c.known_vocab_size if negatives is None else 1 + negatives.size)
+        return 3.0 * (words * word + 2 * positions * (c.num_layers * layer + softmax))
+
+
+def initial_states(config: ELMoConfig, rows: int) -> States:
+    """The zero state of every row: for each direction and layer `cell` [B, E] and `hidden` [B, P]."""
+
+    def layer() -> State:
+        return {"cell": jnp.zeros((rows, config.hidden_size)), "hidden": jnp.zeros((rows, config.projection_size))}
+
+    return {d: {f"layer_{i}": layer() for i in range(config.num_layers)} for d in DIRECTIONS}
+
+
+def padded_length(config: ELMoConfig, longest: int) -> int:
+    """The ids of a word that are encoded, if the longest has this many."""
+    return min(longest + max(width for width, _ in config.filters), MAX_CHARACTERS)
 
 
 def log_expected_count(ids: Array, tries: Array, sampled: int, vocab_size: int) -> Array:
@@ -288,7 +317,7 @@ def sampled_nll(
     true_G = jnp.einsum("GP,GP->G", x_GP, true_GP, preferred_element_type=jnp.float32) + true_bias_G
     sampled_GS = jnp.einsum("GP,SP->GS", x_GP, sampled_SP, preferred_element_type=jnp.float32)
     sampled_GS = jnp.where(hits_GS, MASKED, add_bias(sampled_GS, sampled_bias_S))
-    nll_G, _ = cross_entropy(jnp.concatenate([true_G[:, None], sampled_GS], 1), jnp.zeros(len(x_GP), jnp.int32))
+    nll_G, _ = cross_entropy(jnp.concatenate([true_G[:, None], sampled_GS], 1), jnp.zeros(x_GP.shape[0], jnp.int32))
     return nll_G
 
 
@@ -300,5 +329,5 @@ def _on_every_device(x: Array) -> Array:
 def _state_after(lengths_B: Array, state: Params, hidden_BTP: Array, cells_BTE: Array) -> Params:
     """The state of each row after so many steps; after none, the one before."""
     steps = {"cell": cells_BTE, "hidden": hidden_BTP.astype(jnp.float32)}
-    rows = jnp.arange(len(lengths_B))
+    rows = jnp.arange(lengths_B.shape[0])
     return {name: jnp.concatenate([state[name][:, None], x], 1)[rows, lengths_B] for name, x in steps.items()}

@@ -10,115 +10,105 @@ Divergences:
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from prelm_jax.models.attention import Mask, attention_mask
 from prelm_jax.models.cross_entropy import tied_cross_entropy, tied_logits
+from prelm_jax.models.language_model import LanguageModel
 from prelm_jax.models.layers import Dropout, Embedding, check_rows, gelu_tanh, normal, padded_vocabulary
-from prelm_jax.models.transformer import Transformer, TransformerConfig, check_heads
-
-Params = dict[str, Any]
-Batch = dict[str, Array]
-Sums = dict[str, tuple[Array, Array]]
+from prelm_jax.models.transformer import Transformer, TransformerConfig
+from prelm_jax.training.contract import Batch, HostBatch, Params, Sums
 
 
 @dataclasses.dataclass(frozen=True)
-class GPTConfig:
-    """GPT's sizes; the defaults are GPT-1. `vocab_size` None: as many as the tokenizer has.
+class GPTConfig(TransformerConfig):
+    """GPT's sizes; the defaults are GPT-1.
 
-    The feed-forward blocks are 4 · `hidden_size` wide: the published format has no word for anything else.
+    The feed-forward blocks are 4 · `hidden_size` wide: the published format has no setting for another width.
     """
 
     model_type: ClassVar[str] = "openai-gpt"
-    vocab_size: int | None = None
-    hidden_size: int = 768
-    num_layers: int = 12
-    num_heads: int = 12
-    max_position_embeddings: int = 512
-    embedding_dropout: float = 0.1
-    hidden_dropout: float = 0.1
-    attention_dropout: float = 0.1
-    layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-
-    def __post_init__(self):
-        check_heads(self.hidden_size, self.num_heads)
+    layer_norm_eps: float = 1e-5  # Added to the variance in every layer norm.
+    embedding_dropout: float = 0.1  # Dropout on the sum of token and position embeddings.
 
     def build(self, dtype: jnp.dtype = jnp.float32) -> "GPT":
-        """The model, computing in `dtype`."""
+        """The pretraining model, computing in `dtype`."""
         return GPT(self, dtype)
 
+    def encoder(self, dtype: jnp.dtype = jnp.float32) -> "GPTEncoder":
+        """The model without its softmax, computing in `dtype`."""
+        return GPTEncoder(self, dtype)
 
-class GPT(nn.Module):
-    """Embeddings, decoder, and a softmax tied to the token embeddings."""
+
+class GPTEncoder(nn.Module):
+    """Embeddings and Transformer; a token attends to itself and to those before it."""
 
     config: GPTConfig
     dtype: jnp.dtype = jnp.float32
 
+    replicated: ClassVar[tuple[str, ...]] = ()
+    matrices: ClassVar[tuple[str, ...]] = (r"(^|/)decoder/layer_\d+/.*kernel$",)
+
     def setup(self):
         c = self.config
         initializer = normal(c.initializer_range)  # train.py: plain, where BERT's is truncated.
-        self.token_embeddings = Embedding(padded_vocabulary(c.vocab_size), c.hidden_size, initializer)
+        self.token_embeddings = Embedding(padded_vocabulary(c.known_vocab_size), c.hidden_size, initializer)
         self.position_embeddings = Embedding(c.max_position_embeddings, c.hidden_size, initializer)
         self.embeddings_dropout = Dropout(c.embedding_dropout)
-        self.decoder = Transformer(
-            TransformerConfig(
-                num_layers=c.num_layers,
-                hidden_size=c.hidden_size,
-                num_heads=c.num_heads,
-                intermediate_size=4 * c.hidden_size,
-                activation=gelu_tanh,
-                layer_norm_eps=c.layer_norm_eps,
-                hidden_dropout=c.hidden_dropout,
-                attention_dropout=c.attention_dropout,
-                initializer=initializer,
-            )
-        )
+        self.decoder = Transformer(c, 4 * c.hidden_size, gelu_tanh, initializer)
 
-    # The forward pass, in pieces; call them with `apply(..., method="hidden_states")`.
+    def hidden_states(self, batch: Batch, train: bool = False) -> tuple[Array, ...]:
+        """The `num_layers` + 1 hidden states [B, T, D]: after the embeddings and after each layer.
 
-    def hidden_states(self, tokens_BT: Array, positions_BT: Array, segments_BT: Array) -> tuple[Array, ...]:
-        """The `num_layers` + 1 hidden states [B, T, D]: after the embeddings and after each layer."""
-        return self._decode(tokens_BT, positions_BT, attention_mask(segments_BT, causal=True))
+        Reads tokens, positions and segments, all [B, T]; segment 0 is padding.
+        """
+        mask = attention_mask(batch["segments"], causal=True)
+        return self.decode(batch["tokens"], batch["positions"], mask, train)
 
-    def logits(self, hidden_BTD: Array) -> Array:
-        """[B, T, padded vocabulary], fp32: what comes after each token."""
-        x_GD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-        logits_GV = tied_logits(x_GD, self.token_embeddings.table, self.config.vocab_size)
-        return logits_GV.reshape(*hidden_BTD.shape[:-1], -1)
+    def decode(self, tokens_BT: Array, positions_BT: Array, mask: Mask, train: bool) -> tuple[Array, ...]:
+        """The hidden states under any mask."""
+        x_BTD = self.token_embeddings(tokens_BT) + self.position_embeddings(positions_BT)
+        return self.decoder(self.embeddings_dropout(x_BTD.astype(self.dtype), train), mask, train)
+
+
+class GPT(LanguageModel):
+    """The encoder with a softmax tied to its token embeddings."""
+
+    config: GPTConfig
+    dtype: jnp.dtype = jnp.float32
+
+    replicated: ClassVar[tuple[str, ...]] = GPTEncoder.replicated
+    matrices: ClassVar[tuple[str, ...]] = GPTEncoder.matrices
+    coefficients: ClassVar[dict[str, float]] = {"lm_loss": 1.0}
+
+    def setup(self):
+        self.gpt = GPTEncoder(self.config, self.dtype)
+        nn.share_scope(self, self.gpt)
+
+    def logits(self, hidden: Array) -> Array:
+        """[..., padded vocabulary], fp32, of the token after each, from the last hidden states [..., D]."""
+        return tied_logits(hidden, self.gpt.token_embeddings.table, self.config.known_vocab_size)
 
     def next_logits(self, tokens_BT: Array, length: Array) -> Array:
-        """[B, padded vocabulary], fp32: what comes after rows of which `tokens_BT` are the last T of `length` tokens.
+        """[B, padded vocabulary], fp32: logits of the token after rows of `length` tokens, of which these are the last.
 
-        Of the tokens before, up to `max_position_embeddings` in all, keys and values stand in the collection `cache`
-        (see `init_cache`), to which these are added: apply with `mutable=["cache"]`. Where `length` is less than T, the
-        first T - `length` tokens are padding.
+        Keys and values of earlier tokens, up to `max_position_embeddings` in all, are in the collection `cache` (see
+        `init_cache`), and those of these tokens are appended to it: apply with `mutable=["cache"]`. Where `length` is
+        less than T, the first T - `length` tokens are padding.
         """
+        # With a window of 4, the last T = 2 tokens of a text of length 3: positions_T = [1, 2]; the cache then holds
+        # positions_S = [-1, 0, 1, 2], and the token at 1 attends to 0 and 1. Negative positions are padding or empty.
         window = self.config.max_position_embeddings
-        # Places in the text; those of padding, and of what the cache has no tokens for, are negative.
-        places_T = length - tokens_BT.shape[1] + jnp.arange(tokens_BT.shape[1])
-        places_S = length - window + jnp.arange(window)
-        mask_TS = (places_S[None] >= 0) & (places_S[None] <= places_T[:, None])
-        positions_BT = jnp.broadcast_to(jnp.maximum(places_T, 0)[None], tokens_BT.shape)
-        last_BTD = self._decode(tokens_BT, positions_BT, Mask(mask_TS[None, None]))[-1]
+        positions_T = length - tokens_BT.shape[1] + jnp.arange(tokens_BT.shape[1])
+        positions_S = length - window + jnp.arange(window)
+        mask_TS = (positions_S[None] >= 0) & (positions_S[None] <= positions_T[:, None])
+        positions_BT = jnp.broadcast_to(jnp.maximum(positions_T, 0)[None], tokens_BT.shape)
+        last_BTD = self.gpt.decode(tokens_BT, positions_BT, Mask(mask_TS[None, None]), train=False)[-1]
         return self.logits(last_BTD[:, -1:])[:, 0]
-
-    def _decode(self, tokens_BT: Array, positions_BT: Array, mask: Mask) -> tuple[Array, ...]:
-        x_BTD = self.token_embeddings(tokens_BT) + self.position_embeddings(positions_BT)
-        return self.decoder(self.embeddings_dropout(x_BTD.astype(self.dtype)), mask)
-
-    def _losses(self, batch: Batch) -> tuple[Sums, Sums]:
-        last_BTD = self.hidden_states(batch["tokens"], batch["positions"], batch["segments"])[-1]
-        loss, correct = tied_cross_entropy(
-            last_BTD, self.token_embeddings.table, batch["targets"], batch["weights"], self.config.vocab_size
-        )
-        weight = batch["weights"].sum()
-        return {"lm_loss": (loss, weight)}, {"lm_accuracy": (correct, weight)}
 
     def init_cache(self, batch_size: int) -> Params:
         """The collection `cache` of `next_logits` before the first token."""
@@ -130,49 +120,37 @@ class GPT(nn.Module):
 
         return {"decoder": {f"layer_{i}": layer() for i in range(c.num_layers)}}
 
-    # The contract with the training room.
+    def losses(self, batch: Batch, carry: Params, train: bool) -> tuple[Sums, Sums, Params]:
+        """The loss and its accuracy."""
+        last_BTD = self.gpt.hidden_states(batch, train)[-1]
+        table_VD = self.gpt.token_embeddings.table
+        loss, correct = tied_cross_entropy(
+            last_BTD, table_VD, batch["targets"], batch["weights"], self.config.known_vocab_size
+        )
+        weight = batch["weights"].sum()
+        return {"lm_loss": (loss, weight)}, {"lm_accuracy": (correct, weight)}, carry
 
-    def init_params(self, key: Array) -> Params:
-        """Fresh fp32 parameters."""
+    def create_parameters(self) -> None:
         one = jnp.zeros((1, 1), jnp.int32)
-        batch = dict.fromkeys(("tokens", "targets", "positions", "segments"), one) | {"weights": jnp.zeros((1, 1))}
-        return self.init(key, batch, method=GPT._losses)["params"]
-
-    def init_carry(self, batch_size: int) -> Params:
-        """What one step hands to the next: nothing."""
-        return {}
-
-    def check(self, batch: dict[str, np.ndarray]) -> None:
-        """Raises InputError where a batch asks for rows that the tables lack."""
-        c = self.config
-        vocabulary = (c.vocab_size, "vocab_size")
-        positions = (c.max_position_embeddings, "max_position_embeddings")
-        check_rows(batch, tokens=vocabulary, targets=vocabulary, positions=positions)
-
-    def loss(self, params: Params, carry: Params, batch: Batch, key: Array | None) -> tuple[Sums, Sums, Params]:
-        """(losses, metrics, carry): names to (sum, weight). `key` None: evaluation, without dropout."""
-        rngs = {} if key is None else {"dropout": key}
-        return *self.apply({"params": params}, batch, rngs=rngs, method=GPT._losses), carry
+        self.gpt.hidden_states({"tokens": one, "positions": one, "segments": one})
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         """The weight of the loss, from the batch alone."""
         return {"lm_loss": batch["weights"].sum()}
 
-    @property
-    def coefficients(self) -> dict[str, float]:
-        """The objective is the sum of coefficient · sum / weight."""
-        return {"lm_loss": 1.0}
-
-    def tokens(self, batch: Batch) -> Array:
-        """[2]: the tokens of a batch that are not padding, and all its places."""
-        return jnp.array([(batch["segments"] != 0).sum(), batch["segments"].size])
+    def check(self, batch: HostBatch) -> None:
+        """Raises InputError where a batch asks for rows that the tables lack."""
+        c = self.config
+        vocabulary = (c.known_vocab_size, "vocab_size")
+        positions = (c.max_position_embeddings, "max_position_embeddings")
+        check_rows(batch, tokens=vocabulary, targets=vocabulary, positions=positions)
 
     def flops(self, batch: Batch) -> float:
-        """Matmul operations of one training step on a batch of these shapes: forward, and twice that for backward.
+        """Matmul FLOPs of one training step on a batch of these shapes: forward, and twice that for backward.
 
         Per token 24·D² (projections and feed-forward) + 4·D·T (scores and sums, later tokens included) for each layer,
         and 2·D·V for the softmax. Padding counts, elementwise work does not.
         """
         c, (batch_size, length) = self.config, batch["tokens"].shape
         layer = 24 * c.hidden_size**2 + 4 * c.hidden_size * length
-        return 3.0 * batch_size * length * (c.num_layers * layer + 2 * c.hidden_size * c.vocab_size)
+        return 3.0 * batch_size * length * (c.num_layers * layer + 2 * c.hidden_size * c.known_vocab_size)

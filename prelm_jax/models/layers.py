@@ -109,6 +109,11 @@ def uniform(limit: float) -> nn.initializers.Initializer:
     return initializer
 
 
+def glorot_uniform(key: Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32) -> Array:
+    """The initial values of a matrix for which TensorFlow code names none (Glorot & Bengio 2010)."""
+    return uniform(math.sqrt(6 / sum(shape)))(key, shape, dtype)
+
+
 def add_bias(x: Array, bias: Array) -> Array:
     """x + bias for a 2-D x."""
     return _add_bias_on_cpu(x, bias) if backend() == "cpu" else x + bias[None]
@@ -219,17 +224,10 @@ _dropout.defvjp(
 
 
 class Dropout(nn.Module):
-    """Zeroes elements with probability `rate` and scales the others by 1 / (1 - rate); without an rng, the identity."""
+    """In training, zeroes elements with probability `rate` and scales the others by 1 / (1 - rate)."""
 
     rate: float
 
-    @property
-    def drops(self) -> bool:
-        """Whether it does anything."""
-        return self.rate > 0 and self.has_rng("dropout")
-
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        if not self.drops:
-            return x
-        return _dropout(x, self.rate, self.make_rng("dropout"))
+    def __call__(self, x: Array, train: bool) -> Array:
+        return _dropout(x, self.rate, self.make_rng("dropout")) if train and self.rate > 0 else x

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,77 +10,88 @@ from jax import Array
 
 from prelm_jax.errors import InputError
 from prelm_jax.models.attention import Mask, MergeHeads, SplitHeads, attention
+from prelm_jax.models.language_model import LanguageModelConfig
 from prelm_jax.models.layers import Dense, Dropout, LayerNorm
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    """The stack of layers, without embeddings and heads."""
+class TransformerConfig(LanguageModelConfig):
+    """The sizes that BERT and GPT share."""
 
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    intermediate_size: int
-    activation: Callable[[Array], Array]
-    layer_norm_eps: float
-    hidden_dropout: float
-    attention_dropout: float
-    initializer: nn.initializers.Initializer
+    hidden_size: int = 768  # Width of the hidden states; a multiple of num_heads.
+    num_layers: int = 12  # Transformer layers.
+    num_heads: int = 12  # Attention heads per layer; the papers use hidden_size / 64.
+    max_position_embeddings: int = 512  # Longest sequence that the model can read, in tokens.
+    hidden_dropout: float = 0.1  # Dropout on the output of each attention and feed-forward block.
+    attention_dropout: float = 0.1  # Dropout on the attention weights; 0 lets a TPU use its attention kernel.
+    layer_norm_eps: float = 1e-12  # Added to the variance in every layer norm.
+    initializer_range: float = 0.02  # Standard deviation of the initial weights.
 
-
-def check_heads(hidden_size: int, num_heads: int) -> None:
-    """Raises InputError where the heads cannot be of one width."""
-    if hidden_size % num_heads:
-        raise InputError(f"--model.num-heads {num_heads} does not divide --model.hidden-size {hidden_size}")
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads:
+            raise InputError(
+                f"--model.num-heads {self.num_heads} does not divide --model.hidden-size {self.hidden_size}"
+            )
 
 
 class Attention(nn.Module):
     """Multi-head self-attention, its output projection, dropout, residual and norm."""
 
     config: TransformerConfig
+    initializer: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, x_BTD: Array, mask: Mask) -> Array:
+    def __call__(self, x_BTD: Array, mask: Mask, train: bool) -> Array:
         c = self.config
         q_BNTH, k_BNSH, v_BNSH = (
-            SplitHeads(c.num_heads, c.hidden_size // c.num_heads, c.initializer, name=name)(x_BTD)
+            SplitHeads(c.num_heads, c.hidden_size // c.num_heads, self.initializer, name=name)(x_BTD)
             for name in ("query", "key", "value")
         )
-        if self.has_variable("cache", "keys"):  # These are the next tokens of a text whose others are known already.
-            k_BNSH, v_BNSH = self._appended("keys", k_BNSH), self._appended("values", v_BNSH)
-        y_BNTH = attention(q_BNTH, k_BNSH, v_BNSH, mask, Dropout(c.attention_dropout, name="weights_dropout"))
-        y_BTD = MergeHeads(c.hidden_size, c.initializer, name="output")(y_BNTH)
-        return LayerNorm(c.layer_norm_eps, name="layer_norm")(x_BTD + Dropout(c.hidden_dropout)(y_BTD))
+        if self.has_variable("cache", "keys"):  # x continues a text whose earlier keys and values are cached.
+            k_BNSH, v_BNSH = self._append("keys", k_BNSH), self._append("values", v_BNSH)
+        dropout = Dropout(c.attention_dropout, name="weights_dropout")
+        drop = partial(dropout, train=True) if train and c.attention_dropout > 0 else None
+        y_BNTH = attention(q_BNTH, k_BNSH, v_BNSH, mask, drop)
+        y_BTD = MergeHeads(c.hidden_size, self.initializer, name="output")(y_BNTH)
+        return LayerNorm(c.layer_norm_eps, name="layer_norm")(x_BTD + Dropout(c.hidden_dropout)(y_BTD, train))
 
-    def _appended(self, name: str, new_BNTH: Array) -> Array:
-        """The cache of that name with new entries at its end; as many fall out at its beginning."""
-        cache_BNSH = jnp.concatenate([self.get_variable("cache", name), new_BNTH], 2)[:, :, new_BNTH.shape[2] :]
-        self.put_variable("cache", name, cache_BNSH)
-        return cache_BNSH
+    def _append(self, name: str, new_BNTH: Array) -> Array:
+        """The cache of that name with the new entries at its end; its oldest T entries drop out."""
+        cached_BNSH: Array = self.get_variable("cache", name)
+        cached_BNSH = jnp.concatenate([cached_BNSH, new_BNTH], 2)[:, :, new_BNTH.shape[2] :]
+        self.put_variable("cache", name, cached_BNSH)
+        return cached_BNSH
 
 
 class Layer(nn.Module):
     """Attention, then the feed-forward block; no dropout between its two dense layers (BERT: modeling.py)."""
 
     config: TransformerConfig
+    intermediate_size: int
+    activation: Callable[[Array], Array]
+    initializer: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, x_BTD: Array, mask: Mask) -> Array:
+    def __call__(self, x_BTD: Array, mask: Mask, train: bool) -> Array:
         c = self.config
-        x_BTD = Attention(c, name="attention")(x_BTD, mask)
-        y_BTF = c.activation(Dense(c.intermediate_size, c.initializer, name="intermediate")(x_BTD))
-        y_BTD = Dense(c.hidden_size, c.initializer, name="output")(y_BTF)
-        return LayerNorm(c.layer_norm_eps, name="layer_norm")(x_BTD + Dropout(c.hidden_dropout)(y_BTD))
+        x_BTD = Attention(c, self.initializer, name="attention")(x_BTD, mask, train)
+        y_BTF = self.activation(Dense(self.intermediate_size, self.initializer, name="intermediate")(x_BTD))
+        y_BTD = Dense(c.hidden_size, self.initializer, name="output")(y_BTF)
+        return LayerNorm(c.layer_norm_eps, name="layer_norm")(x_BTD + Dropout(c.hidden_dropout)(y_BTD, train))
 
 
 class Transformer(nn.Module):
-    """The layers one after the other: the hidden state after each, first the input itself (`num_layers` + 1)."""
+    """The stack of layers. Returns `num_layers` + 1 hidden states [B, T, D]: the input, then the output of each."""
 
     config: TransformerConfig
+    intermediate_size: int
+    activation: Callable[[Array], Array]
+    initializer: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, x_BTD: Array, mask: Mask) -> tuple[Array, ...]:
+    def __call__(self, x_BTD: Array, mask: Mask, train: bool) -> tuple[Array, ...]:
+        sizes = (self.config, self.intermediate_size, self.activation, self.initializer)
         hidden = [x_BTD]
         for i in range(self.config.num_layers):
-            hidden.append(Layer(self.config, name=f"layer_{i}")(hidden[-1], mask))
+            hidden.append(Layer(*sizes, name=f"layer_{i}")(hidden[-1], mask, train))
         return tuple(hidden)

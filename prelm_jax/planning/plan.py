@@ -16,7 +16,7 @@ from prelm_jax.corpus.store import Store
 from prelm_jax.errors import InputError
 from prelm_jax.planning.hlo import Collective, Program
 from prelm_jax.planning.topology import collective_seconds, compile_only_devices, shape_of
-from prelm_jax.pretrain import Run, check_batch_size
+from prelm_jax.run import Run
 from prelm_jax.tokenizers import wordpiece, words
 from prelm_jax.training import loop
 from prelm_jax.training.chips import GiB, find_chip
@@ -109,16 +109,17 @@ class TooLarge(Exception):
 def plan(run: Run, topology: str, progress: Callable[[str], None] = lambda line: None) -> Plan:
     """Compiles the train step of a run for a slice such as "v5e:4x4", or for the devices of this machine ("local").
 
-    With `run.mesh.slices` > 1, for that many slices. Reads no corpus, allocates no arrays, trains nothing; an untrained
-    vocabulary has its expected size. If the batch does not fit, bisects for the largest that does, one compile a try.
+    With `run.loop.mesh.slices` > 1, for that many slices. Reads no corpus, allocates no arrays, trains nothing; an
+    untrained vocabulary has its expected size. If the batch does not fit, bisects for the largest that does, a compile
+    each.
 
         print_table(plan_table(plan(run, "v5e:4x4")))
 
     Raises InputError for an unknown slice, a batch size that the devices do not divide, or a model too large for them.
     """
-    devices = jax.devices() if topology == LOCAL else compile_only_devices(topology, run.mesh.slices)
-    mesh = run.mesh.build(devices)
-    check_batch_size(run, mesh.size)
+    devices = jax.devices() if topology == LOCAL else compile_only_devices(topology, run.loop.mesh.slices)
+    mesh = run.loop.mesh.build(devices)
+    run.check_batch_size(mesh.size)
     try:
         return analyze(run, topology, mesh, progress)
     except TooLarge as error:
@@ -127,7 +128,7 @@ def plan(run: Run, topology: str, progress: Callable[[str], None] = lambda line:
     progress(f"{asked}: searching for the largest batch that fits")
     fitting = _largest(run, topology, mesh, progress)
     if fitting is None:
-        switch = "" if run.mesh.parameters == "fsdp" else "--mesh.parameters fsdp or "
+        switch = "" if run.loop.mesh.parameters == "fsdp" else "--mesh.parameters fsdp or "
         raise InputError(f"{asked}, and one row per chip does not fit either: try {switch}a larger slice")
     micro_batches = _micro_batches(run, mesh.size, fitting.batch_size)
     advice = f"{asked}; --batch-size {fitting.batch_size} fits, or --accumulate {micro_batches}"
@@ -179,7 +180,7 @@ def compile_step(run: Run, mesh: jax.sharding.Mesh) -> Step:
     }
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        state = loop.abstract_state(model, run.optimizer, run.batch_size, mesh, run.mesh.parameters)
+        state = loop.abstract_state(model, run.optimizer, run.batch_size, mesh, run.loop.mesh.parameters)
         step = loop.make_train_step(model, run.optimizer, run.accumulate, batches.layout, state)
         lowered = step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0)))
         try:
@@ -245,7 +246,7 @@ def analyze(run: Run, topology: str, mesh: jax.sharding.Mesh, progress: Callable
         seconds_by=seconds_by,
         peak_flops=peak,
         tokens=step.tokens,
-        steps=run.steps,
+        steps=run.loop.steps,
         sizes={name: _sizes(tree) for name, tree in trees.items()},
     )
 

@@ -1,23 +1,35 @@
-"""What every tokenizer offers."""
+"""What every tokenizer offers, and the vocabulary that all of them share."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from prelm_jax.corpus.documents import Corpus
+from prelm_jax.errors import InputError
 
 
 class Tokenizer(Protocol):
     """Text to ids and back.
 
-    The names of special tokens mean nothing in a text: "[MASK]" is encoded as a bracket, a word and a bracket. (Only
-    those of `words` do where they stand between white space, see there.)
+    Special tokens are looked up by role: `mask_id` is the id of "[MASK]", or None in a vocabulary without such a token.
+    Their names have no meaning in a text: "[MASK]" is encoded as a bracket, a word and a bracket. (`WordVocabulary` is
+    the exception.)
     """
 
     tokens: list[str]  # id -> string
-    special_ids: dict[str, int]  # those of WordPiece ("[PAD]", "[UNK]", …), of BPE ("<unk>"), of words ("<S>", …)
-    unknown_id: int | None  # the id that stands for what the vocabulary cannot spell
+    special_ids: dict[str, int]  # special token -> id
+    pad_id: int | None
+    unknown_id: int | None  # of whatever the vocabulary cannot spell
+    cls_id: int | None
+    sep_id: int | None
+    mask_id: int | None
+    bos_id: int | None
+    eos_id: int | None
     lowercase: bool  # whether text is lower-cased
+    open_vocabulary: bool  # whether words outside of the vocabulary keep ids of their own in the store
     fingerprint: str  # SHA-256 (hex) of the vocabulary and the settings
 
     @property
@@ -25,11 +37,83 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, without special tokens."""
+        ...
 
     def encode_flat(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The same end to end, int32, and how many each text has, int64: for many texts, in less time."""
+        """The ids of all texts end to end (int32), and the number of ids of each text (int64).
 
-    def decode(self, ids: Iterable[int]) -> str: ...
+        Faster than `encode_batch` for many texts.
+        """
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, those of special tokens included."""
+        ...
 
     def save(self, directory: str | os.PathLike, model_max_length: int | None = None) -> None:
-        """Writes the files that transformers' AutoTokenizer reads; `model_max_length`: where it is to truncate."""
+        """Writes the files that transformers' AutoTokenizer and `tokenizers.load` read.
+
+        `model_max_length` is the model's number of positions, at which readers truncate.
+        """
+        ...
+
+
+class TokenizerConfig(Protocol):
+    """A configuration of a tokenizer, resolved by `tokenizers.build`."""
+
+    @property
+    def path(self) -> str | None:
+        """An existing tokenizer to load, or None to train one."""
+        ...
+
+    @property
+    def expected_vocab_size(self) -> int:
+        """The vocabulary size to plan with before training. A small corpus may give fewer entries."""
+        ...
+
+    def build(self, corpus: Corpus) -> Tokenizer:
+        """A tokenizer trained on the training side of a corpus, or the cached result; `path` is ignored."""
+        ...
+
+
+class Vocabulary:
+    """A list of tokens, some of them with a role.
+
+    `roles` maps roles to tokens, under transformers' names of roles: {"unk": "<UNK>", "bos": "<S>", "eos": "</S>"}.
+    "unk" is required.
+
+    Raises InputError if a token is repeated, or if the token of a role is missing.
+    """
+
+    open_vocabulary: bool = False
+
+    def __init__(self, tokens: list[str], roles: Mapping[str, str]):
+        self.tokens = tokens
+        self.roles = roles
+        self.ids = {token: index for index, token in enumerate(tokens)}
+        if len(self.ids) < len(tokens):
+            repeated = next(token for index, token in enumerate(tokens) if self.ids[token] != index)
+            raise InputError(f"the vocabulary holds {repeated!r} more than once: remove all but one")
+        if missing := [token for token in roles.values() if token not in self.ids]:
+            needed = f"a {type(self).__name__} vocabulary needs {' '.join(roles.values())}"
+            raise InputError(f"the vocabulary lacks {' '.join(missing)}: {needed}")
+        self.special_ids = {token: self.ids[token] for token in roles.values()}
+        role_ids = {role: self.ids[token] for role, token in roles.items()}
+        self.pad_id = role_ids.get("pad")
+        self.unknown_id = role_ids.get("unk")
+        self.cls_id = role_ids.get("cls")
+        self.sep_id = role_ids.get("sep")
+        self.mask_id = role_ids.get("mask")
+        self.bos_id = role_ids.get("bos")
+        self.eos_id = role_ids.get("eos")
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokens)
+
+
+def write_files(directory: str | os.PathLike, files: Mapping[str, str | bytes]) -> None:
+    """Writes files, given by name, into a directory, which is created if need be."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (Path(directory) / name).write_bytes(content.encode() if isinstance(content, str) else content)

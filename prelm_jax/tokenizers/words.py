@@ -1,12 +1,13 @@
 """Words, ELMo's vocabulary (Peters et al. 2018; bilm-tf): whole words by falling count, after <S>, </S> and <UNK>.
 
-The vocabulary is what the model predicts: a word outside of it is <UNK> as a target. As an input it is not, for the
-model reads its characters (`prelm_jax.tokenizers.characters`), so the token store keeps the spelling of every word.
+The vocabulary lists the words that the model predicts: as a target, a word outside of it is <UNK>. As an input it is
+not, because the model reads characters (`prelm_jax.tokenizers.characters`), so the token store keeps the spelling of
+every word.
 
-Divergence: the original was trained on text that others had split ("do n't"). Such text is read as it is with
-`tokenize=False`, words being what stands between white space. With `tokenize=True` words are found as BERT and GPT-1
-find them here, but keep case and accents: punctuation marks and CJK ideographs are words of their own ("don't" is
-three), control characters are dropped. The `tokenizers` library does the work.
+Divergence: the original was trained on tokenized text ("do n't"). Such text is read unchanged with `tokenize=False`,
+which splits at white space only. With `tokenize=True` words are found as for BERT and GPT-1 here, but keep case and
+accents: punctuation marks and CJK ideographs are words of their own ("don't" is three), control characters are dropped.
+The `tokenizers` library does the work.
 """
 
 import dataclasses
@@ -18,51 +19,50 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 from tokenizers import normalizers, pre_tokenizers
 
-from prelm_jax.cache import cached, digest
+from prelm_jax.cache import digest
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
 from prelm_jax.storage import opened, prefix_errors, read_json, read_lines
-from prelm_jax.tokenizers.alphabet import training_texts
-from prelm_jax.tokenizers.cached_encoder import numbered
+from prelm_jax.tokenizers.base import Vocabulary, write_files
 from prelm_jax.tokenizers.characters import BEGIN_SENTENCE, END_SENTENCE
+from prelm_jax.tokenizers.training import train_once, training_texts
 
 UNKNOWN = "<UNK>"
-SPECIAL_TOKENS = (BEGIN_SENTENCE, END_SENTENCE, UNKNOWN)
-TRAINING_VERSION = 1  # raise it when the same corpus would give another vocabulary
-REMEMBERED_CHUNKS = 1 << 20
+ROLES = {"bos": BEGIN_SENTENCE, "eos": END_SENTENCE, "unk": UNKNOWN}
+SPECIAL_TOKENS = tuple(ROLES.values())
 SETTINGS = "tokenizer_config.json"
+VERSION = 1  # Raise it when the same corpus would give another vocabulary.
+CACHED_CHUNKS = 1 << 20
 
 
-class WordVocabulary:
+class WordVocabulary(Vocabulary):
     """A vocabulary of words. `tokens` lists it by id and begins with <S>, </S> and <UNK>, in any order.
 
-    `tokenize`: split words at punctuation, not only at white space.
+    With `tokenize`, text is split at punctuation and not only at white space.
 
-    Unlike the names of other tokenizers' special tokens, <S> and </S> that stand in a text between white space are read
-    as the beginning and end of a sentence, as the original does; `tokenize` takes them apart.
+    Unlike the special tokens of other tokenizers, <S> and </S> are read as such where a text has them between white
+    space, as in the original; `tokenize` takes them apart.
 
-    Raises InputError for a vocabulary with repeated words, or without the three at its beginning.
+    Raises InputError for a vocabulary with repeated words, or that begins with other words.
     """
 
-    lowercase = False
+    lowercase: bool = False
+    open_vocabulary: bool = True
 
     def __init__(self, tokens: Iterable[str], tokenize: bool = False):
-        self.tokens = list(tokens)
+        tokens = list(tokens)
+        if set(tokens[:3]) != set(SPECIAL_TOKENS):
+            raise InputError(f"the vocabulary begins with {' '.join(tokens[:3])}, not with {' '.join(SPECIAL_TOKENS)}")
+        super().__init__(tokens, ROLES)
         self.tokenize = tokenize
-        self._ids = numbered(self.tokens)
-        if set(self.tokens[:3]) != set(SPECIAL_TOKENS):
-            raise InputError(f"the vocabulary begins with {' '.join(self.tokens[:3])}, not with <S>, </S> and <UNK>")
-        self.special_ids = {token: self._ids[token] for token in SPECIAL_TOKENS}
-        self.unknown_id = self._ids[UNKNOWN]
-        self.fingerprint = digest(["words", self.tokens, tokenize])
+        self.fingerprint = digest(["words", tokens, tokenize])
         self._split = Splitter(tokenize)
 
     @staticmethod
     def at(path: Path) -> bool:
-        """Whether a `vocab.txt` is one of words: the special tokens are its first three lines."""
+        """Whether a `vocab.txt` is a vocabulary of words: its first three lines are the special tokens."""
         with opened(path) as file:
             return {file.readline().strip() for _ in SPECIAL_TOKENS} == {token.encode() for token in SPECIAL_TOKENS}
 
@@ -77,15 +77,11 @@ class WordVocabulary:
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike, tokenize: bool = False) -> "WordVocabulary":
-        """Reads a directory with vocab.txt; the settings that were saved with it come first."""
+        """Reads a directory with vocab.txt. `tokenize` applies if the directory does not have the setting."""
         settings = Path(directory) / SETTINGS
         if settings.exists():
             tokenize = bool(read_json(settings).get("tokenize", tokenize))
         return cls.from_vocab(Path(directory) / "vocab.txt", tokenize)
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.tokens)
 
     def split_batch(self, texts: list[str]) -> list[list[str]]:
         """The words of each text."""
@@ -93,14 +89,15 @@ class WordVocabulary:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, that of <UNK> for words outside of the vocabulary."""
-        return [[self._ids.get(word, self.unknown_id) for word in self._split(text)] for text in texts]
+        unknown = self.ids[UNKNOWN]
+        return [[self.ids.get(word, unknown) for word in self._split(text)] for text in texts]
 
     def encode_flat(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The same end to end, int32, and how many each text has, int64."""
+        """The ids of all texts end to end (int32), and the number of ids of each text (int64)."""
         return _flat(self.encode_batch(texts))
 
     def number_flat(self, texts: list[str], numbers: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-        """The number of each word in `numbers`, to which words that are new are added at its end; as `encode_flat`."""
+        """Like `encode_flat`, with ids from `numbers`, to which new words are added with the next ids."""
         return _flat([[numbers.setdefault(word, len(numbers)) for word in self._split(text)] for text in texts])
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -108,14 +105,12 @@ class WordVocabulary:
         return " ".join(self.tokens[index] for index in ids)
 
     def save(self, directory: str | os.PathLike, model_max_length: int | None = None) -> None:
-        """Writes vocab.txt, as published models have it, and tokenizer_config.json.
+        """Writes vocab.txt, in the format of published models, and tokenizer_config.json.
 
-        `model_max_length` is for other tokenizers: ELMo reads texts of any length.
+        `model_max_length` is ignored: ELMo reads texts of any length.
         """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "vocab.txt").write_bytes("".join(f"{token}\n" for token in self.tokens).encode())
-        (directory / SETTINGS).write_text(json.dumps({"tokenize": self.tokenize}, indent=2) + "\n")
+        settings = json.dumps({"tokenize": self.tokenize}, indent=2) + "\n"
+        write_files(directory, {"vocab.txt": "".join(f"{token}\n" for token in self.tokens), SETTINGS: settings})
 
 
 def _flat(encoded: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -124,7 +119,7 @@ def _flat(encoded: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Splitter:
-    """Texts to words: at white space, and if `tokenize`, as BERT's texts are split, case and accents kept."""
+    """Texts to words: split at white space, and with `tokenize` as for BERT, case and accents kept."""
 
     def __init__(self, tokenize: bool):
         self._tokenize = tokenize
@@ -136,7 +131,7 @@ class Splitter:
         chunks = text.split()
         if not self._tokenize:
             return chunks
-        if len(self._known) > REMEMBERED_CHUNKS:
+        if len(self._known) > CACHED_CHUNKS:
             self._known = {}
         for chunk in set(chunks).difference(self._known):
             self._known[chunk] = self._words(chunk)
@@ -148,16 +143,14 @@ class Splitter:
 
 @dataclasses.dataclass(frozen=True)
 class WordVocabularyConfig:
-    """The `vocab_size` most frequent words of the corpus, or with `path` the vocabulary found there (and its size).
+    """A vocabulary of whole words (ELMo), the most frequent ones of the corpus or loaded."""
 
-    Words seen less than `min_count` times are left out: they are the <UNK> that a model learns to expect. `tokenize` is
-    for such a vocabulary and for a `vocab.txt`; a directory with settings says itself.
-    """
-
-    vocab_size: int = 793_471
-    min_count: int = 3
+    vocab_size: int = 793_471  # Entries of a trained vocabulary, special tokens included; fewer for a small corpus.
+    min_count: int = 3  # Leave out words that occur less often: from them the model learns to expect <UNK>.
+    # Split at punctuation, not only at white space. For a trained vocabulary or a lone vocab.txt; a directory has its
+    # own setting.
     tokenize: bool = True
-    path: str | None = None
+    path: str | None = None  # Load this directory or vocab.txt instead of training.
 
     def __post_init__(self):
         if self.vocab_size <= len(SPECIAL_TOKENS):
@@ -165,31 +158,18 @@ class WordVocabularyConfig:
 
     @property
     def expected_vocab_size(self) -> int:
-        """The size of an untrained vocabulary, for planning."""
         return self.vocab_size
 
     def build(self, corpus: Corpus) -> WordVocabulary:
-        """The tokenizer. A trained vocabulary depends on the corpus' training side alone, and is kept in the cache.
-
-        Raises InputError for a vocabulary in another order than by falling count: the ids say nothing then of how
-        frequent words are, and sampled softmax believes them.
-        """
-        if self.path is not None:
-            path = Path(self.path).expanduser()
-            words = (WordVocabulary.from_directory if path.is_dir() else WordVocabulary.from_vocab)(path, self.tokenize)
-            check_order(words.tokens, count(corpus, words.tokenize), path)
-            return words
-        key = ["words", TRAINING_VERSION, tokenizers.__version__, corpus.fingerprint]
-        key += [self.vocab_size, self.min_count, self.tokenize]
-        vocabulary = cached("vocabularies", digest(key), lambda: "\n".join(self._train(corpus)))
-        return WordVocabulary(vocabulary.split("\n"), self.tokenize)
+        """A tokenizer trained on the training side of a corpus, or the cached result."""
+        return WordVocabulary(train_once(self, VERSION, corpus, lambda: self._train(corpus)), self.tokenize)
 
     def _train(self, corpus: Corpus) -> list[str]:
         counts = count(corpus, self.tokenize)
         words = [word for word, n in counts.items() if n >= self.min_count and word not in SPECIAL_TOKENS]
         if not words:
             raise InputError(
-                f"no word is {self.min_count} times in the training side of the corpus: "
+                f"no word occurs {self.min_count} times in the training side of the corpus: "
                 "give a larger corpus or a smaller --tokenizer.min-count"
             )
         words.sort(key=lambda word: (-counts[word], word))
@@ -197,7 +177,7 @@ class WordVocabularyConfig:
 
 
 def count(corpus: Corpus, tokenize: bool) -> Counter[str]:
-    """How often each word occurs in the training side of a corpus. All its different words are held in memory."""
+    """The number of occurrences of each word in the training side of a corpus. Memory holds every distinct word."""
     chunks: Counter[str] = Counter()
     for text in training_texts(corpus, "counting words"):
         chunks.update(text.split())
@@ -212,16 +192,18 @@ def count(corpus: Corpus, tokenize: bool) -> Counter[str]:
 
 
 def check_order(tokens: list[str], counts: Counter[str], source: object) -> None:
-    """InputError if the vocabulary is far from being sorted by falling count.
+    """Raises InputError, naming `source`, if the vocabulary is far from being sorted by falling count.
 
-    It need not be sorted by the counts of just this corpus. The measure is the mean logarithm of the ids of the corpus:
-    it must be nearer to what sorting by count would make of it than to that of any order.
+    Sampled softmax takes the frequency of words from their ids. The counts of another corpus give a slightly different
+    order, which is fine. The measure is the mean logarithm of the corpus' ids: it must be nearer to its value for the
+    sorted vocabulary, the least possible, than to its expected value for a random order.
     """
     counts_V = np.array([counts[token] for token in tokens[len(SPECIAL_TOKENS) :]])
     log_V = np.log(np.arange(len(counts_V)) + len(SPECIAL_TOKENS) + 1)
     found, sorted_ = counts_V @ log_V, np.sort(counts_V)[::-1] @ log_V
-    if found - sorted_ > (counts_V.sum() * log_V.sum() / max(len(log_V), 1) - sorted_) / 2:
+    random = counts_V.sum() * log_V.sum() / max(len(log_V), 1)
+    if found - sorted_ > (random - sorted_) / 2:
         raise InputError(
-            f"{source} is not sorted by falling count, from which sampled softmax takes how frequent its words are: "
-            "sort it, or leave out --tokenizer.path and let the corpus decide"
+            f"{source} is not sorted by falling count, which sampled softmax relies on: "
+            "sort it, or train a vocabulary by leaving out --tokenizer.path"
         )

@@ -3,12 +3,16 @@
 Whatever fulfills `Model` can be trained: a pretraining model, or an encoder with a task head.
 """
 
-from collections.abc import Mapping
-from typing import Literal, Protocol, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import optax
 from jax import Array
+
+if TYPE_CHECKING:
+    from prelm_jax.corpus.store import Store
+    from prelm_jax.tokenizers.base import Tokenizer
 
 # Nested dicts of arrays, by module and parameter name; `training.parameters.path_name` writes a path as "a/b/c".
 Params: TypeAlias = "dict[str, Array | Params]"
@@ -111,4 +115,32 @@ class Batches(Protocol):
 
     def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """Rows start to stop of the global batch of a step, built without the others."""
+        ...
+
+
+BatchesT = TypeVar("BatchesT", bound=Batches)
+
+
+class DataConfig(Protocol[BatchesT]):
+    """A configuration that builds batches from a token store, and knows how to read a model's results on them."""
+
+    @property
+    def max_length(self) -> int:
+        """Positions of a row (T)."""
+        ...
+
+    def build(self, store: "Store", tokenizer: "Tokenizer", batch_size: int, seed: int) -> BatchesT:
+        """The batches of a run. Raises InputError for a store or tokenizer that does not fit."""
+        ...
+
+    def baselines(self, batches: BatchesT, evaluation: Iterable[HostBatch]) -> dict[str, dict[str, float]]:
+        """Metric → baseline → value: trivial baselines on evaluation batches, fitted on the store of `batches`."""
+        ...
+
+    def derived_metrics(self, name: str, value: float, store: "Store") -> dict[str, float]:
+        """Metrics derived from the metric `name` of a model on a store, by name: perplexity, bits per byte."""
+        ...
+
+    def show(self, batch: HostBatch, tokenizer: "Tokenizer") -> Iterator[str]:
+        """The rows of a batch as text, a few lines each."""
         ...

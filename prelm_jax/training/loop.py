@@ -1,32 +1,69 @@
-"""The train step and the loop around it. It knows models, optimizers and batches by contract only:
-
-model       init_params(key), init_carry(rows), loss(params, carry, batch, key), weights(batch), coefficients,
-            tokens(batch), flops(batch): see models/bert.py
-optimizer   build() -> optax.GradientTransformation, schedule(step): see optimizer.py
-batches     layout: which keys are `rows` of the batch and which belong to all of them, see sharding.place
-"""
+"""The train step and the loop around it. They know models, optimizers and batches by `training.contract` only."""
 
 import contextlib
 import dataclasses
 import functools
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
-from prelm_jax.errors import Preempted
-from prelm_jax.training.checkpoint import Checkpoints
-from prelm_jax.training.metrics import MetricsWriter, Report
-from prelm_jax.training.sharding import state_sharding
+from prelm_jax.errors import InputError, Preempted
+from prelm_jax.training.checkpoint import Checkpoints, Record
+from prelm_jax.training.contract import Batch, Layout, Model, OptimizerConfig, Params, Predictor, Sums
+from prelm_jax.training.metrics import MetricsWriter, Report, peak_flops
+from prelm_jax.training.sharding import MeshConfig, Tree, state_sharding
 
-Tree = Any
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How far to train, on which devices, and what to write down; all of it may differ between resumes."""
+
+    steps: int  # Train up to this step, counted from the start; raise it to continue a finished run.
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    save_every: int = 1000  # Steps between checkpoints; the last step, SIGTERM and a new best evaluation save as well.
+    keep: int = 3  # Number of newest checkpoints to keep; the one with the best evaluation is kept in addition.
+    keep_at_steps: tuple[int, ...] = ()  # Keep the parameters after these steps forever (without optimizer state).
+    keep_at_words: tuple[
+        int, ...
+    ] = ()  # The same, as soon as this many words of the corpus were seen (a learning curve).
+    evaluate_every: int = 1000  # Steps between evaluations on held-out text; the last step is evaluated as well.
+    evaluate_batches: int = 32  # Number of held-out batches in an evaluation; more for a less noisy loss.
+    log_every: int = 50  # Steps between lines of metrics.jsonl and of the terminal.
+    tensorboard: bool = False  # Also write the metrics for TensorBoard.
+    profile: int = 0  # Write a profiler trace of this many steps, from the 11th on, to profile/.
+
+    def __post_init__(self):
+        for name in ("steps", "save_every", "keep", "evaluate_every", "evaluate_batches", "log_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+
+
+class TrainingConfig(Protocol):
+    """The fields of a run that the loop reads."""
+
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+
+    @property
+    def accumulate(self) -> int: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def precision(self) -> str: ...
+
+    @property
+    def loop(self) -> LoopConfig: ...
 
 
 @functools.partial(
@@ -34,100 +71,128 @@ Tree = Any
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step changes; arrays only. `step` (int32) counts the steps done."""
+    """Everything that a step changes; arrays only. `step` (int32) counts the steps done."""
 
     step: Array
-    params: Tree
-    opt_state: Tree
-    carry: Tree
+    params: Params
+    opt_state: optax.OptState
+    carry: Params
 
-    def items(self) -> dict[str, Tree]:
-        """What a checkpoint holds, in parts, for those who want one alone."""
+    def items(self) -> dict[str, object]:
+        """The items of a checkpoint; each can be restored without the others."""
         progress = {"step": self.step, "carry": self.carry}
         return {"params": self.params, "opt_state": self.opt_state, "progress": progress}
 
     @classmethod
-    def of(cls, items: dict[str, Tree]) -> "TrainState":
-        """The state that a checkpoint holds."""
-        return cls(params=items["params"], opt_state=items["opt_state"], **items["progress"])
+    def from_items(cls, items: Mapping[str, object]) -> "TrainState":
+        """The state whose `items()` were saved."""
+        progress = cast(dict[str, Params], items["progress"])
+        params, opt_state = cast(Params, items["params"]), cast(optax.OptState, items["opt_state"])
+        return cls(cast(Array, progress["step"]), params, opt_state, progress["carry"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """One stream of random numbers for each purpose, from one seed; the data's is its own affair."""
+    """Independent streams of random numbers, all from one seed.
+
+    The batches are built in NumPy and hash (seed, name of the stream, step) themselves, so `data` is the seed.
+    """
 
     init: Array
+    data: int
     dropout: Array
 
     @classmethod
-    def of(cls, seed: int) -> "Keys":
+    def from_seed(cls, seed: int) -> "Keys":
         """The streams of a seed."""
         init, dropout = jax.random.split(jax.random.key(seed))
-        return cls(init, dropout)
+        return cls(init, seed, dropout)
 
 
-def abstract_state(model: Any, optimizer: Any, rows: int, mesh: jax.sharding.Mesh, parameters: str) -> TrainState:
-    """The train state as jax.ShapeDtypeStructs with their shardings; nothing is computed."""
-    shapes = jax.eval_shape(lambda: _with_params(model, optimizer, rows, model.init_params(jax.random.key(0))))
-    return _with_shardings(shapes, mesh, parameters)
+def abstract_state(
+    model: Model, optimizer: OptimizerConfig, batch_size: int, mesh: jax.sharding.Mesh, parameters: str
+) -> TrainState:
+    """The train state as jax.ShapeDtypeStructs with shardings; computes nothing. `parameters`: see MeshConfig."""
+
+    def fresh() -> TrainState:
+        return _with_params(model, optimizer, batch_size, model.init_params(jax.random.key(0)))
+
+    return _with_shardings(model, jax.eval_shape(fresh), mesh, parameters)
 
 
-def abstract_progress(model: Any, rows: int, mesh: jax.sharding.Mesh) -> Tree:
-    """That part of a checkpoint in the same way, whatever optimizer the training had."""
-    shapes = jax.eval_shape(lambda: {"step": jnp.zeros((), jnp.int32), "carry": model.init_carry(rows)})
-    return _with_shardings(shapes, mesh, "replicated")
+def abstract_items(model: Model, batch_size: int, mesh: jax.sharding.Mesh) -> dict[str, Params]:
+    """The items of a checkpoint that an evaluation needs, in the same form, for any optimizer."""
+
+    def fresh() -> dict[str, Params]:
+        progress = {"step": jnp.zeros((), jnp.int32), "carry": model.init_carry(batch_size)}
+        return {"params": model.init_params(jax.random.key(0)), "progress": progress}
+
+    return _with_shardings(model, jax.eval_shape(fresh), mesh, "replicated")
 
 
-def _with_shardings(shapes: Tree, mesh: jax.sharding.Mesh, parameters: str) -> Tree:
+def _with_shardings(model: Model, shapes: Tree, mesh: jax.sharding.Mesh, parameters: str) -> Tree:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        state_sharding(shapes, mesh, parameters),
+        state_sharding(shapes, mesh, parameters, model.replicated),
     )
 
 
 def new_state(
-    model: Any, optimizer: Any, rows: int, seed: int, abstract: TrainState, start: Callable[[Tree], Tree] | None = None
+    model: Model,
+    optimizer: OptimizerConfig,
+    batch_size: int,
+    seed: int,
+    abstract: TrainState,
+    start: Callable[[Params], Params] | None = None,
 ) -> TrainState:
-    """A fresh train state, born where it belongs. `start` may replace the fresh parameters (continued pretraining)."""
+    """A fresh train state, sharded like `abstract`. `start` may replace the fresh parameters by pretrained ones."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    params = jax.jit(model.init_params, out_shardings=shardings.params)(Keys.of(seed).init)
+    params = jax.jit(model.init_params, out_shardings=shardings.params)(Keys.from_seed(seed).init)
     if start is not None:
         params = jax.device_put(start(params), shardings.params)
-    return jax.jit(lambda params: _with_params(model, optimizer, rows, params), out_shardings=shardings)(params)
+    return jax.jit(
+        lambda params: _with_params(model, optimizer, batch_size, params),
+        out_shardings=shardings,
+    )(params)
 
 
-def _with_params(model: Any, optimizer: Any, rows: int, params: Tree) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.build().init(params), model.init_carry(rows))
+def _with_params(model: Model, optimizer: OptimizerConfig, batch_size: int, params: Params) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.build().init(params), model.init_carry(batch_size))
 
 
-def make_train_step(model: Any, optimizer: Any, accumulate: int, layout: dict[str, str], state: TrainState):
-    """`(state, batch, key) -> (state, metrics)`, with the state donated; it comes back sharded like `state`.
+def make_train_step(
+    model: Model, optimizer: OptimizerConfig, accumulate: int, layout: Mapping[str, Layout], state: TrainState
+):
+    """`(state, batch, key) -> (state, metrics)`; the state is donated, the new one sharded like `state`.
 
-    The batch is cut into `accumulate` micro-batches, whose sums are divided by the weight of the whole batch, so that
-    neither the cut nor the mesh weighs a token differently. Metrics are on the device: means by name, and `tokens` (2).
+    The batch is split into `accumulate` micro-batches, whose sums are divided by the weight of the whole batch, so that
+    every token weighs the same with any split and mesh. Metrics stay on the device: means by name, and `tokens` [2].
     """
     transformation = optimizer.build()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
-    def objective(params: Tree, carry: Tree, batch: dict, weights: dict, key: Array):
-        losses, metrics, carry = model.loss(params, carry, batch, key)
+    def objective(params: Params, carry: Params, batch: Batch, weights: dict[str, Array], key: Array):
+        losses, metrics, carry = model.loss(params, carry, batch, key, True)
         total = sum(model.coefficients[name] * _mean(x, weights[name]) for name, (x, _) in losses.items())
         return total, (losses | metrics, carry)
 
-    def gradients(params: Tree, carry: Tree, batch: dict, weights: dict, key: Array):
+    def gradients(params: Params, carry: Params, batch: Batch, weights: dict[str, Array], key: Array):
         if accumulate == 1:
             (_, (sums, carry)), grads = jax.value_and_grad(objective, has_aux=True)(params, carry, batch, weights, key)
             return sums, carry, grads
 
-        # Row r goes to micro-batch r % accumulate: every device keeps its rows.
+        # Row r is in micro-batch r % accumulate, so that every device keeps its rows.
         def split(x: Array) -> Array:
             return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+
+        def merge(x: Array) -> Array:
+            return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
         rows = {name: split(x) for name, x in batch.items() if layout[name] == "rows"}
         whole = {name: x for name, x in batch.items() if layout[name] != "rows"}
 
-        def micro_step(grads: Tree, micro: tuple):
+        def micro_step(grads: Params, micro: tuple[Array, Params, dict[str, Array]]):
             i, carry, rows = micro
             (_, (sums, carry)), g = jax.value_and_grad(objective, has_aux=True)(
                 params, carry, rows | whole, weights, jax.random.fold_in(key, i)
@@ -137,18 +202,17 @@ def make_train_step(model: Any, optimizer: Any, accumulate: int, layout: dict[st
         zeros = jax.tree.map(jnp.zeros_like, params)
         micros = (jnp.arange(accumulate), jax.tree.map(split, carry), rows)
         grads, (sums, carry) = jax.lax.scan(micro_step, zeros, micros)
-        merge = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])  # noqa: E731
         return jax.tree.map(lambda x: x.sum(0), sums), jax.tree.map(merge, carry), grads
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-    def train_step(state: TrainState, batch: dict, key: Array) -> tuple[TrainState, dict[str, Array]]:
+    def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Array]]:
         weights = model.weights(batch)
         key = jax.random.fold_in(key, state.step)
-        # Sharded parameters are gathered, each as it is needed: left to itself, XLA would rather cut the activations.
+        # Gathers each sharded parameter when it is needed; left to itself, XLA would shard the activations instead.
         gathered = jax.lax.with_sharding_constraint(state.params, P())
         sums, carry, grads = gradients(gathered, state.carry, batch, weights, key)
         updates, opt_state = transformation.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = cast(Params, optax.apply_updates(state.params, updates))
         metrics = means(model, sums) | {
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": optimizer.schedule(state.step),
@@ -160,30 +224,34 @@ def make_train_step(model: Any, optimizer: Any, accumulate: int, layout: dict[st
 
 
 def _mean(total: Array, weight: Array) -> Array:
-    # A loss that a batch has no weight for (no pair in it, say) is zero, not NaN.
+    # A loss without weight in this batch (no sentence pair, say) is zero, not NaN.
     return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)
 
 
-def means(model: Any, sums: dict[str, tuple[Array, Array]]) -> dict[str, Array]:
+def means(model: Model, sums: Sums) -> dict[str, Array]:
     """The mean of each loss and metric, and the objective as `loss`."""
     values = {name: _mean(*x) for name, x in sums.items()}
-    return {
-        "loss": sum(model.coefficients[name] * values[name] for name in model.coefficients if name in values)
-    } | values
+    terms = [coefficient * values[name] for name, coefficient in model.coefficients.items() if name in values]
+    return {"loss": sum(terms, start=jnp.zeros(()))} | values
 
 
-def make_evaluate(model: Any):
-    """`(params, carry, batches) -> {name: mean}` over all the batches, without dropout."""
+def make_evaluate(model: Model):
+    """`(params, carry, batches) -> {name: mean}` over all batches, without dropout.
+
+    Models that sample inside their loss get a fixed key for each batch, so the same parameters give the same numbers
+    under any seed.
+    """
 
     @jax.jit
-    def evaluate_step(params: Tree, carry: Tree, batch: dict):
-        losses, metrics, carry = model.loss(params, carry, batch, None)
-        return losses | metrics, carry
+    def evaluate_step(params: Params, carry: Params, batch: Batch, index: Array) -> tuple[Sums, Params, Array]:
+        key = jax.random.fold_in(jax.random.key(0), index)
+        losses, metrics, carry = model.loss(params, carry, batch, key, False)
+        return losses | metrics, carry, index + 1
 
-    def evaluate(params: Tree, carry: Tree, batches: Iterable[dict]) -> dict[str, float]:
-        totals = None
+    def evaluate(params: Params, carry: Params, batches: Iterable[Batch]) -> dict[str, float]:
+        index, totals = jax.jit(lambda: jnp.zeros((), jnp.int32))(), None
         for batch in batches:
-            sums, carry = evaluate_step(params, carry, batch)
+            sums, carry, index = evaluate_step(params, carry, batch, index)
             totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
         values = jax.device_get(jax.jit(functools.partial(means, model))(totals))
         return {name: value.item() for name, value in values.items()}
@@ -191,14 +259,29 @@ def make_evaluate(model: Any):
     return evaluate
 
 
+def make_predict(model: Predictor):
+    """`(params, carry, batches) -> iterator`, over the predictions for each batch, gathered from all devices and hosts.
+
+    Each item maps names to NumPy arrays whose first axis is the rows of the global batch, in order. Every process must
+    exhaust the iterator, because gathering is a collective operation.
+    """
+    predict_step = jax.jit(model.predict, out_shardings=P())
+
+    def predict(params: Params, carry: Params, batches: Iterable[Batch]) -> Iterator[dict[str, np.ndarray]]:
+        for batch in batches:
+            yield jax.device_get(predict_step(params, carry, batch))
+
+    return predict
+
+
 class _Stop:
-    """Becomes true when SIGTERM comes; on several hosts, at a step on which all agree."""
+    """Whether SIGTERM has come; several processes agree on the step at which to stop."""
 
     def __enter__(self) -> "_Stop":
         self._asked = False
         self._previous = None
         if jax.process_count() == 1:
-            with contextlib.suppress(ValueError):  # Not the main thread: the program around it has the say.
+            with contextlib.suppress(ValueError):  # Not in the main thread: the program around it handles signals.
                 self._previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_asked", True))
         return self
 
@@ -210,61 +293,94 @@ class _Stop:
         return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
 
 
+class _Profile:
+    """A profiler trace of `steps` steps, from the 11th after `start` on: the first ones compile."""
+
+    def __init__(self, start: int, steps: int, last: int, directory: Path):
+        self._first, self._end, self._directory = start + 10, min(start + 10 + steps, last), directory
+
+    def before(self, step: int) -> None:
+        if step == self._first < self._end:
+            options = jax.profiler.ProfileOptions()
+            # Tracing Python calls slows a step down, and crashes when another thread ends.
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(str(self._directory), profiler_options=options)
+
+    def after(self, step: int) -> None:
+        if step == self._end > self._first:
+            jax.profiler.stop_trace()
+
+
 def train(
-    run: Any,
-    model: Any,
+    run: TrainingConfig,
+    model: Model,
     state: TrainState,
-    batches: Iterator[tuple[int, dict]],
-    layout: dict[str, str],
+    batches: Iterable[tuple[int, Batch]],
+    layout: Mapping[str, Layout],
     evaluate: Callable[[TrainState], dict[str, float]],
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     workdir: Path,
+    tokens_per_word: float,
 ) -> tuple[TrainState, dict[str, float] | None]:
-    """Runs the steps from `state.step` to `run.steps`; the same bits as if it had never stopped before.
+    """Trains from `state.step` to `run.loop.steps`; resuming gives the same bits as never having stopped.
 
-    Returns the last state and its evaluation, which is None if there was no step left to run.
+    Returns the last state and its evaluation, or None instead of it if no step was left.
 
-    run: optimizer, accumulate, seed, steps, log_every, evaluate_every, save_every, profile (see pretrain.Run).
-    batches: (number of the step, batch on the devices), from `state.step` on, as many as there are steps left.
-    Raises Preempted after SIGTERM, when all is saved, and InputError at the first loss that is not finite.
+    Args:
+        batches: (step, batch on the devices) of each step left.
+        evaluate: the means by name over held-out text; the checkpoint with the lowest `loss` is the best.
+        checkpoints: where `state` was restored from, unless it is new.
+        tokens_per_word: tokens per word of the corpus, for `keep_at_words`.
+
+    Raises:
+        Preempted: after SIGTERM, once everything is saved.
+        InputError: at the first loss or gradient that is not finite; such a state is never saved.
     """
+    config, start = run.loop, int(state.step)
     train_step = make_train_step(model, run.optimizer, run.accumulate, layout, state)
-    dropout_key = Keys.of(run.seed).dropout
-    start = int(state.step)
-    profile_from = start + 10
-    profile_to = min(profile_from + run.profile, run.steps)
-    profiling = jax.profiler.ProfileOptions()
-    # The tracer of Python's own calls slows a step, and crashes where another thread comes to its end.
-    profiling.python_tracer_level = 0
-    report = Report(run, model, start, writer)
+    count_tokens = jax.jit(model.tokens)
+    dropout_key = Keys.from_seed(run.seed).dropout
+    profile = _Profile(start, config.profile, config.steps, workdir / "profile")
+    peak = peak_flops(jnp.dtype(run.precision), jax.sharding.get_mesh().size)
+    report = Report(model, writer, peak, start, config.steps, config.log_every)
+    tokens_seen = checkpoints.tokens_seen(start)
     pending = evaluation = None
     with contextlib.closing(report), _Stop() as stop, jax.transfer_guard("disallow"):
         for step, batch in batches:
-            if step == profile_from < profile_to:
-                jax.profiler.start_trace(str(workdir / "profile"), profiler_options=profiling)
+            profile.before(step)
+            tokens = count_tokens(batch)  # A program of its own: done before the step is.
             state, metrics = train_step(state, batch, dropout_key)
             done = step + 1
-            if done == profile_to > profile_from:
-                jax.profiler.stop_trace()
-            # The device is at work on this step while the host looks at the one before.
-            report.settle(pending)
-            pending = (done, metrics, batch)
+            profile.after(done)
 
-            last, stopping = done == run.steps, stop.at(done)
-            evaluation_due, save_due = done % run.evaluate_every == 0 or last, done % run.save_every == 0 or last
-            if not (evaluation_due or save_due or stopping):
+            # The devices work on this step while the host looks at the one before.
+            report.wait(pending)
+            before, tokens_seen = tokens_seen, tokens_seen + int(jax.device_get(tokens)[0])
+            pending = (done, metrics, batch, tokens_seen)
+
+            last, stopping = done == config.steps, stop.at(done)
+            words_due = any(before < words * tokens_per_word <= tokens_seen for words in config.keep_at_words)
+            keep_due = words_due or done in config.keep_at_steps
+            evaluation_due = last or done % config.evaluate_every == 0
+            save_due = last or done % config.save_every == 0
+            if not (keep_due or evaluation_due or save_due or stopping):
                 continue
-            report.settle(pending)  # Before anything is kept: a NaN never becomes the newest checkpoint.
-            pending = None
+
+            report.wait(pending)  # Checks the step: a state with NaNs is never saved.
+            pending, loss, improved = None, None, False
             if evaluation_due:
                 evaluation = evaluate(state)
                 report.evaluation(done, evaluation)
-            if save_due or stopping:
-                checkpoints.save(done, state.items())
+                loss, improved = evaluation["loss"], checkpoints.improves(evaluation["loss"])
+            record = Record(tokens_seen, loss, scheduled=save_due or improved)
+            if record.scheduled or stopping:
+                checkpoints.save(done, state.items(), record)
+            if keep_due:
+                checkpoints.keep_parameters(done, state.items(), record)
             report.restart_clock()
             if stopping and not last:
-                checkpoints.settle()
-                raise Preempted(f"stopped by SIGTERM after step {done}; the same command goes on from there")
-    checkpoints.settle()
+                checkpoints.wait()
+                raise Preempted(f"stopped by SIGTERM after step {done}; the same command resumes from there")
+    checkpoints.wait()
     return state, evaluation

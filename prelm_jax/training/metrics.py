@@ -1,25 +1,25 @@
-"""What a run tells: metrics as JSON lines, progress for people, the share of the device's peak that is used."""
+"""Metrics of a training: JSON lines, progress on the terminal, and the fraction of the hardware's peak FLOP/s."""
 
 import contextlib
 import io
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from prelm_jax.errors import InputError
+from prelm_jax.progress import Progress
 from prelm_jax.storage import is_remote
 from prelm_jax.training.chips import find_chip
+from prelm_jax.training.contract import Batch, Model
 
 
 def peak_flops(dtype: jnp.dtype, devices: int) -> float:
-    """Matmul FLOP/s of so many devices: the data sheet's for bf16 on a known one, else measured on one (0.1 s)."""
+    """Peak matmul FLOP/s of a number of devices: for bf16 on a known chip its data sheet's, else measured (0.1 s)."""
     chip = find_chip(jax.devices()[0].device_kind)
     if chip is not None and dtype == jnp.bfloat16:
         return chip.flops * devices
@@ -35,15 +35,26 @@ def peak_flops(dtype: jnp.dtype, devices: int) -> float:
     return 2 * 1024**3 / min(times) * (1 if jax.default_backend() == "cpu" else devices)
 
 
-class MetricsWriter:
-    """Appends to `metrics.jsonl`, one object a line with its `step`; to TensorBoard as well if asked.
+class _RemoteFile(io.StringIO):
+    """A text file in a bucket, where nothing can be appended to: each flush rewrites it."""
 
-    Only process 0 writes. `resume_at`: lines of later steps are dropped; they will be written again. In a bucket, where
-    nothing can be appended to, each line writes the file anew.
+    def __init__(self, path: Path, text: str):
+        super().__init__()
+        self.write(text)
+        self._path = path
+
+    def flush(self) -> None:
+        self._path.write_text(self.getvalue())
+
+
+class MetricsWriter:
+    """Appends to a file of JSON lines, one object with its `step` a line; to TensorBoard (next to the file) if asked.
+
+    Only process 0 writes. Lines of steps after `resume_at` are dropped, because the training will write them again.
     """
 
-    def __init__(self, workdir: Path, resume_at: int, tensorboard: bool = False):
-        self._file = self._tensorboard = self._remote = None
+    def __init__(self, path: Path, resume_at: int, tensorboard: bool = False):
+        self._file = self._tensorboard = None
         if jax.process_index() != 0:
             return
         if tensorboard:
@@ -51,28 +62,24 @@ class MetricsWriter:
                 from tensorboardX import SummaryWriter
             except ImportError:
                 raise InputError('--tensorboard needs a package: pip install "prelm_jax[tensorboard]"') from None
-            self._tensorboard = SummaryWriter(str(workdir), purge_step=resume_at)
-        path = workdir / "metrics.jsonl"
+            self._tensorboard = SummaryWriter(str(path.parent), purge_step=resume_at)
         kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_at] if path.exists() else []
         text = "".join(line + "\n" for line in kept)
         if is_remote(path):
-            self._remote, self._file = path, io.StringIO(text)
-            self._file.seek(0, io.SEEK_END)
+            self._file = _RemoteFile(path, text)
             return
         temporary = path.with_suffix(".tmp")
         temporary.write_text(text)
         temporary.replace(path)
         self._file = path.open("a")
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """One line; what is not finite is written as a string, for JSON has no word for it."""
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one line. JSON has no infinity and no NaN: they become strings."""
         if self._file is None:
             return
         line = {"step": step} | {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        if self._remote is not None:
-            self._remote.write_text(self._file.getvalue())
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -85,117 +92,66 @@ class MetricsWriter:
 
 
 def _step(line: str) -> float:
-    # A line cut off by a kill is dropped as well.
+    # A kill may have cut the line off; then it is dropped as well.
     with contextlib.suppress(ValueError, KeyError, TypeError):
         return json.loads(line)["step"]
     return math.inf
 
 
-class TrainingProgress:
-    """A bar on a terminal, else a plain line for each report; silent on all processes but the first."""
-
-    def __init__(self, start: int, steps: int):
-        self._console = Console(stderr=True, quiet=jax.process_index() != 0)
-        self._steps = steps
-        self._bar = None
-        if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[report]}"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
-            self._task = self._bar.add_task("train", total=steps, completed=start, report="compiling …")
-            self._bar.start()
-        self._clock = (time.monotonic(), start)
-
-    def advance(self, step: int) -> None:
-        """`step` steps are done."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
-
-    def report(self, step: int, values: dict[str, Any]) -> None:
-        """Says how the step went: loss, speed, time left."""
-        text = (
-            f"loss {values['train/loss']:.3f}  lr {values['train/learning_rate']:.1e}  "
-            f"{_short(values['perf/tokens_per_second'])} tokens/s  mfu {values['perf/mfu']:.0%}"
-        )
-        if self._bar is not None:
-            self._bar.update(self._task, report=text)
-            return
-        seconds = (self._steps - step) * values["perf/seconds_per_step"]
-        self.say(f"step {step}/{self._steps}  {text}  {seconds / 60:.1f} min left")
-
-    def say(self, line: str) -> None:
-        """A line above the bar."""
-        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-    def close(self) -> None:
-        """Takes the bar down."""
-        if self._bar is not None:
-            self._bar.stop()
-
-
 class Report:
-    """Hands the metrics of settled steps to the files and to the person; `run`, `model` as in loop.train."""
+    """Fetches the metrics of finished steps, checks them, and writes them to the file and the terminal."""
 
-    def __init__(self, run: Any, model: Any, start: int, writer: MetricsWriter):
-        self._run, self._model, self._writer = run, model, writer
-        self._progress = TrainingProgress(start, run.steps)
-        self._peak = peak_flops(jnp.dtype(run.precision), jax.sharding.get_mesh().size)
+    def __init__(self, model: Model, writer: MetricsWriter, peak: float, start: int, steps: int, log_every: int):
+        """`peak`: FLOP/s of all devices. `start`, `steps`: the steps done, and to do in all."""
+        self._model, self._writer, self._peak, self._log_every = model, writer, peak, log_every
+        self._progress = Progress("train" if jax.process_index() == 0 else None, steps, "steps", start)
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Times nothing until the next step has settled: not compilation, evaluation, saving."""
+        """Leaves compilation, evaluation and saving out of the speed: timing restarts when the next step finishes."""
         self._clock = None
 
-    def settle(self, pending: tuple[int, dict, dict] | None) -> None:
-        """Waits for a step's metrics, stops at a NaN, writes them down if due."""
+    def wait(self, pending: tuple[int, Mapping[str, jax.Array], Batch, int] | None) -> None:
+        """Waits for (step, metrics, batch, tokens seen) and writes the metrics if due.
+
+        Raises InputError if the loss or the gradient is not finite.
+        """
         if pending is None:
             return
-        step, metrics, batch = pending
-        metrics = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
+        step, on_devices, batch, tokens_seen = pending
+        metrics = {name: value.tolist() for name, value in jax.device_get(on_devices).items()}
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             raise InputError(
                 f"the loss or its gradient is not finite at step {step} (loss {metrics['loss']}, gradient norm "
-                f"{metrics['grad_norm']}); the last checkpoint is from before: lower the learning rate or clip harder"
+                f"{metrics['grad_norm']}), and this state is not saved: lower the learning rate or the clip norm"
             )
-        self._progress.advance(step)
-        tokens, places = metrics.pop("tokens")
+        self._progress.advance(1)
+        tokens, positions = metrics.pop("tokens")
+        now = time.perf_counter()
         if self._clock is None:
-            self._clock = (time.perf_counter(), 0, 0, 0.0)
+            self._clock = (now, 0, 0, 0.0)
         else:
-            began, steps, seen, flops = self._clock
-            self._clock = (began, steps + 1, seen + tokens, flops + self._model.flops(batch))
-        if step % self._run.log_every:
+            began, steps, counted, flops = self._clock
+            self._clock = (began, steps + 1, counted + tokens, flops + self._model.flops(batch))
+        if step % self._log_every:
             return
-        values = {f"train/{name}": value for name, value in metrics.items()} | {"train/padding": 1 - tokens / places}
-        began, steps, seen, flops = self._clock
+        values = {f"train/{name}": value for name, value in metrics.items()}
+        values |= {"train/padding": 1 - tokens / positions, "train/tokens_seen": tokens_seen}
+        began, steps, counted, flops = self._clock
         if steps:
-            seconds = time.perf_counter() - began
-            values |= {
-                "perf/seconds_per_step": seconds / steps,
-                "perf/tokens_per_second": seen / seconds,
-                "perf/mfu": flops / seconds / self._peak,
-            }
-            self._progress.report(step, values)
-            self._clock = (time.perf_counter(), 0, 0, 0.0)
+            seconds = now - began
+            speed, mfu = counted / seconds, flops / seconds / self._peak
+            values |= {"perf/seconds_per_step": seconds / steps, "perf/tokens_per_second": speed, "perf/mfu": mfu}
+            self._clock = (now, 0, 0, 0.0)
+            self._progress.report(
+                f"loss {metrics['loss']:.3f}  lr {metrics['learning_rate']:.1e}  {speed:,.0f} tokens/s  mfu {mfu:.0%}"
+            )
         self._writer.write(step, values)
 
-    def evaluation(self, step: int, values: dict[str, float]) -> None:
-        """Writes an evaluation down."""
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes an evaluation."""
         self._writer.write(step, {f"evaluation/{name}": value for name, value in values.items()})
         self._progress.say(f"step {step}  held-out  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
 
     def close(self) -> None:
-        self._progress.close()
-
-
-def _short(number: float) -> str:
-    for unit in ("", "k"):
-        if number < 1000:
-            return f"{number:.3g}{unit}"
-        number /= 1000
-    return f"{number:.3g}M"
+        self._progress.close(complete=False)

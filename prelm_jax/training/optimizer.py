@@ -1,25 +1,26 @@
-"""Optimizers and schedules, as configurations that build an optax transformation."""
+"""Optimizers and learning rate schedules: configurations that build an optax transformation."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
+from prelm_jax.training.contract import Params
 from prelm_jax.training.parameters import first_match, path_name
 
-# The last name on the path of every parameter, and whether its weight decays (google-research/bert,
-# optimization.py: everything but LayerNorm and biases, so embeddings too). Exhaustive.
+# Whether weight decay applies, by the last name of a parameter's path: to everything but biases, norms and the scalars
+# of heads, so to embeddings too (google-research/bert, optimization.py). A path without a rule is an error.
 DECAY = (
     (r"(^|/)(kernel|embedding)$", True),
-    (r"(^|/)(\w*bias|scale)$", False),
+    (r"(^|/)(\w*bias|scale|weights|gamma|transitions)$", False),
 )
 
 
-def decays(params: Any) -> Any:
-    """For every parameter whether weight decay applies, by the table DECAY."""
-
+def decays(params: Params) -> object:
+    """A tree like `params` that tells for each parameter whether weight decay applies, by the table DECAY."""
     return jax.tree_util.tree_map_with_path(lambda path, _: first_match(DECAY, path_name(path)), params)
 
 
@@ -27,30 +28,27 @@ def decays(params: Any) -> Any:
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019), clipping, and the schedules of BERT and GPT-1.
 
-    The rate falls from `learning_rate` at step 0 to zero at `decay_steps`, along a line or half a cosine; while the
-    step is below `warmup_steps` it is learning_rate · step / warmup_steps instead (so it jumps a little where the two
-    meet, and step 0 changes nothing).
-
-    `bias_correction`: of the moments, as published; of the rate, which then scales weight decay too and leaves eps
-    uncorrected (GPT-1: openai/finetune-transformer-lm, opt.py); or none (BERT: google-research/bert, optimization.py,
-    AdamWeightDecayOptimizer).
-
-    Gradients are clipped to a global norm of `clip_norm`, after accumulation and over all devices.
+    The learning rate decays from `learning_rate` at step 0 to zero at `decay_steps`. While the step is below
+    `warmup_steps`, it is learning_rate · step / warmup_steps instead: step 0 changes nothing, and at the end of the
+    warm-up the rate drops a little to the decaying curve.
     """
 
-    learning_rate: float
-    warmup_steps: int
-    decay_steps: int
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
+    learning_rate: float  # The highest learning rate, which the schedule scales.
+    warmup_steps: int  # Steps in which the learning rate rises linearly from zero.
+    decay_steps: int  # The step at which the learning rate reaches zero; usually --steps.
+    b1: float = 0.9  # Decay rate of the first moment.
+    b2: float = 0.999  # Decay rate of the second moment; lower it if the loss has spikes.
+    eps: float = 1e-8  # Added to the denominator.
+    weight_decay: float = 0.0  # Decay per step as a multiple of the learning rate; not for biases and norms.
+    clip_norm: float = 1.0  # Largest global norm of the gradient, after accumulation and over all devices.
+    # Where Adam's bias correction goes: "moments", as published; "rate", which then scales weight decay too and leaves
+    # eps uncorrected (GPT-1: openai/finetune-transformer-lm, opt.py); "none" (BERT: google-research/bert,
+    # optimization.py, AdamWeightDecayOptimizer).
     bias_correction: Literal["moments", "rate", "none"] = "moments"
-    decay: Literal["linear", "cosine"] = "linear"
+    decay: Literal["linear", "cosine"] = "linear"  # Shape of the decay: a line (BERT) or half a cosine (GPT-1).
 
-    def schedule(self, step: jax.Array | int) -> jax.Array:
-        """The learning rate of a step."""
+    def schedule(self, step: ArrayLike) -> jax.Array:
+        """The learning rate of a step (counted from 0)."""
         step = jnp.asarray(step, jnp.float32)
         left = jnp.clip(1 - step / self.decay_steps, 0)
         if self.decay == "cosine":
@@ -58,7 +56,7 @@ class AdamW:
         warming = self.learning_rate * step / max(1, self.warmup_steps)
         return jnp.where(step < self.warmup_steps, warming, self.learning_rate * left)
 
-    def _rate(self, step: jax.Array) -> jax.Array:
+    def _rate(self, step: ArrayLike) -> jax.Array:
         rate = self.schedule(step)
         if self.bias_correction != "rate":
             return rate
@@ -77,21 +75,19 @@ class AdamW:
 
 @dataclasses.dataclass(frozen=True)
 class Adagrad:
-    """Adagrad (Duchi et al. 2011) as ELMo was trained with it; a constant rate, no epsilon, no weight decay.
+    """Adagrad (Duchi et al. 2011) as ELMo was trained with it: a constant rate, no epsilon, no weight decay.
 
-    The sums of squares start at `initial_accumulator`, which only means something beside the size of the gradients:
-    these are of `unroll_steps` times the mean loss of a token (bilm-tf, training.py, which takes the gradient of
-    `loss * unroll_steps`). Then they are clipped to a global norm of `clip_norm`, after accumulation and over all
-    devices.
+    The gradient is that of `unroll_steps` times the mean loss of a token (bilm-tf, training.py: `loss * unroll_steps`),
+    because `initial_accumulator` has a meaning only relative to the size of the gradients.
     """
 
-    learning_rate: float
-    unroll_steps: int = 1
-    initial_accumulator: float = 1.0
-    clip_norm: float = 10.0
+    learning_rate: float  # The constant learning rate.
+    unroll_steps: int = 1  # The gradient is multiplied by this; usually the length of a row.
+    initial_accumulator: float = 1.0  # Where the sums of squared gradients start; higher values slow the first steps.
+    clip_norm: float = 10.0  # Largest global norm of that gradient, after accumulation and over all devices.
 
-    def schedule(self, step: jax.Array | int) -> jax.Array:
-        """The learning rate of a step."""
+    def schedule(self, step: ArrayLike) -> jax.Array:
+        """The learning rate of a step (counted from 0)."""
         return jnp.full(jnp.shape(step), self.learning_rate, jnp.float32)
 
     def build(self) -> optax.GradientTransformation:
@@ -105,7 +101,7 @@ class Adagrad:
 
 
 def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """m / (sqrt(v) + eps), the moments as they are: the first steps are 3 × larger than Adam's."""
+    """m / (sqrt(v) + eps) with uncorrected moments: the first steps are 3 × larger than Adam's."""
     init = optax.scale_by_adam(b1, b2, eps).init
 
     def update(updates, state, params=None):

@@ -1,22 +1,22 @@
-"""The names of parameters, and tables that decide something for each of them."""
+"""Parameter paths, and tables of rules that decide something for each of them."""
 
 import re
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 
 Answer = TypeVar("Answer")
 
 
-def path_name(path: tuple[Any, ...]) -> str:
-    """`encoder/layer_0/attention/query/kernel` for a path of jax.tree_util."""
+def path_name(path: tuple[object, ...]) -> str:
+    """A path of jax.tree_util as a string: `encoder/layer_0/attention/query/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def first_match(table: tuple[tuple[str, Answer], ...], name: str) -> Answer:
-    """The answer of the first rule (regular expression, answer) that is found in the name.
+    """The answer of the first rule (regular expression, answer) found in the name.
 
-    A table is exhaustive: a name that no rule knows is a ValueError, so that nothing is decided by oversight.
+    A table is exhaustive: a name without a rule is a ValueError, so that nothing is decided by oversight.
     """
     for rule, answer in table:
         if re.search(rule, name):

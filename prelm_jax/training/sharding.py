@@ -1,12 +1,13 @@
-"""Where arrays live: batches by rows over all devices; the train state whole on each of them, or in shares.
+"""Where arrays live: batches are sharded by rows over all devices; the train state is replicated or sharded.
 
-The mesh has two axes: `slice`, devices that a data-centre network joins, and `data`, those that fast links join. Only
-gradients go from slice to slice: shares of the state are of the devices of a slice.
+The mesh has two axes: `slice`, devices connected over the data-center network, and `data`, devices connected by fast
+links. Only gradients travel between slices: the train state is sharded over the devices of one slice.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Literal
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeVar
 
 import jax
 import numpy as np
@@ -14,69 +15,69 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prelm_jax.errors import InputError
+from prelm_jax.training.contract import HostBatch, Layout
 from prelm_jax.training.parameters import first_match, path_name
 
-Tree = Any
+Tree = TypeVar("Tree")
 
 ROWS = P(("slice", "data"))
 
-# The last name on the path of every array of the train state, and whether it may be cut into shares. Moments carry the
-# path of their parameter. Exhaustive: a path that no rule knows is an error, so that nothing stays whole by oversight.
+# Whether an array of the train state may be sharded, by the last name of its path (a moment has the path of its
+# parameter). A path without a rule is an error, so that no array stays replicated by oversight.
 RULES = (
-    (r"(^|/)(characters|convolution_\d+)/", False),  # ELMo's: small, and of sizes that many devices do not divide.
     (r"(^|/)(kernel|embedding)$", True),
-    (r"(^|/)(\w*bias|scale|count|step)$", False),
+    (r"(^|/)(\w*bias|scale|weights|gamma|transitions|count|step)$", False),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """`devices` None: all there are.
+    """The devices to train on, and how the train state is spread over them."""
 
-    parameters: "replicated", a copy of parameters and moments on every device; "zero1", a copy of the parameters and a
-    share of the moments (ZeRO stage 1, Rajbhandari et al. 2020); "fsdp", a share of both.
-    slices: so many groups of devices, joined by a data-centre network, each with a copy or shares of everything.
-    """
-
-    devices: int | None = None
+    devices: int | None = None  # Number of devices; all there are if unset.
+    # Where parameters and optimizer moments live: "replicated", a copy of both on every device; "zero1", sharded
+    # moments (ZeRO stage 1, Rajbhandari et al. 2020); "fsdp", both sharded, for models too large for one device.
     parameters: Literal["replicated", "zero1", "fsdp"] = "replicated"
-    slices: int = 1
+    slices: int = 1  # Number of TPU slices; parameters are replicated across slices.
 
     def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-        """The mesh over the first `devices` of some, by default of all there are.
+        """The mesh over the first `devices` of the given devices, by default of all there are.
 
-        Those of a slice stand side by side, and in it those of a process: so do its rows of a batch.
+        Devices are sorted by slice, then process, so that each process owns contiguous rows of a batch.
         """
         devices = sorted(
             jax.devices() if devices is None else devices,
             key=lambda device: (_slice(device) or 0, device.process_index, device.id),
         )
         if self.devices is not None and not 1 <= self.devices <= len(devices):
-            raise InputError(f"--mesh.devices {self.devices}: there are {len(devices)}")
+            raise InputError(f"--mesh.devices {self.devices}: there are {len(devices)} devices")
         if jax.process_count() > 1 and self.devices not in (None, len(devices)):
-            raise InputError(
-                f"--mesh.devices {self.devices}: several processes use all of their {len(devices)} devices"
-            )
+            raise InputError(f"--mesh.devices {self.devices}: several processes use all of their {len(devices)}")
         devices = devices[: self.devices]
         slices = {_slice(device) for device in devices}
         if slices != {None} and len(slices) != self.slices:
-            raise InputError(f"--mesh.slices {self.slices}: the devices are in {len(slices)}")
+            raise InputError(f"--mesh.slices {self.slices}: the devices are in {len(slices)} slices")
         if self.slices < 1 or len(devices) % self.slices:
             raise InputError(f"--mesh.slices {self.slices}: does not divide {len(devices)} devices")
-        # Auto axes: Flax Linen does not work with the Explicit ones that make_mesh would choose.
+        # Auto axes: Flax Linen does not work with the Explicit axes that make_mesh would choose.
         return jax.sharding.Mesh(
             np.array(devices).reshape(self.slices, -1), ("slice", "data"), axis_types=(AxisType.Auto,) * 2
         )
 
 
 def _slice(device: jax.Device) -> int | None:
-    """The slice of a TPU pod; None where there is no such thing."""
+    """The TPU slice of a device; None on other hardware."""
     return getattr(device, "slice_index", None)
 
 
-def partition(name: str, shape: tuple[int, ...], shards: int) -> P:
-    """How an array is cut into shares: along the largest dimension that `shards` divides, where the rules say so."""
-    if not first_match(RULES, name):
+def partition(name: str, shape: tuple[int, ...], shards: int, replicated: Sequence[str] = ()) -> P:
+    """How the array `name` is sharded: along its largest dimension that `shards` divides, if the rules allow it.
+
+    `replicated`: regular expressions of paths that are never sharded, whatever the rules say.
+
+        partition("pooler/kernel", (768, 512), 8)  ->  P("data")
+    """
+    if not first_match(RULES, name) or any(re.search(pattern, name) for pattern in replicated):
         return P()
     axes = [axis for axis in range(len(shape)) if shape[axis] % shards == 0]
     if not axes:
@@ -85,38 +86,38 @@ def partition(name: str, shape: tuple[int, ...], shards: int) -> P:
     return P(*(("data" if axis == largest else None) for axis in range(largest + 1)))
 
 
-def state_sharding(state: Tree, mesh: jax.sharding.Mesh, parameters: str) -> Tree:
-    """A NamedSharding for every array of a train state; the carry is sharded with its rows."""
+def state_sharding(state: Tree, mesh: jax.sharding.Mesh, parameters: str, replicated: Sequence[str] = ()) -> Tree:
+    """The NamedSharding of every array of a train state; the carry is sharded by rows, like the batch."""
 
     def sharding(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         name = path_name(path)
         if name.startswith("carry/"):
             return NamedSharding(mesh, ROWS)
-        first_match(RULES, name)  # Also where nothing is cut: a forgotten rule shows at once.
-        cut = parameters == "fsdp" or (parameters == "zero1" and name.startswith("opt_state/"))
-        return NamedSharding(mesh, partition(name, leaf.shape, mesh.shape["data"]) if cut else P())
+        first_match(RULES, name)  # Even if nothing is sharded: a missing rule shows at once.
+        sharded = parameters == "fsdp" or (parameters == "zero1" and name.startswith("opt_state/"))
+        spec = partition(name, leaf.shape, mesh.shape["data"], replicated) if sharded else P()
+        return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def batch_sharding(layout: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Of a key of a batch, by its layout: `rows` are cut, and `shared` where the devices divide its first axis."""
-    cut = layout == "rows" or (layout == "shared" and shape[0] % mesh.size == 0)
-    return NamedSharding(mesh, ROWS if cut else P())
+def batch_sharding(layout: Layout, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The sharding of one key of a batch; `shared` keys are sharded only if the devices divide their first axis."""
+    sharded = layout == "rows" or (layout == "shared" and shape[0] % mesh.size == 0)
+    return NamedSharding(mesh, ROWS if sharded else P())
 
 
-def place(batch: dict[str, np.ndarray], layout: dict[str, str], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """A batch on the devices, from what this process has of it.
+def shard_batch(batch: HostBatch, layout: Mapping[str, Layout], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """Puts a batch on the devices of all processes.
 
-    Of keys laid out as `rows` that is its own rows; of those `replicated` and `shared` it is everything, and each
-    device gets all of it, or (`shared`) an equal part of its first axis where the devices divide that.
+    Of the `rows` keys each process passes its own rows, of the others the whole array (see contract.Layout).
     """
 
-    def placed(key: str, array: np.ndarray) -> jax.Array:
+    def put(key: str, array: np.ndarray) -> jax.Array:
         sharding = batch_sharding(layout[key], array.shape, mesh)
         if layout[key] == "rows":
             return jax.make_array_from_process_local_data(sharding, array)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    with jax.transfer_guard("allow"):  # This is the one transfer that is meant; with several processes JAX cannot tell.
-        return {key: placed(key, array) for key, array in batch.items()}
+    with jax.transfer_guard("allow"):  # The one intended transfer; with several processes JAX cannot tell.
+        return {key: put(key, array) for key, array in batch.items()}

@@ -1,4 +1,4 @@
-"""From a corpus to its store: what goes in comes out, however it was cut, killed or shared between processes."""
+"""From a corpus to its stores: nothing is lost, and neither shards, kills nor processes change a bit."""
 
 import json
 import multiprocessing
@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prelm_jax.corpus import documents as corpus_module
+from prelm_jax.corpus import documents as documents_module
 from prelm_jax.corpus import prepare as preparation
 from prelm_jax.corpus.documents import Corpus
-from prelm_jax.corpus.prepare import SIDES, location, make_shards_here, prepare
+from prelm_jax.corpus.prepare import SIDES, count_words, make_shards_locally, prepare, store_path
 from prelm_jax.corpus.sentences import split
 from prelm_jax.corpus.store import Store
 from prelm_jax.errors import InputError
@@ -37,9 +37,8 @@ def corpus(tmp_path):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    """A document in a shard, all of them made in this process."""
-    monkeypatch.setattr(corpus_module, "SHARD_CHARACTERS", 5)
-    monkeypatch.setattr(preparation, "SHARD_CHARACTERS", 5)
+    """One document a shard, all made in this process."""
+    monkeypatch.setattr(documents_module, "SHARD_CHARACTERS", 5)
     monkeypatch.setattr(preparation, "_in_processes", in_this_process)
 
 
@@ -57,7 +56,7 @@ def documents_of(store: Store) -> list[list[list[int]]]:
 
 
 def expected_documents(corpus: Corpus, side: str) -> list[tuple[list[list[int]], int]]:
-    """The same by one sentence at a time."""
+    """The documents of a side and their bytes, tokenized one sentence at a time."""
     found = []
     for document in corpus.documents(side):
         sentences = [TOKENIZER.encode_batch([sentence])[0] for sentence in split(document.text, document.sentences)]
@@ -67,12 +66,12 @@ def expected_documents(corpus: Corpus, side: str) -> list[tuple[list[list[int]],
 
 
 def files(directory) -> dict[str, bytes]:
-    """The content of every file in a directory, but for locks."""
+    """The content of every file in a directory, except locks."""
     found = (path for path in directory.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
     return {str(path.relative_to(directory)): path.read_bytes() for path in found}
 
 
-# ---- What goes in comes out ------------------------------------------------------------------------------------------
+# ---- Content ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_characters", [1, 20, preparation.BATCH_CHARACTERS])
@@ -90,6 +89,9 @@ def test_prepared_stores_hold_the_corpus(corpus, tmp_path, monkeypatch, batch_ch
             "documents": len(expected),
             "tokens": len(flat),
             "bytes": sum(size for _, size in expected),
+            "words": sum(
+                len(document.text.split()) for document in corpus.documents(side) if "\x00\x07" not in document.text
+            ),
             "unknown_tokens": flat.count(TOKENIZER.unknown_id),
             "longest_word": max(len(word) for document in corpus.documents(side) for word in document.text.split()),
         }
@@ -100,17 +102,17 @@ def test_prepared_stores_hold_the_corpus(corpus, tmp_path, monkeypatch, batch_ch
 @settings(deadline=None, max_examples=30)
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1), shard=st.integers(1, 30))
 def test_no_document_is_lost(tmp_path_factory, texts, shard):
-    """Any text at all, in shards of any size, and every document is in a store or counted as empty."""
+    """Any text, in shards of any size: every document is in a store or counted as empty."""
     directory = tmp_path_factory.mktemp("any")
     lines = [json.dumps({"text": text}) for text in [*texts, "abc"]]
     (directory / "a.jsonl").write_text("\n".join(lines))
     corpus = Corpus((str(directory / "a.jsonl"),), held_out=0.5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus_module, "SHARD_CHARACTERS", shard)
+        patch.setattr(documents_module, "SHARD_CHARACTERS", shard)
         patch.setattr(preparation, "_in_processes", in_this_process)
         stores = prepare(corpus, TOKENIZER, directory)
         words, _ = prepare(
-            Corpus((*corpus.sources, "sentences=line")), WordVocabulary(["<S>", "</S>", "<UNK>", "abc"]), directory
+            Corpus((f"{directory}/a.jsonl,sentences=line",)), WordVocabulary(["<S>", "</S>", "<UNK>", "abc"]), directory
         )
     documents = list(corpus.documents())
     assert len(documents) == sum(bool(text.strip()) for text in [*texts, "abc"])
@@ -119,19 +121,35 @@ def test_no_document_is_lost(tmp_path_factory, texts, shard):
         expected = expected_documents(corpus, side)
         assert documents_of(store) == [document for document, _ in expected]
         assert store.document_bytes.tolist() == [size for _, size in expected]
-    # Of words nothing is lost: what stands between white space comes back as it was written.
+    # An open vocabulary restores everything between white space.
     bounds = zip(words.words.offsets, words.words.offsets[1:], strict=False)
     spelled = [bytes(words.words.bytes[a:b]).decode() for a, b in bounds]
     found = [[spelled[index] for sentence in document for index in sentence] for document in documents_of(words)]
     assert found == [text.split() for text in (document.text for document in documents) if text.split()]
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", 0),
+        (" It's\u00a0a \n\t sentence. ", 3),
+        ("naïve café", 2),
+        ("今天天气很好。", 7),  # The full stop stands alone.
+        ("在2024年 now", 4),
+        ("ひらがなと漢字", 3),  # Kana are no ideographs.
+        ("\U00020000\U0002f800\uf900㐀", 4),
+    ],
+)
+def test_words_are_runs_without_white_space_or_ideographs(text, words):
+    assert count_words(text) == words
+
+
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, WordVocabulary(["<S>", "</S>", "<UNK>", "a", "cab"], tokenize=True)])
-def test_how_the_corpus_was_cut_leaves_no_trace(corpus, tmp_path, monkeypatch, small_shards, tokenizer):
-    prepare(corpus, tokenizer, tmp_path / "parts")
+def test_the_size_of_shards_changes_nothing(corpus, tmp_path, monkeypatch, small_shards, tokenizer):
+    prepare(corpus, tokenizer, tmp_path / "shards")
     monkeypatch.undo()
     prepare(corpus, tokenizer, tmp_path / "whole")
-    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    assert files(tmp_path / "shards") == files(tmp_path / "whole")
 
 
 def test_weights_and_duplicates_reach_the_store(tmp_path, small_shards):
@@ -143,7 +161,7 @@ def test_weights_and_duplicates_reach_the_store(tmp_path, small_shards):
     assert documents_of(store) == [TOKENIZER.encode_batch([text]) for text in expected]
 
 
-def test_a_second_time_nothing_is_read(corpus, monkeypatch):
+def test_existing_stores_are_not_made_again(corpus, monkeypatch):
     first = prepare(corpus, TOKENIZER)
     monkeypatch.setattr(Corpus, "shards", lambda *_: pytest.fail("the corpus was read again"))
     monkeypatch.setattr(
@@ -153,7 +171,7 @@ def test_a_second_time_nothing_is_read(corpus, monkeypatch):
     assert [store.fingerprint for store in first] == [store.fingerprint for store in second]
 
 
-def test_fingerprints_tell_stores_apart(corpus, tmp_path):
+def test_fingerprints_differ(corpus, tmp_path):
     cased = WordPiece(TOKENIZER.tokens, lowercase=False)
     stores = [*prepare(corpus, TOKENIZER), *prepare(corpus, cased), *prepare(Corpus(corpus.sources, 1.0), TOKENIZER)]
     assert len({store.fingerprint for store in stores}) == len(stores)
@@ -182,7 +200,7 @@ def test_a_corpus_without_tokens_is_refused(tmp_path, content, lack):
     with pytest.raises(InputError) as error:
         prepare(Corpus((str(path),)), TOKENIZER, tmp_path / "cache")
     assert str(error.value) == f"the corpus {path} holds {lack}"
-    assert files(tmp_path / "cache") == {}  # nothing half-made is left
+    assert files(tmp_path / "cache") == {}  # Nothing unfinished is left.
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
@@ -195,8 +213,8 @@ def test_ids_take_two_bytes_where_they_can(tmp_path, vocab_size, dtype):
     assert store.gather(np.array([0, 1])).tolist() == [vocab_size - 1, 1]
 
 
-def test_preparing_holds_a_batch_not_the_corpus(tmp_path, monkeypatch):
-    """Of ten times the text, no more is ever handed to the tokenizer at once."""
+def test_the_tokenizer_gets_a_batch_at_a_time(tmp_path, monkeypatch):
+    """Never much more than BATCH_CHARACTERS, however long the corpus."""
     monkeypatch.setattr(preparation, "BATCH_CHARACTERS", 1000)
     path = tmp_path / "a.txt"
     largest = []
@@ -224,7 +242,7 @@ def test_preparing_holds_a_batch_not_the_corpus(tmp_path, monkeypatch):
     ],
     ids=["a word of a million characters", "control characters", "names of special tokens"],
 )
-def test_odd_text_is_text(tmp_path, content, tokens):
+def test_hostile_text_is_text(tmp_path, content, tokens):
     (tmp_path / "a.txt").write_text(f"{content}\n\nx")
     store, _ = prepare(Corpus((f"{tmp_path}/a.txt",)), TOKENIZER, tmp_path)
     assert store.num_documents == 2
@@ -242,8 +260,8 @@ def test_a_line_of_50_mb(tmp_path):
 # ---- Stops, kills and full disks -------------------------------------------------------------------------------------
 
 
-def test_a_stop_goes_on_where_it_was(corpus, tmp_path, monkeypatch, small_shards):
-    """Stopped before the third shard, and again while the store is put together: no shard is made twice."""
+def test_an_interrupted_preparation_resumes(corpus, tmp_path, monkeypatch, small_shards):
+    """Interrupted before the third shard, and again while shards are merged: no shard is made twice."""
     prepare(corpus, TOKENIZER, tmp_path / "undisturbed")
     made = []
     make_shard = preparation.make_shard
@@ -274,14 +292,14 @@ def test_a_stop_goes_on_where_it_was(corpus, tmp_path, monkeypatch, small_shards
     assert files(tmp_path / "stopped") == files(tmp_path / "undisturbed")
 
 
-def test_leftovers_of_a_kill_are_removed(corpus, tmp_path):
-    """Between the last two things that preparing does."""
+def test_shards_left_by_a_kill_are_removed(corpus, tmp_path):
+    """A kill between the rename of the stores and the removal of the shards."""
     prepare(corpus, TOKENIZER, tmp_path / "cache")
     before = files(tmp_path / "cache")
-    target = location(corpus, TOKENIZER, tmp_path / "cache")
-    name = preparation.partial_directory(target)
-    name.mkdir()
-    (name / "000000-000000.npz").write_bytes(b"left over")
+    target = store_path(corpus, TOKENIZER, tmp_path / "cache")
+    partial = preparation.partial_path(target)
+    partial.mkdir()
+    (partial / "000000-000000.npz").write_bytes(b"left over")
     prepare(corpus, TOKENIZER, tmp_path / "cache")
     assert files(tmp_path / "cache") == before
 
@@ -289,13 +307,13 @@ def test_leftovers_of_a_kill_are_removed(corpus, tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "flip"])
 def test_a_damaged_shard_is_named(corpus, tmp_path, damage, small_shards):
     def make_and_damage(*arguments):
-        make_shards_here(*arguments)
+        make_shards_locally(*arguments)
         file = min(arguments[-1].glob("*.npz"))
         content = bytearray(file.read_bytes())
         content[content.index(b"ids.npy") + 120] ^= 1
         file.write_bytes(content if damage == "flip" else content[:-1])
 
-    with pytest.raises(InputError, match=r"000000-000000\.npz is damaged \(.*\): delete it, and the same command goes"):
+    with pytest.raises(InputError, match=r"000000-000000\.npz is damaged \("):
         prepare(corpus, TOKENIZER, tmp_path / "cache", make_and_damage)
     (file,) = (tmp_path / "cache").rglob("000000-000000.npz")
     file.unlink()
@@ -306,8 +324,8 @@ def test_a_damaged_shard_is_named(corpus, tmp_path, damage, small_shards):
 
 @pytest.mark.parametrize("shard_characters", [1 << 20, 1 << 10], ids=["a shard", "the store"])
 def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path, monkeypatch, shard_characters):
-    """A shard finds no room, or the arrays that are put together of smaller ones."""
-    monkeypatch.setattr(corpus_module, "SHARD_CHARACTERS", shard_characters)
+    """The disk is full for a shard, or for the arrays of the store."""
+    monkeypatch.setattr(documents_module, "SHARD_CHARACTERS", shard_characters)
     monkeypatch.setattr(preparation, "_in_processes", in_this_process)
     (tmp_path / "a.txt").write_text("a cab\n\n" * 10_000)
     corpus = Corpus((f"{tmp_path}/a.txt",))
@@ -320,25 +338,22 @@ def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path, monkeypatch, shard_c
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert os.path.basename(error.value.filename) == ("000000-000000.npz" if shard_characters == 1 << 20 else "ids")
-    assert not location(corpus, TOKENIZER, tmp_path / "cache").exists()
+    assert not store_path(corpus, TOKENIZER, tmp_path / "cache").exists()
     assert prepare(corpus, TOKENIZER, tmp_path / "cache")[0].num_documents == 10_000
 
 
 PREPARE = """
 import sys
-from pathlib import Path
-from prelm_jax.corpus import documents as corpus
-from prelm_jax.corpus import prepare as preparation
-from prelm_jax.tokenizers import wordpiece
-from prelm_jax.tokenizers.words import WordVocabulary
-corpus.SHARD_CHARACTERS = preparation.SHARD_CHARACTERS = 10_000
-tokenizer = wordpiece.WordPiece.from_vocab(sys.argv[2])
-preparation.prepare(corpus.Corpus((sys.argv[1],), 0.3), tokenizer, sys.argv[3])
+from prelm_jax.corpus import documents, prepare
+from prelm_jax.tokenizers.wordpiece import WordPiece
+documents.SHARD_CHARACTERS = 10_000
+tokenizer = WordPiece.from_vocab(sys.argv[2])
+prepare.prepare(documents.Corpus((sys.argv[1],), 0.3), tokenizer, sys.argv[3])
 """
 
 
 def test_killed_at_random_moments_equals_undisturbed(tmp_path):
-    """With all its processes, SIGKILL; the undisturbed store is made in one process."""
+    """SIGKILL for all its processes; the undisturbed store is made in one process."""
     rng = random.Random(0)
     words = ["a", "cab", "bed", "face", "feed", "zebra"]
     documents = (" ".join(rng.choices(words, k=rng.randint(1, 400))) for _ in range(1000))
@@ -352,7 +367,7 @@ def test_killed_at_random_moments_equals_undisturbed(tmp_path):
             assert process.poll() is None
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-        assert list((tmp_path / "killed").rglob("*.npz")), "it was killed before the end"
+        assert list((tmp_path / "killed").rglob("*.npz")), "killed before the end"
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     prepare(Corpus((f"{tmp_path}/a.txt",), 0.3), TOKENIZER, tmp_path / "undisturbed")
     assert files(tmp_path / "killed") == files(tmp_path / "undisturbed")
@@ -366,12 +381,12 @@ def prepare_elsewhere(corpus, directory, queue):
 
     def make_shards(*arguments):
         made.append(True)
-        make_shards_here(*arguments)
+        make_shards_locally(*arguments)
 
     queue.put(([store.fingerprint for store in prepare(corpus, TOKENIZER, directory, make_shards)], len(made)))
 
 
-def test_of_processes_that_prepare_at_once_one_does_it(corpus, tmp_path):
+def test_one_of_two_processes_prepares(corpus, tmp_path):
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     processes = [context.Process(target=prepare_elsewhere, args=(corpus, tmp_path, queue)) for _ in range(2)]
@@ -384,10 +399,10 @@ def test_of_processes_that_prepare_at_once_one_does_it(corpus, tmp_path):
     assert made + also_made == 1
 
 
-@pytest.mark.parametrize("end", ["complaint", "death"])
-def test_what_ends_a_process_is_one_line(tmp_path, monkeypatch, end):
-    """What a worker complains of arrives; and of a worker that is gone one is told."""
-    monkeypatch.setattr(corpus_module, "SHARD_CHARACTERS", 10)
+@pytest.mark.parametrize("end", ["error", "death"])
+def test_the_end_of_a_worker_is_an_error(tmp_path, monkeypatch, end):
+    """The worker's own InputError, or one that names memory as a likely reason."""
+    monkeypatch.setattr(documents_module, "SHARD_CHARACTERS", 10)
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
     (tmp_path / "a.txt").write_text("a cab, a cab\n\n" * 3)
 
@@ -399,7 +414,7 @@ def test_what_ends_a_process_is_one_line(tmp_path, monkeypatch, end):
 
     with pytest.raises(InputError) as error:
         prepare(Corpus((f"{tmp_path}/a.txt",)), Deadly(TOKENIZER.tokens), tmp_path / "cache")
-    expected = "these are no texts" if end == "complaint" else "a process that tokenises came to its end, perhaps for"
+    expected = "these are no texts" if end == "error" else "a tokenizer worker died"
     assert str(error.value).startswith(expected)
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "cache").rglob("*.npz"))
@@ -409,11 +424,11 @@ def test_what_ends_a_process_is_one_line(tmp_path, monkeypatch, end):
 
 
 def test_beam_makes_the_same_shards(tmp_path, monkeypatch):
-    """On its local runner, of files, passes and JSON lines; without duplicates."""
+    """With its local runner; files, passes and JSON lines, duplicates dropped."""
     pytest.importorskip("apache_beam", reason="the extra `beam` is not installed")
     from prelm_jax.corpus.beam import make_shards_with
 
-    monkeypatch.setattr(corpus_module, "SHARD_CHARACTERS", 30)
+    monkeypatch.setattr(documents_module, "SHARD_CHARACTERS", 30)
     monkeypatch.setattr(preparation, "_in_processes", in_this_process)
     (tmp_path / "a.txt").write_text(TEXT)
     (tmp_path / "b.jsonl").write_text(json.dumps({"body": "a cab"}) + "\n" + json.dumps({"body": "Egg. Bad."}))
@@ -421,7 +436,7 @@ def test_beam_makes_the_same_shards(tmp_path, monkeypatch):
     corpus = Corpus(sources, held_out=0.4, deduplicate=True)
     for tokenizer in (TOKENIZER, WordVocabulary(["<S>", "</S>", "<UNK>", "a", "cab"])):
         made = []
-        for make_shards in (make_shards_here, make_shards_with(["--runner=DirectRunner"])):
+        for make_shards in (make_shards_locally, make_shards_with(["--runner=DirectRunner"])):
             directory = tmp_path / str(len(list(tmp_path.iterdir())))
             directory.mkdir()
             make_shards(corpus, tokenizer, directory)

@@ -1,47 +1,249 @@
-"""Whole files as lines and JSON; what is read as documents is in test_corpus.py."""
+"""Files to documents: every format, compression and damage."""
+
+import gzip
+import io
+import json
+import lzma
+import os
+import random
+import re
+from pathlib import Path
 
 import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from prelm_jax.corpus import readers
+from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
-from prelm_jax.storage import read_json, read_lines
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}
 
 
-def test_lines_end_at_line_feeds_only(tmp_path):
-    file = tmp_path / "input.txt"
-    for data, lines in [
-        (b"", []),
-        (b"a", ["a"]),
-        (b"a\n", ["a"]),
-        (b"a\n\nb\n\n", ["a", "", "b", ""]),
-        ("a\r\nb\x0bc\x85\u2028d".encode(), ["a\r", "b\x0bc\x85\u2028d"]),
-    ]:
-        file.write_bytes(data)
-        assert read_lines(file) == lines
+# ---- Plain text ------------------------------------------------------------------------------------------------------
 
 
-def test_input_that_cannot_be_read_is_refused(tmp_path):
-    file = tmp_path / "input.txt"
-    with pytest.raises(InputError, match=r"cannot read .*input\.txt: No such file"):
-        read_lines(file)
-    file.write_bytes("é\n".encode() + b"a\xff")
-    with pytest.raises(InputError, match=r"input\.txt is not UTF-8 at byte 4: convert the file"):
-        read_lines(file)
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("", ["one\ntwo", "three", "four"]),
+        (",documents=blank-line", ["one\ntwo", "three", "four"]),
+        (",documents=line", ["one", "two", "three", "four"]),
+        (",documents=file", ["one\ntwo\n\n \n\nthree\n\nfour"]),
+    ],
+)
+def test_documents_of_a_text_file(write, texts, suffix, option, expected):
+    path = write(f"a.txt{suffix}", COMPRESS[suffix](b"\n\none\ntwo\n\n \n\nthree\n\nfour"))
+    assert texts(path + option) == expected
+
+
+def test_the_end_of_a_file_ends_a_document(write, texts, tmp_path):
+    write("b.txt", "three\n")
+    write("a.txt", "one\n\ntwo")
+    assert texts(str(tmp_path / "*.txt")) == ["one", "two", "three"]
+
+
+def test_byte_order_mark_and_carriage_returns(write, texts):
+    path = write("a.txt", b"\xef\xbb\xbfone\r\ntwo\r\n\r\nthree\r\n")
+    assert texts(path) == ["one\ntwo", "three"]
+    assert texts(f"{path},documents=line") == ["one", "two", "three"]
+
+
+def test_other_separators_do_not_end_lines(write, texts):
+    text = "a\x0bb\x0cc\x1cd\x85e\u2028f"
+    assert texts(write("a.txt", text) + ",documents=line") == [text]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.text("a \n\r"), st.integers(1, 5))
+def test_lines_match_universal_newlines(tmp_path_factory, text, chunk):
+    r"""Python's own reading of \n, \r\n and a lone \r, wherever a chunk of the file ends."""
+    path = tmp_path_factory.mktemp("lines") / "a.txt"
+    path.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "CHUNK_BYTES", chunk)
+        lines = [text for _, text in readers._lines(readers.File.at(str(path)), lambda size: None)]
+        expected = io.StringIO(text, newline="").readlines()
+        assert [line.decode() for line in lines] == expected
+        normal = io.StringIO(text, newline=None).read()
+        for option, end in [("line", "\n"), ("blank-line", r"\n *\n"), ("file", r"\Z")]:
+            documents = [document.strip("\n") for document in re.split(end, normal) if document.strip()]
+            corpus = Corpus((f"{path},documents={option}",))
+            found = [document.text for document in corpus.documents()] if documents else []
+            assert [document.strip() for document in found] == [document.strip() for document in documents]
+
+
+def test_many_frames_and_chunks(write, texts, monkeypatch):
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 7)
+    content = b"".join(b"line %d\n\n" % number for number in range(50))
+    expected = [f"line {number}" for number in range(50)]
+    for suffix, compress in COMPRESS.items():
+        assert texts(write("a.txt" + suffix, compress(content[:100]) + compress(content[100:]))) == expected
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("option", ["", ",documents=line", ",documents=file"])
+def test_invalid_utf8_is_named_or_replaced(write, error_of, suffix, option):
+    content = b"\xef\xbb\xbfone\r\n\r\ntwo\nthr\xffee"
+    path = write(f"a.txt{suffix}", COMPRESS[suffix](content))
+    message = error_of(path + option)
+    assert message.startswith(f"{path} ") and "--errors replace" in message
+    assert f" byte {content.index(0xFF)}:" in message
+    corpus = Corpus((path + option,), errors="replace")
+    assert "\n".join(document.text for document in corpus.documents()).endswith("two\nthr\ufffdee")
+    assert corpus.fingerprint != Corpus((path + option,)).fingerprint
+
+
+# ---- JSON lines ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_json_lines(write, texts, suffix):
+    lines = [
+        json.dumps({"id": 1, "text": "one\r\ntwo\n\nthree"}),
+        "",
+        json.dumps({"text": "é\u2028"}, ensure_ascii=False),
+    ]
+    path = write(f"a.jsonl{suffix}", COMPRESS[suffix]("\n".join(lines).encode()))
+    assert texts(path) == ["one\ntwo\n\nthree", "é\u2028"]
+
+
+def test_fields_of_json_lines(write, texts, error_of):
+    path = write("a.jsonl", json.dumps({"text": 1, "body": "one"}) + "\n" + json.dumps({"body": "two\rthree"}))
+    assert texts(f"{path},field=body") == ["one", "two\nthree"]
+    assert f"{path}:1 " in error_of(path) and "`text`" in error_of(path)
+
+
+def test_lone_surrogates_in_json_are_replaced(write, texts):
+    path = write("a.jsonl", '{"text": "a\\ud800b \\ud83d\\ude00"}')
+    assert texts(path, errors="replace") == ["a\ufffdb \U0001f600"]
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"{", "is not JSON: Expecting property name"),
-        (b"[" * 100_000, "is not JSON: "),
-        (b"[1]", "is not a JSON object"),
-        (b'{"a": "\xff"}', "is not UTF-8 at byte 7: convert the file"),
-    ],
+    "line", ["[1]", '"text"', "{}", '{"text": 1}', '{"text": null}', "{", '{"text": "\\ud800"}', "[" * 100_000, "null"]
 )
-def test_what_is_not_a_json_object_is_refused(tmp_path, content, message):
-    file = tmp_path / "settings.json"
-    file.write_bytes(content)
-    with pytest.raises(InputError) as error:
-        read_json(file)
-    assert str(error.value).startswith(f"{file} {message}")
-    file.write_bytes(b'{"a": 1}')
-    assert read_json(file) == {"a": 1}
+def test_a_wrong_json_line_is_named(write, error_of, line):
+    path = write("a.jsonl", '{"text": "one"}\n\n' + line)
+    assert error_of(path).startswith(f"{path}:3 ") and "`text`" in error_of(path)
+
+
+# ---- Parquet ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """Writes a Parquet file with two rows in each row group: `parquet(columns)`."""
+    from pyarrow import table
+    from pyarrow.parquet import write_table
+
+    def parquet(columns: dict) -> str:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.parquet"
+        write_table(table(columns), path, row_group_size=2)
+        return str(path)
+
+    return parquet
+
+
+def test_parquet(parquet, write, texts):
+    rows = ["one\r\ntwo\n\nthree", " ", "é\u2028", "four", "five"]
+    path = parquet({"id": range(5), "text": rows, "body": ["b"] * 5})
+    expected = ["one\ntwo\n\nthree", "é\u2028", "four", "five"]
+    lines = write("a.jsonl", "\n".join(json.dumps({"text": row}) for row in rows))
+    assert texts(path) == texts(lines) == expected
+    assert texts(f"{path},field=body") == ["b"] * 5
+    assert Corpus((path,)).fingerprint != Corpus((f"{path},field=body",)).fingerprint
+
+
+def test_parquet_errors_name_row_and_column(parquet, error_of):
+    path = parquet({"id": [1, 2], "text": ["a", None]})
+    assert error_of(path).startswith(f"{path}: row 2 ") and "`text`" in error_of(path)
+    message = error_of(f"{path},field=body")
+    assert message.startswith(f"{path} ") and "`body`" in message and "id, text" in message
+    message = error_of(f"{path},field=id")
+    assert message.startswith(f"{path}: ") and "`id`" in message and "int64" in message
+
+
+def test_invalid_utf8_in_parquet(parquet, texts, error_of):
+    import pyarrow
+
+    data = pyarrow.array([b"a", b"b", b"c\xff"], pyarrow.binary())
+    for column in (data, data.view(pyarrow.string())):  # The second claims to be text.
+        path = parquet({"text": column})
+        message = error_of(path)
+        assert message.startswith(f"{path}, row 3,") and "byte 1:" in message and "--errors replace" in message
+        assert texts(path, errors="replace") == ["a", "b", "c\ufffd"]
+
+
+def test_damaged_parquet(parquet, write, error_of):
+    whole = Path(parquet({"text": ["a", "b"]})).read_bytes()
+    for content in (b"", b"PAR1 is how it begins", whole[:-9]):
+        path = write("damaged.parquet", content)
+        assert error_of(path).startswith(f"{path} is damaged (")
+
+
+# ---- Damage and changes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "nonsense"])
+def test_a_damaged_file_is_named(write, error_of, suffix, damage):
+    content = COMPRESS[suffix](random.Random(0).randbytes(3000).hex().encode())
+    middle = len(content) // 2
+    damaged = {
+        "cut": content[:middle],
+        "flip": content[:6] + bytes(16) + content[22:],
+        "nonsense": b"This is plain text.",
+    }[damage]
+    path = write(f"a.txt{suffix}", damaged)
+    assert error_of(path).startswith(f"{path} is damaged (")
+
+
+def test_documents_are_streamed(write, monkeypatch):
+    """The first documents of a corpus come before the error about its damaged end."""
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 1000)
+    content = lzma.compress("".join(f"{random.Random(number).random()}\n\n" for number in range(2000)).encode())
+    documents = Corpus((write("a.xz", content[:-100]),)).documents()
+    assert next(documents).text == str(random.Random(0).random())
+    with pytest.raises(InputError, match="damaged"):
+        list(documents)
+
+
+@pytest.mark.parametrize("change", ["grows", "is touched", "is replaced"])
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_a_file_that_changes_while_it_is_read_is_refused(write, monkeypatch, suffix, change):
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 100)
+    content = COMPRESS[suffix]("".join(f"{random.Random(number).random()}\n\n" for number in range(500)).encode())
+    path = write(f"a.txt{suffix}", content)
+    documents = Corpus((path,)).documents()
+    next(documents)
+    if change == "grows":
+        with open(path, "ab") as file:
+            file.write(content)
+    elif change == "is touched":
+        os.utime(path, ns=(1, 1))
+    else:
+        os.replace(write("other", bytes(len(content))), path)
+    with pytest.raises(InputError, match=f"^{re.escape(path)} was changed"):
+        list(documents)
+
+
+def test_a_file_that_changes_after_its_fingerprint_is_refused(write, texts):
+    path = write("a.txt", "one")
+    corpus = Corpus((path,))
+    corpus.fingerprint  # noqa: B018
+    write("a.txt", "two and more")
+    with pytest.raises(InputError, match=f"^{re.escape(path)} was changed"):
+        list(corpus.documents())
+    assert texts(path) == ["two and more"]
+
+
+def test_a_file_without_permission_is_named(write, error_of, monkeypatch):
+    path = write("a.txt", "one")
+
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("io.open", refuse)
+    assert error_of(path) == f"cannot read {path}: Permission denied"

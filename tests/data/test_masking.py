@@ -11,14 +11,13 @@ from prelm_jax.errors import InputError
 PAD, CLS, SEP, MASK, VOCAB_SIZE = 0, 1, 2, 3, 1000
 TOKENIZER = SimpleNamespace(
     vocab_size=VOCAB_SIZE,
-    special_ids={"[PAD]": PAD, "[CLS]": CLS, "[SEP]": SEP, "[MASK]": MASK},
-    # From 600 on the pieces inside a word.
-    continuation=np.arange(VOCAB_SIZE) >= 600,
+    mask_id=MASK,
+    continuation=np.arange(VOCAB_SIZE) >= 600,  # from 600 on, subwords inside a word
 )
 
 
 def sequences(lengths, T, rng, inside=0.4):
-    """Rows [CLS] … [SEP] … [SEP] of the given lengths, with a share of ids that are pieces inside a word."""
+    """Rows [CLS] … [SEP] … [SEP] of the given lengths, with a fraction of ids that are subwords inside a word."""
     tokens, candidates = np.full((len(lengths), T), PAD, np.int32), np.zeros((len(lengths), T), bool)
     for row, length in enumerate(lengths):
         ids = rng.integers(4, 600, length) + 400 * (rng.random(length) < inside)
@@ -37,7 +36,7 @@ def mask(config, tokens, candidates, lengths, M, seed=0, example=None):
 
 
 def words_of(tokens, candidates):
-    """Plain Python: the words of one row, as lists of positions."""
+    """The words of one row, as lists of positions, in plain Python."""
     words = []
     for position in np.flatnonzero(candidates):
         if tokens[position] >= 600 and candidates[position - 1]:
@@ -92,7 +91,7 @@ def test_any_sequence(problem):
             assert [position for word in words for position in word] == positions.tolist()
             assert n <= budget
             others = [word for word in words_of(tokens[row], candidates[row]) if not chosen.intersection(word)]
-            # No word is left that would still have fitted.
+            # No word that would still fit is left.
             assert all(len(word) > budget - n for word in others)
         else:
             assert n == min(budget, candidates[row].sum())
@@ -117,22 +116,22 @@ def test_pure_in_seed_and_example(whole_word):
 
 @pytest.mark.parametrize("whole_word", [False, True])
 def test_statistics(whole_word):
-    """15 % of the tokens, 80/10/10 of these, and every position and every random token equally likely."""
+    """15 % of the tokens, of these 80/10/10, and every position and every random token is equally likely."""
     B, T = 8000, 128
     tokens, candidates = sequences([T] * B, T, np.random.default_rng(0), inside=0.3 if whole_word else 0)
     masked, result = mask(MaskingConfig(whole_word=whole_word), tokens, candidates, [T] * B, 20)
     used = result["masked_weights"] > 0
-    # round(128 · 0.15) = 19 pieces; whole words do not always come to 19.
+    # round(128 · 0.15) = 19 tokens; whole words do not always add up to 19.
     np.testing.assert_allclose(used.sum(axis=1).mean(), 19, rtol=0.003 if whole_word else 0)
     now = np.take_along_axis(masked, result["masked_positions"], axis=1)[used]
     targets = result["masked_targets"][used]
     changed = (now != MASK) & (now != targets)
-    for share, expected in (
+    for fraction, expected in (
         (np.mean(now == MASK), 0.8 + 0.1 / VOCAB_SIZE),
         (np.mean(changed), 0.1 * (1 - 2 / VOCAB_SIZE)),
         (np.mean(now == targets), 0.1 + 0.1 / VOCAB_SIZE),
     ):
-        assert abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / used.sum())
+        assert abs(fraction - expected) < 4 * np.sqrt(expected * (1 - expected) / used.sum())
     random = now[changed]
     assert random.min() == 0 and random.max() == VOCAB_SIZE - 1
     counts = np.bincount(random * 20 // VOCAB_SIZE, minlength=20)
@@ -142,16 +141,16 @@ def test_statistics(whole_word):
     expected = used.sum() / len(chosen)
     assert np.abs(chosen - expected).max() < 5 * np.sqrt(expected)
     if not whole_word:
-        # Of two positions as well: no position draws its neighbour along.
+        # Pairs of positions too: choosing one makes its neighbor no likelier.
         both = np.zeros((B, T), bool)
         both[np.nonzero(used)[0], result["masked_positions"][used]] = True
         pairs = (both[:, 1:-1] & both[:, 2:]).sum() / B
         p = 19 / 125 * 18 / 124
-        neighbours = (candidates[0, 1:-1] & candidates[0, 2:]).sum()
-        assert abs(pairs - neighbours * p) < 4 * np.sqrt(neighbours * p / B)
+        neighbors = (candidates[0, 1:-1] & candidates[0, 2:]).sum()
+        assert abs(pairs - neighbors * p) < 4 * np.sqrt(neighbors * p / B)
 
 
-def test_a_piece_after_a_special_token_begins_a_word():
+def test_a_subword_after_a_special_token_begins_a_word():
     tokens = np.array([[CLS, 700, 10, SEP, 701, 702, SEP, PAD]], np.int32)
     candidates = np.array([[False, True, True, False, True, True, False, False]])
     seen = set()
@@ -166,7 +165,7 @@ def test_a_piece_after_a_special_token_begins_a_word():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"probability": 0.0}, "masking.probability is 0.0: give a number above 0"),
+        ({"probability": 0.0}, "masking.probability is 0.0"),
         ({"probability": 1.5}, "masking.probability is 1.5"),
         ({"mask": 0.8, "random": 0.3}, "masking.mask is 0.8 and masking.random 0.3"),
         ({"mask": -0.1}, "masking.mask is -0.1"),
@@ -177,14 +176,17 @@ def test_impossible_options(options, message):
         MaskingConfig(**options)
 
 
-def test_whole_words_need_pieces():
-    tokenizer = SimpleNamespace(**{**vars(TOKENIZER), "continuation": np.zeros(VOCAB_SIZE, bool)})
-    with pytest.raises(InputError, match="pieces that continue a word"):
-        MaskingConfig(whole_word=True).build(tokenizer, 20, 0)
+@pytest.mark.parametrize(
+    "without",
+    [{**vars(TOKENIZER), "continuation": np.zeros(VOCAB_SIZE, bool)}, {"vocab_size": VOCAB_SIZE, "mask_id": MASK}],
+)
+def test_whole_words_need_subwords(without):
+    with pytest.raises(InputError, match=r"masking\.whole_word"):
+        MaskingConfig(whole_word=True).build(SimpleNamespace(**without), 20, 0)
 
 
-def test_words_that_the_vocabulary_does_not_tell():
-    """Tokens that are told to continue a word are chosen with it, as pieces with ## are; so without any ## at all."""
+def test_words_that_the_vocabulary_does_not_mark():
+    """Tokens given as continuing a word are chosen with it, like subwords with ##, even in a vocabulary without ##."""
     tokens = np.array([[CLS, 700, 10, 11, 12, SEP, 13, 14, SEP, PAD]], np.int32)
     candidates = np.isin(tokens, [CLS, SEP, PAD], invert=True)
     continues = np.array([[False, False, False, True, True, True, True, True, False, True]])
@@ -200,5 +202,5 @@ def test_words_that_the_vocabulary_does_not_tell():
 
 
 def test_a_segmenter_without_whole_words_is_refused():
-    with pytest.raises(InputError, match="segmenter is jieba, which is for whole words: turn"):
+    with pytest.raises(InputError, match=r"masking\.segmenter is jieba.*masking\.whole_word"):
         MaskingConfig(segmenter="jieba")

@@ -1,4 +1,5 @@
 import hashlib
+import math
 import re
 from collections import Counter
 from types import SimpleNamespace
@@ -9,15 +10,16 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from prelm_jax.corpus.store import Store
+from prelm_jax.data.baselines import length_only_accuracy
 from prelm_jax.data.masking import MaskingConfig
-from prelm_jax.data.pairs import PairsConfig, length_only_accuracy
+from prelm_jax.data.pairs import PairsConfig
 from prelm_jax.errors import InputError
 
 PAD, CLS, SEP, MASK, FIRST_ID = 0, 1, 2, 3, 4
 
 
 def corpus(sizes):
-    """Documents of sentences of the given sizes in which every token has an id of its own, counted up."""
+    """Documents of sentences of the given sizes; every token has its own id, counted up."""
     ids = iter(range(FIRST_ID, FIRST_ID + sum(map(sum, sizes))))
     return [[[next(ids) for _ in range(size)] for size in document] for document in sizes]
 
@@ -25,7 +27,10 @@ def corpus(sizes):
 def tokenizer(vocab_size):
     return SimpleNamespace(
         vocab_size=vocab_size,
-        special_ids={"[PAD]": PAD, "[UNK]": 4, "[CLS]": CLS, "[SEP]": SEP, "[MASK]": MASK},
+        pad_id=PAD,
+        cls_id=CLS,
+        sep_id=SEP,
+        mask_id=MASK,
         tokens=["##" * (i % 3 == 0) + str(i) for i in range(vocab_size)],
         continuation=np.arange(vocab_size) % 3 == 0,
     )
@@ -37,7 +42,7 @@ def batches_of(documents, batch_size, seed=0, **options):
 
 
 def random_sizes(rng, documents, sentences, median=20):
-    """Sizes in tokens of the sentences of documents of the given numbers of sentences."""
+    """Sizes in tokens of the sentences of each document; `sentences` are their numbers."""
     counts = np.broadcast_to(sentences, documents)
     return [np.clip(rng.lognormal(np.log(median), 0.5, n), 1, 200).astype(int).tolist() for n in counts]
 
@@ -47,7 +52,7 @@ def article_sizes(rng, documents):
 
 
 def unmasked(batch):
-    """The tokens as they were before masking."""
+    """The tokens before masking."""
     tokens = batch["tokens"].copy()
     rows, slots = np.nonzero(batch["masked_weights"])
     tokens[rows, batch["masked_positions"][rows, slots]] = batch["masked_targets"][rows, slots]
@@ -55,11 +60,11 @@ def unmasked(batch):
 
 
 class Corpus:
-    """Where each token id of `corpus` stands: plain Python, to check batches with."""
+    """Where each token id of `corpus` is, in plain Python, to check batches with."""
 
     def __init__(self, documents):
         self.documents = documents
-        self.place = {
+        self.location = {
             id: (d, s, t)
             for d, document in enumerate(documents)
             for s, sentence in enumerate(document)
@@ -67,31 +72,31 @@ class Corpus:
         }
 
     def document(self, id):
-        return self.place[id][0]
+        return self.location[id][0]
 
     def is_end_of_sentence(self, id):
-        d, s, t = self.place[id]
+        d, s, t = self.location[id]
         return t == len(self.documents[d][s]) - 1
 
     def is_end_of_document(self, id):
-        d, s, _ = self.place[id]
+        d, s, _ = self.location[id]
         return self.is_end_of_sentence(id) and s == len(self.documents[d]) - 1
 
     def is_beginning_of_sentence(self, id):
-        return self.place[id][2] == 0
+        return self.location[id][2] == 0
 
     def tokens(self, d):
         return sum(map(len, self.documents[d]))
 
     def segment(self, ids):
-        """The document of a piece of contiguous text."""
+        """The document of a segment; checks that the segment is contiguous text."""
         assert ids == list(range(ids[0], ids[0] + len(ids)))
         assert self.document(ids[0]) == self.document(ids[-1])
         return self.document(ids[0])
 
 
 def segments_of(tokens, token_types, segments):
-    """One row, taken apart: the ids of A and B (None where there is one segment). Checks the special tokens."""
+    """The ids of A and B of one row (None where there is one segment); checks the special tokens."""
     length = int(segments.sum())
     assert segments.tolist() == [1] * length + [0] * (len(tokens) - length)
     assert tokens[length:].tolist() == [PAD] * (len(tokens) - length)
@@ -151,7 +156,7 @@ def test_pairs_of_any_corpus(sizes, T, M, short, whole_word, seed):
             assert label == 1
             assert document != other
         if label == 0 and short == 0:
-            # As full as the document allows; one that is short is there as a whole.
+            # As full as the document allows.
             assert len(first) + len(second) == min(T - 3, text.tokens(document))
 
 
@@ -180,7 +185,7 @@ def test_hosts_build_the_rows_of_the_global_batch(hosts, next_sentence):
     options = dict(max_length=64, short_sequence_probability=0.1, next_sentence=next_sentence)
     expected = batches_of(corpus(sizes), 16, **options)[1000]
     batches = batches_of(corpus(sizes), 16, **options)
-    batches[3]  # nothing is remembered from it
+    batches[3]  # leaves no state
     rows = [batches.rows(1000, i, i + 16 // hosts) for i in range(0, 16, 16 // hosts)]
     for name, array in expected.items():
         np.testing.assert_array_equal(np.concatenate([part[name] for part in rows]), array)
@@ -196,7 +201,7 @@ def test_seeds_and_steps_differ():
 
 
 def test_batches_stay_the_same_across_versions():
-    """The data of a run are part of it: if this fails, runs that are under way change their data when they resume."""
+    """If this fails, the data of a run in progress changes when it resumes."""
     documents = corpus([[(7 * d + 3 * s) % 23 + 1 for s in range(d % 7 + 1)] for d in range(50)])
     digest = hashlib.sha256()
     for whole_word in (False, True):
@@ -208,7 +213,7 @@ def test_batches_stay_the_same_across_versions():
 
 
 def test_every_sentence_is_the_anchor_once_an_epoch():
-    """Documents that fit are there as often as they have sentences, those of one sentence only as random segments."""
+    """A document that fits is drawn once per sentence; one of a single sentence is only a random segment."""
     sizes = [[3], [2, 3], [4, 1, 2], [5], [1] * 9, [2, 2]]
     text = Corpus(corpus(sizes))
     batches = batches_of(text.documents, 16, max_length=32)
@@ -222,7 +227,7 @@ def test_every_sentence_is_the_anchor_once_an_epoch():
 
 
 def test_every_sentence_is_reached():
-    """In long documents too: after a few epochs the windows have covered every sentence, evenly."""
+    """In long documents too, a few epochs of windows cover every sentence."""
     sizes = random_sizes(np.random.default_rng(0), 5, 100)
     text = Corpus(corpus(sizes))
     batches = batches_of(text.documents, 500, max_length=64)
@@ -231,12 +236,12 @@ def test_every_sentence_is_reached():
         batch = batches[epoch]
         next_B1 = batch["next_sentence_labels"] == 0
         mine = unmasked(batch)[(batch["segments"] == 1) & (next_B1 | (batch["token_types"] == 0))]
-        times.update({text.place[id][:2] for id in mine.tolist() if id >= FIRST_ID})
+        times.update({text.location[id][:2] for id in mine.tolist() if id >= FIRST_ID})
     assert len(times) == 500
 
 
 def test_labels_are_a_coin_and_random_sentences_uniform():
-    # Equal documents: each sentence of the others with the same number of tokens left is as likely.
+    # Equal documents: every sentence of another document with the same number of tokens left is equally likely.
     text = Corpus(corpus([[5] * 4] * 100))
     batch = batches_of(text.documents, 40_000, max_length=64)[0]
     labels = batch["next_sentence_labels"][:, 0]
@@ -249,7 +254,7 @@ def test_labels_are_a_coin_and_random_sentences_uniform():
 
 
 @pytest.mark.parametrize("sizes", [[[3], [2] * 300], [[2] * 300, [3]]])
-def test_a_random_sentence_is_found_where_nearly_all_are_in_one_document(sizes):
+def test_a_random_sentence_is_found_if_nearly_all_are_in_one_document(sizes):
     text = Corpus(corpus(sizes))
     batch = batches_of(text.documents, 100, max_length=16, max_predictions=5)[0]
     rows = np.flatnonzero(batch["next_sentence_labels"])
@@ -276,7 +281,7 @@ def test_lengths_do_not_give_the_label_away(kind, T):
     assert length_only_accuracy(*halves(batch)) < 0.52
 
 
-def test_lengths_that_give_the_label_away_are_noticed():
+def test_length_only_accuracy_detects_lengths_that_give_the_label_away():
     B, T = 4000, 64
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, (B, 1))
@@ -288,19 +293,20 @@ def test_lengths_that_give_the_label_away_are_noticed():
         "token_types": ((column >= first + 2) & (column < first + second + 3)).astype(np.int32),
         "next_sentence_labels": labels,
     }
-    # 6 of the 20 lengths of a label are its own; of the others one can only guess.
+    # 6 of the 20 lengths of a label tell it; for the others one can only guess.
     assert abs(length_only_accuracy(*halves(batch)) - (6 + 14 / 2) / 20) < 0.04
 
 
 def test_baselines():
     documents = corpus(article_sizes(np.random.default_rng(0), 40))
-    # Ids that repeat, the more often the smaller they are.
+    # Ids that repeat: the smaller, the more often.
     documents = [[[FIRST_ID + int(id**0.5) for id in sentence] for sentence in document] for document in documents]
     counts = Counter(id for document in documents for sentence in document for id in sentence)
     vocab_size = 200
-    batches = PairsConfig(max_length=64).build(Store.from_documents(documents), tokenizer(vocab_size), 32, 0)
+    config = PairsConfig(max_length=64)
+    batches = config.build(Store.from_documents(documents), tokenizer(vocab_size), 32, 0)
     evaluation = [batches[1000], batches[1001]]
-    result = batches.baselines(iter(evaluation))
+    result = config.baselines(batches, iter(evaluation))
 
     total = sum(counts.values()) + vocab_size
     targets = [
@@ -321,46 +327,49 @@ def test_baselines():
     accuracy = result["next_sentence_accuracy"]
     assert accuracy["majority"] == pytest.approx(max(labels.mean(), 1 - labels.mean()))
     opposite = [{**batch, "next_sentence_labels": 1 - batch["next_sentence_labels"]} for batch in evaluation]
-    assert batches.baselines(opposite)["next_sentence_accuracy"]["majority"] == accuracy["majority"]
+    assert config.baselines(batches, opposite)["next_sentence_accuracy"]["majority"] == accuracy["majority"]
     assert 0.3 < accuracy["lengths only"] < 0.7
-    single = PairsConfig(max_length=64, next_sentence=False).build(
-        Store.from_documents(documents), tokenizer(vocab_size), 32, 0
-    )
-    assert set(single.baselines([single[0]])) == {"masked_lm_loss", "masked_lm_accuracy"}
+    config = PairsConfig(max_length=64, next_sentence=False)
+    batches = config.build(Store.from_documents(documents), tokenizer(vocab_size), 32, 0)
+    assert set(config.baselines(batches, [batches[0]])) == {"masked_lm_loss", "masked_lm_accuracy"}
+
+
+def test_derived_metrics():
+    store = Store.from_documents([[[1, 2]]])
+    assert PairsConfig().derived_metrics("masked_lm_loss", 2.0, store) == {"masked_lm_perplexity": math.exp(2)}
+    assert PairsConfig().derived_metrics("next_sentence_loss", 2.0, store) == {}
 
 
 @pytest.mark.parametrize("next_sentence", [True, False])
-def test_what_a_person_sees(next_sentence):
-    """A row says all of its arrays: with the marks undone it is the text, and the marks are what was masked."""
+def test_shown_rows_hold_all_of_the_batch(next_sentence):
+    """Without its markers a shown row is the tokens, and its markers are the masked positions and targets."""
     documents = corpus([[3, 4, 2], [5, 5]])
     batches = batches_of(documents, 40, max_length=16, max_predictions=5, next_sentence=next_sentence)
     batch = batches[0]
     tokens = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(FIRST_ID, FIRST_ID + 30))]
-    shown = list(batches.show(batch, SimpleNamespace(tokens=tokens)))
+    shown = list(PairsConfig().show(batch, SimpleNamespace(tokens=tokens)))
     assert len(shown) == 40
     for row, text in enumerate(shown):
         length, masked = int(batch["segments"][row].sum()), batch["masked_weights"][row] > 0
         head, *segments = text.splitlines()
         label = [", B follows A", ", B is random"][batch["next_sentence_labels"][row, 0]] if next_sentence else ""
-        assert head == f"row {row}: {length} of 16 places, {masked.sum()} to predict{label}"
+        assert head == f"row {row}: {length} of 16 positions, {masked.sum()} to predict{label}"
         assert [segment[:4] for segment in segments] == ["  A ", "  B "][: 1 + next_sentence]
         found = re.findall(r"⟦(\S+) → (\S+)⟧|(\S+)", " ".join(segment[4:] for segment in segments))
-        assert [standing or token for standing, _, token in found] == [
-            tokens[id] for id in batch["tokens"][row, :length]
-        ]
-        places = {i: target for i, (_, target, _) in enumerate(found) if target}
-        assert list(places) == batch["masked_positions"][row, masked].tolist()
-        assert list(places.values()) == [tokens[id] for id in batch["masked_targets"][row, masked]]
+        assert [masked or token for masked, _, token in found] == [tokens[id] for id in batch["tokens"][row, :length]]
+        shown_targets = {i: target for i, (_, target, _) in enumerate(found) if target}
+        assert list(shown_targets) == batch["masked_positions"][row, masked].tolist()
+        assert list(shown_targets.values()) == [tokens[id] for id in batch["masked_targets"][row, masked]]
         assert segments[0].endswith("[SEP]") and segments[-1].endswith("[SEP]")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length": 7}, "data.max_length is 7: give a number of tokens from 8"),
+        ({"max_length": 7}, "data.max_length is 7: .* 8 to 65535"),
         ({"max_length": 10**6}, "data.max_length is 1000000"),
         ({"max_predictions": 0}, "data.max_predictions is 0"),
-        ({"max_predictions": 200}, "data.max_predictions is 200: give a number from 1 to max_length, 128"),
+        ({"max_predictions": 200}, "data.max_predictions is 200: .*128"),
         ({"short_sequence_probability": 1.1}, "data.short_sequence_probability is 1.1"),
     ],
 )
@@ -376,7 +385,7 @@ def test_a_corpus_without_pairs_is_refused(sizes):
     assert "\n" not in str(error.value)
 
 
-def test_a_corpus_without_pairs_gives_single_segments():
+def test_a_corpus_without_pairs_has_single_segments():
     batches = batches_of(corpus([[3, 4, 5]]), 4, max_length=16, max_predictions=5, next_sentence=False)
     assert unmasked(batches[0]).tolist() == [[CLS, *range(FIRST_ID, FIRST_ID + 12), SEP, PAD, PAD]] * 4
 
@@ -386,7 +395,8 @@ def test_an_empty_corpus_is_refused():
         batches_of([], 4, next_sentence=False)
 
 
-def test_another_vocabulary_is_refused():
-    other = SimpleNamespace(vocab_size=10, special_ids={"[CLS]": 1, "[SEP]": 2}, tokens=[""] * 10)
-    with pytest.raises(InputError, match=r"the vocabulary has no \[PAD\] \[MASK\]"):
+@pytest.mark.parametrize("role", ["pad", "cls", "sep", "mask"])
+def test_a_vocabulary_without_a_special_token_is_refused(role):
+    other = SimpleNamespace(**{**vars(tokenizer(20)), f"{role}_id": None})
+    with pytest.raises(InputError, match=f" {role} "):
         PairsConfig().build(Store.from_documents(corpus([[1, 2], [3, 4]])), other, 4, 0)

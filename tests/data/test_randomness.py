@@ -6,17 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prelm_jax.data.randomness import bits, key, permute, uniform, words
+from prelm_jax.data.randomness import bits, key, permute, random_uint32, uniform
 
 
 def deviation(counts, expected):
-    """Chi-square in standard deviations from what chance gives."""
+    """Chi-square, in standard deviations from its expected value."""
     counts = np.asarray(counts)
     freedom = counts.size - 1
     return (((counts - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom)
 
 
-def test_bits_are_those_of_splitmix64():
+def test_bits_match_splitmix64():
     # The first outputs of the published generator seeded with 0.
     expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     np.testing.assert_array_equal(bits(np.array(0, np.uint64), np.arange(3)), np.array(expected, np.uint64))
@@ -30,7 +30,7 @@ def test_keys_differ_by_seed_and_name_and_stay_the_same_across_versions():
 
 @pytest.mark.parametrize("flip", ["key", "counter"])
 def test_avalanche(flip):
-    """Any bit of the key or the counter changes each bit of the result in half of the cases."""
+    """Flipping any bit of the key or the counter flips each bit of the result in half of the cases."""
     n = 2000
     keys = bits(key(0, "avalanche"), np.arange(n))
     counters = np.arange(n, dtype=np.uint64)
@@ -56,11 +56,11 @@ def test_uniform(along):
     assert abs(deviation(np.bincount(successive, minlength=256), n / 512)) < 4
 
 
-def test_words_are_the_same_whatever_their_number():
+def test_random_uint32_do_not_depend_on_their_number():
     keys = bits(key(0, "words"), np.arange(50))
-    many = words(keys, 1000)
+    many = random_uint32(keys, 1000)
     assert many.shape == (50, 1000) and many.dtype == np.uint32
-    np.testing.assert_array_equal(words(keys[3:5], 7), many[3:5, :7])
+    np.testing.assert_array_equal(random_uint32(keys[3:5], 7), many[3:5, :7])
     for shift in (0, 8, 16, 24):
         assert abs(deviation(np.bincount((many >> shift & 255).ravel(), minlength=256), many.size / 256)) < 4
 
@@ -79,7 +79,7 @@ def test_permutation_of_a_large_range(n):
     assert abs(deviation(np.bincount((result * (100 / n)).astype(int), minlength=100), len(index) / 100)) < 4
 
 
-def test_each_key_has_its_permutation():
+def test_each_key_has_its_own_permutation():
     keys = bits(key(0, "permute"), np.arange(20))
     index = np.arange(20)
     one_by_one = [permute(index[i : i + 1], 20, keys[i])[0] for i in range(20)]
@@ -96,7 +96,7 @@ def test_all_permutations_are_equally_likely(n):
 
 
 @pytest.mark.parametrize("n", [64, 1000])
-def test_two_elements_go_anywhere_together(n):
+def test_all_pairs_of_images_are_equally_likely(n):
     keys = bits(key(0, "two elements"), np.arange(200_000))
     first, second = (permute(np.full(len(keys), i), n, keys) for i in (n // 3, n // 2))
     counts = np.delete(np.bincount(first * n + second, minlength=n * n), np.arange(n) * (n + 1))

@@ -1,4 +1,4 @@
-"""Words of Chinese, from the ids of a store: which tokens continue one."""
+"""Chinese words in the ids of a store: which tokens continue a word."""
 
 import lzma
 import sys
@@ -25,7 +25,7 @@ def store_of(documents: list[list[list[str]]], tokens=TOKENS) -> Store:
 
 
 def test_by_hand():
-    """Words end at sentences, at unknown characters and at whatever is no ideograph."""
+    """Words end at sentence boundaries, at unknown characters and at anything that is not an ideograph."""
     first = [["我", "们", "来", "到", "北", "京", "清", "华", "大", "学", "。"], ["自", "然"]]
     second, third = [["语", "言", "[UNK]"]], [["中", "国", "love", "##ly", "人"], ["民"]]
     store = store_of([first, second, third])
@@ -41,8 +41,8 @@ sentence = st.lists(st.sampled_from(TOKENS), min_size=1, max_size=9)
 @given(
     documents=st.lists(st.lists(sentence, min_size=1, max_size=4), min_size=1, max_size=4), at_once=st.integers(1, 9)
 )
-def test_sentence_by_sentence(documents, at_once):
-    """However many tokens at once: as when every run of ideographs is cut alone."""
+def test_sentences_are_cut_separately(documents, at_once):
+    """For any number of tokens at once, as if each sequence of ideographs were cut alone."""
     expected = []
     for tokens in (sentence for document in documents for sentence in document):
         text = "".join(token if token in TOKENS[5:] else "\n" for token in tokens)
@@ -54,7 +54,7 @@ def test_sentence_by_sentence(documents, at_once):
     assert np.concatenate(parts).tolist() == expected
 
 
-def test_found_once_for_each_store_and_vocabulary(monkeypatch, tmp_path):
+def test_results_are_cached_by_store_and_vocabulary(monkeypatch, tmp_path):
     monkeypatch.setenv("PRELM_CACHE", str(tmp_path))
     store = store_of([[["北", "京"]]])
     first = continuations(store, TOKENS).tolist()
@@ -68,17 +68,17 @@ def test_found_once_for_each_store_and_vocabulary(monkeypatch, tmp_path):
     assert continuations(store, TOKENS).tolist() == first == [False, True]
     with pytest.raises(AssertionError):
         continuations(store_of([[["清", "华"]]]), TOKENS)
-    assert len(list((tmp_path / "continuations").glob("[!.]*"))) == 2, "nothing half-written is taken for whole"
+    assert len(list((tmp_path / "continuations").glob("[!.]*"))) == 2, "an incomplete file was kept"
 
 
-def test_without_the_library(monkeypatch):
+def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "rjieba", None)
     with pytest.raises(InputError, match=r'pip install "prelm_jax\[chinese\]"'):
         continuations(store_of([[["北"]]]), TOKENS)
 
 
-def test_the_words_of_real_text(real_data):
-    """As many as in jieba's own reading of the text, but for the few characters outside the vocabulary."""
+def test_words_of_real_text(real_data):
+    """As many as jieba finds in the text itself, but for the few characters outside of the vocabulary."""
     tokenizer = WordPiece.from_vocab(real_data / "vocab/bert-base-chinese-vocab.txt")
     with lzma.open(real_data / "pretrain/zhwiki.txt.xz", "rt", encoding="utf-8") as file:
         sentences = split(file.read(100_000), "library")

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 from model_directories import randomize
 from scipy import stats
 
-from prelm_jax.formats.huggingface_bert import VOCABULARY_TABLES, tensor_name
-from prelm_jax.formats.model import abstract_params
+from prelm_jax.formats.base import abstract_params
+from prelm_jax.formats.huggingface_bert import LAYOUT
 from prelm_jax.models import layers
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.layers import Dropout, random_bits, truncated_normal
@@ -24,7 +24,7 @@ from prelm_jax.training.parameters import path_name
 CONFIG = BertConfig(
     vocab_size=37, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_position_embeddings=16
 )
-BERT = CONFIG.build()
+BERT, ENCODER = CONFIG.build(), CONFIG.encoder()
 LENGTHS = [16, 11, 5]  # Real tokens in each row.
 TOLERANCE = 2e-5
 INPUTS = ("tokens", "token_types", "positions", "segments")
@@ -47,7 +47,7 @@ def torch_bert():
 
 def theirs(state, path, shape):
     """The value of our parameter in a PyTorch state dict (or its gradient), in our orientation, padded with zeros."""
-    value = state[tensor_name(path)].numpy()
+    value = state[LAYOUT.tensor_name(path)].numpy()
     value = value.T if path.endswith("kernel") else value
     return np.pad(value, [(0, want - have) for want, have in zip(shape, value.shape, strict=True)])
 
@@ -63,12 +63,12 @@ def make_batch():
     """Rows of 16, 11 and 5 tokens of two types; three masked positions a row, one of them not counted in the last."""
     rng = np.random.default_rng(0)
     shape = (len(LENGTHS), CONFIG.max_position_embeddings)
-    places = np.broadcast_to(np.arange(shape[1]), shape)
-    real = places < np.array(LENGTHS)[:, None]
+    columns = np.broadcast_to(np.arange(shape[1]), shape)
+    real = columns < np.array(LENGTHS)[:, None]
     return {
         "tokens": np.where(real, rng.integers(1, CONFIG.vocab_size, shape), 0),
-        "token_types": np.where(real, places > 2, 0).astype(np.int32),
-        "positions": places,
+        "token_types": np.where(real, columns > 2, 0).astype(np.int32),
+        "positions": columns,
         "segments": real.astype(np.int32),
         "masked_positions": np.array([[1, 7, 15], [2, 3, 10], [1, 4, 0]]),
         "masked_targets": rng.integers(0, CONFIG.vocab_size, (3, 3)),
@@ -104,15 +104,11 @@ def params(reference):
     return ours(reference[0].state_dict())
 
 
-def inputs(batch):
-    return [batch[key] for key in INPUTS]
-
-
 @jax.jit
 def forward(params, batch):
     """(hidden states, pooled [B, D], MLM logits at every position, NSP logits [B, 2])."""
     with jax.default_matmul_precision("highest"):
-        hidden = BERT.apply({"params": params}, *inputs(batch), method="hidden_states")
+        hidden = ENCODER.apply({"params": params}, batch, method="hidden_states")
         pooled = BERT.apply({"params": params}, hidden[-1], batch["next_sentence_positions"], method="pooled")
         logits = BERT.apply({"params": params}, hidden[-1], method="masked_lm_logits")
         relation = BERT.apply({"params": params}, pooled, method="next_sentence_logits")
@@ -120,8 +116,9 @@ def forward(params, batch):
 
 
 def objective(params, batch, key=None):
+    """Trains with `key`; None: evaluates."""
     with jax.default_matmul_precision("highest"):
-        losses, _, _ = BERT.loss(params, {}, batch, key)
+        losses, _, _ = BERT.loss(params, {}, batch, jax.random.key(0) if key is None else key, key is not None)
     weights = BERT.weights(batch)
     return sum(BERT.coefficients[name] * losses[name][0] / weights[name] for name in losses)
 
@@ -176,10 +173,10 @@ def test_loss_and_gradients_equal_those_of_transformers(params, reference):
     ids=["tiny", "mini", "small", "medium", "base", "large"],
 )
 def test_parameter_counts_of_the_published_sizes(layers, width, encoder_and_pooler, encoder, pretraining, masked_lm):
-    config = BertConfig(30522, width, layers, width // 64, 4 * width)
+    config = BertConfig(30522, width, layers, width // 64, intermediate_size=4 * width)
     sizes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
-        rows = config.vocab_size if path_name(path) in VOCABULARY_TABLES else leaf.shape[0]
+        rows = config.vocab_size if path_name(path) in LAYOUT.vocabulary_tables else leaf.shape[0]
         sizes[path_name(path)] = rows * math.prod(leaf.shape[1:])
     heads = {"pooler": 0, "masked_lm": 0, "next_sentence": 0}
     for head in heads:
@@ -201,8 +198,8 @@ def influence(params, segments_T):
 
     def outputs(table):  # The input at s is varied through the embedding of its position.
         varied = params | {"position_embeddings": {"embedding": table}}
-        inputs = (row + 1, jnp.zeros_like(row), row, segments_T[None])
-        return BERT.apply({"params": varied}, *inputs, method="hidden_states")[-1][0]
+        batch = dict(zip(INPUTS, (row + 1, jnp.zeros_like(row), row, segments_T[None]), strict=True))
+        return ENCODER.apply({"params": varied}, batch, method="hidden_states")[-1][0]
 
     out_TD, vjp = jax.vjp(outputs, params["position_embeddings"]["embedding"])
     # One output at a time: for this many at once, vmapped, XLA:CPU (jaxlib 0.10.2) computes wrong derivatives.
@@ -243,7 +240,7 @@ def test_packed_rows_give_the_states_of_separate_rows(params):
 
 @partial(jax.jit, static_argnums=1)
 def dropped(x, rate=0.1, seed=0):
-    return Dropout(rate).apply({}, x, rngs={"dropout": jax.random.key(seed)})
+    return Dropout(rate).apply({}, x, True, rngs={"dropout": jax.random.key(seed)})
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
@@ -305,14 +302,14 @@ def test_no_two_dropouts_of_the_model_share_a_key(params, monkeypatch):
     def keys():
         collected = []
         monkeypatch.setattr(layers, "_dropout", lambda x, rate, key: (collected.append(jax.random.key_data(key)), x)[1])
-        BERT.loss(params, {}, make_batch(), jax.random.key(0))
+        BERT.loss(params, {}, make_batch(), jax.random.key(0), True)
         return collected
 
     distinct = {tuple(np.asarray(key)) for key in keys()}
     assert len(distinct) == 1 + 3 * CONFIG.num_layers
 
 
-def test_only_a_key_turns_dropout_on(params):
+def test_only_training_has_dropout(params):
     batch, loss = make_batch(), jax.jit(objective)
     expected, _ = loss_and_gradients(params, batch)
     with_key = {float(loss(params, batch, jax.random.key(seed))) for seed in (0, 0, 1)}

@@ -13,14 +13,14 @@ import pytest
 from scipy import stats
 
 from prelm_jax.errors import InputError
-from prelm_jax.formats.model import abstract_params
+from prelm_jax.formats.base import abstract_params
 from prelm_jax.models import layers
 from prelm_jax.models.elmo import ELMoConfig, log_expected_count
 from prelm_jax.models.lstm import lstm
 from prelm_jax.training import loop
 from prelm_jax.training.optimizer import Adagrad
 from prelm_jax.training.parameters import path_name
-from prelm_jax.training.sharding import MeshConfig, place
+from prelm_jax.training.sharding import MeshConfig, shard_batch
 
 CONFIG = ELMoConfig(
     vocab_size=41,
@@ -97,8 +97,10 @@ def masks(monkeypatch):
 
 
 def objective(model, params, carry, batch, key):
+    """Trains with `key`; None: evaluates."""
     with jax.default_matmul_precision("highest"):
-        losses, metrics, carry = model.loss(params, carry, batch, key)
+        key_or_any = jax.random.key(0) if key is None else key
+        losses, metrics, carry = model.loss(params, carry, batch, key_or_any, key is not None)
     assert metrics == {}
     total = sum(model.coefficients[name] * loss / weight for name, (loss, weight) in losses.items())
     return total, (losses, carry)
@@ -115,7 +117,7 @@ def referenced(params, config, carry, batch, drop):
 @pytest.mark.parametrize("change", [{}, {"activation": "tanh", "num_highways": 1}])
 def test_words_are_encoded_as_by_the_reference(params, change):
     config, characters = dataclasses.replace(CONFIG, **change), make_batch()["characters"]
-    encoded = config.build().apply({"params": fp32(params)}, characters, method="encode")
+    encoded = config.encoder().apply({"params": fp32(params)}, characters, method="encode")
     close(encoded, reference.encode(params, config, characters), atol=2e-5)
     assert len(np.unique(np.round(encoded, 4), axis=0)) == WORDS
 
@@ -124,7 +126,7 @@ def test_words_are_encoded_as_by_the_reference(params, change):
 def test_words_are_encoded_alike_without_their_padding(params, longest):
     characters = make_batch()["characters"]
     characters = characters[(characters[:, longest:] == 260).all(1)]
-    encoded = CONFIG.build().apply({"params": fp32(params)}, characters[:, :longest], method="encode")
+    encoded = CONFIG.encoder().apply({"params": fp32(params)}, characters[:, :longest], method="encode")
     close(encoded, reference.encode(params, CONFIG, characters), atol=2e-5)
 
 
@@ -292,7 +294,7 @@ def test_in_half_precision_the_state_is_kept_in_full(params, carry):
 @jax.jit
 def run(params, words_BTP, lengths_B, carry):
     with jax.default_matmul_precision("highest"):
-        return CONFIG.build().apply({"params": params}, words_BTP, lengths_B, carry, method="run")
+        return CONFIG.encoder().apply({"params": params}, words_BTP, lengths_B, carry, method="apply_layers")
 
 
 def test_rows_of_any_length_are_read_from_both_ends(params, carry):
@@ -369,7 +371,7 @@ def test_every_dropout_has_a_key_of_its_own(params, carry, monkeypatch):
             "_dropout",
             lambda x, rate, key: (collected.append(jax.random.key_data(key)), shapes.append(x.shape), x)[2],
         )
-        CONFIG.build().loss(fp32(params), fp32(carry), make_batch(), jax.random.key(0) if training else None)
+        CONFIG.build().loss(fp32(params), fp32(carry), make_batch(), jax.random.key(0), training)
         return collected
 
     assert len({tuple(np.asarray(key)) for key in keys(True)}) == len(shapes) == 2 * (CONFIG.num_layers + 1)
@@ -455,10 +457,10 @@ def test_words_are_counted_once_for_both_directions():
 
 def test_a_shared_array_is_cut_over_the_devices_where_they_divide_it():
     batch, mesh = make_batch(), MeshConfig(8).build()
-    characters = place(batch, LAYOUT, mesh)["characters"]
+    characters = shard_batch(batch, LAYOUT, mesh)["characters"]
     assert characters.addressable_shards[0].data.shape == (WORDS // 8, 50)
     np.testing.assert_array_equal(characters, batch["characters"])
-    fewer = place({"characters": batch["characters"][:12]}, LAYOUT, mesh)["characters"]
+    fewer = shard_batch({"characters": batch["characters"][:12]}, LAYOUT, mesh)["characters"]
     assert fewer.addressable_shards[0].data.shape == (12, 50)
 
 
@@ -472,7 +474,9 @@ def train(steps, devices=1, parameters="replicated", accumulate=1, config=CONFIG
         step_function = loop.make_train_step(model, optimizer, accumulate, LAYOUT, abstract)
         losses = []
         for step in range(steps):
-            state, metrics = step_function(state, place(batch(step), LAYOUT, mesh), loop.Keys.of(0).dropout)
+            state, metrics = step_function(
+                state, shard_batch(batch(step), LAYOUT, mesh), loop.Keys.from_seed(0).dropout
+            )
             losses.append(float(metrics["loss"]))
     for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
         assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
@@ -502,9 +506,9 @@ def test_devices_hand_each_other_words_and_not_vocabularies():
     optimizer = Adagrad(0.2, unroll_steps=LENGTH)
     with jax.set_mesh(mesh):
         state = loop.abstract_state(model, optimizer, ROWS, mesh, "replicated")
-        batch = place(make_batch(), LAYOUT, mesh)
+        batch = shard_batch(make_batch(), LAYOUT, mesh)
         step = loop.make_train_step(model, optimizer, 1, LAYOUT, state)
-        text = step.lower(state, batch, loop.Keys.of(0).dropout).compile().as_text()
+        text = step.lower(state, batch, loop.Keys.from_seed(0).dropout).compile().as_text()
     collectives = [line for line in text.splitlines() if re.search(r" all-(reduce|gather|to-all)(-start)?\(", line)]
     assert "f32[128,8]" in text
     assert collectives

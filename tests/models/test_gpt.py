@@ -16,8 +16,8 @@ from model_directories import randomize
 from scipy import stats
 
 from prelm_jax.errors import InputError
-from prelm_jax.formats.huggingface_gpt import tensor_name
-from prelm_jax.formats.model import abstract_params
+from prelm_jax.formats.base import abstract_params
+from prelm_jax.formats.huggingface_gpt import LAYOUT
 from prelm_jax.models import layers
 from prelm_jax.models.cross_entropy import tied_cross_entropy
 from prelm_jax.models.gpt import GPTConfig
@@ -25,7 +25,7 @@ from prelm_jax.models.layers import normal
 from prelm_jax.training.parameters import path_name
 
 CONFIG = GPTConfig(vocab_size=37, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=16)
-GPT = CONFIG.build()
+GPT, ENCODER = CONFIG.build(), CONFIG.encoder()
 LENGTHS = [16, 11, 5]  # Real tokens in each row.
 TOLERANCE = 2e-5
 INPUTS = ("tokens", "positions", "segments")
@@ -45,7 +45,7 @@ def torch_gpt():
 
 def theirs(state, path, shape):
     """The value of our parameter in a PyTorch state dict (or its gradient), padded with zeros."""
-    value = state[f"transformer.{tensor_name(path)}"].numpy()
+    value = state[f"transformer.{LAYOUT.tensor_name(path)}"].numpy()
     for third, name in enumerate(("query", "key", "value")):
         if f"/{name}/" in path:
             value = value[..., third * CONFIG.hidden_size : (third + 1) * CONFIG.hidden_size]
@@ -56,15 +56,15 @@ def make_batch():
     """Rows of 16, 11 and 5 tokens; the last target of a row is not counted, nor is one in the middle."""
     rng = np.random.default_rng(0)
     shape = (len(LENGTHS), CONFIG.max_position_embeddings)
-    places = np.broadcast_to(np.arange(shape[1]), shape)
-    real = places < np.array(LENGTHS)[:, None]
+    columns = np.broadcast_to(np.arange(shape[1]), shape)
+    real = columns < np.array(LENGTHS)[:, None]
     tokens = np.where(real, rng.integers(1, CONFIG.vocab_size, shape), 0)
     return {
         "tokens": tokens,
         "targets": np.roll(tokens, -1, 1),
-        "positions": places,
+        "positions": columns,
         "segments": real.astype(np.int32),
-        "weights": ((places < np.array(LENGTHS)[:, None] - 1) & (places != 3)).astype(np.float32),
+        "weights": ((columns < np.array(LENGTHS)[:, None] - 1) & (columns != 3)).astype(np.float32),
     }
 
 
@@ -92,21 +92,18 @@ def params():
     )
 
 
-def inputs(batch):
-    return [batch[key] for key in INPUTS]
-
-
 @jax.jit
 def forward(params, batch):
     """(hidden states, logits)."""
     with jax.default_matmul_precision("highest"):
-        hidden = GPT.apply({"params": params}, *inputs(batch), method="hidden_states")
+        hidden = ENCODER.apply({"params": params}, batch, method="hidden_states")
         return hidden, GPT.apply({"params": params}, hidden[-1], method="logits")
 
 
 def objective(params, batch, key=None):
+    """Trains with `key`; None: evaluates."""
     with jax.default_matmul_precision("highest"):
-        losses, _, _ = GPT.loss(params, {}, batch, key)
+        losses, _, _ = GPT.loss(params, {}, batch, jax.random.key(0) if key is None else key, key is not None)
     weights = GPT.weights(batch)
     return sum(GPT.coefficients[name] * losses[name][0] / weights[name] for name in losses)
 
@@ -147,7 +144,7 @@ def test_accuracy_counts_the_targets_that_win(params, reference):
     counted = batch["weights"] == 1
     wins = output.logits.detach().numpy().argmax(-1)
     batch["targets"] = np.where(np.arange(16) % 2 == 0, wins, batch["targets"])
-    _, metrics, carry = GPT.loss(params, {}, batch, None)
+    _, metrics, carry = GPT.loss(params, {}, batch, jax.random.key(0), False)
     correct, weight = metrics["lm_accuracy"]
     assert float(correct) == (wins == batch["targets"])[counted].sum() > counted.sum() / 3
     assert float(weight) == counted.sum()
@@ -206,7 +203,8 @@ def influence(params, segments_T):
 
     def outputs(table):  # The input at s is varied through the embedding of its position.
         varied = params | {"position_embeddings": {"embedding": table}}
-        return GPT.apply({"params": varied}, row + 1, row, segments_T[None], method="hidden_states")[-1][0]
+        batch = dict(zip(INPUTS, (row + 1, row, segments_T[None]), strict=True))
+        return ENCODER.apply({"params": varied}, batch, method="hidden_states")[-1][0]
 
     out_TD, vjp = jax.vjp(outputs, params["position_embeddings"]["embedding"])
     derivatives = jax.lax.map(lambda one: vjp(one.reshape(out_TD.shape))[0], jnp.eye(out_TD.size))
@@ -263,7 +261,7 @@ def test_next_logits_from_the_cache_equal_those_without(params):
 # Dropout
 
 
-def test_only_a_key_turns_dropout_on(params):
+def test_only_training_has_dropout(params):
     batch, loss = make_batch(), jax.jit(objective)
     expected, _ = loss_and_gradients(params, batch)
     with_key = {float(loss(params, batch, jax.random.key(seed))) for seed in (0, 0, 1)}
@@ -280,7 +278,7 @@ def test_dropout_is_where_gpt_1_has_it(params, monkeypatch):
         monkeypatch.setattr(
             layers, "_dropout", lambda x, rate, key: (collected.append((jax.random.key_data(key), x)), x)[1]
         )
-        GPT.loss(params, {}, make_batch(), jax.random.key(0))
+        GPT.loss(params, {}, make_batch(), jax.random.key(0), True)
         return collected
 
     collected = keys()

@@ -24,11 +24,13 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_plan_for_this_machine(family):
-    run = dataclasses.replace(FAMILIES[family](), mesh=MeshConfig(devices=2))
+    run = dataclasses.replace(
+        FAMILIES[family](), loop=dataclasses.replace(FAMILIES[family]().loop, mesh=MeshConfig(devices=2))
+    )
     planned = plan(run, "local")
     assert planned.fits and planned.chips == 2
     assert planned.tokens == run.batch_size * run.data.max_length
-    assert planned.steps == run.steps
+    assert planned.steps == run.loop.steps
     total, per_chip = planned.sizes["parameters"]
     assert total == per_chip > 0
     total, per_chip = planned.sizes["batch"]
@@ -51,9 +53,18 @@ def test_largest_batch_that_fits(monkeypatch):
             raise TooLarge((20 + 7 * rows) * GiB, 100 * GiB)
         return dataclasses.replace(fitting, batch_size=run.batch_size, memory_needed=(20 + 7 * rows) * GiB)
 
-    fitting = plan(dataclasses.replace(FAMILIES["bert"](), mesh=MeshConfig(devices=2)), "local")
+    fitting = plan(
+        dataclasses.replace(
+            FAMILIES["bert"](), loop=dataclasses.replace(FAMILIES["bert"]().loop, mesh=MeshConfig(devices=2))
+        ),
+        "local",
+    )
     monkeypatch.setattr(planning, "analyze", analyze)
-    run = dataclasses.replace(FAMILIES["bert"](), batch_size=128, mesh=MeshConfig(devices=2))
+    run = dataclasses.replace(
+        FAMILIES["bert"](),
+        batch_size=128,
+        loop=dataclasses.replace(FAMILIES["bert"]().loop, mesh=MeshConfig(devices=2)),
+    )
     planned = plan(run, "local")
     assert not planned.fits
     assert planned.memory_needed == (20 + 7 * 64) * GiB
@@ -96,9 +107,9 @@ def test_bad_input():
     with pytest.raises(InputError, match="--topology v9: not one of"):
         plan(run, "v9")
     with pytest.raises(InputError, match=r"--mesh.devices 9.* 8"):
-        plan(dataclasses.replace(run, mesh=MeshConfig(devices=9)), "local")
+        plan(dataclasses.replace(run, loop=dataclasses.replace(run.loop, mesh=MeshConfig(devices=9))), "local")
     with pytest.raises(InputError, match=r"--batch-size 8 .* 1 .* 3 devices"):
-        plan(dataclasses.replace(run, mesh=MeshConfig(devices=3)), "local")
+        plan(dataclasses.replace(run, loop=dataclasses.replace(run.loop, mesh=MeshConfig(devices=3))), "local")
 
 
 def test_collective_seconds():
@@ -167,7 +178,11 @@ def test_compiled_for_a_pod(name, quick_compiler):
 @needs_compiler
 @pytest.mark.parametrize("parameters", ["replicated", "fsdp"])
 def test_slices_exchange_gradients_over_their_network(parameters, quick_compiler):
-    run = dataclasses.replace(FAMILIES["bert"](), batch_size=32, mesh=MeshConfig(slices=2, parameters=parameters))
+    run = dataclasses.replace(
+        FAMILIES["bert"](),
+        batch_size=32,
+        loop=dataclasses.replace(FAMILIES["bert"]().loop, mesh=MeshConfig(slices=2, parameters=parameters)),
+    )
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, hidden_size=256, intermediate_size=1024))
     planned = plan(run, "v5e:4x4")
     assert planned.chips == 32

@@ -435,7 +435,7 @@ def test_build_keeps_the_vocabulary(prose, monkeypatch):
 
 
 def test_build_tells_configurations_and_corpora_apart(prose):
-    corpora = [prose, Corpus((*prose.sources, "documents=line"), held_out=0.5)]
+    corpora = [prose, Corpus((f"{prose.sources[0]},documents=line",), held_out=0.5)]
     assert len({BPEConfig(n).build(corpus).fingerprint for n in (0, 20, 21) for corpus in corpora}) == 6
 
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
 from prelm_jax.tokenizers.load import load
-from prelm_jax.tokenizers.sentencepiece import SPECIAL_TOKENS, SentencePieceConfig
+from prelm_jax.tokenizers.sentencepiece import ROLES, SentencePieceConfig
 
 PROSE = """The quick brown fox jumps over the lazy dog; the dog sleeps.
 Unaffable foxes, quicker dogs: the quickest of foxes! Ébène, naïve café. Dogs jumped and foxes were jumping,
@@ -107,7 +107,7 @@ def test_real_text_and_the_package_itself(real_data, tmp_path):
 
 
 def test_special_tokens_come_first_and_are_text_in_a_text(ours, config):
-    names = SPECIAL_TOKENS[config.special_tokens]
+    names = tuple(ROLES[config.special_tokens].values())
     assert tuple(ours.tokens[: len(names)]) == names
     assert ours.special_ids == {name: index for index, name in enumerate(names)}
     assert ours.tokens[ours.unknown_id] in ("[UNK]", "<unk>")
@@ -172,7 +172,7 @@ def test_training_is_the_same_in_every_process(prose):
 
 def test_a_part_of_a_large_corpus_is_learnt_from(prose, monkeypatch):
     monkeypatch.setattr("prelm_jax.tokenizers.sentencepiece.TRAINING_CHARACTERS", 300)
-    assert "文" not in SentencePieceConfig(60).build(Corpus((*prose.sources, "documents=file"))).tokens
+    assert "文" not in SentencePieceConfig(60).build(Corpus((f"{prose.sources[0]},documents=file",))).tokens
 
 
 def test_build_keeps_the_vocabulary_and_tells_configurations_apart(prose, monkeypatch):

@@ -1,7 +1,8 @@
-"""Checkpoints: any flipped bit is noticed, damage of any kind means the one before."""
+"""Checkpoints: which are kept, restoring by step, and damage of any kind."""
 
 import contextlib
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,12 @@ from hypothesis import strategies as st
 
 from prelm_jax.errors import InputError
 from prelm_jax.training import checkpoint
-from prelm_jax.training.checkpoint import Checkpoints, checksums, restore_params
+from prelm_jax.training.checkpoint import Checkpoints, Record, checksums, restore_params
 from prelm_jax.training.sharding import MeshConfig
 
 
 def items(step: int) -> dict:
-    """Two trees, with values that tell the step."""
+    """Two trees whose values depend on the step."""
     params = {"kernel": jnp.arange(96, dtype=jnp.float32).reshape(8, 12) + step, "bias": jnp.full(3, step, jnp.float32)}
     return {"params": params, "rest": {"step": jnp.int32(step), "carry": {}}}
 
@@ -97,7 +98,7 @@ def remove_metadata(directory):
 
 
 def change_values(directory):
-    """What a flipped bit does that the compression does not notice: other values than those that were saved."""
+    """A flipped bit that the decompression does not notice."""
     metadata = directory / "_CHECKPOINT_METADATA"
     recorded = json.loads(metadata.read_text())
     recorded["custom_metadata"]["checksums"]["params"]["bias"] ^= 1 << 7
@@ -121,15 +122,107 @@ def test_damage_is_named_and_the_one_before_used(directory, capsys, damage):
 def test_all_damaged_is_an_error(directory):
     for step in ("2", "3"):
         flip(directory / step)
-    with pytest.raises(InputError, match="none of 2 checkpoints is whole"):
+    with pytest.raises(InputError, match="all 2 checkpoints are damaged"):
         restore(directory)
 
 
-def test_another_format_is_refused(directory, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 0)
-    with pytest.raises(InputError, match="has format 2, not 0: upgrade prelm_jax"):
+@pytest.mark.parametrize(("newer", "message"), [(4, "an earlier version .*format 3"), (2, "upgrade")])
+def test_another_format_is_refused(directory, monkeypatch, newer, message):
+    monkeypatch.setattr(checkpoint, "FORMAT", newer)
+    with pytest.raises(InputError, match=f"^{directory / '3'} was written by .*{message}"):
         restore(directory)
     assert (directory / "3").is_dir()
+
+
+def test_a_reader_skips_a_damaged_checkpoint_and_changes_nothing(directory, capsys):
+    flip(directory / "3")
+    before = files(directory.parent)
+    assert restore_params(directory, abstract(items(0)["params"]))[0] == 2
+    assert f"{directory / '3'} is damaged" in capsys.readouterr().err
+    for step, message in [(3, f"{directory / '3'} is damaged .*2, 3"), ("best", "no checkpoint was evaluated.*2, 3")]:
+        with pytest.raises(InputError, match=message):
+            restore_params(directory, abstract(items(0)["params"]), step)
+    assert files(directory.parent) == before
+
+
+def files(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+# Kept checkpoints: the newest, the best, and parameters forever
+
+
+def save(directory, keep, *records):
+    """Saves a checkpoint for each (step, evaluation loss or None, scheduled); the steps that are left."""
+    with contextlib.closing(Checkpoints(directory, keep)) as checkpoints:
+        for step, loss, scheduled in records:
+            checkpoints.save(step, items(step), Record(100 * step, loss, scheduled))
+    return sorted(int(path.name) for path in directory.iterdir())
+
+
+def test_the_best_is_kept_with_the_newest(tmp_path):
+    directory = tmp_path / "checkpoints"
+    assert save(directory, 2, (1, 3.0, True), (2, 1.5, True), (3, None, True), (4, 1.5, True)) == [2, 3, 4]
+    assert save(directory, 2, (5, 2.0, True), (6, None, True)) == [2, 5, 6]  # Also after a restart.
+    with contextlib.closing(Checkpoints(directory)) as checkpoints:
+        assert checkpoints.improves(1.4) and not checkpoints.improves(1.5) and not checkpoints.improves(math.nan)
+        assert checkpoints.tokens_seen(5) == 500 and checkpoints.tokens_seen(0) == 0
+        step, restored = checkpoints.restore(abstract(items(0)), step="best")
+    assert step == 2
+    jax.tree.map(np.testing.assert_array_equal, restored, items(2))
+
+
+def test_a_checkpoint_of_sigterm_is_replaced_by_the_next(tmp_path):
+    directory = tmp_path / "checkpoints"
+    assert save(directory, 2, (1, None, True), (2, None, True), (3, None, False)) == [1, 2, 3]
+    assert save(directory, 2, (4, None, True)) == [2, 4]
+
+
+@pytest.fixture
+def kept(directory):
+    """Parameters alone of step 1, besides the full checkpoints of steps 2 and 3."""
+    with contextlib.closing(Checkpoints(directory, keep=2)) as checkpoints:
+        checkpoints.keep_parameters(1, items(1) | {"opt_state": {"kernel": jnp.zeros(5)}})
+    return directory
+
+
+def test_parameters_are_kept_without_the_optimizer_state(kept):
+    params = abstract(items(0)["params"])
+    step, restored = restore_params(kept, params, step=1)
+    assert step == 1
+    jax.tree.map(np.testing.assert_array_equal, restored, items(1)["params"])
+    with contextlib.closing(Checkpoints(kept)) as checkpoints:
+        opt_state = {"kernel": jax.ShapeDtypeStruct((5,), jnp.float32)}
+        with pytest.raises(InputError, match=f"{kept}.kept/1 holds no opt_state, only params, rest"):
+            checkpoints.restore({"params": params, "opt_state": opt_state}, step=1)
+    assert restore_params(kept, params)[0] == 3
+
+
+def test_kept_parameters_are_overwritten_by_the_same_step(kept):
+    with contextlib.closing(Checkpoints(kept, keep=1)) as checkpoints:
+        checkpoints.keep_parameters(1, items(7))
+        checkpoints.keep_parameters(2, items(2))
+    _, restored = restore_params(kept, abstract(items(0)["params"]), step=1)
+    jax.tree.map(np.testing.assert_array_equal, restored, items(7)["params"])
+    assert sorted(path.name for path in (kept.parent / "checkpoints.kept").iterdir()) == ["1", "2"]
+
+
+def test_an_absent_step_lists_the_steps(kept):
+    params = abstract(items(0)["params"])
+    with contextlib.closing(Checkpoints(kept, keep=2)) as checkpoints:
+        checkpoints.save(4, items(4), Record(evaluation_loss=2.0))
+    with pytest.raises(InputError, match=rf"{kept}: no checkpoint of step 7; .* 1, 3, 4 \(best\)$"):
+        restore_params(kept, params, step=7)
+    assert restore_params(kept, params, step="best")[0] == 4
+
+
+def test_a_reader_creates_nothing(tmp_path):
+    with pytest.raises(InputError, match=f"{tmp_path / 'absent'}: no checkpoint"):
+        restore_params(tmp_path / "absent", abstract(items(0)["params"]), step=5)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Checksums
 
 
 @settings(deadline=None, max_examples=50)

@@ -1,4 +1,4 @@
-"""The train step: the same result on every mesh and however it is cut; and it learns."""
+"""The train step gives the same result on every mesh and with any number of micro-batches; and it learns."""
 
 import dataclasses
 
@@ -10,20 +10,20 @@ from prelm_jax.errors import InputError
 from prelm_jax.training import loop
 from prelm_jax.training.optimizer import AdamW, decays
 from prelm_jax.training.parameters import path_name
-from prelm_jax.training.sharding import MeshConfig, partition, place
+from prelm_jax.training.sharding import MeshConfig, partition, shard_batch
 
 OPTIMIZER = AdamW(learning_rate=3e-3, warmup_steps=4, decay_steps=100, weight_decay=0.01)
 
 
 @pytest.fixture(params=["bert", "gpt"])
 def family(request):
-    """(configuration of a tiny model, function from a step to a random batch) of each family."""
+    """(model config, function from a step to a random batch) of each Transformer family."""
     return request.getfixturevalue(f"tiny_{request.param}"), request.getfixturevalue(f"random_{request.param}_batch")
 
 
 @pytest.fixture
 def train(family):
-    """`(steps, …) -> (losses, final state)` of training on a fresh random batch each step."""
+    """`(steps, …) -> (losses, final state)`, trained on a new random batch each step."""
 
     def train(steps, mesh_config, accumulate=1, config=family[0], batch=family[1], optimizer=OPTIMIZER):
         mesh, model = mesh_config.build(), config.build()
@@ -36,7 +36,8 @@ def train(family):
             step_function = loop.make_train_step(model, optimizer, accumulate, layout, abstract)
             losses = []
             for step in range(steps):
-                state, metrics = step_function(state, place(batch(step), layout, mesh), loop.Keys.of(0).dropout)
+                placed = shard_batch(batch(step), layout, mesh)
+                state, metrics = step_function(state, placed, loop.Keys.from_seed(0).dropout)
                 losses.append(float(metrics["loss"]))
         return np.array(losses), state
 
@@ -54,7 +55,7 @@ def one_device():
 
 
 @pytest.mark.parametrize(
-    ("mesh_config", "parameter_shares", "moment_shares"),
+    ("mesh_config", "parameter_shards", "moment_shards"),
     [
         (MeshConfig(2), 1, 1),
         (MeshConfig(8, "zero1"), 1, 8),
@@ -63,8 +64,8 @@ def one_device():
     ],
     ids=str,
 )
-def test_losses_do_not_depend_on_the_mesh(train, family, one_device, mesh_config, parameter_shares, moment_shares):
-    """fp32, dropout on: its masks are the same on every mesh."""
+def test_losses_do_not_depend_on_the_mesh(train, family, one_device, mesh_config, parameter_shards, moment_shards):
+    """In fp32 with dropout, whose masks are the same on every mesh."""
     if family[0] not in one_device:
         one_device[family[0]], _ = train(20, MeshConfig(devices=1))
     expected = one_device[family[0]]
@@ -78,23 +79,23 @@ def test_losses_do_not_depend_on_the_mesh(train, family, one_device, mesh_config
         if path_name(path).endswith("layer_0/intermediate/kernel")
     )
     assert len(moments) == 2
-    assert kernel.addressable_shards[0].data.size * parameter_shares == kernel.size
+    assert kernel.addressable_shards[0].data.size * parameter_shards == kernel.size
     for moment in moments:
-        assert moment.addressable_shards[0].data.size * moment_shares == moment.size
+        assert moment.addressable_shards[0].data.size * moment_shards == moment.size
 
 
 def test_accumulated_micro_batches_equal_one_batch(train, family):
     """Rows have unequal weights: a mean of means would differ."""
     config = without_dropout(family[0])
     whole, state = train(5, MeshConfig(2), config=config)
-    cut, accumulated = train(5, MeshConfig(2), accumulate=4, config=config)
-    np.testing.assert_allclose(cut, whole, rtol=1e-5)
+    losses, accumulated = train(5, MeshConfig(2), accumulate=4, config=config)
+    np.testing.assert_allclose(losses, whole, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(accumulated.params), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_dropout_changes_with_the_step(train, family):
-    """The same batch and hardly any learning: what differs between steps is dropout."""
+    """With one batch and a learning rate of zero, only dropout differs between steps."""
     frozen = dataclasses.replace(OPTIMIZER, learning_rate=0.0)
     losses, _ = train(3, MeshConfig(1), batch=lambda step: family[1](0), optimizer=frozen)
     assert len(set(losses)) == 3
@@ -113,7 +114,7 @@ def test_one_batch_overfits(train, family):
 
 
 def test_an_evaluation_is_one_division_without_dropout(tiny_bert, random_bert_batch):
-    """Over batches of unequal weights, against the logits of the model and NumPy."""
+    """Over batches of unequal weights: NumPy on the logits of the model."""
     model, batches = tiny_bert.build(), [random_bert_batch(step) for step in range(3)]
     params = model.init_params(jax.random.key(0))
     total = weight = 0.0
@@ -133,7 +134,7 @@ def test_an_evaluation_is_one_division_without_dropout(tiny_bert, random_bert_ba
 def test_a_batch_without_weight_has_no_loss_and_no_nan(tiny_bert, random_bert_batch):
     batch = random_bert_batch(0) | {"next_sentence_weights": np.zeros((8, 1), np.float32)}
     model = tiny_bert.build()
-    losses, metrics, _ = model.loss(model.init_params(jax.random.key(0)), {}, batch, None)
+    losses, metrics, _ = model.loss(model.init_params(jax.random.key(0)), {}, batch, jax.random.key(1), False)
     values = loop.means(model, losses | metrics)
     assert values["next_sentence_loss"] == 0
     assert values["loss"] == values["masked_lm_loss"] > 0
@@ -144,12 +145,12 @@ def test_more_devices_than_there_are():
         MeshConfig(devices=9).build()
 
 
-def test_slices_that_are_not_there():
+def test_slices_that_do_not_divide_the_devices():
     with pytest.raises(InputError, match=r"--mesh.slices 3: does not divide 8 devices"):
         MeshConfig(slices=3).build()
 
 
-def test_fsdp_that_divides_nothing(tiny_bert):
+def test_fsdp_needs_a_dimension_that_the_devices_divide(tiny_bert):
     mesh_config = MeshConfig(devices=5, parameters="fsdp")
     with pytest.raises(
         InputError, match=r"--mesh.parameters: 5 devices divide no dimension of \S+/(kernel|embedding) \("

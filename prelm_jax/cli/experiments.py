@@ -1,0 +1,168 @@
+"""Experiments by name: `bert:mini` of those that come with the package, or FILE.py:NAME of anybody's."""
+
+import ast
+import contextlib
+import importlib.util
+import inspect
+import re
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+from prelm_jax.cli.options import Choice, Chosen, suggestion
+from prelm_jax.errors import InputError
+
+ADVICE = """\
+Every field of the experiment is an option. To change the class of its model, tokenizer, data or optimizer, edit a copy:
+`prelm experiments --copy {file}`."""
+
+
+def experiments(copy: str | None = None) -> None:
+    """List the experiments that come with prelm_jax: what each is for, its target and its cost.
+
+    Args:
+        copy: Write this file of experiments (bert.py, …) to the current directory, for you to edit, instead of listing.
+    """
+    if copy is not None:
+        source, target = _shipped_file(copy.removesuffix(".py")), Path(Path(copy).name).with_suffix(".py")
+        if target.exists():
+            raise InputError(f"{target} already exists. Move it, or copy from another directory.")
+        target.write_bytes(source.read_bytes())
+        name = next(iter(docstrings(source)))
+        print(f"wrote {target}. Edit it, then: prelm pretrain {target}:{name}")
+        return
+    for file in shipped_files():
+        for name, docstring in docstrings(file).items():
+            print(f"{file.stem}:{name}")
+            for line in (docstring.partition("\n")[0], *_facts(docstring)):
+                print(textwrap.fill(line, 100, initial_indent="    ", subsequent_indent="    "))
+            print()
+    print("prelm pretrain EXPERIMENT starts one; prelm pretrain EXPERIMENT --help explains its options.")
+
+
+def shipped_directory() -> Path:
+    """Where the experiments of the package are: inside of an installed package, next to the package in a checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "experiments"
+    return installed if installed.is_dir() else package.parent / "experiments"
+
+
+def shipped_files() -> list[Path]:
+    return sorted(shipped_directory().glob("[!_]*.py"))
+
+
+def docstrings(file: Path) -> dict[str, str]:
+    """The docstrings of the public functions in a file that need no arguments. The file is not executed."""
+    found = {}
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            required = len(node.args.posonlyargs) + len(node.args.args) - len(node.args.defaults)
+            if required == 0 and None not in node.args.kw_defaults:
+                found[node.name] = ast.get_docstring(node) or ""
+    return found
+
+
+def choose(reference: str) -> Chosen:
+    """Executes the file of an experiment and calls its function.
+
+    Raises InputError for every mistake in the reference or the file, naming both and, in the file, the line.
+    """
+    file, name = reference.rsplit(":", 1) if ":" in reference else (reference, "")
+    path = Path(file) if file.endswith(".py") or Path(file).exists() else _shipped_file(file)
+    if not path.is_file():
+        neighbors = [*map(str, path.parent.glob("*.py")), *(file.stem for file in shipped_files())]
+        raise InputError(f"there is no experiment file {file}.{suggestion(file, neighbors)}{_HINT}")
+    if path.suffix != ".py":
+        raise InputError(f"{file} is not a Python file: give FILE.py:NAME.")
+    functions = _functions(path)
+    if name not in functions:
+        known = ", ".join(f"{file}:{known}" for known in functions) or "no function without arguments"
+        mistake = f"has no experiment {name!r}.{suggestion(name, functions)}" if name else "holds several experiments."
+        raise InputError(f"{file} {mistake} It holds {known}.")
+    function = functions[name]
+    from prelm_jax.run import Run
+
+    with _one_line_errors(path):
+        run = function()
+    if not isinstance(run, Run):
+        raise InputError(f"{reference} returns {type(run).__name__}: an experiment must return a Run.")
+    description = f"{reference}: {inspect.getdoc(function) or 'no docstring.'}\n\n{ADVICE.format(file=path.name)}"
+    return Chosen(f"{path.stem}-{name}".replace("_", "-"), run, description)
+
+
+def catalog() -> str:
+    """A line for each experiment of the package."""
+    lines = [
+        f"  {f'{file.stem}:{name}':20} {docstring.partition(chr(10))[0]}"
+        for file in shipped_files()
+        for name, docstring in docstrings(file).items()
+    ]
+    return "\n".join(["experiments (`prelm experiments` says more):", *lines])
+
+
+EXPERIMENT = Choice(
+    name="experiment",
+    help="Name of an experiment, or FILE.py:NAME: a function without arguments that returns a Run. Followed by --help, "
+    "its description and its options, one for each field of the Run.",
+    choose=choose,
+    catalog=catalog,
+    placeholder="FILE-NAME",
+)
+
+_HINT = " prelm experiments lists those that come with the package; your own are FILE.py:NAME."
+
+
+def _facts(docstring: str) -> Iterator[str]:
+    """`Target: …` and `Cost: …` of a docstring, a line each."""
+    for paragraph in re.split(r"\n\s*\n|\n(?=[A-Z]\w+: )", docstring):
+        if re.match("(Target|Cost): ", paragraph):
+            yield " ".join(paragraph.split())
+
+
+def _shipped_file(name: str) -> Path:
+    """The file of the experiments `bert`; InputError if there is none."""
+    names = {file.stem: file for file in shipped_files()}
+    if name not in names:
+        raise InputError(f"there are no experiments {name!r}.{suggestion(name, names)}{_HINT}")
+    return names[name]
+
+
+def _functions(path: Path) -> dict[str, Callable[[], object]]:
+    """The public functions that a file defines and that need no arguments."""
+    module = _execute(path)
+    functions = {}
+    for name, value in vars(module).items():
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_"):
+            parameters = inspect.signature(value).parameters.values()
+            if all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+                functions[name] = value
+    return functions
+
+
+def _execute(path: Path) -> ModuleType:
+    """The module of a file. It is in `sys.modules`, where tyro finds the comments behind the fields of its classes."""
+    name = f"prelm_experiments_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    with _one_line_errors(path):
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _one_line_errors(path: Path) -> Iterator[None]:
+    """Turns whatever the code of an experiment raises into an InputError with the file, the line and the error."""
+    try:
+        yield
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            lines = [error.lineno]
+        where = f"{path}, line {lines[-1]}" if lines else str(path)
+        message = f"{error}" if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        raise InputError(f"{where}: {' '.join(message.split())}") from None

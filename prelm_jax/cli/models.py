@@ -1,0 +1,114 @@
+"""Commands that use a pretrained model: embed, score, fill, generate."""
+
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from prelm_jax.cli.options import AnyPath, Positional, Step
+from prelm_jax.cli.training import cache_compiled_programs
+from prelm_jax.errors import InputError
+
+Kind = TypeVar("Kind")
+
+
+def embed(
+    model: Positional[AnyPath],
+    input: Positional[Path],
+    output: Positional[Path],
+    truncate: bool = False,
+    tokenize: bool = False,
+    state: Literal["zero", "warm", "carry"] | None = None,
+    batch_size: int | None = None,
+    step: Step = "newest",
+) -> None:
+    """Write the hidden states of each line of a text file to an HDF5 file.
+
+    Dataset "i" is line i, from 0: float32 [layers + 1, tokens, width], its tokens in the attribute "tokens".
+
+    Args:
+        model: Model directory or work directory.
+        input: Text file in UTF-8, one text per line.
+        output: HDF5 file to write.
+        truncate: Cut lines that are longer than the positions of the model, instead of refusing them.
+        tokenize: ELMo: split lines into words as the training text was split, not at whitespace alone.
+        state: ELMo: initial LSTM state of each line: zeros (default), the state after an empty line (warm), or the
+            final state of a previous line (carry), as in bilm-tf and AllenNLP.
+        batch_size: ELMo with --state carry: line i continues from line i - BATCH_SIZE. Match the tool you compare with.
+        step: Checkpoint of a work directory: its step, or the best one on held-out text, or the newest.
+    """
+    from prelm_jax.inference.base import Pretrained, write_embeddings
+    from prelm_jax.storage import read_lines
+
+    options = {"truncate": truncate, "tokenize": tokenize, "state": state, "batch_size": batch_size}
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    write_embeddings(_load(model, step, Pretrained, "embed"), read_lines(input), output, **given)
+
+
+def score(model: Positional[AnyPath], input: Positional[Path], step: Step = "newest") -> None:
+    """Print the natural-log probability and the number of tokens of each line of a text file.
+
+    BERT gives the pseudo-log-likelihood: each token is masked in turn. ELMo gives the mean of both directions.
+
+    Args:
+        model: Model directory or work directory.
+        input: Text file in UTF-8, one text per line.
+        step: Checkpoint of a work directory: its step, or the best one on held-out text, or the newest.
+    """
+    from prelm_jax.inference.base import Pretrained
+    from prelm_jax.storage import read_lines
+
+    for log_probability, tokens in _load(model, step, Pretrained, "score").score(read_lines(input)):
+        print(f"{log_probability:.6f}\t{tokens}")
+
+
+def fill(model: Positional[AnyPath], text: Positional[str], top_k: int = 5, step: Step = "newest") -> None:
+    """Print the likeliest tokens for each [MASK] of a text, with their probabilities (BERT).
+
+    Args:
+        model: Model directory or work directory.
+        text: Text with one [MASK] or more.
+        top_k: Number of tokens to print for each [MASK].
+        step: Checkpoint of a work directory: its step, or the best one on held-out text, or the newest.
+    """
+    from prelm_jax.inference.bert import BertPretrained
+
+    for candidates in _load(model, step, BertPretrained, "fill").fill(text, top_k):
+        print("  ".join(f"{token} {probability:.3f}" for token, probability in candidates))
+
+
+def generate(
+    model: Positional[AnyPath],
+    prompt: str,
+    max_tokens: int = 100,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    step: Step = "newest",
+) -> None:
+    """Continue a prompt, and print both (GPT).
+
+    Args:
+        model: Model directory or work directory.
+        prompt: Text to continue.
+        max_tokens: Number of tokens to append.
+        temperature: Divides the logits; below 1 the text is more predictable, and 0 is greedy decoding.
+        top_k: Sample from this number of likeliest tokens only; none: from all.
+        top_p: Sample from the likeliest tokens that together reach this probability (nucleus sampling); 1: from all.
+        seed: Random seed of the sampling; change it for another continuation.
+        step: Checkpoint of a work directory: its step, or the best one on held-out text, or the newest.
+    """
+    from prelm_jax.inference.gpt import GPTPretrained
+
+    loaded = _load(model, step, GPTPretrained, "generate")
+    print(loaded.generate(prompt, max_tokens, temperature, top_k, top_p, seed))
+
+
+def _load(path: str | Path, step: int | Literal["best", "newest"], kind: type[Kind], command: str) -> Kind:
+    """The model at a path; InputError if it is not of the kind that the command needs."""
+    from prelm_jax.loading import load
+
+    cache_compiled_programs()
+    model = load(path, step)
+    if not isinstance(model, kind):
+        raise InputError(f"{path} is a model of type {model.config.model_type}, which cannot {command}.")
+    return model

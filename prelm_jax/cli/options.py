@@ -1,0 +1,255 @@
+"""Command-line options from the signature of a function, by tyro: the glue, help, and one-line complaints.
+
+A command is a function. Its parameters are options, unless they are `Positional`; its docstring is their help. A
+parameter with a `Choice` becomes the first argument, which names a configuration (an experiment, for example), and each
+field of that configuration becomes an option too. Unions of configurations are not supported: tyro turns them into
+subcommands.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import inspect
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+
+from prelm_jax.errors import InputError
+from prelm_jax.storage import is_remote
+
+Positional = tyro.conf.Positional
+Bound = Callable[..., None]  # a command and the values of its parameters
+Parse = Callable[[Sequence[str]], Bound]
+Kind = TypeVar("Kind")
+
+
+def parse_path(word: str) -> str | Path:
+    """A path as typed; one in a bucket stays a string, because pathlib would make gs:/bucket of gs://bucket."""
+    return word if is_remote(word) else Path(word)
+
+
+def _parse_step(word: str) -> int | Literal["best", "newest"]:
+    if word == "best" or word == "newest":
+        return word
+    if not word.isdecimal():
+        raise ValueError(f"{word} is neither a number nor best nor newest")
+    return int(word)
+
+
+AnyPath = Annotated[
+    str | Path,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: parse_path(words[0]),
+        is_instance=lambda value: isinstance(value, str | Path),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
+# Which checkpoint of a work directory.
+Step = Annotated[
+    int | Literal["best", "newest"],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="N|best|newest",
+        instance_from_str=lambda words: _parse_step(words[0]),
+        is_instance=lambda value: isinstance(value, int | str),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """What the first argument named. `name` replaces {name} in the defaults of the command's own parameters."""
+
+    name: str
+    value: object  # a dataclass instance, whose fields become options
+    description: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Marks the parameter whose value the first argument names: `run: Annotated[Run, EXPERIMENT]`."""
+
+    name: str  # "experiment": in usage EXPERIMENT
+    help: str
+    choose: Callable[[str], Chosen]
+    catalog: Callable[[], str]  # what there is to choose from, for the help
+    placeholder: str = ""  # replaces {name} in the help, before anything is chosen
+
+
+class Remainder:
+    """Marks the option that takes all arguments after it, whatever they look like."""
+
+
+def call(command: Callable[..., None], arguments: Sequence[str], program: str) -> None:
+    """Parses the arguments by the signature of the command, and calls it.
+
+    Without arguments, a command that needs some prints its help and exits with 1.
+    Raises InputError, one line, for arguments that do not fit.
+    """
+    parameters = list(inspect.signature(command).parameters.values())
+    choice = next((found for parameter in parameters if (found := _metadata(parameter, Choice))), None)
+    description = (inspect.getdoc(command) or "").partition("\nArgs:")[0].strip()
+    remainders: dict[str, tuple[str, ...]] = {}
+    for parameter in parameters:
+        option = f"--{parameter.name}"
+        if _metadata(parameter, Remainder) and option in arguments:
+            cut = arguments.index(option)
+            remainders[parameter.name] = tuple(arguments[cut + 1 :])
+            arguments = arguments[:cut]
+
+    needs_arguments = choice is not None or any(parameter.default is parameter.empty for parameter in parameters)
+    if not arguments and needs_arguments:
+        with contextlib.suppress(SystemExit):
+            call(command, ["--help"], program)
+        sys.exit(1)
+    chosen = None
+    if choice is not None and not arguments[0].startswith("-"):
+        chosen = choice.choose(arguments[0])
+        program, arguments = f"{program} {arguments[0]}", arguments[1:]
+        description = f"{description}\n\n{chosen.description}".strip()
+    elif choice is not None and not {"-h", "--help"} & set(arguments):
+        metavar = choice.name.upper()
+        raise InputError(f"usage: {program} {metavar} [options]. {metavar} comes first; {program} --help explains it.")
+
+    def parse(words: Sequence[str]) -> Bound:
+        return tyro.cli(
+            _interface(command, choice, chosen),
+            args=words,
+            prog=program,
+            description=description,
+            config=(tyro.conf.PositionalMetavarFromFieldName,),
+        )
+
+    if {"-h", "--help"} & set(arguments):
+        try:
+            parse(arguments)
+        finally:
+            if choice is not None and chosen is None:
+                print(choice.catalog())
+    bound, complaint = _captured(parse, arguments)
+    if bound is None:
+        reason = _unknown_option(arguments, parse) or _one_line(complaint)
+        raise InputError(f"{reason} {program} --help lists the options.")
+    bound(**remainders)
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """` Did you mean …?` with the known word nearest to `word`; nothing where none is near."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def nearest_option(option: str, known: Iterable[str]) -> str | None:
+    """The known option most like a misspelt one, by the last part of its name before the whole.
+
+    nearest_option("--lerning-rate", ["--optimizer.learning-rate", "--steps"]) is "--optimizer.learning-rate".
+    """
+
+    def ratio(a: str, b: str) -> float:
+        return difflib.SequenceMatcher(None, a.lstrip("-"), b.lstrip("-")).ratio()
+
+    def similarity(other: str) -> tuple[float, float]:
+        return ratio(option.rpartition(".")[2], other.rpartition(".")[2]), ratio(option, other)
+
+    best = max(known, key=similarity, default=None)
+    return best if best is not None and similarity(best)[0] >= 0.6 else None
+
+
+def _metadata(parameter: inspect.Parameter, kind: type[Kind]) -> Kind | None:
+    """The metadata of a kind in the annotation of a parameter, `Annotated[…, metadata]`."""
+    found = getattr(parameter.annotation, "__metadata__", ())
+    return next((each for each in found if isinstance(each, kind)), None)
+
+
+def _interface(command: Callable[..., None], choice: Choice | None, chosen: Chosen | None) -> Callable[..., Bound]:
+    """A function for tyro, with the docstring of the command and its parameters as this call has them.
+
+    tyro calls it with the parsed values; it returns the command bound to them, to be called when parsing is over.
+    """
+
+    def bind(**values: object) -> Bound:
+        return functools.partial(command, **values)
+
+    name = chosen.name if chosen is not None else choice.placeholder if choice is not None else ""
+    parameters, annotations = [], {}
+    for parameter in inspect.signature(command).parameters.values():
+        if _metadata(parameter, Choice) is None:
+            annotations[parameter.name] = parameter.annotation
+            if isinstance(parameter.default, str) and "{name}" in parameter.default:
+                parameter = parameter.replace(default=parse_path(parameter.default.format(name=name)))
+        elif chosen is None and choice is not None:
+            annotations[choice.name] = Annotated[str, Positional, tyro.conf.arg(help=choice.help)]
+            parameter = parameter.replace(name=choice.name)
+        elif chosen is not None:
+            chosen_type = type(chosen.value)
+            annotations[parameter.name] = Annotated[chosen_type, tyro.conf.arg(name="")]
+            parameter = parameter.replace(default=chosen.value)
+        parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    bind.__doc__ = command.__doc__
+    bind.__annotations__ = annotations
+    setattr(bind, "__signature__", inspect.Signature(parameters))  # noqa: B010 (no type checker knows this attribute)
+    return bind
+
+
+def _unknown_option(arguments: Sequence[str], parse: Parse) -> str | None:
+    """The complaint about the first option that the help does not list; None if it lists all of them."""
+    _, text = _captured(parse, ["--help"])
+    known = [
+        word
+        for line in text.splitlines()
+        if line.startswith("│ -")
+        for word in re.findall(r"(?<!\S)--?[a-zA-Z][\w.-]*", line.strip("│ ").partition("  ")[0])
+    ]
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        if re.match(r"--[a-zA-Z]", option) and option.replace("_", "-") not in known:
+            if field := next((each for each in known if each.startswith(f"{option}.")), None):
+                return f"{option} is not an option, but {field} is; to change its class, edit a copy of the experiment."
+            nearest = nearest_option(option.replace("_", "-"), known)
+            return f"there is no option {option}." + (f" Did you mean {nearest}?" if nearest else "")
+    return None
+
+
+def _one_line(complaint: str) -> str:
+    """The first section of tyro's box as one line; of what is missing, the names alone."""
+    title, *rows = complaint.splitlines()
+    section = []
+    for row in rows:
+        if row.startswith(("│ ──", "╰")):
+            break
+        section.append(row.removeprefix("│").removesuffix("│").rstrip())
+    if "Required options" in title:
+        names = [row.split()[0] for row in section if re.match(r" {5}\S", row)]
+        return f"{', '.join(names)} must be given."
+    return " ".join(map(str.strip, section)).removesuffix(".") + "."
+
+
+class _Output(io.StringIO):
+    encoding = "utf-8"  # With another one, tyro draws no boxes.
+
+
+def _captured(parse: Parse, words: Sequence[str]) -> tuple[Bound | None, str]:
+    """The result of a parse, None if it exits, and what tyro prints: without colors, its boxes one below the other."""
+    output, before = _Output(), os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "100"
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            return parse(words), ""
+    except SystemExit:
+        return None, output.getvalue()
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before

@@ -1,0 +1,161 @@
+"""Commands that train, and what comes before and after: pretrain, evaluate, export, prepare, batch, plan."""
+
+import contextlib
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from prelm_jax.cli.experiments import EXPERIMENT, choose
+from prelm_jax.cli.options import AnyPath, Positional, Remainder, Step
+from prelm_jax.errors import InputError
+from prelm_jax.storage import is_remote
+
+if TYPE_CHECKING:
+    from prelm_jax.run import Run
+
+
+def pretrain(run: Annotated["Run", EXPERIMENT], workdir: AnyPath = "runs/{name}") -> None:
+    """Train an experiment, or resume it.
+
+    Args:
+        workdir: Directory of the run, local or gs://…; with a run of the same experiment in it, that run is resumed.
+    """
+    import jax
+
+    from prelm_jax import pretraining
+    from prelm_jax.families import find_family
+    from prelm_jax.report import print_table, summary_table
+    from prelm_jax.training import processes
+
+    cache_compiled_programs()
+    processes.join()
+    summary = pretraining.pretrain(run, workdir)
+    if jax.process_index() == 0:
+        print_table(summary_table(summary))
+        print(f"\nThe run is in {workdir}.")
+        with contextlib.suppress(InputError):  # A family from outside of the package has no example, and no format.
+            example = find_family(run.model.model_type, workdir).example
+            print(f"Next:\n  prelm export {workdir} DIRECTORY\n  {example.format(workdir)}")
+
+
+def evaluate(
+    model: Positional[str],
+    workdir: AnyPath | None = None,
+    corpus: tuple[str, ...] = (),
+    step: Step = "newest",
+) -> None:
+    """Evaluate a run on its held-out text, or on another corpus.
+
+    Args:
+        model: Work directory. For a model from outside of the package: its experiment, FILE.py:NAME, and --workdir.
+        workdir: Work directory of the run, if the first argument is an experiment.
+        corpus: Sources of text to evaluate on; none: the held-out side of the run's own corpus.
+        step: Checkpoint: its step, or the best one on held-out text, or the newest.
+    """
+    from prelm_jax import pretraining
+    from prelm_jax.report import print_table, summary_table
+
+    experiment = None
+    if workdir is not None:
+        experiment = choose(model).value
+    elif ":" in model and not is_remote(model):
+        raise InputError(f"evaluate {model}: --workdir must be given, the directory of that experiment's run.")
+    cache_compiled_programs()
+    print_table(summary_table(pretraining.evaluate(workdir or model, corpus, step, experiment)))
+
+
+def export(workdir: Positional[AnyPath], directory: Positional[Path], step: Step = "newest") -> None:
+    """Write a checkpoint as a model directory, in the published format that other tools read.
+
+    Args:
+        workdir: Work directory of the run.
+        directory: Directory to write; a model directory that is already there is replaced.
+        step: Checkpoint: its step, or the best one on held-out text, or the newest.
+    """
+    from prelm_jax import pretraining
+
+    pretraining.export(workdir, directory, step)
+    print(f"wrote {directory}")
+
+
+def prepare(
+    run: Annotated["Run", EXPERIMENT],
+    beam: Annotated[tuple[str, ...] | None, Remainder(), tyro.conf.arg(metavar="OPTIONS …")] = None,
+) -> None:
+    """Prepare the corpus of an experiment (vocabulary and token store) without training; print its statistics.
+
+    If there is a store already, its checksums are verified.
+
+    Args:
+        beam: Tokenize with Apache Beam instead of local processes (extra beam). Everything after it goes to Beam, for
+            example --beam --runner=FlinkRunner.
+    """
+    from prelm_jax import pretraining
+    from prelm_jax.report import corpus_table, print_table
+
+    make_shards = None
+    if beam is not None:
+        from prelm_jax.corpus.beam import make_shards_with
+
+        make_shards = make_shards_with(list(beam))
+    prepared = pretraining.prepare(run, make_shards, verify=True)
+    print_table(corpus_table(prepared.corpus, prepared.training, prepared.held_out))
+
+
+def batch(run: Annotated["Run", EXPERIMENT], step: int = 0, rows: int = 4) -> None:
+    """Print a training batch as text, with a marker where a token was replaced or is predicted.
+
+    Args:
+        step: Training step whose batch is printed, counted from 0.
+        rows: Number of rows of the batch to print.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    from prelm_jax import pretraining
+    from prelm_jax.data.show import MARKER
+
+    console = Console()
+    for row in itertools.islice(pretraining.show_batch(run, step), rows):
+        text = Text(row)
+        text.highlight_regex(MARKER, "bold green")
+        console.print(text, soft_wrap=True)
+
+
+def plan(
+    run: Annotated["Run", EXPERIMENT],
+    topology: str,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Compile the train step for a TPU slice you don't have; report memory, bottleneck and time.
+
+    Args:
+        topology: TPU slice to compile for, v5e:4x4 for example (extra tpu); or local, the devices of this machine.
+        as_json: Print one JSON object instead of a table.
+    """
+    import jax
+
+    from prelm_jax.planning.plan import LOCAL, plan, plan_table
+    from prelm_jax.report import print_table
+
+    if topology != LOCAL:
+        jax.config.update("jax_platforms", "cpu")  # The TPU compiler would look for attached chips.
+    planned = plan(run, topology, progress=lambda line: print(line, file=sys.stderr))
+    if as_json:
+        print(json.dumps(planned.as_json()))
+    else:
+        print_table(plan_table(planned))
+
+
+def cache_compiled_programs() -> None:
+    """Keeps compiled programs between runs, so that the second start is quick."""
+    import jax
+
+    from prelm_jax.cache import cache_directory
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -1,0 +1,115 @@
+"""SPECs: one source of documents and its options, as written on the command line.
+
+    LOCATION[,OPTION=VALUE]...        novels/*.txt.xz,documents=file,sentences=line
+
+LOCATION is a path or glob, `tfds:name/config[:version][:split]`, or `python-docs`. A path that itself begins with the
+name of an option is written with its directory: `./field=notes.txt`.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable
+from typing import Literal, TypeVar, get_args
+
+from prelm_jax.corpus import cleaning
+from prelm_jax.corpus.readers import endings
+from prelm_jax.errors import InputError
+
+Boundary = Literal["blank-line", "file", "line"]
+Splitting = Literal["library", "line"]
+Cleaning = Literal["none", "gpt"]
+Choice = TypeVar("Choice")
+
+MAX_WEIGHT = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """A parsed SPEC. Example: `parse(["a.jsonl,field=body"]) == [Spec("a.jsonl", field="body")]`."""
+
+    location: str
+    documents: Boundary = "blank-line"  # Where a document of a text file ends; the end of a file always ends one.
+    sentences: Splitting = "library"  # How sentences are found, see `prelm_jax.corpus.sentences`.
+    cleaning: Cleaning = "none"  # gpt: clean documents as GPT-1 did, see `prelm_jax.corpus.cleaning`.
+    field: str = "text"  # Name of the text field of JSON lines, Parquet and TFDS.
+    weight: float = 1.0  # Passes over the training documents; 2.5: two passes, then half of the documents.
+
+    @property
+    def is_tfds(self) -> bool:
+        return self.location.startswith("tfds:")
+
+    @property
+    def is_python_docs(self) -> bool:
+        return self.location == "python-docs"
+
+    @property
+    def passes(self) -> int:
+        """Number of times that the source is read; the last pass may leave documents out."""
+        return math.ceil(self.weight)
+
+    def identity(self) -> list[object]:
+        """The options that decide the documents, and the records of a TFDS; not where the files are."""
+        version = cleaning.version() if self.cleaning == "gpt" else None
+        options = dataclasses.asdict(self) | {"location": self.location if self.is_tfds else None}
+        return [*options.values(), version]
+
+
+OPTIONS = tuple(field.name for field in dataclasses.fields(Spec))[1:]
+
+
+def parse(items: Iterable[str]) -> list[Spec]:
+    """The SPECs of a corpus. Raises InputError for an unknown option, a wrong value, or no SPEC at all."""
+    specs = [_parse(item) for item in items]
+    if not specs:
+        raise InputError("the corpus has no sources: give at least one file, python-docs or tfds:name")
+    return specs
+
+
+def _parse(item: str) -> Spec:
+    if item.partition("=")[0] in OPTIONS:
+        raise InputError(f"{item} has no source: options follow a source after commas: SOURCE,{item}")
+    # The longest ending that is nothing but options: a path may hold commas too.
+    suffix = re.findall(r"(?:,[A-Za-z_-]+=[^,/]*)*\Z", item)[0]
+    location, options = item.removesuffix(suffix), dict(text.split("=", 1) for text in suffix.split(",")[1:])
+    for name in options:
+        if name not in OPTIONS:
+            raise InputError(f"{item}: no option is called {name}: the options are {', '.join(OPTIONS)}")
+    spec = Spec(
+        location,
+        _choice(item, options, "documents", get_args(Boundary)),
+        _choice(item, options, "sentences", get_args(Splitting)),
+        _choice(item, options, "cleaning", get_args(Cleaning)),
+        options.get("field", "text"),
+        _weight(item, options.get("weight", "1")),
+    )
+    kind, compression = endings(location)
+    if "documents" in options and (kind or spec.is_tfds or spec.is_python_docs):
+        raise InputError(f"{item}: {location} consists of documents already: documents= is for plain text files")
+    if "field" in options and not (kind or spec.is_tfds):
+        raise InputError(f"{item}: {location} has no fields: field= is for .jsonl, .parquet and tfds:")
+    if not spec.field:
+        raise InputError(f"{item}: field is the name of a field, not nothing")
+    if kind == ".parquet" and compression:
+        raise InputError(f"{item}: Parquet is compressed inside: unpack the file")
+    return spec
+
+
+def _choice(item: str, options: dict[str, str], name: str, choices: tuple[Choice, ...]) -> Choice:
+    """The value of an option; the first choice is the default."""
+    if name not in options:
+        return choices[0]
+    for choice in choices:
+        if options[name] == choice:
+            return choice
+    raise InputError(f"{item}: {name} is one of {', '.join(map(str, choices))}, not {options[name] or 'nothing'}")
+
+
+def _weight(item: str, text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight <= MAX_WEIGHT:
+        raise InputError(f"{item}: weight is a number above 0, at most {MAX_WEIGHT}, not {text or 'nothing'}")
+    return weight

@@ -1,0 +1,123 @@
+"""Model directories: what is read from one, what defines a published format, and how a directory is saved."""
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import ClassVar, Generic, Protocol, TypeVar
+
+import jax
+import numpy as np
+
+from prelm_jax.errors import InputError
+from prelm_jax.storage import read_json
+from prelm_jax.tokenizers.base import Tokenizer
+from prelm_jax.training.contract import Params
+
+# Directories without a config.json are recognized by these files.
+ORIGINAL_GPT = "params_shapes.json"  # GPT-1, as its authors published it
+ELMO_OPTIONS, ELMO_WEIGHTS = "*options.json", "*weights.hdf5"  # ELMo; exactly one of each
+
+
+class Initializable(Protocol):
+    """A pretraining model, as far as formats use it."""
+
+    def init_params(self, key: jax.Array) -> Params: ...
+
+
+class ModelConfig(Protocol):
+    """The config of a model, a frozen dataclass."""
+
+    model_type: ClassVar[str]
+
+    @property
+    def vocab_size(self) -> int | None: ...
+
+    def build(self) -> Initializable: ...
+
+
+Config = TypeVar("Config", bound=ModelConfig)
+Vocabulary = TypeVar("Vocabulary", bound=Tokenizer | None)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadedModel(Generic[Config, Vocabulary]):
+    """A config, its parameters and a tokenizer, from a model directory or a work directory."""
+
+    config: Config
+    params: Params = dataclasses.field(repr=False)  # The tree of the pretraining model, fp32, vocabulary tables padded.
+    tokenizer: Vocabulary  # None for an ELMo directory without a vocabulary.
+    missing: frozenset[str] = frozenset()  # Paths ("pooler/kernel") that the directory lacks; zeros in `params`.
+
+
+@dataclasses.dataclass(frozen=True)
+class Format(Generic[Config, Vocabulary]):
+    """A published format of model directories, for one family of models."""
+
+    read: Callable[[Path], LoadedModel[Config, Vocabulary]]  # InputError for missing or misshapen contents.
+    write: Callable[[LoadedModel[Config, Vocabulary], Path], None]  # Into an existing directory.
+    library: str  # The library that reads the format, by its name on a model card.
+    usage: str  # An example of that for a model card, in Markdown; {name} is the path of the directory.
+    settings_file: str  # Nothing loads a directory without this file.
+    settings_key: str  # A key of the settings by which a directory of this format is recognized.
+    vocabulary_tables: frozenset[str]  # Paths of the parameters whose first axis is the vocabulary.
+    may_differ: frozenset[str]  # Fields of the config in which a run may differ from the model that it continues.
+    rows_to_copy: Callable[[Vocabulary, Tokenizer], np.ndarray]  # See `prelm_jax.formats.transfer`.
+
+
+def find_model_type(directory: Path) -> tuple[object, Path]:
+    """The model_type of a model directory, supported or not, and the path that it was found at."""
+    if (directory / ORIGINAL_GPT).is_file():
+        return "openai-gpt", directory / ORIGINAL_GPT
+    settings = directory / "config.json"
+    if settings.is_file():
+        return read_json(settings).get("model_type"), settings
+    if any(directory.glob(ELMO_OPTIONS)) or any(directory.glob(ELMO_WEIGHTS)):
+        return "elmo", directory
+    raise InputError(
+        f"{directory}: neither a model directory (no config.json, no {ELMO_OPTIONS}) nor a work directory (no run.json)"
+    )
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """The parameters of a config as jax.ShapeDtypeStruct; nothing is allocated."""
+    return jax.eval_shape(config.build().init_params, jax.random.key(0))
+
+
+def require(settings: Mapping[str, object], fixed: Mapping[str, object], source: Path) -> None:
+    """Raises InputError if a setting is present and differs from the only supported value."""
+    for key, value in fixed.items():
+        if settings.get(key, value) != value:
+            raise InputError(f"{source}: {key} is {settings[key]!r}; only {value!r} is supported")
+
+
+def save(
+    model: LoadedModel[Config, Vocabulary],
+    format: Format[Config, Vocabulary],
+    directory: str | os.PathLike,
+    card: str,
+) -> None:
+    """Saves a model directory with the text `card` as its README.md.
+
+    An existing model directory of the format is overwritten, except for files that the format does not have.
+    Raises InputError for any other directory that is not empty. If saving fails, the directory is unchanged; if the
+    process is killed while files are moved, the directory has no settings file and is not loadable.
+    """
+    directory = Path(directory).resolve()
+    settings = directory / format.settings_file
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory}: not a directory")
+    overwritable = settings.is_file() and format.settings_key in read_json(settings)
+    if directory.exists() and any(directory.iterdir()) and not overwritable:
+        raise InputError(f"{directory}: not empty, and not a model directory; choose another one")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as temporary:
+        written = Path(temporary)
+        format.write(model, written)
+        (written / "README.md").write_text(card, encoding="utf-8")
+        directory.mkdir(exist_ok=True)
+        # The settings file is removed first and comes last, so that a mixture of two models is never loadable.
+        settings.unlink(missing_ok=True)
+        for file in sorted(written.iterdir(), key=lambda file: (file.name == format.settings_file, file.name)):
+            os.replace(file, directory / file.name)

@@ -1,0 +1,81 @@
+"""A pretrained model in use: what every family offers, and embeddings as a file."""
+
+import abc
+import functools
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Generic, ParamSpec, TypeVar
+
+import h5py
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from prelm_jax.errors import InputError
+from prelm_jax.formats.base import Config, LoadedModel, Vocabulary
+
+Embeddings = Iterator[tuple[list[str], np.ndarray]]  # For each text its tokens and its [L + 1, tokens, D].
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+class Pretrained(abc.ABC, Generic[Config, Vocabulary]):
+    """A loaded model, and what it can do with text."""
+
+    def __init__(self, loaded: LoadedModel[Config, Vocabulary]):
+        self.loaded = loaded
+        self.config, self.params = loaded.config, loaded.params
+        self.tokenizer, self.missing = loaded.tokenizer, loaded.missing
+
+    @abc.abstractmethod
+    def embed(self, texts: Sequence[str], truncate: bool = False) -> Embeddings:
+        """For each text its tokens and its hidden states, f32 [L + 1, tokens, D]; a blank text has no tokens.
+
+        truncate: cut a text that is too long, instead of raising InputError. A family may have more options.
+        """
+
+    @abc.abstractmethod
+    def score(self, texts: Sequence[str]) -> list[tuple[float, int]]:
+        """For each text the sum of the natural-log probabilities of its tokens, and the number of these tokens."""
+
+
+def full_precision(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Traces a function with fp32 products, where TPUs and GPUs by default trade precision for speed."""
+
+    @functools.wraps(function)
+    def traced(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **kwargs)
+
+    return traced
+
+
+def write_embeddings(
+    model: Pretrained[Config, Vocabulary], lines: Sequence[str], path: str | os.PathLike, **options: object
+) -> None:
+    """Embeds lines into an HDF5 file, which appears when it is complete. `options` are those of the model's `embed`.
+
+    Dataset "i" (from "0") is line i: f32 [L + 1, tokens, D]. Its attribute `tokens` is the JSON list of its tokens.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no directory {path.parent}")
+    embed: Callable[..., Embeddings] = model.embed
+    for name in options:
+        if name not in inspect.signature(embed).parameters:
+            raise InputError(f"--{name.replace('_', '-')}: {model.config.model_type} has no such option; leave it out")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with h5py.File(temporary, "w") as file:
+            progress = track(embed(lines, **options), "embed", total=len(lines), console=Console(stderr=True))
+            for i, (tokens, hidden) in enumerate(progress):
+                dataset = file.create_dataset(str(i), data=hidden)
+                dataset.attrs["tokens"] = json.dumps(tokens, ensure_ascii=False)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,80 @@
+"""What the pretrained Transformers have in common: the encoder, and embeddings from it."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from prelm_jax.formats.base import Initializable, ModelConfig
+from prelm_jax.inference import batching
+from prelm_jax.inference.base import Embeddings, Pretrained, full_precision
+from prelm_jax.models.bert import BertConfig
+from prelm_jax.tokenizers.base import Tokenizer
+from prelm_jax.training.contract import Params
+
+
+class Encoder(Initializable, Protocol):
+    """A Flax module."""
+
+    def apply(self, variables: dict[str, Params], *args: object, method: str) -> object: ...
+
+
+class TransformerConfig(ModelConfig, Protocol):
+    """The config of a Transformer."""
+
+    def build(self) -> Encoder: ...
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def max_position_embeddings(self) -> int: ...
+
+
+Config = TypeVar("Config", bound=TransformerConfig)
+
+
+class TransformerPretrained(Pretrained[Config, Tokenizer]):
+    """A pretrained Transformer."""
+
+    def embed(self, texts: Sequence[str], truncate: bool = False) -> Embeddings:
+        """For each text, in order, its tokens and its hidden states, f32 [L + 1, tokens, D].
+
+        A blank text has no tokens. A text that is too long raises InputError with its line, or is cut if `truncate`.
+        """
+        c = self.config
+        encoded, compute = self._encode(texts, truncate), partial(_hidden_states, c, self.params)
+        blank = np.zeros((0, c.num_layers + 1, c.hidden_size), np.float32)
+        for ids, states_TLD in batching.in_order(encoded, compute, c.max_position_embeddings, blank):
+            yield [self.tokenizer.tokens[id] for id in ids], states_TLD.swapaxes(0, 1)
+
+    def _encode(self, texts: Sequence[str], truncate: bool = False) -> list[list[int]]:
+        """The ids of each text, as the model reads it."""
+        return batching.encode(self.tokenizer, texts, self.config.max_position_embeddings, truncate)
+
+
+def hidden_states(config: TransformerConfig, params: Params, tokens_BT: Array, segments_BT: Array) -> tuple[Array, ...]:
+    """The L + 1 hidden states [B, T, D] of rows of one text each; to be called in a compiled function."""
+    batch = {
+        "tokens": tokens_BT,
+        "token_types": jnp.zeros_like(tokens_BT),
+        "positions": jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape),
+        "segments": segments_BT,
+    }
+    keys = list(batch) if isinstance(config, BertConfig) else ("tokens", "positions", "segments")
+    inputs = [batch[key] for key in keys]
+    return cast("tuple[Array, ...]", config.build().apply({"params": params}, *inputs, method="hidden_states"))
+
+
+@partial(jax.jit, static_argnums=0)
+@full_precision
+def _hidden_states(config: TransformerConfig, params: Params, tokens_BT: Array, segments_BT: Array) -> Array:
+    """[B, T, L + 1, D]."""
+    return jnp.stack(hidden_states(config, params, tokens_BT, segments_BT), 2)

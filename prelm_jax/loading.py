@@ -1,0 +1,46 @@
+"""load(path): a model directory or a work directory, as a pretrained model."""
+
+import os
+from pathlib import Path
+
+from prelm_jax.errors import InputError
+from prelm_jax.families import find_family
+from prelm_jax.formats.base import LoadedModel, abstract_params, find_model_type
+from prelm_jax.inference.base import Pretrained
+from prelm_jax.run import config_from_json
+from prelm_jax.storage import is_remote, prefix_errors
+from prelm_jax.training.checkpoint import Step
+from prelm_jax.workdir import WorkDir
+
+
+def load(path: str | os.PathLike, step: Step = "newest") -> Pretrained:
+    """A pretrained model, on the first device.
+
+    path: a model directory (Hugging Face's for BERT and GPT-1, OpenAI's for GPT-1, bilm-tf's for ELMo), or a work
+    directory, whose checkpoint of `step` is taken: a step number, "newest", or "best" (lowest held-out loss).
+
+    Raises InputError where there is none, naming what is missing.
+
+        model = load("runs/bert-mini")
+        model.fill("Paris is the [MASK] of France.")
+    """
+    workdir = WorkDir(path)
+    if workdir.exists():
+        return load_checkpoint(workdir, step)[1]
+    directory = workdir.path
+    if step != "newest":
+        raise InputError(f"--step {step}: {directory} is not a work directory (no run.json), so it has no steps")
+    if is_remote(directory):
+        raise InputError(f"{directory}: no work directory (no run.json); copy a model directory to this machine first")
+    family = find_family(*find_model_type(Path(directory)))
+    return family.pretrained(family.format.read(Path(directory)))
+
+
+def load_checkpoint(workdir: WorkDir, step: Step = "newest") -> tuple[int, Pretrained]:
+    """The step and the model of a checkpoint in a work directory."""
+    record = workdir.read_record()
+    family = find_family(record.model_type, workdir.path / "run.json")
+    with prefix_errors(workdir.path / "run.json"):
+        config = config_from_json(family.model, record.identity["model"])
+    found, params = workdir.read_params(abstract_params(config), step)
+    return found, family.pretrained(LoadedModel(config, params, workdir.read_tokenizer()))

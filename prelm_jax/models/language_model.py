@@ -1,0 +1,62 @@
+"""What the pretraining models of all families share: the vocabulary's size, and most of the `Model` contract."""
+
+import dataclasses
+from typing import ClassVar, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from prelm_jax.training.contract import Batch, Params, Sums
+
+SAMPLE = 1  # Folded into the key of a step for whatever samples inside a loss; dropout uses the key itself.
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelConfig:
+    """The one field that the configurations of all families begin with."""
+
+    vocab_size: int | None = None  # Tokens of the vocabulary, without padding; None: as many as the tokenizer has.
+
+    @property
+    def known_vocab_size(self) -> int:
+        """`vocab_size` of a configuration that a model is built from; ValueError if it is still open."""
+        if self.vocab_size is None:
+            raise ValueError("vocab_size is None; set it to the size of the tokenizer's vocabulary")
+        return self.vocab_size
+
+
+class LanguageModel(nn.Module):
+    """Base of a pretraining model: an encoder, its heads and a loss; see `training.contract.Model`.
+
+    A subclass defines `losses` and `create_parameters`, both called inside `apply`, and what the contract asks besides.
+    """
+
+    replicated: ClassVar[tuple[str, ...]] = ()
+
+    def losses(self, batch: Batch, carry: Params, train: bool) -> tuple[Sums, Sums, Params]:
+        """(losses, metrics, new carry), each loss and metric as (sum, weight)."""
+        raise NotImplementedError
+
+    def create_parameters(self) -> None:
+        """Uses every parameter once, on inputs as small as possible."""
+        raise NotImplementedError
+
+    def init_params(self, key: Array) -> Params:
+        """Fresh fp32 parameters."""
+        return cast(Params, self.init(key, method="create_parameters")["params"])
+
+    def init_carry(self, batch_size: int) -> Params:
+        """The state before the first batch: none."""
+        return {}
+
+    def loss(self, params: Params, carry: Params, batch: Batch, key: Array, train: bool) -> tuple[Sums, Sums, Params]:
+        """(losses, metrics, new carry), each loss and metric as (sum, weight); dropout only if `train`."""
+        rngs = {"sample": jax.random.fold_in(key, SAMPLE)} | ({"dropout": key} if train else {})
+        outputs = self.apply({"params": params}, batch, carry, train, rngs=rngs, method="losses")
+        return cast(tuple[Sums, Sums, Params], outputs)
+
+    def tokens(self, batch: Batch) -> Array:
+        """int32 [2]: the tokens of a batch that are not padding, and all its positions."""
+        return jnp.array([(batch["segments"] != 0).sum(), batch["segments"].size])

@@ -1,0 +1,52 @@
+"""What all trained vocabularies share: their text, their alphabet and their cache."""
+
+import itertools
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import numpy as np
+import tokenizers
+from tokenizers.normalizers import Normalizer
+
+from prelm_jax.cache import cached, digest
+from prelm_jax.corpus.documents import Corpus
+
+# A trained vocabulary can spell the most frequent characters, up to this fraction of the text. The others, thousands in
+# a web corpus and each of them rare, would take the place of words; a word that contains one of them is unknown.
+ALPHABET_COVERAGE = 0.9999
+
+Trained = TypeVar("Trained")
+
+
+def train_once(config: object, version: int, corpus: Corpus, train: Callable[[], Trained]) -> Trained:
+    """`train()`, or its result from the cache, which must be JSON (tuples return as lists).
+
+    The key in the cache is the configuration, the version of the training code, the `tokenizers` library's version and
+    the corpus.
+    """
+    key = [type(config).__name__, vars(config), version, tokenizers.__version__, corpus.fingerprint]
+    return json.loads(cached("vocabularies", digest(key), lambda: json.dumps(train())))
+
+
+def training_texts(corpus: Corpus, task: str) -> Iterator[str]:
+    """The documents of the training side, the only text that a vocabulary is trained on; `task` titles the progress."""
+    return (document.text for document in corpus.documents("training", task))
+
+
+def alphabet(corpus: Corpus, normalizer: Normalizer) -> list[str]:
+    """The characters that cover ALPHABET_COVERAGE of the training side, by falling count, then code point."""
+    code_points = np.zeros(sys.maxunicode + 1, np.int64)
+    texts = training_texts(corpus, "counting characters")
+    while batch := list(itertools.islice(texts, 1000)):
+        found, counts = np.unique(np.frombuffer("".join(batch).encode("utf-32-le"), np.uint32), return_counts=True)
+        code_points[found] += counts
+    characters: Counter[str] = Counter()
+    for code_point in np.flatnonzero(code_points):
+        for character in "".join(normalizer.normalize_str(chr(code_point)).split()):
+            characters[character] += int(code_points[code_point])
+    ranked = sorted(characters, key=lambda character: (-characters[character], character))
+    cumulative = np.cumsum([characters[character] for character in ranked])
+    return ranked[: np.searchsorted(cumulative, ALPHABET_COVERAGE * cumulative[-1]) + 1] if ranked else []

@@ -1,0 +1,88 @@
+"""From batches to a trained model in a work directory: what pretraining and fine-tuning share."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Protocol
+
+import jax
+
+from prelm_jax import report
+from prelm_jax.data import loader
+from prelm_jax.run import Run, RunRecord
+from prelm_jax.tokenizers.base import Tokenizer
+from prelm_jax.training import loop
+from prelm_jax.training.contract import Batches, Model, Params
+from prelm_jax.training.sharding import shard_batch
+from prelm_jax.workdir import WorkDir, baseline_metrics
+
+
+class Evaluation(Protocol):
+    """How a model does on text that it is not trained on."""
+
+    def __call__(self, params: Params, carry: Params, mesh: jax.sharding.Mesh) -> dict[str, float]:
+        """Metrics by name."""
+        ...
+
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """metric -> trivial baseline -> value, on the same text."""
+        ...
+
+
+def train(
+    run: Run,
+    workdir: WorkDir,
+    record: RunRecord,
+    tokenizer: Tokenizer,
+    model: Model,
+    batches: Batches,
+    evaluation: Evaluation,
+    start: Callable[[Params], Params] | None = None,
+    tokens_per_word: float = 1.0,
+) -> dict[str, float]:
+    """Trains a model up to `run.loop.steps` in a work directory; returns its last evaluation.
+
+    Order of start: the newest checkpoint of the work directory, else `start(fresh parameters)`, else fresh parameters.
+    The directory is claimed for the run (`record`, `tokenizer`) when nothing can be refused any more.
+
+    Raises InputError for what the user can mend, and Preempted when SIGTERM stopped the run, after saving.
+    """
+    settings = run.loop
+    mesh = settings.mesh.build()
+    run.check_batch_size(mesh.size)
+    model.check(batches[0])
+    workdir.check(record)
+    # The trivial baselines of a run are computed once, unless its evaluation changes.
+    known = workdir.exists() and workdir.read_record().loop["evaluate_batches"] == settings.evaluate_batches
+    with jax.set_mesh(mesh), contextlib.closing(workdir.open_checkpoints(settings.keep)) as checkpoints:
+        abstract = loop.abstract_state(model, run.optimizer, run.batch_size, mesh, settings.mesh.parameters)
+        restored = checkpoints.restore(abstract.items())
+        if restored is None:
+            state = loop.new_state(model, run.optimizer, run.batch_size, run.seed, abstract, start)
+        else:
+            state = loop.TrainState.from_items(restored[1])
+        workdir.claim(record, tokenizer)
+        report.print_run_header(run, state.params, int(state.step), mesh)
+
+        def evaluate(state: loop.TrainState) -> dict[str, float]:
+            return evaluation(state.params, state.carry, mesh)
+
+        done = int(state.step)
+        steps = placed_batches(batches, done, settings.steps, mesh)
+        with contextlib.closing(workdir.write_metrics(done, settings.tensorboard)) as writer:
+            if jax.process_index() == 0 and not (known and workdir.read_baselines()):
+                writer.write(done, baseline_metrics(evaluation.baselines()))
+            state, values = loop.train(
+                run, model, state, steps, batches.layout, evaluate, checkpoints, writer, workdir.path, tokens_per_word
+            )
+        return values or evaluate(state)
+
+
+def placed_batches(
+    batches: Batches, start: int, stop: int, mesh: jax.sharding.Mesh
+) -> Iterator[tuple[int, dict[str, jax.Array]]]:
+    """(step, batch on the devices) of some steps; each process builds and feeds an equal part of the rows."""
+    count = batches.batch_size // jax.process_count()
+    first = count * jax.process_index()
+    rows = slice(first, first + count)
+    return loader.prefetch(batches, start, stop, rows, partial(shard_batch, layout=batches.layout, mesh=mesh))

@@ -1,0 +1,120 @@
+"""WorkDir: the only reader and writer of a work directory.
+
+run.json          what the run is (run.RunRecord)
+tokenizer/        as its published format has it
+metrics.jsonl     one object a line: `step`, and metrics by name; the trivial baselines as `baseline/METRIC/NAME`
+checkpoints/      one directory a step
+profile/          traces, if asked for
+"""
+
+import json
+import math
+import os
+import statistics
+import tempfile
+from pathlib import Path
+
+import jax
+
+from prelm_jax.errors import InputError
+from prelm_jax.run import RECORD_FORMAT, RunRecord
+from prelm_jax.storage import copy_files, fetched, is_remote, reachable, read_json
+from prelm_jax.tokenizers.base import Tokenizer
+from prelm_jax.tokenizers.load import load as load_tokenizer
+from prelm_jax.training.checkpoint import Checkpoints, Step, restore_params
+from prelm_jax.training.contract import Params
+from prelm_jax.training.metrics import MetricsWriter
+
+BASELINE = "baseline/"
+
+
+class WorkDir:
+    """A work directory, on this machine or in a bucket (gs://…); it need not exist yet."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = reachable(path)
+
+    def exists(self) -> bool:
+        """Whether a run has claimed the directory."""
+        return self._record_path.is_file()
+
+    def read_record(self) -> RunRecord:
+        """What run.json says; InputError where there is none, or one of another format."""
+        if not self.exists():
+            raise InputError(f"{self.path} is not the work directory of a run: it has no run.json")
+        path = self._record_path
+        fields = json.loads(path.read_text()) if is_remote(path) else read_json(path)
+        if fields.get("format", 1) != RECORD_FORMAT:
+            writer = "a newer" if fields.get("format", 1) > RECORD_FORMAT else "an earlier"
+            raise InputError(f"{path} was written by {writer} version of prelm_jax: use that version to read it")
+        try:
+            return RunRecord(**fields)
+        except TypeError as error:
+            raise InputError(f"{path} is not the record of a run ({error})") from None
+
+    def check(self, record: RunRecord) -> None:
+        """Raises InputError, naming what differs, where the directory is another run's."""
+        if self.exists() and (differences := self.read_record().differences(record)):
+            raise InputError(
+                f"{self.path} holds another run, which differs in {', '.join(differences)}: choose another --workdir"
+            )
+
+    def claim(self, record: RunRecord, tokenizer: Tokenizer) -> None:
+        """Makes the directory this run's, with what it last was told of its sources and loop. Process 0 writes."""
+        if jax.process_index() != 0:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as written:
+            tokenizer.save(written)
+            copy_files(Path(written), self.path / "tokenizer")
+        temporary = self._record_path.with_suffix(".tmp")
+        temporary.write_text(record.to_json())
+        temporary.replace(self._record_path)
+
+    def read_tokenizer(self) -> Tokenizer:
+        """The tokenizer of the run."""
+        with fetched(self.path / "tokenizer") as directory:
+            return load_tokenizer(directory)
+
+    def read_metrics(self) -> list[dict[str, float]]:
+        """The lines of metrics.jsonl, oldest first."""
+        path = self.path / "metrics.jsonl"  # Only process 0 writes it.
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def read_baselines(self) -> dict[str, dict[str, float]] | None:
+        """metric -> trivial baseline -> value, as of the last start that computed them; None before that."""
+        found: dict[str, dict[str, float]] = {}
+        for line in self.read_metrics():
+            for name, value in line.items():
+                if name.startswith(BASELINE):
+                    _, metric, baseline = name.split("/")
+                    found.setdefault(metric, {})[baseline] = value
+        return found or None
+
+    def tokens_per_second(self) -> float:
+        """The median speed of the training; NaN before anything was measured."""
+        name = "perf/tokens_per_second"
+        return statistics.median([line[name] for line in self.read_metrics() if name in line] or [math.nan])
+
+    def write_metrics(self, resume_at: int, tensorboard: bool = False) -> MetricsWriter:
+        """The writer of metrics.jsonl; lines of steps after `resume_at` are dropped."""
+        return MetricsWriter(self.path / "metrics.jsonl", resume_at, tensorboard)
+
+    def open_checkpoints(self, keep: int | None = None) -> Checkpoints:
+        """The checkpoints; `keep`: how many of the newest to keep, None: only read."""
+        return Checkpoints(self.path / "checkpoints", keep)
+
+    def read_params(self, abstract_params: Params, step: Step) -> tuple[int, Params]:
+        """(step, parameters) of a checkpoint, on the first device; InputError where there is none."""
+        return restore_params(self.path / "checkpoints", abstract_params, step)
+
+    @property
+    def _record_path(self) -> Path:
+        return self.path / "run.json"
+
+
+def baseline_metrics(baselines: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The baselines as metrics: {"baseline/masked_lm_loss/unigram": 6.2, …}."""
+    return {
+        f"{BASELINE}{metric}/{name}": value for metric, values in baselines.items() for name, value in values.items()
+    }
