@@ -126,8 +126,8 @@ def measure(settings: Settings, sources: tuple[str, ...], cache: Path) -> Measur
     measured = Measured(began - start, end - began, processor, *peaks, text, store)
     print(
         f"{text / 1e6:.0f} MB of text, {tokens:,} tokens: {began - start:.0f} s for the vocabulary, "
-        f"{end - began:.0f} s for the store, {processor:.0f} s of processors; peak memory {peaks[0] / 1e6:.0f} MB, then "
-        f"{peaks[1] / 1e6:.0f} MB; store {store / text:.2f} × the text"
+        f"{end - began:.0f} s for the store, {processor:.0f} s of processors; "
+        f"peak memory {peaks[0] / 1e6:.0f} MB, then {peaks[1] / 1e6:.0f} MB; store {store / text:.2f} × the text"
     )
     return measured
 
