@@ -132,8 +132,8 @@ class Electra(LanguageModel):
     def flops(self, batch: Batch) -> float:
         """Matmul FLOPs of a training step: a BERT for the generator, and one without masked positions."""
         nothing = jax.ShapeDtypeStruct((len(batch["tokens"]), 0), jnp.int32)
-        discriminator = Bert(self.config).flops({**batch, "masked_positions": nothing})
-        return Bert(self.config.generator).flops(batch) + discriminator
+        discriminator = Bert(self.config, parent=None).flops({**batch, "masked_positions": nothing})
+        return Bert(self.config.generator, parent=None).flops(batch) + discriminator
 
 
 @dataclasses.dataclass(frozen=True)

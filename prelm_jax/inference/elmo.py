@@ -146,13 +146,13 @@ class _Encoded:
 @full_precision
 def _encode(config: ELMoConfig, params: Params, characters_UC: Array) -> Array:
     """[U, P]."""
-    return cast("Array", config.build().apply({"params": params}, characters_UC, method="encode"))
+    return cast("Array", config.encoder().apply({"params": params}, characters_UC, method="encode"))
 
 
 def _layers(config: ELMoConfig, params: Params, words_BTP: Array, lengths_B: Array, carry: Params) -> "Layers":
     """({direction: [L, B, T, P]}, the new state) of encoded words."""
-    elmo = config.build()
-    return cast("Layers", elmo.apply({"params": params}, words_BTP, lengths_B, carry, method="run"))
+    encoder = config.encoder()
+    return cast("Layers", encoder.apply({"params": params}, words_BTP, lengths_B, carry, method="apply_layers"))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -12,7 +12,6 @@ from jax import Array
 from prelm_jax.formats.base import Initializable, ModelConfig
 from prelm_jax.inference import batching
 from prelm_jax.inference.base import Embeddings, Pretrained, full_precision
-from prelm_jax.models.bert import BertConfig
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training.contract import Params
 
@@ -68,9 +67,7 @@ def hidden_states(config: TransformerConfig, params: Params, tokens_BT: Array, s
         "positions": jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape),
         "segments": segments_BT,
     }
-    keys = list(batch) if isinstance(config, BertConfig) else ("tokens", "positions", "segments")
-    inputs = [batch[key] for key in keys]
-    return cast("tuple[Array, ...]", config.build().apply({"params": params}, *inputs, method="hidden_states"))
+    return cast("tuple[Array, ...]", config.encoder().apply({"params": params}, batch, method="hidden_states"))
 
 
 @partial(jax.jit, static_argnums=0)
