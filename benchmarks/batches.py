@@ -113,7 +113,7 @@ def main():
     stores = [Store.open(sys.argv[1])] if len(sys.argv) > 1 else [articles(), words()]
     for store in stores:
         print(f"{store.num_documents:,} documents, {store.num_sentences:,} sentences, {store.num_tokens:,} tokens")
-        for measure in (pairs, windows) if store.words is None else (streams,):
+        for measure in (pairs, windows) if store.spellings is None else (streams,):
             measure(store)
 
 
