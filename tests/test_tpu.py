@@ -228,7 +228,7 @@ def test_train_and_stop_on_two_hosts(cloud, tmp_path, free_port):
     for script in ("create.sh", "setup.sh"):
         assert cloud.run(script)[0] == 0
     assert cloud.run("launch.sh", *options)[0] == 0
-    cloud.wait_until(lambda: "step 5/500" in cloud.host(0, "prelm.log") or cloud.host(0, "prelm.exit"))
+    cloud.wait_until(lambda: "train: 5/500" in cloud.host(0, "prelm.log") or cloud.host(0, "prelm.exit"))
     code, _, err = cloud.run("launch.sh", *options)
     assert "a training is running here" in err
     code, out, _ = cloud.run("stop.sh")
