@@ -87,7 +87,12 @@ class WordPiece(CachedEncoder):
             return cls(tokens, *options)
 
     def _make_pipeline(self) -> tokenizers.Tokenizer:
-        return _pipeline(self.tokens, self.lowercase, self.strip_accents)
+        model = models.WordPiece(self.ids, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_CHARACTERS)
+        pipeline = tokenizers.Tokenizer(model)
+        pipeline.normalizer = normalizers.BertNormalizer(lowercase=self.lowercase, strip_accents=self.strip_accents)
+        pipeline.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        pipeline.decoder = decoders.WordPiece(prefix="##")
+        return pipeline
 
     def _settings(self) -> dict[str, object]:
         return {
@@ -131,7 +136,7 @@ def train(corpus: Corpus, vocab_size: int, lowercase: bool = True) -> list[str]:
 
     Raises InputError if `vocab_size` is too small for the characters.
     """
-    tokenizer = _pipeline(SPECIAL_TOKENS, lowercase)
+    tokenizer = WordPiece(SPECIAL_TOKENS, lowercase)._make_pipeline()
     letters = alphabet(corpus, tokenizer.normalizer)
     continuing = [character for character in letters if _can_continue(character, tokenizer)]
     base = [*SPECIAL_TOKENS, *letters, *(f"##{character}" for character in continuing)]
@@ -154,16 +159,6 @@ def train(corpus: Corpus, vocab_size: int, lowercase: bool = True) -> list[str]:
     # Keep only the vocabulary: the trained tokenizer would match its special tokens, here every letter.
     ids = tokenizer.get_vocab(with_added_tokens=False)
     return sorted(ids, key=ids.__getitem__)
-
-
-def _pipeline(tokens: Iterable[str], lowercase: bool, strip_accents: bool | None = None) -> tokenizers.Tokenizer:
-    ids = {token: index for index, token in enumerate(tokens)}
-    model = models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_CHARACTERS)
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix="##")
-    return tokenizer
 
 
 def _can_continue(character: str, tokenizer: tokenizers.Tokenizer) -> bool:
