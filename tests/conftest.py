@@ -51,7 +51,8 @@ def shared_programs() -> Iterator[None]:
         made = {}
 
         def get(*args: object) -> object:
-            key = repr(args)
+            shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args)]
+            key = repr((args, shardings, jax.sharding.get_mesh()))
             if key not in made:
                 made[key] = make(*args)
             return made[key]

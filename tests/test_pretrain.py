@@ -20,8 +20,8 @@ import tiny
 from tiny import assert_same_bits, metrics, newest_checkpoint
 
 from prelm_jax import pretraining as module
-from prelm_jax import train
 from prelm_jax.corpus.documents import Corpus
+from prelm_jax.data import loader
 from prelm_jax.data.masking import MaskingConfig
 from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.errors import InputError, Preempted
@@ -61,7 +61,7 @@ def run(request, corpus) -> Run:
 @contextlib.contextmanager
 def interruption(at, action):
     """The action happens while a step of the training is about to begin."""
-    original = train.loader.prefetch
+    original = loader.prefetch
 
     def prefetch(batches, start, stop, *rest):
         for step, batch in original(batches, start, stop, *rest):
@@ -70,7 +70,7 @@ def interruption(at, action):
             yield step, batch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.loader, "prefetch", prefetch)
+        patch.setattr(loader, "prefetch", prefetch)
         yield
 
 

@@ -1,4 +1,4 @@
-"""The scripts of tpu/ against a cloud of two local folders: a `gcloud` that runs on each what it would send there."""
+"""The scripts of tpu/ against a cloud of two local folders, with a `gcloud` that runs the commands of hosts in them."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ TPU = Path(__file__).parents[1] / "tpu"
 SCRIPTS = sorted(TPU.glob("*.sh"))
 COMMANDS = [path.name for path in SCRIPTS if path.name not in ("settings.sh", "host.sh")]
 
-# A slice is a folder with a file `state` and a home for each host. Hosts are told their number by their `curl`.
+# A slice is a folder with a file `state` and a home for each host. `curl` tells a host its number.
 GCLOUD = """#!/usr/bin/env bash
 set -euo pipefail
 echo "$*" >> "$CLOUD/log"
@@ -55,7 +55,7 @@ def executable(path: Path, content: str) -> None:
 
 
 class Cloud:
-    """`run("launch.sh", …)`: a script of tpu/ as a user would call it. `prelm`: what the hosts have under that name."""
+    """`run("launch.sh", …)` calls a script of tpu/ as a user would. `prelm`: the text of the hosts' `prelm`."""
 
     def __init__(self, root: Path, prelm: str):
         self.root, self.slice, self.workdir = root, root / "slice", root / "run"
@@ -104,7 +104,7 @@ class Cloud:
             if true():
                 return
             time.sleep(0.1)
-        pytest.fail(f"nothing came of it: {self.host(0, 'prelm.log')} {self.host(1, 'prelm.log')}")
+        pytest.fail(f"timeout: {self.host(0, 'prelm.log')} {self.host(1, 'prelm.log')}")
 
     def close(self) -> None:
         for file in self.root.glob("*/*/prelm.pid"):
@@ -136,14 +136,14 @@ def test_shellcheck():
 
 
 @pytest.mark.parametrize("script", COMMANDS)
-def test_variables_that_are_not_set_are_refused_by_name(script):
+def test_missing_variables_are_named(script):
     done = subprocess.run([TPU / script], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(rf"{script}: set TPU_NAME ZONE.* \(see tpu/settings.sh\)\n", done.stderr)
 
 
 @pytest.mark.parametrize("script", COMMANDS)
-def test_a_dry_run_says_what_would_run_and_runs_nothing(cloud, script):
+def test_dry_run_prints_the_commands_and_runs_none(cloud, script):
     cloud = cloud("")
     code, out, err = cloud.run(script, "--dry-run", DATA="gs://bucket/data")
     assert (code, err) == (0, "")
@@ -160,18 +160,18 @@ def test_a_dry_run_says_what_would_run_and_runs_nothing(cloud, script):
         ("queued-spot", "v5litepod-16", "v5litepod-16 --spot --runtime-version v2-alpha-tpuv5-lite "),
     ],
 )
-def test_ways_to_create_a_slice(cloud, provisioning, accelerator, words):
+def test_provisioning(cloud, provisioning, accelerator, words):
     variables = {"PROVISIONING": provisioning, "ACCELERATOR_TYPE": accelerator}
     _, out, _ = cloud("").run("create.sh", "--dry-run", **variables)
     assert words in out and out.count("\n") == 1
 
 
-def test_an_unknown_way_is_refused(cloud):
+def test_unknown_provisioning_is_refused(cloud):
     code, _, err = cloud("").run("create.sh", PROVISIONING="stolen")
     assert code == 1 and "not stolen" in err
 
 
-def test_arguments_reach_every_host_as_they_are(cloud):
+def test_arguments_reach_every_host_unchanged(cloud):
     cloud = cloud('#!/usr/bin/env bash\nprintf "%s\\n" "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES" "$@"\n')
     for script in ("create.sh", "setup.sh"):
         assert cloud.run(script)[0] == 0
@@ -183,7 +183,7 @@ def test_arguments_reach_every_host_as_they_are(cloud):
         assert cloud.host(host, "prelm.log").splitlines() == expected
 
 
-# The first training is preempted and its slice lost; the second stops after a SIGTERM; the third is done.
+# The first training is preempted and its slice lost; the second stops after a SIGTERM; the third finishes.
 LIVES = """#!/usr/bin/env bash
 echo life >> "$CLOUD/lives-$JAX_PROCESS_ID"
 case $(wc -l < "$CLOUD/lives-$JAX_PROCESS_ID") in
@@ -193,28 +193,29 @@ esac
 """
 
 
-def test_keep_trains_to_the_end_whatever_is_taken_away(cloud):
+def test_keep_trains_to_the_end_despite_preemptions(cloud):
     cloud = cloud(LIVES)
     process = cloud.start("keep.sh", "--steps", 10)
     cloud.wait_until(lambda: (cloud.root / "lives-0").exists() and cloud.host(1, "prelm.pid"))
     (cloud.slice / "state").write_text("PREEMPTED\n")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert out == f"keep.sh: the training is done, its work directory is {cloud.workdir}\n"
+    assert out.startswith("keep.sh: ") and str(cloud.workdir) in out
     assert not cloud.slice.exists()
     log = (cloud.root / "log").read_text()
     assert log.count("queued-resources create") == 2 and log.count("host.sh start") == 3
 
 
-def test_keep_stops_at_a_mistake(cloud):
+def test_keep_stops_at_an_error(cloud):
     cloud = cloud('#!/usr/bin/env bash\necho "prelm: no such file"\nexit 1\n')
     code, _, err = cloud.run("keep.sh")
-    assert code == 1 and "prelm: no such file\nkeep.sh: mend this" in err
+    assert code == 1 and "prelm: no such file\nkeep.sh: " in err
     assert cloud.slice.exists()
 
 
-def test_trained_and_stopped_on_two_hosts(cloud, tmp_path, free_port):
-    """With the real `prelm`: what a user does, on processes of this machine."""
+@pytest.mark.slow
+def test_train_and_stop_on_two_hosts(cloud, tmp_path, free_port):
+    """The commands of a user, with the real `prelm`, in processes of this machine."""
     cloud = cloud(f'#!/usr/bin/env bash\nexport PYTHONPATH={TPU.parent}\nexec {sys.executable} -m prelm_jax "$@"\n')
     cloud.variables |= {
         "EXPERIMENT": f"{Path(__file__).with_name('tiny.py')}:bert",
@@ -227,7 +228,7 @@ def test_trained_and_stopped_on_two_hosts(cloud, tmp_path, free_port):
     for script in ("create.sh", "setup.sh"):
         assert cloud.run(script)[0] == 0
     assert cloud.run("launch.sh", *options)[0] == 0
-    cloud.wait_until(lambda: "step 5/500" in cloud.host(0, "prelm.log") or cloud.host(0, "prelm.exit"))
+    cloud.wait_until(lambda: "train: 5/500" in cloud.host(0, "prelm.log") or cloud.host(0, "prelm.exit"))
     code, _, err = cloud.run("launch.sh", *options)
     assert "a training is running here" in err
     code, out, _ = cloud.run("stop.sh")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Asks for the slice, and waits until it is there.
+# Requests the slice and waits until it is ready.
 . "$(dirname "$0")/settings.sh"
 need TPU_NAME ZONE ACCELERATOR_TYPE
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Gives the slice back, and with it everything that is not in a bucket.
+# Deletes the slice, with everything that is not in a bucket.
 . "$(dirname "$0")/settings.sh"
 need TPU_NAME ZONE
 

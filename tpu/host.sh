@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What the other scripts run on a host. Its log is ~/prelm.log.
-#   start ADDRESS:PORT HOSTS ARGUMENTS…   trains in the background, as one of so many
-#   stop                                  saves and stops, and waits for it
-#   status                                running, the exit code of the last training, or nothing
+# The other scripts run this on a host. The log is ~/prelm.log.
+#   start ADDRESS:PORT HOSTS ARGUMENTS…   trains in the background, as one of HOSTS processes
+#   stop                                  saves, stops, and waits until that is done
+#   status                                prints `running`, the exit code of the last training, or nothing
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

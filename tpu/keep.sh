@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Trains to the end, whatever is taken away meanwhile: creates the slice, sets it up, launches, and does so again after
-# a preemption. At the end it gives the slice back. Arguments as for launch.sh; --dry-run shows one round.
+# Trains to the end despite preemptions: creates the slice, sets it up and launches, again after each preemption, and
+# deletes the slice at the end. Arguments as for launch.sh; --dry-run shows one round.
 . "$(dirname "$0")/settings.sh"
 need TPU_NAME ZONE ACCELERATOR_TYPE EXPERIMENT WORKDIR REPOSITORY
 
 here=$(dirname "$0")
 while true; do
-  # A question that fails is asked again: nothing is deleted for a network that is down.
+  # Asks again if the query fails, so that a network failure deletes nothing.
   if ! state=$(tpus tpu-vm list --filter "name ~ /$TPU_NAME\$" --format 'value(state)'); then
     sleep "$POLL" && continue
   fi
@@ -14,7 +14,7 @@ while true; do
   case $state in
     READY) ;;
     '' | PREEMPTED | TERMINATED)
-      "$here/delete.sh" 2>/dev/null || true # What is left of a slice that was taken away.
+      "$here/delete.sh" 2>/dev/null || true # The remains of a preempted slice.
       "$here/create.sh" || { sleep "$POLL" && continue; }
       ;;
     *) sleep "$POLL" && continue ;;
@@ -30,7 +30,7 @@ while true; do
       ;;
     1)
       on_host 0 'tail --lines 1 ~/prelm.log' >&2
-      echo "keep.sh: mend this and run keep.sh again, or tpu/delete.sh: the slice costs money as long as it is there" >&2
+      echo "keep.sh: fix this and run keep.sh again, or tpu/delete.sh: the slice costs money until it is deleted" >&2
       exit 1
       ;;
     *) "$here/setup.sh" && "$here/launch.sh" "$@" || true ;;

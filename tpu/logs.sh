@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Follows the log of a host: the first one's, unless a number is given.
+# Follows the log of a host, by default the first (0).
 . "$(dirname "$0")/settings.sh"
 need TPU_NAME ZONE
 

@@ -1,18 +1,18 @@
-# What the scripts of this folder share. Set the variables in the environment, or change them here.
+# Shared by the scripts of this folder. Set the variables in the environment, or change them here.
 # shellcheck shell=bash
 
 set -euo pipefail
 
-# Which slice, and where. ACCELERATOR_TYPE in Google's words: v5litepod-16, v6e-8, v4-32 and v5p-32 (both 16 chips).
+# The slice and its zone. ACCELERATOR_TYPE as Google names it: v5litepod-16, v6e-8, v4-32 and v5p-32 (both 16 chips).
 : "${TPU_NAME:=}" "${ZONE:=}" "${ACCELERATOR_TYPE:=}"
-# How to get it: on-demand, spot, queued or queued-spot.
+# How to request it: on-demand, spot, queued or queued-spot.
 : "${PROVISIONING:=queued-spot}"
-# What to train, and where: in a bucket, for a slice that is taken away takes its disks along.
+# The experiment and its work directory: in a bucket, because a preempted slice loses its disks.
 : "${EXPERIMENT:=}" "${WORKDIR:=}"
-# The code that the hosts install, and a folder of a bucket that is copied to each host's ~/data: the corpus, and in
-# cache/ what a first run made of it elsewhere. DATA may stay empty.
+# The code that the hosts install, and a folder in a bucket that is copied to ~/data on each host: the corpus, and in
+# cache/ its prepared form. DATA may be empty.
 : "${REPOSITORY:=}" "${REVISION:=main}" "${DATA:=}"
-# The port on which the hosts meet; how often to look what has become of a slice, in seconds.
+# The port of the first host; seconds between two looks at the state of the slice.
 : "${PORT:=8476}" "${POLL:=60}"
 
 : "${DRY_RUN:=false}"
@@ -22,7 +22,7 @@ if [[ ${1:-} == --dry-run ]]; then
 fi
 export DRY_RUN
 
-# Refuses to go on without these variables, by name.
+# Exits if one of these variables is empty, and names it.
 need() {
   local name missing=()
   for name in "$@"; do
@@ -44,7 +44,7 @@ tpus() {
   fi
 }
 
-# A line of shell on one host of the slice, by its number, or on `all`.
+# Runs a line of shell on one host of the slice, by its number, or on `all`.
 on_host() {
   tpus tpu-vm ssh "$TPU_NAME" --worker "$1" --command "$2"
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tells the training to save and stop: when one host is told, all stop after the same step.
+# Makes the training save and stop: a signal to one host stops all of them after the same step.
 . "$(dirname "$0")/settings.sh"
 need TPU_NAME ZONE
 

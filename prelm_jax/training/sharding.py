@@ -91,7 +91,7 @@ def state_sharding(state: Tree, mesh: jax.sharding.Mesh, parameters: str, replic
 
     def sharding(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         name = path_name(path)
-        if re.search("(^|/)carry/", name):
+        if re.match("(progress/)?carry/", name):  # The carry gates of ELMo's highways are parameters.
             return NamedSharding(mesh, ROWS)
         first_match(RULES, name)  # Even if nothing is sharded: a missing rule shows at once.
         sharded = parameters == "fsdp" or (parameters == "zero1" and name.startswith("opt_state/"))
