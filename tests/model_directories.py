@@ -1,16 +1,99 @@
-"""Directories of transformers' models, made and spoilt; and parameters compared."""
+"""Model directories to read and to spoil, fixtures of tiny models with random parameters, and comparisons."""
 
+import dataclasses
 import json
 import re
 
+import h5py
 import jax
 import numpy as np
+import pytest
 import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
+from prelm_jax.formats import bilm
+from prelm_jax.formats.base import LoadedModel, abstract_params
+from prelm_jax.tokenizers.words import WordVocabulary
 from prelm_jax.training.parameters import path_name
 
 NORM_WEIGHT = re.compile(r"(LayerNorm|ln_\d)\.weight$")
+
+# BERT and GPT, of transformers.
+
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz.,!?", "the", "cat", "sat"]
+VOCABULARY += ["on", "mat", "un", "##s", "##able", "##ing", "##t"]
+BERT_SIZES = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 24,
+}
+
+LETTERS = "abcdefghijklmnopqrstuvwxy.,"  # No z.
+MERGES = ["t h", "th e</w>", "c a", "ca t</w>", "s a", "sa t</w>", "o n</w>", "m a", "ma t</w>"]
+GPT_TOKENS = [
+    "<unk>",
+    *LETTERS,
+    *(f"{letter}</w>" for letter in LETTERS),
+    *(merge.replace(" ", "") for merge in MERGES),
+]
+GPT_SIZES = {"vocab_size": len(GPT_TOKENS), "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}
+
+# ELMo, as bilm-tf's dump_weights writes it.
+
+ELMO_OPTIONS = {
+    "lstm": {
+        "dim": 16,
+        "projection_dim": 8,
+        "n_layers": 2,
+        "cell_clip": 0.75,
+        "proj_clip": 0.5,
+        "use_skip_connections": True,
+    },
+    "char_cnn": {
+        "embedding": {"dim": 4},
+        "filters": [[1, 4], [2, 8], [3, 8]],
+        "activation": "relu",
+        "n_highway": 2,
+        "n_characters": 262,
+        "max_characters_per_token": 50,
+    },
+}
+ELMO_SHAPES = {
+    "char_embed": (261, 4),
+    "CNN/W_cnn_0": (1, 1, 4, 4),
+    "CNN/b_cnn_0": (4,),
+    "CNN/W_cnn_1": (1, 2, 4, 8),
+    "CNN/b_cnn_1": (8,),
+    "CNN/W_cnn_2": (1, 3, 4, 8),
+    "CNN/b_cnn_2": (8,),
+    "CNN_high_0/W_carry": (20, 20),
+    "CNN_high_0/W_transform": (20, 20),
+    "CNN_high_0/b_carry": (20,),
+    "CNN_high_0/b_transform": (20,),
+    "CNN_high_1/W_carry": (20, 20),
+    "CNN_high_1/W_transform": (20, 20),
+    "CNN_high_1/b_carry": (20,),
+    "CNN_high_1/b_transform": (20,),
+    "CNN_proj/W_proj": (20, 8),
+    "CNN_proj/b_proj": (8,),
+    "RNN_0/RNN/MultiRNNCell/Cell0/LSTMCell/W_0": (16, 64),
+    "RNN_0/RNN/MultiRNNCell/Cell0/LSTMCell/B": (64,),
+    "RNN_0/RNN/MultiRNNCell/Cell0/LSTMCell/W_P_0": (16, 8),
+    "RNN_0/RNN/MultiRNNCell/Cell1/LSTMCell/W_0": (16, 64),
+    "RNN_0/RNN/MultiRNNCell/Cell1/LSTMCell/B": (64,),
+    "RNN_0/RNN/MultiRNNCell/Cell1/LSTMCell/W_P_0": (16, 8),
+    "RNN_1/RNN/MultiRNNCell/Cell0/LSTMCell/W_0": (16, 64),
+    "RNN_1/RNN/MultiRNNCell/Cell0/LSTMCell/B": (64,),
+    "RNN_1/RNN/MultiRNNCell/Cell0/LSTMCell/W_P_0": (16, 8),
+    "RNN_1/RNN/MultiRNNCell/Cell1/LSTMCell/W_0": (16, 64),
+    "RNN_1/RNN/MultiRNNCell/Cell1/LSTMCell/B": (64,),
+    "RNN_1/RNN/MultiRNNCell/Cell1/LSTMCell/W_P_0": (16, 8),
+}
+ELMO_WORDS = ["<S>", "</S>", "<UNK>", "the", ",", "cat", "sat", "on", "mat", "猫"]
 
 
 def randomize(model):
@@ -21,6 +104,97 @@ def randomize(model):
             norm = NORM_WEIGHT.search(name) is not None
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + norm)
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def bert_reference():
+    """transformers' BertForPreTraining; do not change it."""
+    return randomize(transformers.BertForPreTraining(transformers.BertConfig(**BERT_SIZES)))
+
+
+@pytest.fixture(scope="session")
+def save_bert(tmp_path_factory):
+    """A function that saves a model of transformers' and its tokenizer, as their users do."""
+
+    vocabulary = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
+    vocabulary.write_text("".join(f"{token}\n" for token in VOCABULARY))
+
+    def save(model, directory, **options):
+        model.save_pretrained(directory, **options)
+        transformers.BertTokenizer(vocab=str(vocabulary), model_max_length=24).save_pretrained(directory)
+        return directory
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def bert_directory(bert_reference, save_bert, tmp_path_factory):
+    """The directory of the reference; do not change it."""
+    return save_bert(bert_reference, tmp_path_factory.mktemp("reference"))
+
+
+def save_gpt_vocabulary(directory):
+    """As transformers 4 left it beside a model."""
+    (directory / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(GPT_TOKENS)}))
+    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]))
+
+
+@pytest.fixture(scope="session")
+def gpt_reference():
+    """transformers' OpenAIGPTLMHeadModel; do not change it."""
+    return randomize(transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig(**GPT_SIZES)))
+
+
+@pytest.fixture(scope="session")
+def gpt_directory(gpt_reference, tmp_path_factory):
+    """The directory of the reference; do not change it."""
+    directory = tmp_path_factory.mktemp("gpt")
+    gpt_reference.save_pretrained(directory)
+    save_gpt_vocabulary(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def gpt_ids_of(tmp_path_factory):
+    """Ids of a text by transformers' own tokenizer."""
+    directory = tmp_path_factory.mktemp("vocabulary")
+    save_gpt_vocabulary(directory)
+    tokenizer = transformers.OpenAIGPTTokenizer.from_pretrained(directory)
+    return lambda text: tokenizer.encode(text)
+
+
+def elmo_weights(seed=0):
+    """Random weights, large enough for both clips to act."""
+    rng = np.random.default_rng(seed)
+    return {name: (0.3 * rng.normal(size=shape)).astype(np.float32) for name, shape in ELMO_SHAPES.items()}
+
+
+def publish_elmo(directory, options, weights):
+    directory.mkdir(exist_ok=True)
+    (directory / "elmo_tiny_options.json").write_text(json.dumps(options))
+    with h5py.File(directory / "elmo_tiny_weights.hdf5", "w") as file:
+        for name, value in weights.items():
+            file[name] = value
+    return directory
+
+
+@pytest.fixture(scope="session")
+def elmo_directory(tmp_path_factory):
+    """A directory like a published ELMo's; do not change it."""
+    return publish_elmo(tmp_path_factory.mktemp("elmo"), ELMO_OPTIONS, elmo_weights())
+
+
+@pytest.fixture(scope="session")
+def elmo_with_softmax(elmo_directory):
+    """The model of that directory with a random softmax over ELMO_WORDS, as after pretraining."""
+    published = bilm.read(elmo_directory)
+    config = dataclasses.replace(published.config, vocab_size=len(ELMO_WORDS))
+    rng = np.random.default_rng(1)
+    softmax = {
+        name: rng.normal(size=abstract.shape).astype(np.float32)
+        for name, abstract in sorted(abstract_params(config)["softmax"].items())
+    }
+    return LoadedModel(config, {**published.params, "softmax": softmax}, WordVocabulary(ELMO_WORDS, tokenize=True))
 
 
 def change(directory, rename=lambda name: name, **replaced):
@@ -41,3 +215,20 @@ def assert_params_equal(found, expected, but=frozenset()):
     for (path, value), other in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         if path_name(path) not in but:
             np.testing.assert_array_equal(value, other, err_msg=path_name(path))
+
+
+def contents(directory):
+    """The bytes of the files in a directory, by name."""
+    return {file.name: file.read_bytes() for file in directory.iterdir() if file.is_file()}
+
+
+def grow_vocabulary(directory):
+    """Adds three rows to the tables of a BERT, as directories do that pad them; no token belongs to the new ids."""
+    tensors = load_file(directory / "model.safetensors")
+    words, bias = tensors["bert.embeddings.word_embeddings.weight"], tensors["cls.predictions.bias"]
+    grown = {
+        "bert.embeddings.word_embeddings.weight": np.concatenate([words, np.zeros_like(words[:3])]),
+        "cls.predictions.bias": np.concatenate([bias, np.full_like(bias[:3], 5)]),
+    }
+    change(directory, **grown)
+    configure(directory, vocab_size=len(bias) + 3)

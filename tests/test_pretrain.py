@@ -20,10 +20,12 @@ import tiny
 from tiny import assert_same_bits, metrics, newest_checkpoint
 
 from prelm_jax import pretraining as module
+from prelm_jax import train
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.data.masking import MaskingConfig
 from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.errors import InputError, Preempted
+from prelm_jax.families import find_family
 from prelm_jax.loading import load
 from prelm_jax.models.elmo import ELMoConfig
 from prelm_jax.pretraining import Run, pretrain
@@ -31,6 +33,15 @@ from prelm_jax.tokenizers.words import WordVocabularyConfig
 from prelm_jax.training.optimizer import Adagrad, AdamW
 from prelm_jax.training.parameters import path_name
 from prelm_jax.training.sharding import MeshConfig
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
+# For tests of what all families share.
+bert_else_slow = pytest.mark.parametrize(
+    "run",
+    [family if family == "bert" else pytest.param(family, marks=pytest.mark.slow) for family in tiny.FAMILIES],
+    indirect=True,
+    scope="module",
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +61,7 @@ def run(request, corpus) -> Run:
 @contextlib.contextmanager
 def interruption(at, action):
     """The action happens while a step of the training is about to begin."""
-    original = module.loader.prefetch
+    original = train.loader.prefetch
 
     def prefetch(batches, start, stop, *rest):
         for step, batch in original(batches, start, stop, *rest):
@@ -59,7 +70,7 @@ def interruption(at, action):
             yield step, batch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.loader, "prefetch", prefetch)
+        patch.setattr(train.loader, "prefetch", prefetch)
         yield
 
 
@@ -90,6 +101,7 @@ def test_resumed_equals_uninterrupted(run, uninterrupted, tmp_path, at):
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["10", "12"]
 
 
+@bert_else_slow
 def test_sigterm_saves_and_the_same_command_goes_on(run, uninterrupted, tmp_path):
     workdir = tmp_path / "stopped"
     terminate = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
@@ -100,9 +112,10 @@ def test_sigterm_saves_and_the_same_command_goes_on(run, uninterrupted, tmp_path
     assert_same_bits(workdir, uninterrupted)
 
 
+@bert_else_slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run, uninterrupted, tmp_path, capsys):
     workdir = tmp_path / "damaged"
-    pretrain(dataclasses.replace(run, loop=dataclasses.replace(run.loop, steps=10, evaluate_every=12)), workdir)
+    pretrain(tiny.with_loop(run, steps=10, evaluate_every=12), workdir)
     data = max((workdir / "checkpoints" / "10").rglob("d/*"), key=lambda path: path.stat().st_size)
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
@@ -113,10 +126,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run, uninterrupte
     assert_same_bits(workdir, uninterrupted)
 
 
+@bert_else_slow
 def test_circumstances_may_change(run, tmp_path):
     """More steps, another mesh, a corpus that moved: the run goes on."""
     workdir = tmp_path / "run"
-    pretrain(dataclasses.replace(run, loop=dataclasses.replace(run.loop, steps=6)), workdir)
+    pretrain(tiny.with_loop(run, steps=6), workdir)
     moved = tmp_path / "elsewhere.txt"
     moved.write_text(tiny.text(seed=0))
     pretrain(
@@ -152,6 +166,7 @@ def test_another_identity_is_refused_with_the_fields(run, uninterrupted, tmp_pat
         pretrain(dataclasses.replace(run, corpus=(str(other),)), uninterrupted)
 
 
+@bert_else_slow
 def test_a_nan_stops_the_run_and_is_not_kept(run, tmp_path):
     workdir = tmp_path / "run"
     optimizer = dataclasses.replace(run.optimizer, learning_rate=1e30)
@@ -164,6 +179,7 @@ def test_a_nan_stops_the_run_and_is_not_kept(run, tmp_path):
         assert np.isfinite(leaf).all()
 
 
+@bert_else_slow
 def test_two_runs_write_the_same_metrics(run, uninterrupted, tmp_path):
     pretrain(run, tmp_path / "again")
     assert_same_bits(tmp_path / "again", uninterrupted)
@@ -205,7 +221,12 @@ def test_continued_pretraining(run, uninterrupted, tmp_path):
     directory = tmp_path / "exported"
     module.export(uninterrupted, directory)
     frozen = AdamW(learning_rate=0.0, warmup_steps=0, decay_steps=1)
-    fields = {"steps": 1, "optimizer": frozen, "init_from": str(directory), "seed": 3}
+    fields = {
+        "loop": dataclasses.replace(run.loop, steps=1),
+        "optimizer": frozen,
+        "init_from": str(directory),
+        "seed": 3,
+    }
     vocabulary = type(run.tokenizer)(path=with_two_entries_more(directory, tmp_path))
     pretrain(dataclasses.replace(run, tokenizer=vocabulary, **fields), tmp_path / "larger")
     pretrain(dataclasses.replace(run, **{**fields, "init_from": str(uninterrupted)}), tmp_path / "same")
@@ -217,7 +238,7 @@ def test_continued_pretraining(run, uninterrupted, tmp_path):
     for (path, there), from_directory, from_run in zip(
         jax.tree_util.tree_leaves_with_path(old.params), *leaves, strict=True
     ):
-        is_vocabulary = path_name(path) in old.vocabulary_tables
+        is_vocabulary = path_name(path) in find_family(run.model.model_type, directory).format.vocabulary_tables
         rows = slice(size) if is_vocabulary else slice(None)
         np.testing.assert_array_equal(from_run[rows], there[rows])
         if path_name(path) not in missing:
@@ -361,6 +382,7 @@ def test_bfloat16_is_close_to_float32(run, uninterrupted, tmp_path):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"float32", "int32"}
 
 
+@bert_else_slow
 def test_a_profile_is_written_on_request(run, tmp_path):
-    pretrain(dataclasses.replace(run, loop=dataclasses.replace(run.loop, profile=1)), tmp_path / "run")
+    pretrain(tiny.with_loop(run, profile=1), tmp_path / "run")
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,32 +15,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from prelm_jax.errors import InputError
-from prelm_jax.formats.base import Config, LoadedModel, ModelConfig, abstract_params, require
+from prelm_jax.formats.base import Format, LoadedModel, abstract_params, require
+from prelm_jax.formats.transfer import rows_of_prefix
+from prelm_jax.models.bert import BertConfig
+from prelm_jax.models.gpt import GPTConfig
 from prelm_jax.storage import read_json
 from prelm_jax.tokenizers import load as tokenizers
 from prelm_jax.tokenizers.base import Tokenizer
-from prelm_jax.training.contract import Params
 from prelm_jax.training.parameters import path_name
 
 Tensors = dict[str, Callable[[], np.ndarray]]  # By name, a function that reads the tensor.
 
 LEAVES = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias", "masked_lm_bias": "bias"}
 
+Config = TypeVar("Config", bound=BertConfig | GPTConfig)
+
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class Layout(Generic[Config]):
     """How config.json and the tensors correspond to the config and the parameters of one family."""
 
+    config_class: type[Config]
     settings: Mapping[str, str]  # Field of the config -> key of config.json.
     fixed: Mapping[str, object]  # Keys of config.json of which only one value is supported.
+    written: Mapping[str, object]  # Further keys that are written.
     modules: Mapping[str, str]  # Module of ours -> theirs, for modules outside of the layers.
     layers: tuple[str, str]  # The beginnings of the names of a layer, before its number, ours and theirs.
     layer_modules: Mapping[str, str]  # Module of a layer, ours -> theirs.
     vocabulary_tables: frozenset[str]  # Paths of the parameters whose first axis is the vocabulary.
     optional: tuple[str, ...] = ()  # Beginnings of paths that a directory may lack.
     transposed: bool = False  # Their kernels are [out, in]; ours are always [in, out].
-    prefix: str = ""  # Comes before every tensor's name in files that are written.
     fused: tuple[str, ...] = ()  # Modules that are one tensor there, concatenated in this order along the last axis.
+    prefix: str = ""  # Comes before every tensor's name in files that are written.
 
     def tensor_name(self, path: str) -> str:
         """The name of the tensor that holds the parameter at a path."""
@@ -50,16 +57,20 @@ class Layout:
             return f"{theirs}{number}.{self.layer_modules[module]}.{LEAVES[leaf]}"
         return f"{self.modules[module]}.{LEAVES[leaf]}"
 
-    def read_config(self, config_class: Callable[..., Config], settings: Mapping[str, object], source: Path) -> Config:
-        """The config of the settings in a config.json at `source`."""
+    def read(self, directory: Path, settings: Mapping[str, object], tensors: Tensors) -> LoadedModel[Config, Tokenizer]:
+        """The model of a directory with the contents of its config.json and its tensors by name."""
+        source = directory / "config.json"
         require(settings, self.fixed, source)
         if "vocab_size" not in settings:
             raise InputError(f"{source}: no vocab_size")
         # Other writers leave out keys; the defaults of our configs are those of the format.
-        return config_class(**{field: settings[key] for field, key in self.settings.items() if key in settings})
-
-    def read_params(self, tensors: Tensors, config: ModelConfig, directory: Path) -> tuple[Params, frozenset[str]]:
-        """The parameters, fp32, and the paths of missing ones, which are zeros."""
+        build: Callable[..., Config] = self.config_class
+        config = build(**{field: settings[key] for field, key in self.settings.items() if key in settings})
+        tokenizer = tokenizers.load(directory)
+        if config.vocab_size is not None and tokenizer.vocab_size > config.vocab_size:
+            raise InputError(
+                f"{source}: vocab_size is {config.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens"
+            )
         missing = set()
 
         def read(path: tuple[object, ...], abstract: jax.ShapeDtypeStruct) -> Array:
@@ -78,9 +89,8 @@ class Layout:
                 raise InputError(f"{directory}: no tensor {name} {list(shape)}; is this a complete model?")
             tensor = tensors[name]()
             if tensor.shape != shape:
-                raise InputError(
-                    f"{directory}: tensor {name} is {list(tensor.shape)}, but config.json asks for {list(shape)}"
-                )
+                found = f"{directory}: tensor {name} is {list(tensor.shape)}"
+                raise InputError(f"{found}, but config.json asks for {list(shape)}")
             tensor = tensor.astype(np.float32)
             if part is not None:
                 tensor = np.split(tensor, len(self.fused), axis=-1)[part]
@@ -90,16 +100,11 @@ class Layout:
                 tensor = np.pad(tensor, [(0, abstract.shape[0] - len(tensor))] + [(0, 0)] * (tensor.ndim - 1))
             return jnp.asarray(tensor)
 
-        return jax.tree_util.tree_map_with_path(read, abstract_params(config)), frozenset(missing)
+        params = jax.tree_util.tree_map_with_path(read, abstract_params(config))
+        return LoadedModel(config, params, tokenizer, frozenset(missing))
 
-    def write(
-        self,
-        model: LoadedModel[Config, Tokenizer],
-        directory: Path,
-        extra: Mapping[str, object],
-        max_length: int,
-    ) -> None:
-        """Writes model.safetensors (fp32), config.json with `extra` settings, and the tokenizer for `max_length`."""
+    def write(self, model: LoadedModel[Config, Tokenizer], directory: Path) -> None:
+        """Writes model.safetensors (fp32), config.json and the tokenizer into an existing directory."""
         parts: dict[str, dict[int | None, np.ndarray]] = {}
         for path, value in jax.tree_util.tree_leaves_with_path(model.params):
             ours, tensor = path_name(path), np.asarray(value, np.float32)
@@ -111,18 +116,37 @@ class Layout:
                 tensor = tensor.T
             parts.setdefault(self.prefix + self.tensor_name(ours), {})[self._part(ours)] = tensor
         tensors = {
-            name: np.concatenate([by_part[i] for i in sorted(by_part, key=lambda i: i or 0)], axis=-1)
+            name: np.ascontiguousarray(np.concatenate([by_part[i] for i in sorted(by_part, key=lambda i: i or 0)], -1))
             for name, by_part in parts.items()
         }
         # Not save_file, which makes a file that only its owner may read.
-        (directory / "model.safetensors").write_bytes(
-            save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata={"format": "pt"})
-        )
+        (directory / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
         settings = {key: getattr(model.config, field) for field, key in self.settings.items()}
-        settings |= {"model_type": model.config.model_type, "dtype": "float32", **extra}
+        # Without a padding token transformers classifies no batch. GPT-1 has none: its unknown token rarely is last.
+        pad_id = next((id for id in (model.tokenizer.pad_id, model.tokenizer.unknown_id) if id is not None), 0)
+        settings |= {**self.written, "model_type": model.config.model_type, "dtype": "float32", "pad_token_id": pad_id}
         text = json.dumps(settings, indent=2, sort_keys=True)
         (directory / "config.json").write_text(text + "\n", encoding="utf-8")
-        model.tokenizer.save(directory, model_max_length=max_length)
+        model.tokenizer.save(directory, model_max_length=model.config.max_position_embeddings)
+
+    def format(
+        self, read: Callable[[Path], LoadedModel[Config, Tokenizer]], task: str, example: str
+    ) -> Format[Config, Tokenizer]:
+        """The format; `task` and `example` are those of a pipeline of transformers."""
+        code = f'from transformers import pipeline\n\npipeline("{task}", model="{{name}}")("{example}")'
+        fields = {field.name for field in dataclasses.fields(self.config_class)}
+        return Format(
+            read=read,
+            write=self.write,
+            library="transformers",
+            usage=f"```python\n{code}\n```",
+            settings_file="config.json",
+            settings_key="model_type",
+            vocabulary_tables=self.vocabulary_tables,
+            may_differ=frozenset(name for name in fields if name.endswith("dropout"))
+            | {"vocab_size", "initializer_range"},
+            rows_to_copy=rows_of_prefix,
+        )
 
     def _is_transposed(self, path: str) -> bool:
         return self.transposed and path.endswith("/kernel")
@@ -162,14 +186,3 @@ def require_tied(tensors: Tensors, head: str, table: str, directory: Path) -> No
     """Raises InputError if a directory has a vocabulary projection that differs from its embedding table."""
     if head in tensors and table in tensors and not np.array_equal(tensors[head](), tensors[table]()):
         raise InputError(f"{directory}: {head} differs from {table}; only models that tie the two are supported")
-
-
-def load_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
-    """The tokenizer of a directory; InputError if it has more tokens than the model."""
-    tokenizer = tokenizers.load(directory)
-    if config.vocab_size is not None and tokenizer.vocab_size > config.vocab_size:
-        raise InputError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, but vocab_size in config.json is "
-            f"{config.vocab_size}"
-        )
-    return tokenizer

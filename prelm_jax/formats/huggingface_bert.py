@@ -7,13 +7,13 @@ embeddings. Read: any BERT, with or without heads, prefix and legacy names.
 from pathlib import Path
 
 from prelm_jax.formats import huggingface
-from prelm_jax.formats.base import Format, LoadedModel
-from prelm_jax.formats.transfer import rows_of_prefix
+from prelm_jax.formats.base import LoadedModel
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.storage import read_json
 from prelm_jax.tokenizers.base import Tokenizer
 
 LAYOUT = huggingface.Layout(
+    config_class=BertConfig,
     settings={
         "vocab_size": "vocab_size",
         "hidden_size": "hidden_size",
@@ -28,6 +28,7 @@ LAYOUT = huggingface.Layout(
         "initializer_range": "initializer_range",
     },
     fixed={"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False},
+    written={"architectures": ["BertForPreTraining"], "hidden_act": "gelu"},
     modules={
         "word_embeddings": "bert.embeddings.word_embeddings",
         "position_embeddings": "bert.embeddings.position_embeddings",
@@ -58,27 +59,13 @@ LAYOUT = huggingface.Layout(
 
 def read(directory: Path) -> LoadedModel[BertConfig, Tokenizer]:
     """The model in a directory."""
-    source = directory / "config.json"
-    config = LAYOUT.read_config(BertConfig, read_json(source), source)
-    tokenizer = huggingface.load_tokenizer(directory, config)
     tensors = huggingface.open_tensors(directory, _current_name)
     bias, copy = "cls.predictions.bias", "cls.predictions.decoder.bias"
     if bias not in tensors and copy in tensors:
         tensors[bias] = tensors[copy]  # Some writers keep only this copy.
     words = "bert.embeddings.word_embeddings.weight"
     huggingface.require_tied(tensors, "cls.predictions.decoder.weight", words, directory)
-    params, missing = LAYOUT.read_params(tensors, config, directory)
-    return LoadedModel(config, params, tokenizer, missing)
-
-
-def write(model: LoadedModel[BertConfig, Tokenizer], directory: Path) -> None:
-    """Writes a model into an existing directory."""
-    extra = {
-        "architectures": ["BertForPreTraining"],
-        "hidden_act": "gelu",
-        "pad_token_id": model.tokenizer.pad_id,
-    }
-    LAYOUT.write(model, directory, extra, model.config.max_position_embeddings)
+    return LAYOUT.read(directory, read_json(directory / "config.json"), tensors)
 
 
 def _current_name(name: str) -> str:
@@ -87,18 +74,4 @@ def _current_name(name: str) -> str:
     return f"bert.{name}" if name.startswith(("embeddings.", "encoder.", "pooler.")) else name
 
 
-FORMAT = Format(
-    read=read,
-    write=write,
-    library="transformers",
-    usage="""```python
-from transformers import pipeline
-
-pipeline("fill-mask", model="{name}")("The [MASK] is returned.")
-```""",
-    settings_file="config.json",
-    settings_key="model_type",
-    vocabulary_tables=LAYOUT.vocabulary_tables,
-    may_differ=frozenset({"vocab_size", "hidden_dropout", "attention_dropout", "initializer_range"}),
-    rows_to_copy=rows_of_prefix,
-)
+FORMAT = LAYOUT.format(read, "fill-mask", "The [MASK] is returned.")

@@ -14,13 +14,13 @@ import numpy as np
 
 from prelm_jax.errors import InputError
 from prelm_jax.formats import huggingface
-from prelm_jax.formats.base import ORIGINAL_GPT, Format, LoadedModel
-from prelm_jax.formats.transfer import rows_of_prefix
+from prelm_jax.formats.base import ORIGINAL_GPT, LoadedModel
 from prelm_jax.models.gpt import GPTConfig
 from prelm_jax.storage import read_json
 from prelm_jax.tokenizers.base import Tokenizer
 
 LAYOUT = huggingface.Layout(
+    config_class=GPTConfig,
     settings={
         "vocab_size": "vocab_size",
         "hidden_size": "n_embd",
@@ -34,6 +34,7 @@ LAYOUT = huggingface.Layout(
         "initializer_range": "initializer_range",
     },
     fixed={"afn": "gelu", "tie_word_embeddings": True},  # Their "gelu" is the tanh form.
+    written={"afn": "gelu", "tie_word_embeddings": True, "architectures": ["OpenAIGPTLMHeadModel"]},
     modules={"token_embeddings": "tokens_embed", "position_embeddings": "positions_embed"},
     layers=("decoder/layer_", "h."),
     layer_modules={
@@ -62,33 +63,17 @@ ORIGINAL_HEAD_SIZE = 64
 
 def read(directory: Path) -> LoadedModel[GPTConfig, Tokenizer]:
     """The model in a directory of either format."""
-    original = (directory / ORIGINAL_GPT).is_file()
     source = directory / "config.json"
     settings = read_json(source) if source.is_file() else {}
-    if original:
+    if (directory / ORIGINAL_GPT).is_file():
         settings = _original_settings(directory, "n_head" in settings) | settings
-    config = LAYOUT.read_config(GPTConfig, settings, source)
-    tokenizer = huggingface.load_tokenizer(directory, config)
-    tensors = _original_tensors(directory) if original else _tensors(directory)
-    params, missing = LAYOUT.read_params(tensors, config, directory)
-    return LoadedModel(config, params, tokenizer, missing)
-
-
-def write(model: LoadedModel[GPTConfig, Tokenizer], directory: Path) -> None:
-    """Writes a model into an existing directory, in Hugging Face's format."""
-    # transformers classifies no batch without a padding token. GPT-1 has none; its unknown token rarely ends a text.
-    pad_id = next((id for id in (model.tokenizer.pad_id, model.tokenizer.unknown_id) if id is not None), 0)
-    extra = {**LAYOUT.fixed, "architectures": ["OpenAIGPTLMHeadModel"], "pad_token_id": pad_id}
-    LAYOUT.write(model, directory, extra, model.config.max_position_embeddings)
-
-
-def _tensors(directory: Path) -> huggingface.Tensors:
+        return LAYOUT.read(directory, settings, _original_tensors(directory))
     tensors = huggingface.open_tensors(directory, lambda name: name.removeprefix(LAYOUT.prefix))
     tokens, head = "tokens_embed.weight", "lm_head.weight"
     if tokens not in tensors and head in tensors:
         tensors[tokens] = tensors[head]  # OpenAIGPTDoubleHeadsModel keeps only this copy.
     huggingface.require_tied(tensors, head, tokens, directory)
-    return tensors
+    return LAYOUT.read(directory, settings, tensors)
 
 
 def _original_settings(directory: Path, has_num_heads: bool) -> dict[str, int]:
@@ -133,20 +118,4 @@ def _original_tensors(directory: Path) -> huggingface.Tensors:
     return {name: partial(np.reshape, array, shape) for name, array, shape in zip(names, flat, shapes, strict=True)}
 
 
-FORMAT = Format(
-    read=read,
-    write=write,
-    library="transformers",
-    usage="""```python
-from transformers import pipeline
-
-pipeline("text-generation", model="{name}")("The")
-```""",
-    settings_file="config.json",
-    settings_key="model_type",
-    vocabulary_tables=LAYOUT.vocabulary_tables,
-    may_differ=frozenset(
-        {"vocab_size", "embedding_dropout", "hidden_dropout", "attention_dropout", "initializer_range"}
-    ),
-    rows_to_copy=rows_of_prefix,
-)
+FORMAT = LAYOUT.format(read, "text-generation", "The")

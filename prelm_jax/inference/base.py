@@ -1,16 +1,17 @@
-"""A pretrained model in use: what every family offers, and embeddings as a file."""
+"""A pretrained model in use: what every family offers, and embeddings as a file.
+
+Compiled functions compute products in full fp32 ("highest"); TPUs and GPUs by default trade precision for speed.
+"""
 
 import abc
-import functools
 import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Generic, ParamSpec, TypeVar
+from typing import Generic
 
 import h5py
-import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import track
@@ -19,9 +20,6 @@ from prelm_jax.errors import InputError
 from prelm_jax.formats.base import Config, LoadedModel, Vocabulary
 
 Embeddings = Iterator[tuple[list[str], np.ndarray]]  # For each text its tokens and its [L + 1, tokens, D].
-
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
 
 
 class Pretrained(abc.ABC, Generic[Config, Vocabulary]):
@@ -42,17 +40,6 @@ class Pretrained(abc.ABC, Generic[Config, Vocabulary]):
     @abc.abstractmethod
     def score(self, texts: Sequence[str]) -> list[tuple[float, int]]:
         """For each text the sum of the natural-log probabilities of its tokens, and the number of these tokens."""
-
-
-def full_precision(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Traces a function with fp32 products, where TPUs and GPUs by default trade precision for speed."""
-
-    @functools.wraps(function)
-    def traced(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        with jax.default_matmul_precision("highest"):
-            return function(*args, **kwargs)
-
-    return traced
 
 
 def write_embeddings(

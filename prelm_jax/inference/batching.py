@@ -19,8 +19,6 @@ TOKENS_PER_WINDOW = 8 * TOKENS_PER_BATCH
 
 Tag = TypeVar("Tag")
 
-_NOTHING = np.zeros(0, np.float32)
-
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], room: int, truncate: bool = False) -> list[list[int]]:
     """The ids of each text.
@@ -74,14 +72,11 @@ def batches(
 
 
 def in_order(
-    encoded: Iterable[list[int]],
-    compute: Callable[[np.ndarray, np.ndarray], Array],
-    longest: int,
-    blank: np.ndarray = _NOTHING,
+    encoded: Iterable[list[int]], compute: Callable[[np.ndarray, np.ndarray], Array], longest: int
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """For each text its ids and its part [T, ...] of the result [B, T, ...] of `compute(tokens_BT, segments_BT)`.
 
-    `blank` is the part of a text without ids.
+    It is empty for a text without ids, which is not computed.
     """
     for window in _windows(encoded):
         results = {}
@@ -89,7 +84,7 @@ def in_order(
             for i, row in zip(tags, np.asarray(compute(*inputs)), strict=False):
                 results[i] = row[: len(window[i])].copy()
         for i, ids in enumerate(window):
-            yield ids, results.get(i, blank)
+            yield ids, results.get(i, np.zeros(0, np.float32))
 
 
 def _windows(encoded: Iterable[list[int]]) -> Iterator[list[list[int]]]:

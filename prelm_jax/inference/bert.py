@@ -12,7 +12,6 @@ from jax import Array
 from prelm_jax.errors import InputError
 from prelm_jax.formats.base import LoadedModel
 from prelm_jax.inference import batching
-from prelm_jax.inference.base import full_precision
 from prelm_jax.inference.transformer import TransformerPretrained, hidden_states
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.cross_entropy import cross_entropy
@@ -90,14 +89,14 @@ class BertPretrained(TransformerPretrained[BertConfig]):
 
 
 @partial(jax.jit, static_argnums=0)
-@full_precision
 def _masked_lm_logits(
     config: BertConfig, params: Params, tokens_BT: Array, segments_BT: Array, positions_BM: Array
 ) -> Array:
     """[B, M, padded vocabulary], at M positions of each row."""
-    last_BTD = hidden_states(config, params, tokens_BT, segments_BT)[-1]
-    masked_BMD = jnp.take_along_axis(last_BTD, positions_BM[..., None], 1)
-    return cast("Array", config.build().apply({"params": params}, masked_BMD, method="masked_lm_logits"))
+    with jax.default_matmul_precision("highest"):
+        last_BTD = hidden_states(config, params, tokens_BT, segments_BT)[-1]
+        masked_BMD = jnp.take_along_axis(last_BTD, positions_BM[..., None], 1)
+        return cast("Array", config.build().apply({"params": params}, masked_BMD, method="masked_lm_logits"))
 
 
 _cross_entropy = jax.jit(cross_entropy)

@@ -11,7 +11,6 @@ from jax import Array
 
 from prelm_jax.errors import InputError
 from prelm_jax.inference import batching
-from prelm_jax.inference.base import full_precision
 from prelm_jax.inference.transformer import TransformerPretrained, hidden_states
 from prelm_jax.models.cross_entropy import cross_entropy
 from prelm_jax.models.gpt import GPTConfig
@@ -115,26 +114,26 @@ def restrict(logits_V: Array, temperature: float, top_k: int, top_p: float) -> A
 
 
 @partial(jax.jit, static_argnums=0)
-@full_precision
 def _next_nll(config: GPTConfig, params: Params, tokens_BT: Array, segments_BT: Array) -> Array:
     """[B, T]: the negative log-likelihood of the token after each position; without meaning at the last position."""
-    last_BTD = hidden_states(config, params, tokens_BT, segments_BT)[-1]
+    with jax.default_matmul_precision("highest"):
+        last_BTD = hidden_states(config, params, tokens_BT, segments_BT)[-1]
 
-    def row(arguments: tuple[Array, Array]) -> Array:
-        last_TD, targets_T = arguments
-        logits_1TV = config.build().apply({"params": params}, last_TD[None], method="logits")
-        return cross_entropy(cast("Array", logits_1TV)[0], targets_T)[0]
+        def row(arguments: tuple[Array, Array]) -> Array:
+            last_TD, targets_T = arguments
+            logits_1TV = config.build().apply({"params": params}, last_TD[None], method="logits")
+            return cross_entropy(cast("Array", logits_1TV)[0], targets_T)[0]
 
-    # One row at a time: the logits of all rows would be by far the largest array here.
-    return jax.lax.map(row, (last_BTD, jnp.roll(tokens_BT, -1, axis=1)))
+        # One row at a time: the logits of all rows would be by far the largest array here.
+        return jax.lax.map(row, (last_BTD, jnp.roll(tokens_BT, -1, axis=1)))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-@full_precision
 def _next_logits(
     config: GPTConfig, params: Params, cache: Params, tokens_1T: Array, length: Array
 ) -> tuple[Array, Params]:
     """(logits [padded vocabulary] of the token after `length` tokens, of which the last T are given, the new cache)."""
-    variables = {"params": params, "cache": cache}
-    logits_1V, changed = config.build().apply(variables, tokens_1T, length, method="next_logits", mutable=["cache"])
-    return logits_1V[0], cast("Params", changed["cache"])
+    with jax.default_matmul_precision("highest"):
+        variables = {"params": params, "cache": cache}
+        logits_1V, changed = config.build().apply(variables, tokens_1T, length, method="next_logits", mutable=["cache"])
+        return logits_1V[0], cast("Params", changed["cache"])

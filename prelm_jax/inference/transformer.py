@@ -2,42 +2,20 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol, TypeVar, cast
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from prelm_jax.formats.base import Initializable, ModelConfig
 from prelm_jax.inference import batching
-from prelm_jax.inference.base import Embeddings, Pretrained, full_precision
+from prelm_jax.inference.base import Embeddings, Pretrained
+from prelm_jax.models.bert import BertConfig
+from prelm_jax.models.gpt import GPTConfig
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training.contract import Params
 
-
-class Encoder(Initializable, Protocol):
-    """A Flax module."""
-
-    def apply(self, variables: dict[str, Params], *args: object, method: str) -> object: ...
-
-
-class TransformerConfig(ModelConfig, Protocol):
-    """The config of a Transformer."""
-
-    def build(self) -> Encoder: ...
-
-    @property
-    def num_layers(self) -> int: ...
-
-    @property
-    def hidden_size(self) -> int: ...
-
-    @property
-    def max_position_embeddings(self) -> int: ...
-
-
-Config = TypeVar("Config", bound=TransformerConfig)
+Config = TypeVar("Config", bound=BertConfig | GPTConfig)
 
 
 class TransformerPretrained(Pretrained[Config, Tokenizer]):
@@ -50,8 +28,8 @@ class TransformerPretrained(Pretrained[Config, Tokenizer]):
         """
         c = self.config
         encoded, compute = self._encode(texts, truncate), partial(_hidden_states, c, self.params)
-        blank = np.zeros((0, c.num_layers + 1, c.hidden_size), np.float32)
-        for ids, states_TLD in batching.in_order(encoded, compute, c.max_position_embeddings, blank):
+        for ids, states in batching.in_order(encoded, compute, c.max_position_embeddings):
+            states_TLD = states.reshape(len(ids), c.num_layers + 1, c.hidden_size)
             yield [self.tokenizer.tokens[id] for id in ids], states_TLD.swapaxes(0, 1)
 
     def _encode(self, texts: Sequence[str], truncate: bool = False) -> list[list[int]]:
@@ -59,7 +37,9 @@ class TransformerPretrained(Pretrained[Config, Tokenizer]):
         return batching.encode(self.tokenizer, texts, self.config.max_position_embeddings, truncate)
 
 
-def hidden_states(config: TransformerConfig, params: Params, tokens_BT: Array, segments_BT: Array) -> tuple[Array, ...]:
+def hidden_states(
+    config: BertConfig | GPTConfig, params: Params, tokens_BT: Array, segments_BT: Array
+) -> tuple[Array, ...]:
     """The L + 1 hidden states [B, T, D] of rows of one text each; to be called in a compiled function."""
     batch = {
         "tokens": tokens_BT,
@@ -71,7 +51,7 @@ def hidden_states(config: TransformerConfig, params: Params, tokens_BT: Array, s
 
 
 @partial(jax.jit, static_argnums=0)
-@full_precision
-def _hidden_states(config: TransformerConfig, params: Params, tokens_BT: Array, segments_BT: Array) -> Array:
+def _hidden_states(config: BertConfig | GPTConfig, params: Params, tokens_BT: Array, segments_BT: Array) -> Array:
     """[B, T, L + 1, D]."""
-    return jnp.stack(hidden_states(config, params, tokens_BT, segments_BT), 2)
+    with jax.default_matmul_precision("highest"):
+        return jnp.stack(hidden_states(config, params, tokens_BT, segments_BT), 2)

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -83,7 +83,16 @@ class SentencePiece(CachedEncoder):
         return loaded
 
     def _make_pipeline(self) -> tokenizers.Tokenizer:
-        return _pipeline(self.model, self.lowercase, self.special_ids)
+        data = {"version": "1.0", "model": self.model, "added_tokens": []}
+        pipeline = tokenizers.Tokenizer.from_str(json.dumps(data))
+        pipeline.normalizer = _normalizer(self.lowercase)
+        # A unigram model does not know which entries are special: their names in a text are cut after one character.
+        names = "|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in self.special_ids)
+        pipeline.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Split(Regex(names), "isolated")]
+        )
+        pipeline.decoder = decoders.Metaspace(prepend_scheme="always")
+        return pipeline
 
     def _settings(self) -> dict[str, object]:
         # From a BertTokenizer or OpenAIGPTTokenizer transformers would keep only the vocabulary.
@@ -97,10 +106,11 @@ class SentencePiece(CachedEncoder):
 class SentencePieceConfig:
     """A SentencePiece vocabulary, trained on the corpus or loaded."""
 
-    vocab_size: int = 30522  # Entries of a trained vocabulary, special tokens included; fewer for a small corpus.
+    # Entries of a trained vocabulary, special tokens included. Several thousand suit a small corpus.
+    vocab_size: int = 30522
     model_type: Literal["unigram", "bpe"] = "unigram"  # Training algorithm: unigram language model or merged pairs.
-    lowercase: bool = True  # Lower-case text.
-    special_tokens: Literal["bert", "gpt"] = "bert"  # Special tokens of this model: BERT's five, or <unk> alone.
+    lowercase: bool = True  # Lower-case text; turn off where case matters. A loaded tokenizer has its own setting.
+    special_tokens: Literal["bert", "gpt"] = "bert"  # The model to train: BERT has five special tokens, GPT <unk> only.
     path: str | None = None  # Load this directory instead of training.
 
     @property
@@ -206,15 +216,3 @@ def _normalizer(lowercase: bool) -> normalizers.Normalizer:
         normalizers.Strip(),
     ]
     return normalizers.Sequence(steps)
-
-
-def _pipeline(model: Model, lowercase: bool, special_tokens: Iterable[str]) -> tokenizers.Tokenizer:
-    tokenizer = tokenizers.Tokenizer.from_str(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
-    tokenizer.normalizer = _normalizer(lowercase)
-    # A unigram model does not know which entries are special: their names in a text are cut after the first character.
-    names = "|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in special_tokens)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Split(Regex(names), "isolated")]
-    )
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-    return tokenizer

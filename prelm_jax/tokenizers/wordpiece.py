@@ -67,7 +67,7 @@ class WordPiece(CachedEncoder):
     def from_directory(cls, directory: str | os.PathLike, lowercase: bool = True) -> "WordPiece":
         """Reads a Hugging Face directory: tokenizer.json or vocab.txt, with the settings of tokenizer_config.json.
 
-        `lowercase` applies if the directory does not say it.
+        `lowercase` applies to a directory without the setting.
         """
         directory = Path(directory)
         settings = {"do_lower_case": lowercase}
@@ -87,7 +87,12 @@ class WordPiece(CachedEncoder):
             return cls(tokens, *options)
 
     def _make_pipeline(self) -> tokenizers.Tokenizer:
-        return _pipeline(self.tokens, self.lowercase, self.strip_accents)
+        model = models.WordPiece(self.ids, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_CHARACTERS)
+        pipeline = tokenizers.Tokenizer(model)
+        pipeline.normalizer = normalizers.BertNormalizer(lowercase=self.lowercase, strip_accents=self.strip_accents)
+        pipeline.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        pipeline.decoder = decoders.WordPiece(prefix="##")
+        return pipeline
 
     def _settings(self) -> dict[str, object]:
         return {
@@ -105,8 +110,10 @@ class WordPiece(CachedEncoder):
 class WordPieceConfig:
     """A WordPiece vocabulary, trained on the corpus or loaded."""
 
-    vocab_size: int = 30522  # Entries of a trained vocabulary, special tokens included; fewer for a small corpus.
-    # Lower-case text and strip accents. For a trained vocabulary or a lone vocab.txt; a directory has its own setting.
+    # Entries of a trained vocabulary, special tokens included. Several thousand suit a small corpus.
+    vocab_size: int = 30522
+    # Lower-case text and strip accents; turn off where case matters, for names or German. For a trained vocabulary or
+    # a lone vocab.txt: a directory has its own setting.
     lowercase: bool = True
     path: str | None = None  # Load this directory or vocab.txt instead of training.
 
@@ -129,7 +136,7 @@ def train(corpus: Corpus, vocab_size: int, lowercase: bool = True) -> list[str]:
 
     Raises InputError if `vocab_size` is too small for the characters.
     """
-    tokenizer = _pipeline(SPECIAL_TOKENS, lowercase)
+    tokenizer = WordPiece(SPECIAL_TOKENS, lowercase)._make_pipeline()
     letters = alphabet(corpus, tokenizer.normalizer)
     continuing = [character for character in letters if _can_continue(character, tokenizer)]
     base = [*SPECIAL_TOKENS, *letters, *(f"##{character}" for character in continuing)]
@@ -152,16 +159,6 @@ def train(corpus: Corpus, vocab_size: int, lowercase: bool = True) -> list[str]:
     # Keep only the vocabulary: the trained tokenizer would match its special tokens, here every letter.
     ids = tokenizer.get_vocab(with_added_tokens=False)
     return sorted(ids, key=ids.__getitem__)
-
-
-def _pipeline(tokens: Iterable[str], lowercase: bool, strip_accents: bool | None = None) -> tokenizers.Tokenizer:
-    ids = {token: index for index, token in enumerate(tokens)}
-    model = models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_CHARACTERS)
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix="##")
-    return tokenizer
 
 
 def _can_continue(character: str, tokenizer: tokenizers.Tokenizer) -> bool:

@@ -337,7 +337,7 @@ def train(
     """
     config, start = run.loop, int(state.step)
     train_step = make_train_step(model, run.optimizer, run.accumulate, layout, state)
-    count_tokens = jax.jit(model.tokens)
+    count_tokens = jax.jit(model.tokens, out_shardings=P())
     dropout_key = Keys.from_seed(run.seed).dropout
     profile = _Profile(start, config.profile, config.steps, workdir / "profile")
     peak = peak_flops(jnp.dtype(run.precision), jax.sharding.get_mesh().size)
