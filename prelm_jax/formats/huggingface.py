@@ -67,10 +67,8 @@ class Layout(Generic[Config]):
         build: Callable[..., Config] = self.config_class
         config = build(**{field: settings[key] for field, key in self.settings.items() if key in settings})
         tokenizer = tokenizers.load(directory)
-        if config.vocab_size is not None and tokenizer.vocab_size > config.vocab_size:
-            raise InputError(
-                f"{source}: vocab_size is {config.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens"
-            )
+        if (size := tokenizer.vocab_size) > config.known_vocab_size:
+            raise InputError(f"{source}: vocab_size is {config.vocab_size}, but the tokenizer has {size} tokens")
         missing = set()
 
         def read(path: tuple[object, ...], abstract: jax.ShapeDtypeStruct) -> Array:
