@@ -15,7 +15,7 @@ export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 .PHONY: demo use-bert use-gpt1 use-elmo lint test test-slow format
 
 demo: .venv/installed
-	$(PRELM) pretrain experiments/$(MODEL).py:demo
+	$(PRELM) pretrain $(MODEL):demo
 	$(PRELM) export $(RUN) $(RUN)/exported
 	@$(MAKE) --no-print-directory use-$(MODEL)
 
@@ -49,7 +49,7 @@ format: .venv/installed-test
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+.venv/installed: .venv/bin/python pyproject.toml setup.py constraints.txt
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 

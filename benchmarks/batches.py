@@ -1,10 +1,10 @@
-"""How fast batches are built: tokens per second of one core, padding included; for ELMo words, each read twice.
+"""Speed of building batches: tokens per second on one core, padding included; for ELMo, words per second.
 
     python benchmarks/batches.py [STORE]
 
-on synthetic documents of the lengths of encyclopedia articles and synthetic words, or on the token store in the
-directory STORE, of tokens or of words. What is measured is processor time, so that other programs on the machine
-disturb less; the median of all steps counts. A word counts once, though both directions read it.
+Uses synthetic documents with the lengths of encyclopedia articles and synthetic words, or the token store (of tokens
+or words) in the directory STORE. Measures processor time, which other programs disturb less, and reports the median
+over all steps. A word counts once, although both directions read it.
 """
 
 import sys
@@ -35,7 +35,7 @@ BATCH_SIZE, STEPS = 256, 200
 
 
 def articles(num_documents: int = 20_000) -> Store:
-    """Documents of some 20 sentences of some 25 tokens, both log-normal."""
+    """Documents of about 20 sentences of about 25 tokens, both log-normal."""
     rng = np.random.default_rng(0)
     num_sentences = np.maximum(1, rng.lognormal(2.5, 1.0, num_documents)).astype(int)
     lengths = np.clip(rng.lognormal(3.1, 0.55, num_sentences.sum()), 1, 300).astype(int)
@@ -44,7 +44,7 @@ def articles(num_documents: int = 20_000) -> Store:
 
 
 def words() -> Store:
-    """A million sentences of some 25 words that follow Zipf's law; a word is some 8 letters."""
+    """A million sentences of about 25 words that follow Zipf's law; a word has 8 letters."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(3.1, 0.5, 1_000_000), 1, 300).astype(int)
     ids = np.exp(rng.random(lengths.sum()) * np.log(NUM_TYPES - 3)).astype(np.uint32) + 2
@@ -105,7 +105,7 @@ def streams(store: Store):
             speed = BATCH_SIZE * 20 / seconds(batches.__getitem__) / 1e6
             print(
                 f"T=20 B={BATCH_SIZE}{', independent directions' * independent}: streams with {num_negatives} "
-                f"negatives {speed:.1f} M words/s, {len(batches[0]['characters'])} different words"
+                f"negatives {speed:.1f} M words/s, {len(batches[0]['characters'])} distinct words"
             )
 
 
@@ -113,7 +113,7 @@ def main():
     stores = [Store.open(sys.argv[1])] if len(sys.argv) > 1 else [articles(), words()]
     for store in stores:
         print(f"{store.num_documents:,} documents, {store.num_sentences:,} sentences, {store.num_tokens:,} tokens")
-        for measure in (pairs, windows) if store.words is None else (streams,):
+        for measure in (pairs, windows) if store.spellings is None else (streams,):
             measure(store)
 
 

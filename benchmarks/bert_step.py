@@ -1,13 +1,13 @@
-"""One pretraining step of BERT beside its peers: forward, backward, clipping, AdamW; tokens per second and MFU.
+"""A pretraining step of BERT against its peers: forward, backward, clipping, AdamW; tokens per second and MFU.
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/bert_step.py [--hidden-size 256 768] [--json FILE]
 
 ours           the train step of `prelm pretrain`
-transformers   BertForPreTraining as it comes: logits at all positions, its default attention, torch.optim.AdamW
+transformers   BertForPreTraining with its defaults: logits at all positions, its attention, torch.optim.AdamW
 strong torch   torch_bert.py: masked positions only, fused attention and optimizer
 
-Each in turn on the same random batch without padding, on the same threads, in the same precision; both of the peers
-also under torch.compile. Needs the extra `test`; without PyTorch ours is timed alone.
+They take turns on the same random batch without padding, with the same threads and precision; both peers also under
+torch.compile. Needs the extra `test`; without PyTorch only ours is timed.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ FLOP = "3 · (B·T·L·(8·D² + 4·D·F + 4·D·T) + B·M·(2·D² + 2·D·V))"
 
 @dataclasses.dataclass(frozen=True)
 class Settings(harness.Settings):
-    """Sizes; each hidden size is a measurement of its own."""
+    """Sizes; each hidden size is measured separately."""
 
     hidden_size: tuple[int, ...] = (256, 768)
     vocab_size: int = 30522
@@ -116,7 +116,7 @@ def transformers(s: Settings, width: int, batch: dict[str, np.ndarray], device: 
 
 
 def measure(s: Settings, width: int, device: Any) -> dict[str, Any]:
-    """The figures at one hidden size."""
+    """The results at one hidden size."""
     batch = random_batch(s)
     steps = {OURS: ours(s, width, batch)}
     for peer in s.peers if device is not None else ():

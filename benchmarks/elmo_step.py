@@ -1,15 +1,15 @@
-"""ELMo beside PyTorch: one bidirectional LSTM layer of the original's size, a whole pretraining step of the small one.
+"""ELMo against PyTorch: a bidirectional LSTM layer of the original's size, a pretraining step of the small model.
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/elmo_step.py [--parts layer step] [--json FILE]
 
 layer   forward and backward of 4096 cells projected to 512, both directions
   ours       prelm_jax.models.lstm, cell and projection clipped
-  nn.LSTM    torch.nn.LSTM(proj_size=512) for each direction; it clips nothing
+  nn.LSTM    torch.nn.LSTM(proj_size=512) for each direction, without clipping
 step    encoder, both stacks, sampled softmax, clipping, Adagrad, as in `prelm pretrain`
   ours         the train step
-  torch loop   torch_elmo.py: the same in PyTorch, also under torch.compile if asked
+  torch loop   torch_elmo.py: the same in PyTorch; with --compile also under torch.compile
 
-Each in turn on the same threads, fp32. Needs the extra `test`; without PyTorch ours is timed alone.
+They take turns with the same threads, in fp32. Needs the extra `test`; without PyTorch only ours is timed.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # On a GPU, to leave room for PyTorch.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # Leaves room for PyTorch on a GPU.
 
 import harness
 import jax
@@ -38,7 +38,7 @@ OURS = "ours"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Sizes: the layer is one of the original, the step that of the published small model; a smaller vocabulary."""
+    """Sizes: a layer of the original, a step of the published small model with a smaller vocabulary."""
 
     parts: tuple[Literal["layer", "step"], ...] = ("layer", "step")
     hidden_size: int = 4096
@@ -58,7 +58,7 @@ class Settings:
 
 
 def our_layer(s: Settings) -> Any:
-    """Loss and gradients of both directions, the states zero."""
+    """Loss and gradients of both directions, from zero state."""
     rng, P, E = np.random.default_rng(0), s.projection_size, s.hidden_size
 
     def uniform(*shape: int) -> jax.Array:
@@ -123,7 +123,7 @@ def random_batch(s: Settings) -> dict[str, np.ndarray]:
 
 
 def our_step(s: Settings, config: ELMoConfig, batch: dict[str, np.ndarray]) -> tuple[Any, int, float]:
-    """The step as `prelm_jax.pretrain` makes it; parameters beside the vocabulary's padding; FLOP."""
+    """The train step of `prelm pretrain`, its parameters without the padding of the vocabulary, its FLOPs."""
     model, mesh, optimizer = config.build(), MeshConfig(devices=1).build(), Adagrad(0.2, unroll_steps=s.length)
     layout = {name: "replicated" if name.endswith(("characters", "negatives", "tries")) else "rows" for name in batch}
     with jax.set_mesh(mesh):
@@ -187,7 +187,7 @@ def measure_layer(s: Settings, device: Any) -> dict[str, Any]:
 
 
 def measure_step(s: Settings, device: Any) -> dict[str, Any]:
-    """The figures of one training step."""
+    """The results for a training step."""
     config = ELMoConfig(
         vocab_size=s.vocab_size,
         num_highways=1,

@@ -1,4 +1,4 @@
-"""One pretraining step of GPT-1 beside its peer: forward, backward, clipping, AdamW; tokens per second, MFU, memory.
+"""A pretraining step of GPT-1 against its peer: forward, backward, clipping, AdamW; tokens per second, MFU, memory.
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/gpt_step.py [--hidden-size 256] [--json FILE]
 
@@ -6,8 +6,8 @@ ours               the train step of `prelm pretrain`
 ours, plain loss   the same with the logits of all tokens at once, and their gradient by JAX
 strong torch       torch_gpt.py: fused attention, softmax and optimizer; also under torch.compile
 
-Each in turn on the same random batch without padding, on the same threads, in the same precision. Needs PyTorch;
-without it ours is timed alone. GPT-1's own size, on a GPU, and the same without dropout:
+They take turns on the same random batch without padding, with the same threads and precision. Without PyTorch only
+ours is timed. GPT-1's own size, on a GPU, with and without dropout:
 
     python benchmarks/gpt_step.py --hidden-size 768 --num-layers 12 --length 512 --batch-size 64 --precision bfloat16
     python benchmarks/gpt_step.py … --dropout 0
@@ -33,7 +33,7 @@ PLAIN, TORCH = "ours, plain loss", "strong torch"
 
 @dataclasses.dataclass(frozen=True)
 class Settings(harness.Settings):
-    """Sizes; each hidden size is a measurement of its own."""
+    """Sizes; each hidden size is measured separately."""
 
     hidden_size: tuple[int, ...] = (256,)
     vocab_size: int = 40478
@@ -57,7 +57,7 @@ def random_batch(s: Settings) -> dict[str, np.ndarray]:
 def plain_loss(
     x_BTD: Array, table_VD: Array, targets_BT: Array, weights_BT: Array, vocab_size: int
 ) -> tuple[Array, Array]:
-    """What `tied_cross_entropy` computes by chunks."""
+    """The sums that `tied_cross_entropy` computes in chunks."""
     logits_GV = tied_logits(x_BTD.reshape(-1, x_BTD.shape[-1]), table_VD, vocab_size)
     nll_G, correct_G = cross_entropy(logits_GV, targets_BT.reshape(-1))
     return (nll_G * weights_BT.reshape(-1)).sum(), (correct_G * weights_BT.reshape(-1)).sum()
@@ -79,12 +79,12 @@ def ours(s: Settings, width: int, batch: dict[str, np.ndarray]) -> harness.OurSt
 
 
 def with_plain_loss(s: Settings, width: int, batch: dict[str, np.ndarray]) -> harness.OurStep:
-    """The step of `prelm pretrain`, but for its loss."""
-    by_chunks, gpt.tied_cross_entropy = gpt.tied_cross_entropy, plain_loss
+    """The step of `prelm pretrain` with the plain loss."""
+    in_chunks, gpt.tied_cross_entropy = gpt.tied_cross_entropy, plain_loss
     try:
         return ours(s, width, batch)
     finally:
-        gpt.tied_cross_entropy = by_chunks
+        gpt.tied_cross_entropy = in_chunks
 
 
 def strong_torch(s: Settings, width: int, batch: dict[str, np.ndarray], device: Any, compiled: bool):
@@ -99,7 +99,7 @@ def strong_torch(s: Settings, width: int, batch: dict[str, np.ndarray], device: 
 
 
 def measure(s: Settings, width: int, device: Any) -> dict[str, Any]:
-    """The figures at one hidden size."""
+    """The results at one hidden size."""
     batch = random_batch(s)
     steps = {OURS: ours(s, width, batch), PLAIN: with_plain_loss(s, width, batch)}
     if device is not None:
@@ -110,7 +110,7 @@ def measure(s: Settings, width: int, device: Any) -> dict[str, Any]:
     result = harness.compare(s, FLOP, steps, device, (math.log(s.vocab_size), "ln V"), title)
     for name in (OURS, PLAIN):
         result["rows"][name]["temporary_bytes"] = steps[name].temporaries
-        print(f"{name}: {steps[name].temporaries / 1e6:,.0f} MB beside parameters, moments and batch, by XLA's account")
+        print(f"{name}: {steps[name].temporaries / 1e6:,.0f} MB of temporary arrays, as counted by XLA")
     return result
 
 

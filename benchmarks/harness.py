@@ -1,6 +1,6 @@
-"""What the timings beside peers share: steps that take turns, matmul peaks, a table for people, JSON for machines.
+"""Shared by the comparisons with peers: interleaved timing, matmul peaks, a table for people, JSON for machines.
 
-A contender is a function without arguments that does one step, waits until all of it is done, and returns the loss.
+A contender is a function without arguments that runs one step, waits until it is done, and returns the loss.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # On a GPU, to leave room for PyTorch.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # Leaves room for PyTorch on a GPU.
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-4, 0.01, 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What all train steps are measured under; each hidden size is a measurement of its own."""
+    """Sizes and conditions of all train steps; each hidden size is measured separately."""
 
     hidden_size: tuple[int, ...]
     vocab_size: int
@@ -56,7 +56,7 @@ class Settings:
 
 
 def limit_threads(threads: int) -> None:
-    """As many threads for all contenders. Call it before JAX starts: XLA has a thread for each core it may use."""
+    """Gives all contenders the same threads. Call before JAX starts: XLA has a thread per core that it may use."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     if torch is not None:
@@ -64,7 +64,7 @@ def limit_threads(threads: int) -> None:
 
 
 def torch_device() -> Any:
-    """The device that JAX uses, for PyTorch; None, and a line that says why, where there is no such peer."""
+    """The device of JAX for PyTorch; if PyTorch cannot use it, prints the reason and returns None."""
     wanted = "cpu" if jax.default_backend() == "cpu" else "cuda"
     if torch is None or (wanted == "cuda" and not torch.cuda.is_available()):
         print(f"PyTorch {'is not installed' if torch is None else 'has no GPU here'}: only ours is timed")
@@ -74,7 +74,7 @@ def torch_device() -> Any:
 
 
 class OurStep:
-    """The step as `prelm_jax.pretrain` makes it, ready to run: a contender, whose `temporaries` are bytes."""
+    """The compiled step of `prelm pretrain`, a contender. `temporaries`: bytes of temporary arrays."""
 
     def __init__(self, model: Any, batch: dict[str, np.ndarray]):
         optimizer = AdamW(LEARNING_RATE, 0, 10**6, weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM)
@@ -118,7 +118,7 @@ class TorchStep:
 
 
 def torch_adamw(model: Any) -> Any:
-    """PyTorch's fastest AdamW, without decay on biases and norms."""
+    """The fastest AdamW of PyTorch, without decay on biases and norms."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]
@@ -129,12 +129,12 @@ def torch_adamw(model: Any) -> Any:
 
 
 def to_torch(arrays: dict[str, np.ndarray], device: Any) -> dict[str, Any]:
-    """The integers among the arrays."""
+    """The integer arrays as tensors on the device."""
     return {k: torch.from_numpy(x.astype(np.int64)).to(device) for k, x in arrays.items() if x.dtype == np.int32}
 
 
 def matmuls(dtype: str, device: Any) -> tuple[float, Contenders]:
-    """Square products, to know the peak by: the FLOP of one, and who computes it."""
+    """Square matrix products that show the peak: the FLOPs of one, and the contenders that compute it."""
     n = 2048 if jax.default_backend() == "cpu" else 8192
     x, matmul = jnp.ones((n, n), dtype), jax.jit(jnp.matmul)
     contenders = {"matmul, JAX": lambda: float(matmul(x, x)[0, 0])}
@@ -145,15 +145,15 @@ def matmuls(dtype: str, device: Any) -> tuple[float, Contenders]:
 
 
 def warm_up(contenders: Contenders, optional: set[str], steps: int = 3) -> dict[str, float]:
-    """The loss of each contender's first step; an optional one that cannot run is named in a line and taken out."""
+    """The loss of each contender's first step. Removes and reports an optional contender that cannot run."""
     losses = {}
     for name, step in list(contenders.items()):
         try:
             losses[name] = step()
-        except Exception as error:  # Whatever torch.compile raises where there is no C++ compiler.
+        except Exception as error:  # torch.compile without a C++ compiler, say.
             if name not in optional:
                 raise
-            print(f"{name}: left out, for {(str(error) or type(error).__name__).strip().splitlines()[0]}")
+            print(f"{name} is left out: {(str(error) or type(error).__name__).strip().splitlines()[0]}")
             del contenders[name]
             continue
         for _ in range(steps - 1):
@@ -162,7 +162,7 @@ def warm_up(contenders: Contenders, optional: set[str], steps: int = 3) -> dict[
 
 
 def take_turns(contenders: Contenders, rounds: int, steps: int) -> Times:
-    """Seconds [rounds, steps] of each: A A … B B … in a round, so that what disturbs the machine disturbs all alike."""
+    """Seconds [rounds, steps] of each. A round is A A … B B …, so that disturbances hit all contenders alike."""
     times = {name: np.zeros((rounds, steps)) for name in contenders}
     for r in range(rounds):
         for name, step in contenders.items():
@@ -174,12 +174,12 @@ def take_turns(contenders: Contenders, rounds: int, steps: int) -> Times:
 
 
 def ratio(times: Times, ours: str, peer: str) -> np.ndarray:
-    """How many times as fast ours is: quartiles and median over the rounds, each compared in itself."""
+    """Speed of ours relative to the peer: quartiles and median over the rounds."""
     return np.percentile(np.median(times[peer], 1) / np.median(times[ours], 1), (25, 50, 75))
 
 
 def results(times: Times, ours: str, tokens: int, flops: float, matmul_flops: float) -> dict[str, Any]:
-    """The figures of one setting. Peak: the fastest product of either library; the share of it is the MFU."""
+    """The results of one setting. The peak is the fastest product of either library; MFU is relative to it."""
     peak = max(matmul_flops / t.min() for name, t in times.items() if name.startswith("matmul"))
     rows = {}
     for name, t in times.items():
@@ -194,8 +194,8 @@ def results(times: Times, ours: str, tokens: int, flops: float, matmul_flops: fl
 
 
 def show(title: str, result: dict[str, Any]) -> None:
-    """The figures as a table."""
-    columns = ("", "ms, median", "quartiles", "tokens/s", "GFLOP/s", "of peak", "ours is … × as fast")
+    """Prints the results as a table."""
+    columns = ("", "ms, median", "quartiles", "tokens/s", "GFLOP/s", "of peak", "speed of ours, ×")
     table = Table(*columns, title=title, title_justify="left")
     for name, row in result["rows"].items():
         low, high = (f"{1e3 * x:.4g}" for x in row["quartiles"])
@@ -212,7 +212,7 @@ def show(title: str, result: dict[str, Any]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what this was measured."""
+    """The machine, versions and environment of a measurement."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -235,10 +235,9 @@ def machine() -> dict[str, Any]:
 def compare(
     s: Settings, flop: str, steps: Contenders, device: Any, expected: tuple[float, str], title: str
 ) -> dict[str, Any]:
-    """The figures of a setting: of the steps, `ours` the first of them, beside matrix products.
+    """Times the steps (`ours` first) and matrix products; prints and returns the results.
 
-    Prints them, and ends the program where the steps differ in size or do not start near the loss that chance gives,
-    `expected`: a number, and how it comes about.
+    `expected`: (loss at chance, its formula). Ends the program if the steps differ in parameters or start far from it.
     """
     matmul_flops, contenders = matmuls(s.precision, device)
     contenders |= steps
@@ -262,23 +261,23 @@ def compare(
 
 
 def run(settings: Settings, flop: str, measure: Callable[[Settings, int, Any], dict[str, Any]]) -> None:
-    """The figures at each hidden size, `measure(settings, hidden size, PyTorch's device)`, written as JSON if asked."""
+    """Runs `measure(settings, hidden size, PyTorch's device)` for each hidden size; writes JSON if asked."""
     limit_threads(settings.threads)
     record = {"machine": machine(), "settings": dataclasses.asdict(settings) | {"json": None}, "flop": flop}
-    introduce(record["machine"])
+    print_machine(record["machine"])
     device = torch_device()
     record["results"] = [{"hidden_size": n} | measure(settings, n, device) for n in settings.hidden_size]
     write_json(settings.json, record)
 
 
-def introduce(record: dict[str, Any]) -> None:
-    """The machine, in lines."""
+def print_machine(record: dict[str, Any]) -> None:
+    """Prints the machine, versions and environment."""
     print(f"{record['cpu']}, {record['cores']} cores, device {record['device']}")
     print(", ".join(f"{name} {version}" for name, version in record["versions"].items() if version))
     print(", ".join(f"{name}={value}" for name, value in record["environment"].items() if value) or "plain environment")
 
 
 def write_json(path: Path | None, record: dict[str, Any]) -> None:
-    """The record as JSON, if there is a path for it."""
+    """Writes the record as JSON, if a path is given."""
     if path is not None:
         path.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,10 +1,10 @@
-"""What a run costs beside its steps: real batches, checkpoints, the start.
+"""Costs of a run besides its steps: real batches, checkpoints, startup.
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/overheads.py --corpus 'corpus/*.txt.xz' [--json FILE]
 
-Batches and checkpoints are measured on `experiments/bert.py:mini`, in turns with plain steps on one constant batch; the
-start on `experiments/bert.py:demo`, as its users see it: from the command to the first step, with the vocabulary and
-the token store already made, without and with the compiled programs of an earlier start.
+Batches and checkpoints are measured on `experiments/bert.py:mini`, interleaved with plain steps on one constant batch;
+startup on `experiments/bert.py:demo`, from the command to the first step, with a prepared corpus, without and with the
+compiled programs of an earlier start.
 """
 
 import contextlib
@@ -39,8 +39,8 @@ SAVE_EVERY = 200
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """`rounds`: of five steps on real batches and five plain ones, and a fifth as many of 20 with and without a save;
-    `starts`: how often the command is started cold, and warm."""
+    """`rounds`: rounds of five steps on real batches and five plain ones; a fifth as many, of 20 steps, for saves.
+    `starts`: number of cold and of warm starts."""
 
     corpus: tuple[str, ...]
     rounds: int = 40
@@ -50,7 +50,7 @@ class Settings:
 
 
 class Mini:
-    """The mini experiment, ready to step on whatever batch."""
+    """The mini experiment, ready to run steps on any batch."""
 
     def __init__(self, sources: tuple[str, ...]):
         run = dataclasses.replace(runpy.run_path(str(EXPERIMENTS))["mini"](), corpus=sources)
@@ -69,11 +69,11 @@ class Mini:
         self.seconds(lambda: None, [self.constant] * 3)
 
     def real(self, start: int, stop: int) -> Any:
-        """The batches of a run, from its loader."""
+        """Batches of the run, from its loader."""
         return train.placed_batches(self.batches, start, stop, self.mesh)
 
     def seconds(self, before: Callable[[], Any], batches: Any, after: Callable[[], Any] = lambda: None) -> float:
-        """Of a step on each batch, as in the loop: the host looks at the metrics of the step before."""
+        """Seconds of a step on each batch; as in the loop, the host reads the metrics of the step before."""
         pending = None
         start = time.perf_counter()
         before()
@@ -87,9 +87,9 @@ class Mini:
 
 
 def real_batches(mini: Mini, rounds: int, steps: int = 5) -> dict[str, list[float]]:
-    """Quartiles over rounds of a few steps on a constant batch and as many on real ones, from one loader.
+    """Quartiles over rounds of steps on a constant batch and on real ones from one loader.
 
-    The loader is a few batches ahead and fills up as they are used, so each round bears what its own batches cost.
+    The loader stays a few batches ahead, so each round pays for as many batches as it uses.
     """
     plain, real = [], []
     with contextlib.closing(mini.real(0, (rounds + 1) * steps)) as loader:
@@ -102,7 +102,7 @@ def real_batches(mini: Mini, rounds: int, steps: int = 5) -> dict[str, list[floa
 
 
 def saves(mini: Mini, rounds: int, steps: int = 20) -> dict[str, list[float]]:
-    """Quartiles over rounds of steps without a save, and as many with one that they wait for."""
+    """Quartiles over rounds of steps without a save, and with one that they wait for."""
     plain, saving, blocked = [], [], []
     with (
         tempfile.TemporaryDirectory() as directory,
@@ -125,7 +125,7 @@ def saves(mini: Mini, rounds: int, steps: int = 20) -> dict[str, list[float]]:
 
 
 def start(starts: int) -> dict[str, list[float]]:
-    """Quartiles of the seconds from the command to the report on its first steps, two of a few milliseconds."""
+    """Quartiles of the seconds from the command to its report after two steps of a few milliseconds."""
     with tempfile.TemporaryDirectory() as directory:
         cache = Path(directory) / "cache"
         command = [sys.executable, "-m", "prelm_jax", "pretrain", f"{EXPERIMENTS}:demo", "--steps", "2"]
@@ -166,7 +166,7 @@ def _quartiles(x: np.ndarray) -> list[float]:
 def main(settings: Settings) -> None:
     harness.limit_threads(settings.threads)
     record = {"machine": harness.machine(), "settings": dataclasses.asdict(settings) | {"json": None}}
-    harness.introduce(record["machine"])
+    harness.print_machine(record["machine"])
     record["start"] = start(settings.starts)
     mini = Mini(settings.corpus)
     record["mini"] = real_batches(mini, settings.rounds) | saves(mini, settings.rounds // 5)

@@ -1,9 +1,9 @@
-"""What next-sentence pairs are like: labels, what lengths give away, fill, which sentences an epoch reaches.
+"""Statistics of next-sentence pairs: labels, accuracy from lengths alone, fill, sentences per epoch.
 
     python benchmarks/pairs.py STORE [STORE …]
 
-on the token stores in these directories, and on the first of them cut into documents of three sentences. Beside our
-examples, those of an epoch, stand the ones that google-research/bert (create_pretraining_data.py) would make in a pass.
+Uses the token stores in these directories, and the first of them split into documents of three sentences. Compares our
+examples of an epoch with those of one pass of google-research/bert (create_pretraining_data.py).
 """
 
 import random
@@ -26,8 +26,8 @@ SHORT = 0.1
 
 
 def ours(store: Store, T: int) -> list[float]:
-    """Of the examples of an epoch: labelled random, told by lengths alone, filled places, sentences reached."""
-    # Every token has its position as its id, so that a batch tells where its text is from.
+    """Fractions over an epoch: random pairs, accuracy from lengths alone, filled positions, sentences seen."""
+    # The id of every token is its index in the store, so that a batch shows which sentences it has.
     n = store.num_tokens
     arrays = {name: getattr(store, name) for name in ("sentence_offsets", "document_offsets", "document_bytes")}
     positions = Store(arrays | {"ids": np.arange(n, dtype=np.uint32)}, {})
@@ -51,7 +51,7 @@ def ours(store: Store, T: int) -> list[float]:
 
 
 def originals(store: Store, T: int) -> list[float]:
-    """The same of the original's examples; the sentences that it reaches are not looked at."""
+    """The same for the original's examples, without the sentences."""
     pairs = np.array(list(original_pairs(store, T, random.Random(0))))
     labels, (first, second) = pairs[:, 2], pairs[:, :2].T
     column = np.arange(T)
@@ -66,12 +66,12 @@ def originals(store: Store, T: int) -> list[float]:
 
 
 def original_pairs(store: Store, T: int, rng: random.Random) -> Iterator[tuple[int, int, int]]:
-    """Tokens of A and of B, and the label (1 random), by the original's rules for lengths."""
+    """(tokens of A, tokens of B, 1 if random) by the original's rules for lengths."""
     sizes = np.diff(store.sentence_offsets).tolist()
     documents = [sizes[begin:end] for begin, end in pairwise(store.document_offsets.tolist())]
     room = T - 3
     for document in documents:
-        # One draw for the document; chunks of sentences are as long as that.
+        # One target length per document, for all of its chunks of sentences.
         target = rng.randint(2, room) if rng.random() < SHORT else room
         i = 0
         while i < len(document):
@@ -88,8 +88,8 @@ def original_pairs(store: Store, T: int, rng: random.Random) -> Iterator[tuple[i
                     second += size
                     if second >= target - first:
                         break
-                i = split  # what the random segment stands in for is used again
-            # The longer one is cut, token by token, until both have room.
+                i = split  # The sentences that the random segment replaces are used again.
+            # Truncates the longer segment, token by token, until both fit.
             while first + second > room:
                 first, second = (first - 1, second) if first > second else (first, second - 1)
             yield first, second, label
@@ -102,7 +102,7 @@ def main():
     offsets = np.append(np.arange(0, first.num_sentences, 3), first.num_sentences)
     arrays |= {"document_offsets": offsets, "document_bytes": np.zeros(len(offsets) - 1, np.int64)}
     stores["the first, in documents of three sentences"] = Store(arrays, {})
-    columns = ("T", "examples of", "labelled random", "told by lengths", "filled", "sentences reached")
+    columns = ("T", "examples of", "random pairs", "accuracy from lengths", "filled", "sentences seen")
     for name, store in stores.items():
         table = Table(*columns, title=f"{name}: {store.num_documents:,} documents", title_justify="left")
         for T in (128, 512):

@@ -1,8 +1,8 @@
-"""The table of tpu/README.md: `prelm plan` for each experiment and slice; every row is a compile of some minutes.
+"""Writes the table of tpu/README.md: `prelm plan` for each experiment and slice, some minutes per row.
 
     python benchmarks/plans.py [--only v5e:4x4]
 
-Rows whose name or slice holds `--only` are made anew, the others stay. Needs the extra `tpu`, and no TPU.
+Updates the rows whose name or slice contains `--only`. Needs the extra `tpu`, but no TPU.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ import tyro
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "tpu" / "README.md"
-BEGIN, END = "<!-- made by benchmarks/plans.py -->\n", "<!-- end -->"
+BEGIN, END = "<!-- written by benchmarks/plans.py -->\n", "<!-- end -->"
 
-# Name, experiment, slice, options. Default batches, but for the row with as many rows a chip on 16 times the chips.
+# Name, experiment, slice, options. Default batch sizes, except on 256 chips: as many rows per chip as on 16.
 WIDE = ("--batch-size", "512")
 PLANS = (
     ("BERT base, T=128", "bert.py:base", "v5e:4x4", ()),
@@ -42,13 +42,13 @@ PLANS = (
 COLUMNS = (
     "run",
     "slice",
-    "rows a chip",
-    "HBM of a chip, GiB",
-    "ms at least: compute, memory, links",
+    "rows per chip",
+    "HBM per chip, GiB",
+    "ms, at least: compute, memory, links",
     "bound by",
-    "MFU at most (by all bytes)",
-    "tokens/s at most",
-    "hours at least",
+    "MFU, at most (by all bytes)",
+    "tokens/s, at most",
+    "hours, at least",
     "compiled in",
 )
 HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
@@ -56,7 +56,7 @@ HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Which rows to make."""
+    """Which rows to update."""
 
     only: str = ""
 
@@ -81,7 +81,7 @@ def row(name: str, topology: str, plan: dict[str, Any]) -> str:
 
 
 def main(settings: Settings) -> None:
-    """Makes the rows, and writes the table after each."""
+    """Computes the rows and writes the table after each."""
     for number, (name, experiment, topology, options) in enumerate(PLANS):
         if settings.only not in f"{name} {topology}":
             continue
@@ -89,17 +89,17 @@ def main(settings: Settings) -> None:
         done = subprocess.run([*command, "--json", *options], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)} failed")
-        made = row(name, topology, json.loads(done.stdout))
-        print(made, end="", flush=True)
-        write(number, made)
+        line = row(name, topology, json.loads(done.stdout))
+        print(line, end="", flush=True)
+        write(number, line)
 
 
-def write(number: int, made: str) -> None:
-    """Puts the row of that number into the table, which has the others already or is made from the first on."""
+def write(number: int, line: str) -> None:
+    """Replaces one row of the table; a missing table is filled from the first row on."""
     before, table, after = re.split(f"{BEGIN}|{END}", README.read_text())
     rows = table.removeprefix(HEADER).splitlines(keepends=True)
     rows += [""] * (len(PLANS) - len(rows))
-    rows[number] = made
+    rows[number] = line
     README.write_text(f"{before}{BEGIN}{HEADER}{''.join(rows)}{END}{after}")
 
 

@@ -1,11 +1,11 @@
-"""How long a corpus takes from files to the token store, in how much memory, and how large the store is.
+"""Time, memory and size of the token store when a corpus is prepared.
 
     python benchmarks/prepare.py --corpus 'corpus/*.txt.xz' [--twice] [--kills N] [--json FILE]
 
-runs `prelm prepare` on `experiments/bert.py:base`, with a cache of its own: first the vocabulary is learnt, then shards
-are tokenised, then put together. Memory is the proportional set size (PSS) of the command and all its processes
-together, sampled five times a second. `--twice`: also of the corpus given twice. `--kills`: the command is also killed
-with all its processes so often, at random moments of the tokenising, and run to the end; the stores must be the same.
+Runs `prelm prepare` on `experiments/bert.py:base` with an empty cache: it trains the vocabulary, tokenizes shards and
+joins them. Memory is the proportional set size (PSS) of the command and all its processes, sampled five times a second.
+`--twice` also measures the corpus given twice. `--kills` kills the command and its processes at random moments of
+tokenization, resumes it to the end, and compares the stores.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ EXPERIMENT = Path(__file__).parents[1] / "experiments" / "bert.py"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """`vocabulary`: a vocab.txt to take instead of learning one. `threads`: cores to use."""
+    """`vocabulary`: a vocab.txt to use instead of training one. `threads`: cores to use."""
 
     corpus: tuple[str, ...]
     vocabulary: Path | None = None
@@ -41,7 +41,7 @@ class Settings:
 
 @dataclasses.dataclass
 class Measured:
-    """Seconds of the two phases and of all processors; bytes of memory at the most in each, of text and of store."""
+    """Seconds of the two phases and of all processors; peak memory of each, size of text and store, in bytes."""
 
     vocabulary_seconds: float
     store_seconds: float
@@ -66,12 +66,12 @@ class Command:
 
     @property
     def shards(self) -> int | None:
-        """How many there are; None before the first phase is over."""
+        """The number of finished shards; None during the first phase."""
         partial = list(self.cache.glob("stores/*.partial"))
         return len(list(partial[0].glob("*.npz"))) if partial else None
 
     def memory(self) -> int:
-        """Of all processes of the session, in bytes."""
+        """Bytes of all processes of the session."""
         return sum(map(_memory, _session(self.process.pid)))
 
     def finish(self) -> None:
@@ -86,7 +86,7 @@ class Command:
 def _session(session: int) -> list[int]:
     found = []
     for process in filter(str.isdecimal, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # It may have ended.
+        with contextlib.suppress(OSError):  # The process may have ended.
             fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
             if int(fields[3]) == session:
                 found.append(int(process))
@@ -125,15 +125,15 @@ def measure(settings: Settings, sources: tuple[str, ...], cache: Path) -> Measur
     store = sum(path.stat().st_size for path in cache.glob("stores/*/*/*"))
     measured = Measured(began - start, end - began, processor, *peaks, text, store)
     print(
-        f"{text / 1e6:.0f} MB of text, {tokens:,} tokens: {end - start:.0f} s, of them {began - start:.0f} s until the "
-        f"vocabulary was there, {processor:.0f} s of processors; memory at the most {peaks[0] / 1e6:.0f} MB, then "
-        f"{peaks[1] / 1e6:.0f} MB; store {store / text:.2f} × the text"
+        f"{text / 1e6:.0f} MB of text, {tokens:,} tokens: {began - start:.0f} s for the vocabulary, "
+        f"{end - began:.0f} s for the store, {processor:.0f} s of processors; "
+        f"peak memory {peaks[0] / 1e6:.0f} MB, then {peaks[1] / 1e6:.0f} MB; store {store / text:.2f} × the text"
     )
     return measured
 
 
 def killed(settings: Settings, cache: Path) -> None:
-    """The vocabulary may be there already; the store must not."""
+    """Kills the preparation of the store and resumes it to the end; `cache` has no store yet."""
     rng = random.Random(0)
     for _ in range(settings.kills):
         command = Command(settings, settings.corpus, cache)
@@ -154,16 +154,16 @@ def content(cache: Path) -> dict[str, str]:
 
 def main(settings: Settings) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings.threads])
-    with tempfile.TemporaryDirectory() as place:
-        once = Path(place) / "once"
+    with tempfile.TemporaryDirectory() as folder:
+        once = Path(folder) / "once"
         found = {"once": measure(settings, settings.corpus, once)}
         if settings.kills:
-            again = Path(place) / "killed"
+            again = Path(folder) / "killed"
             killed(settings, again)
             same = content(once) == content(again)
-            print(f"killed {settings.kills} times and run again: {'the same store' if same else 'ANOTHER STORE'}")
+            print(f"killed {settings.kills} times and resumed: {'the same store' if same else 'A DIFFERENT STORE'}")
         if settings.twice:
-            found["twice"] = measure(settings, settings.corpus * 2, Path(place) / "twice")
+            found["twice"] = measure(settings, settings.corpus * 2, Path(folder) / "twice")
     if settings.json:
         settings.json.write_text(
             json.dumps({name: dataclasses.asdict(m) for name, m in found.items()}, indent=1) + "\n"

@@ -1,4 +1,4 @@
-"""BERT in PyTorch as someone would write it who wants it fast: the strong peer of `bert_step.py`.
+"""BERT in PyTorch, written for speed: the strong peer of `bert_step.py`.
 
 Queries, keys and values in one product, PyTorch's own attention, only the masked positions before the output layer.
 """
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each with dropout, residual and norm after it."""
+    """Attention and feed-forward, each followed by dropout, residual and norm."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -28,7 +28,7 @@ class Block(nn.Module):
 
 
 class TorchBert(nn.Module):
-    """The loss of masked-LM and next-sentence prediction, in training; heads of 64, feed-forward of 4 × width."""
+    """Training loss of masked-LM and next-sentence prediction; heads of 64, feed-forward of 4 × width."""
 
     def __init__(self, vocab_size: int, width: int, layers: int, positions: int, dropout: float):
         super().__init__()

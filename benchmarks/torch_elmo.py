@@ -1,7 +1,7 @@
-"""ELMo in PyTorch, as bilm-tf has it: the peer of `elmo_step.py`.
+"""ELMo in PyTorch, after bilm-tf: the peer of `elmo_step.py`.
 
-Each distinct word of a batch is encoded once, both stacks clip cell and projection (so that a Python loop goes over the
-steps: nn.LSTM cannot), and the softmax is over the targets and shared negatives.
+Encodes each distinct word of a batch once, clips cell and projection in both stacks (in a Python loop over positions,
+because nn.LSTM cannot clip), and takes the softmax over the targets and shared negatives.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Encoder(nn.Module):
-    """Words [U, P] from the ids of their characters [U, C]."""
+    """Word vectors [U, P] from character ids [U, C]."""
 
     def __init__(self, filters: tuple[tuple[int, int], ...], width: int, highways: int, projection: int):
         super().__init__()
@@ -39,7 +39,7 @@ class Encoder(nn.Module):
 
 
 class Layer(nn.Module):
-    """One LSTM layer over [T, B, P], from a state (cell, hidden); the products with the input before the loop."""
+    """An LSTM layer over [T, B, P] from a state (cell, hidden); the input is projected before the loop."""
 
     def __init__(self, projection: int, hidden: int, clip: float):
         super().__init__()
@@ -62,7 +62,7 @@ class Layer(nn.Module):
 
 
 class TorchELMo(nn.Module):
-    """The loss of a training step; the states stay with the model."""
+    """Training loss; the model keeps its states from step to step."""
 
     def __init__(self, config, rows: int):
         super().__init__()
@@ -99,7 +99,7 @@ class TorchELMo(nn.Module):
         return total
 
     def sampled(self, x_GP: Tensor, targets_G: Tensor, negatives_S: Tensor, tries: Tensor) -> Tensor:
-        """As tf.nn.sampled_softmax_loss, its mean."""
+        """The mean of tf.nn.sampled_softmax_loss."""
 
         def bias(ids: Tensor) -> Tensor:
             probabilities = torch.log1p(1 / (ids + 1)) / math.log1p(self.config.vocab_size)

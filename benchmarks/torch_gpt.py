@@ -1,7 +1,7 @@
-"""GPT-1 in PyTorch as someone would write it who wants it fast: the strong peer of `gpt_step.py`.
+"""GPT-1 in PyTorch, written for speed: the strong peer of `gpt_step.py`.
 
-Queries, keys and values in one product, PyTorch's own causal attention, a vocabulary table of a multiple of 128 rows;
-as in most such programs the rows past the vocabulary take part in the softmax.
+Queries, keys and values in one product, PyTorch's causal attention, a vocabulary table padded to a multiple of 128
+rows. As in most such programs, the padding takes part in the softmax.
 """
 
 import math
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each with dropout, residual and norm after it."""
+    """Attention and feed-forward, each followed by dropout, residual and norm."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class TorchGPT(nn.Module):
-    """The loss of predicting the next token, in training; heads of 64, feed-forward of 4 × width."""
+    """Training loss of next-token prediction; heads of 64, feed-forward of 4 × width."""
 
     def __init__(self, vocab_size: int, width: int, layers: int, positions: int, dropout: float):
         super().__init__()

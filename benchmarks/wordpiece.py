@@ -1,12 +1,11 @@
-"""How fast WordPiece is on one core beside the `tokenizers` library, and whether the ids are the same.
+"""Speed of WordPiece on one core against the `tokenizers` library; --check compares the ids instead.
 
     python benchmarks/wordpiece.py VOCAB.txt SPEC [--megabytes 20] [--cased] [--check]
 
-The sentences of a corpus are encoded block by block, by everyone in turn, so that what disturbs the machine disturbs
-all alike. In the first pass nothing is known at the beginning, as when a corpus is prepared; the second reads the same
-text again. Measured is the processor time of one thread. `encode_batch_fast` is the library's way without offsets. A
-ratio is that of a whole pass, with the quartiles over its blocks. With `--check` nothing is timed: the ids of the whole
-corpus are compared.
+All tokenizers take turns on each block of sentences, so that disturbances hit them alike. The first pass starts with
+empty caches, as when a corpus is prepared; the second reads the same text again. Measures the processor time of one
+thread. `encode_batch_fast` is the library's method without offsets. A ratio is over a whole pass, its quartiles over
+the blocks. `--check` times nothing and compares the ids of the whole corpus.
 """
 
 import itertools
@@ -34,7 +33,7 @@ BLOCK_BYTES = 1_000_000
 
 
 def blocks(spec: str) -> Iterator[tuple[list[str], int]]:
-    """The sentences of a corpus, so many at a time, and their bytes."""
+    """The sentences of a corpus in blocks of about BLOCK_BYTES, and the bytes of each block."""
     texts, size = [], 0
     for document in Corpus((spec,)).documents():
         sentences = split(document.text, document.sentences)
@@ -48,7 +47,7 @@ def blocks(spec: str) -> Iterator[tuple[list[str], int]]:
 
 
 def library(vocab: Path, lowercase: bool) -> Tokenizer:
-    """BERT's tokenizer as the library has it; the names of special tokens are text to it."""
+    """The library's BERT tokenizer, which encodes the names of special tokens as text."""
     tokenizer = Tokenizer(models.WordPiece.from_file(str(vocab), unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -56,7 +55,7 @@ def library(vocab: Path, lowercase: bool) -> Tokenizer:
 
 
 def compare(spec: str, ours: WordPiece, peer: Tokenizer) -> None:
-    """Counts the sentences whose ids are not the same."""
+    """Counts the sentences with different ids."""
     differing = total = 0
     for texts, _ in blocks(spec):
         expected = [encoding.ids for encoding in peer.encode_batch_fast(texts)]

@@ -21,6 +21,7 @@ from prelm_jax.formats.transfer import initial_params
 from prelm_jax.loading import load, load_checkpoint
 from prelm_jax.report import Summary
 from prelm_jax.run import Run, RunRecord
+from prelm_jax.storage import is_remote
 from prelm_jax.tokenizers import build as tokenizers
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.train import placed_batches, train
@@ -63,6 +64,8 @@ def pretrain(run: Run, workdir: str | os.PathLike) -> Summary:
         pretrain(experiments.bert.demo(), "runs/bert-demo")
     """
     directory = WorkDir(workdir)
+    if run.loop.profile and is_remote(directory.path):
+        raise InputError(f"--profile {run.loop.profile}: traces are written to local directories only: {workdir}")
     corpus, tokenizer, training, held_out = prepare(run)
     run = dataclasses.replace(run, model=_with_vocabulary(run.model, tokenizer))
     model = run.model.build(jnp.dtype(run.precision))

@@ -26,8 +26,7 @@ Config = TypeVar("Config")
 class Run:
     """An experiment. The same Run on the same mesh, devices and library versions gives the same model, bit for bit."""
 
-    # Text to train on: files, globs, python-docs or tfds:NAME, options after commas (docs/corpora.md).
-    corpus: tuple[str, ...]
+    corpus: tuple[str, ...]  # Text to train on: files, globs, python-docs or tfds:NAME (see docs/corpora.md).
     tokenizer: Any
     model: Any
     data: Any

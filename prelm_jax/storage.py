@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast, overload
 
-import zstandard
-
 from prelm_jax.errors import InputError
 
 # ---- Paths -----------------------------------------------------------------------------------------------------------
@@ -75,7 +73,7 @@ def opened(path: str | os.PathLike) -> Iterator[io.BufferedReader]:
     try:
         with reachable(path).open("rb") as file:
             yield file
-    except (EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path} is damaged ({error}): copy or download it again") from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error

@@ -3,7 +3,7 @@
 import collections
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +39,28 @@ def private_cache(tmp_path_factory) -> Iterator[None]:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRELM_CACHE", str(cache))
+        yield
+
+
+@pytest.fixture(scope="module")
+def shared_programs() -> Iterator[None]:
+    """Runs of equal configurations in a module share their traced and compiled programs, for these are pure."""
+    from prelm_jax.training import loop
+
+    def shared(make: Callable) -> Callable:
+        made = {}
+
+        def get(*args: object) -> object:
+            key = repr(args)
+            if key not in made:
+                made[key] = make(*args)
+            return made[key]
+
+        return get
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("abstract_state", "make_train_step", "make_evaluate"):
+            patch.setattr(loop, name, shared(getattr(loop, name)))
         yield
 
 

@@ -32,6 +32,15 @@ from prelm_jax.training.optimizer import Adagrad, AdamW
 from prelm_jax.training.parameters import path_name
 from prelm_jax.training.sharding import MeshConfig
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+# For tests of what all families share.
+bert_else_slow = pytest.mark.parametrize(
+    "run",
+    [family if family == "bert" else pytest.param(family, marks=pytest.mark.slow) for family in tiny.FAMILIES],
+    indirect=True,
+    scope="module",
+)
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> str:
@@ -90,6 +99,7 @@ def test_resumed_equals_uninterrupted(run, uninterrupted, tmp_path, at):
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["10", "12"]
 
 
+@bert_else_slow
 def test_sigterm_saves_and_the_same_command_goes_on(run, uninterrupted, tmp_path):
     workdir = tmp_path / "stopped"
     terminate = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
@@ -100,6 +110,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(run, uninterrupted, tmp_path
     assert_same_bits(workdir, uninterrupted)
 
 
+@bert_else_slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run, uninterrupted, tmp_path, capsys):
     workdir = tmp_path / "damaged"
     pretrain(dataclasses.replace(run, loop=dataclasses.replace(run.loop, steps=10, evaluate_every=12)), workdir)
@@ -113,6 +124,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run, uninterrupte
     assert_same_bits(workdir, uninterrupted)
 
 
+@bert_else_slow
 def test_circumstances_may_change(run, tmp_path):
     """More steps, another mesh, a corpus that moved: the run goes on."""
     workdir = tmp_path / "run"
@@ -152,6 +164,7 @@ def test_another_identity_is_refused_with_the_fields(run, uninterrupted, tmp_pat
         pretrain(dataclasses.replace(run, corpus=(str(other),)), uninterrupted)
 
 
+@bert_else_slow
 def test_a_nan_stops_the_run_and_is_not_kept(run, tmp_path):
     workdir = tmp_path / "run"
     optimizer = dataclasses.replace(run.optimizer, learning_rate=1e30)
@@ -164,6 +177,7 @@ def test_a_nan_stops_the_run_and_is_not_kept(run, tmp_path):
         assert np.isfinite(leaf).all()
 
 
+@bert_else_slow
 def test_two_runs_write_the_same_metrics(run, uninterrupted, tmp_path):
     pretrain(run, tmp_path / "again")
     assert_same_bits(tmp_path / "again", uninterrupted)
@@ -361,6 +375,7 @@ def test_bfloat16_is_close_to_float32(run, uninterrupted, tmp_path):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"float32", "int32"}
 
 
+@bert_else_slow
 def test_a_profile_is_written_on_request(run, tmp_path):
     pretrain(dataclasses.replace(run, loop=dataclasses.replace(run.loop, profile=1)), tmp_path / "run")
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))

@@ -1,6 +1,6 @@
-"""What only processes of their own can show: kill -9, a full disk, several processes that train one model.
+"""Tests that need separate processes: kill -9, a full disk, several processes that train one model.
 
-PRELM_KILLS says how often a run is killed; with PRELM_LAYOUTS a run moves through more layouts of its devices.
+PRELM_KILLS sets the number of kills of a run; PRELM_LAYOUTS=1 moves a run through more layouts of its devices.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ KILLS = int(os.environ.get("PRELM_KILLS", "3"))
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
-    """`launch(workdir, *options, **environment)` starts `prelm pretrain` on a tiny experiment, BERT's unless said."""
+    """`launch(workdir, *options, family="bert", **environment)` starts `prelm pretrain` on a tiny experiment."""
     corpus = tmp_path_factory.mktemp("corpus") / "corpus.txt"
     corpus.write_text(text(seed=0))
     running = []
@@ -53,7 +53,7 @@ def launch(tmp_path_factory):
 
 
 def finish(*processes: subprocess.Popen) -> list[str]:
-    """Waits for success; what each printed."""
+    """Waits until all processes succeed; returns their outputs."""
     outputs = [process.communicate(timeout=300) for process in processes]
     for process, (_, err) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, err
@@ -61,7 +61,7 @@ def finish(*processes: subprocess.Popen) -> list[str]:
 
 
 def wait_for_step(process: subprocess.Popen, reports: int = 1) -> None:
-    """Waits until the process has reported on its training so many times."""
+    """Waits until the process has printed this many lines about its training."""
     for line in process.stderr:
         reports -= line.startswith("train: ")
         if reports == 0:
@@ -69,12 +69,20 @@ def wait_for_step(process: subprocess.Popen, reports: int = 1) -> None:
     pytest.fail(f"the process ended with {process.wait()} before it trained")
 
 
-@pytest.mark.parametrize(("family", "kills"), [("bert", KILLS), ("openai-gpt", 1), ("elmo", 1)])
-def test_killed_at_random_moments_equals_undisturbed(launch, tmp_path, family, kills):
-    """Before the first step, between steps, during saves: a save is under way during most of the steps."""
+@pytest.mark.parametrize(
+    ("family", "kills"),
+    [
+        ("bert", 1),
+        pytest.param("bert", KILLS, marks=pytest.mark.slow),
+        pytest.param("openai-gpt", 1, marks=pytest.mark.slow),
+        pytest.param("elmo", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_run_equals_uninterrupted(launch, tmp_path, family, kills):
+    """Kills at random moments: before the first step, between steps, during saves (most steps overlap a save)."""
     launch = functools.partial(launch, family=family)
     options = ("--steps", 100 * (kills + 1), "--save-every", 10, "--log-every", 5, "--evaluate-every", 50)
-    finish(launch(tmp_path / "undisturbed", *options))
+    finish(launch(tmp_path / "uninterrupted", *options))
     rng = random.Random(0)
     checkpoints = tmp_path / "killed" / "checkpoints"
     during_saves = 0
@@ -82,7 +90,7 @@ def test_killed_at_random_moments_equals_undisturbed(launch, tmp_path, family, k
         process = launch(tmp_path / "killed", *options)
         if kill % 3 < 2:
             wait_for_step(process, rng.randint(1, 8))
-        # In every third kill any moment from the start of Python on; else within a step or a save.
+        # Every third kill comes at any moment after the start of Python; the others within a step or a save.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=rng.uniform(0, 5) if kill % 3 == 2 else rng.uniform(0, 0.05))
         while kill % 3 == 0 and not list(checkpoints.glob("*tmp*")):
@@ -92,23 +100,24 @@ def test_killed_at_random_moments_equals_undisturbed(launch, tmp_path, family, k
         during_saves += bool(list(checkpoints.glob("*tmp*")))
     assert during_saves
     finish(launch(tmp_path / "killed", *options))
-    assert_same_bits(tmp_path / "killed", tmp_path / "undisturbed")
+    assert_same_bits(tmp_path / "killed", tmp_path / "uninterrupted")
 
 
-def test_a_full_disk_is_named_and_the_last_checkpoint_stays(launch, tmp_path):
+@pytest.mark.slow
+def test_full_disk(launch, tmp_path):
+    """The error names the checkpoint, the previous one stays, and the run resumes when there is room."""
     options = ("--model.hidden-size", 128, "--model.intermediate-size", 512, "--evaluate-every", 5)
-    finish(launch(tmp_path / "undisturbed", *options))
+    finish(launch(tmp_path / "uninterrupted", *options))
     finish(launch(tmp_path / "filled", *options, "--steps", 10))
-    process = launch(tmp_path / "filled", *options, limit=200_000)  # Bytes of a file; a checkpoint has larger ones.
+    process = launch(tmp_path / "filled", *options, limit=200_000)  # Bytes per file; a checkpoint has larger files.
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1, err
     line = err.splitlines()[-1]
-    assert line.startswith(f"prelm: cannot write the checkpoint {tmp_path}/filled/checkpoints/12 (")
-    assert "File too large" in line
+    assert line.startswith("prelm: ") and f"{tmp_path}/filled/checkpoints/12" in line and "File too large" in line
     assert "Traceback" not in err
     assert (tmp_path / "filled" / "checkpoints" / "10").is_dir()
     finish(launch(tmp_path / "filled", *options))
-    assert_same_bits(tmp_path / "filled", tmp_path / "undisturbed")
+    assert_same_bits(tmp_path / "filled", tmp_path / "uninterrupted")
 
 
 # Several processes
@@ -116,7 +125,7 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(launch, tmp_path):
 
 @pytest.fixture
 def launch_many(launch):
-    """`launch_many(workdir, processes, devices, *options, …)`: that many processes, of that many devices each."""
+    """`launch_many(workdir, processes, devices, *options, …)` starts processes with this number of devices each."""
 
     def launch_many(workdir: Path, processes: int, devices: int, *options: object, **more: object):
         options = (*options, "--mesh.devices", "None", "--log-every", 1)
@@ -131,13 +140,14 @@ def launch_many(launch):
     return launch_many
 
 
-# Processes and devices of each; between two of them the run is stopped by a SIGTERM, which one process is told.
+# (processes, devices per process). A SIGTERM to one process stops the run between two layouts.
 LAYOUTS = [(2, 4), (1, 8)]
 if os.environ.get("PRELM_LAYOUTS"):
     LAYOUTS = [(4, 2), (2, 4), (1, 8), (1, 4)]
 
 
-def test_stopped_and_resumed_on_other_processes_equals_uninterrupted(launch_many, tmp_path):
+@pytest.mark.slow
+def test_resumed_on_other_layouts_equals_uninterrupted(launch_many, tmp_path):
     *stopped, last = LAYOUTS
     for layout in stopped:
         processes = launch_many(tmp_path / "moved", *layout, "--steps", 500)
@@ -158,20 +168,22 @@ def test_stopped_and_resumed_on_other_processes_equals_uninterrupted(launch_many
     assert_close(moved, uninterrupted)
 
 
-@pytest.mark.parametrize(("index", "missing"), [(0, "process 1 did not come to"), (1, "process 0 did not answer at")])
-def test_a_process_without_its_peers_ends_in_time_and_names_them(launch, tmp_path, free_port, index, missing):
+@pytest.mark.parametrize(("index", "missing"), [(0, "process 1"), (1, "process 0")])
+def test_missing_peers_are_named_in_time(launch, tmp_path, free_port, index, missing):
     cluster = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port}", "JAX_NUM_PROCESSES": 2, "JAX_PROCESS_ID": index}
     process = launch(tmp_path / "run", **cluster, PRELM_JOIN_SECONDS=0.5)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1
     (line,) = err.splitlines()
-    assert line.startswith(f"prelm: process {index} of 2: {missing} localhost:{free_port} in time")
+    assert line.startswith(f"prelm: process {index} of 2: {missing}") and f"localhost:{free_port}" in line
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["bert", *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES if family != "bert")]
+)
 def test_stopped_on_one_process_and_resumed_on_two(launch_many, tmp_path, family):
-    """With parameters and moments in shares, half of them on each process."""
+    """With sharded parameters and moments, half of the shards on each process."""
     launch_many = functools.partial(launch_many, family=family)
     options = ("--mesh.parameters", "fsdp", "--steps")
     for workdir, steps in [("two", 10), ("one", 20)]:
@@ -186,6 +198,6 @@ def losses(workdir: Path) -> list[float]:
 
 
 def assert_close(found: list[float], reference: list[float]) -> None:
-    """As far as another order of summation reaches: it differs between processes and within one."""
+    """Up to the order of summation, which differs between one process and several."""
     np.testing.assert_allclose(found[0], reference[0], rtol=1e-6)
     np.testing.assert_allclose(found[:20], reference[:20], rtol=1e-4)

@@ -11,9 +11,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from prelm_jax.cli.options import Choice, Chosen, suggestion
 from prelm_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from prelm_jax.run import Run
 
 ADVICE = """\
 Every field of the experiment is an option. To change the class of its model, tokenizer, data or optimizer, edit a copy:
@@ -65,11 +69,15 @@ def docstrings(file: Path) -> dict[str, str]:
     return found
 
 
-def choose(reference: str) -> Chosen:
-    """Executes the file of an experiment and calls its function.
+def load_run(reference: str) -> tuple[str, "Run", str]:
+    """Executes the file of an experiment and calls its function: the name of the run, the Run, and a description.
 
-    Raises InputError for every mistake in the reference or the file, naming both and, in the file, the line.
+    Raises InputError for every mistake in the reference or in the file, naming the line.
+
+        load_run("bert:base_512")[0] is "bert-base-512"
     """
+    from prelm_jax.run import Run
+
     file, name = reference.rsplit(":", 1) if ":" in reference else (reference, "")
     path = Path(file) if file.endswith(".py") or Path(file).exists() else _shipped_file(file)
     if not path.is_file():
@@ -83,14 +91,12 @@ def choose(reference: str) -> Chosen:
         mistake = f"has no experiment {name!r}.{suggestion(name, functions)}" if name else "holds several experiments."
         raise InputError(f"{file} {mistake} It holds {known}.")
     function = functions[name]
-    from prelm_jax.run import Run
-
     with _one_line_errors(path):
         run = function()
     if not isinstance(run, Run):
         raise InputError(f"{reference} returns {type(run).__name__}: an experiment must return a Run.")
     description = f"{reference}: {inspect.getdoc(function) or 'no docstring.'}\n\n{ADVICE.format(file=path.name)}"
-    return Chosen(f"{path.stem}-{name}".replace("_", "-"), run, description)
+    return f"{path.stem}-{name}".replace("_", "-"), run, description
 
 
 def catalog() -> str:
@@ -107,7 +113,7 @@ EXPERIMENT = Choice(
     name="experiment",
     help="Name of an experiment, or FILE.py:NAME: a function without arguments that returns a Run. Followed by --help, "
     "its description and its options, one for each field of the Run.",
-    choose=choose,
+    choose=lambda reference: Chosen(*load_run(reference)),
     catalog=catalog,
     placeholder="FILE-NAME",
 )
@@ -143,12 +149,19 @@ def _functions(path: Path) -> dict[str, Callable[[], object]]:
 
 
 def _execute(path: Path) -> ModuleType:
-    """The module of a file. It is in `sys.modules`, where tyro finds the comments behind the fields of its classes."""
+    """The module of a file.
+
+    It is in `sys.modules`, where tyro finds the comments behind the fields of its classes. Worker processes cannot
+    import it: they receive its objects by value.
+    """
+    import cloudpickle
+
     name = f"prelm_experiments_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    cloudpickle.register_pickle_by_value(module)
     with _one_line_errors(path):
         spec.loader.exec_module(module)
     return module

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from prelm_jax.cli.experiments import EXPERIMENT, choose
+from prelm_jax.cli.experiments import EXPERIMENT, load_run
 from prelm_jax.cli.options import AnyPath, Positional, Remainder, Step
 from prelm_jax.errors import InputError
 from prelm_jax.storage import is_remote
@@ -61,7 +61,7 @@ def evaluate(
 
     experiment = None
     if workdir is not None:
-        experiment = choose(model).value
+        _, experiment, _ = load_run(model)
     elif ":" in model and not is_remote(model):
         raise InputError(f"evaluate {model}: --workdir must be given, the directory of that experiment's run.")
     cache_compiled_programs()

@@ -37,7 +37,7 @@ from prelm_jax.storage import opened
 
 Side = Literal["training", "held_out"]
 
-READING_VERSION = 2  # Raise it when the same files would give other documents.
+VERSION = 2  # Raise it when the same files would give other documents.
 SHARD_CHARACTERS = 1 << 23
 
 
@@ -167,7 +167,7 @@ class Corpus:
         Hashes of contents are memoized in the cache directory by path, size and modification time.
         """
         contents = [[source.spec.identity(), _contents_digest(files)] for source, files in self._files]
-        return digest([READING_VERSION, self.held_out, self.deduplicate, self.errors, contents])
+        return digest([VERSION, self.held_out, self.deduplicate, self.errors, contents])
 
     @functools.cached_property
     def _files(self) -> list[tuple[Source, list[File]]]:

@@ -46,7 +46,7 @@ MakeShards = Callable[[Corpus, Tokenizer, Path], None]  # Writes the missing sha
 
 
 class OpenVocabulary(Tokenizer, Protocol):
-    """A tokenizer whose unknown words get ids of their own in the store."""
+    """A tokenizer whose unknown words have ids of their own in the store."""
 
     def number_flat(self, texts: list[str], numbers: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
         """As `encode_flat`, with ids from `numbers`, to which new words are added."""
@@ -133,7 +133,7 @@ def _tokenize(shard: Shard, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, n
         if tokenizer.unknown_id is not None:
             unknown |= ids == tokenizer.unknown_id
         document_Y = np.repeat(np.arange(len(batch)), list(map(len, sentences)))
-        bytes_X, words_X, longest_X = _measure(batch)
+        bytes_X, words_X, longest_X = np.array(list(map(_measure, batch)), np.int64).reshape(-1, 3).T
         for side in SIDES:
             # Sides t h t, sentences per document 2 1 1, tokens per sentence 3 0 2 1: the training side keeps tokens
             # 0 1 2 and 5, in sentences of 3 1 tokens, in documents of 1 1 sentences.
@@ -175,17 +175,10 @@ def _batches(shard: Shard, corpus: Corpus) -> Iterator[list[Document]]:
     yield batch
 
 
-def _measure(batch: list[Document]) -> np.ndarray:
-    """int64 [3, X]: UTF-8 bytes and words of each original, characters of the longest run without white space."""
-    measures = (
-        (
-            len(document.original.encode()),
-            count_words(document.original),
-            max(map(len, document.text.split()), default=0),
-        )
-        for document in batch
-    )
-    return np.array(list(measures), np.int64).reshape(-1, 3).T
+def _measure(document: Document) -> tuple[int, int, int]:
+    """UTF-8 bytes and words of the original, and characters of the longest run without white space."""
+    longest = max(map(len, document.text.split()), default=0)
+    return len(document.original.encode()), count_words(document.original), longest
 
 
 def count_words(text: str) -> int:
@@ -193,9 +186,8 @@ def count_words(text: str) -> int:
 
     Independent of tokenizers, so that "words seen" compares runs. Example: `count_words("It's 2024年 now") == 4`.
     """
-    if text.isascii() or not _IDEOGRAPH.search(text):
-        return len(text.split())
-    return len(_IDEOGRAPH.sub(r" \g<0> ", text).split())
+    rest, ideographs = _IDEOGRAPH.subn(" ", text)
+    return ideographs + len(rest.split())
 
 
 def _id_dtype(tokenizer: Tokenizer) -> type[np.integer]:
@@ -207,7 +199,7 @@ def _id_dtype(tokenizer: Tokenizer) -> type[np.integer]:
 
 def make_shards_locally(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None:
     """Makes the missing shards on all cores of this machine; a single one in this process."""
-    # A copy, without the cached properties: those of a large corpus are large, and each worker gets one.
+    # A copy without cached properties, which may be large: each worker gets one.
     make = functools.partial(make_shard, corpus=dataclasses.replace(corpus), tokenizer=tokenizer, directory=directory)
     with Progress("tokenize", corpus.bytes, "bytes") as progress:
 

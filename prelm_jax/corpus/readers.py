@@ -78,7 +78,11 @@ def _zstandard_chunks(file: IO[bytes]) -> Iterator[bytes]:
     while chunk := file.read(CHUNK_BYTES):
         while chunk:
             frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            yield frame.decompress(chunk)
+            try:
+                content = frame.decompress(chunk)
+            except zstandard.ZstdError as error:
+                raise EOFError(error) from None  # `opened` does not know ZstdError: zstandard is not always installed.
+            yield content
             chunk = frame.unused_data
             if frame.eof:
                 frame = None

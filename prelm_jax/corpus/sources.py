@@ -31,7 +31,7 @@ class Part(NamedTuple):
     repetition: int = 0
     duplicates: np.ndarray = np.array([], np.int64)
 
-    def texts(self, errors: Errors, advance: Advance = lambda size: None) -> Iterator[str]:
+    def texts(self, errors: Errors, advance: Advance) -> Iterator[str]:
         """The original texts of the part's documents, without duplicates."""
         skipped = set(self.duplicates.tolist())
         texts = self.source.texts(self, errors, advance)

@@ -48,7 +48,7 @@ QUANTILES = (0.5, 0.9, 0.99, 1.0)
 class Store:
     """Token ids with the offsets of their sentences and documents; no sentence and no document is empty.
 
-    `words` spells each id of an open vocabulary, else it is None. `manifest` holds
+    `spellings` spells each id of an open vocabulary, else it is None. `manifest` holds
 
         documents, sentences, tokens      counts
         bytes, words                      UTF-8 bytes and words (`prepare.count_words`) of the original documents
@@ -65,7 +65,7 @@ class Store:
         self.sentence_offsets = arrays["sentence_offsets"]
         self.document_offsets = arrays["document_offsets"]
         self.document_bytes = arrays["document_bytes"]
-        self.words = Spellings(arrays["word_bytes"], arrays["word_offsets"]) if "word_bytes" in arrays else None
+        self.spellings = Spellings(arrays["word_bytes"], arrays["word_offsets"]) if "word_bytes" in arrays else None
         self.manifest = manifest
 
     @functools.cached_property

@@ -104,7 +104,7 @@ class StreamBatches(StoreBatches):
     """
 
     def __init__(self, config: StreamsConfig, store: Store, tokenizer: Tokenizer, batch_size: int, seed: int):
-        if store.words is None:
+        if store.spellings is None:
             raise InputError(
                 "the tokens of this store are not words: streams need a vocabulary of words (WordVocabularyConfig)"
             )
@@ -115,7 +115,7 @@ class StreamBatches(StoreBatches):
             )
         super().__init__(store, tokenizer.vocab_size, batch_size)
         self._config = config
-        self._spellings = store.words
+        self._spellings = store.spellings
         begin, end = (special_id(tokenizer, role, "word streams") for role in ("bos", "eos"))
         self._boundaries = {"forward": (begin, end), "backward": (end, begin)}
         self._unknown_id = np.int32(special_id(tokenizer, "unknown", "word streams"))

@@ -1,8 +1,8 @@
-"""Attention: who attends to whom, heads and their scores; the layout that a backend wants is known here alone."""
+"""Multi-head attention: masks, heads and scores. Only this module depends on the layout that a backend prefers."""
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -12,11 +12,11 @@ from jax.sharding import PartitionSpec as P
 
 from prelm_jax.models.layers import MASKED, affine, backend
 
-SPLASH_BLOCK = 128  # Tokens: the TPU's attention kernel takes multiples of it.
+SPLASH_BLOCK = 128  # Tokens; the TPU's attention kernel takes lengths that are multiples of it.
 
 
 class SplitHeads(nn.Module):
-    """[B, N, T, H]: a dense layer over [B, T, D] whose output is cut into heads; the parameters are those of Dense."""
+    """[B, N, T, H]: a dense layer over [B, T, D] whose output is split into heads; the parameters of Dense."""
 
     num_heads: int
     head_size: int
@@ -29,13 +29,13 @@ class SplitHeads(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (N * H,))
         if backend() != "tpu":
             return affine(x_BTD, kernel, bias).reshape(*x_BTD.shape[:2], N, H).swapaxes(1, 2)
-        # One product that writes where the attention kernel reads: a transposition would go through memory again.
+        # One product that writes in the layout of the attention kernel: a transposition would go through memory again.
         kernel_DNH, bias_N1H = (w.astype(x_BTD.dtype).reshape(*w.shape[:-1], N, H) for w in (kernel, bias))
         return jnp.einsum("BTD,DNH->BNTH", x_BTD, kernel_DNH) + bias_N1H.reshape(1, N, 1, H)
 
 
 class MergeHeads(nn.Module):
-    """[B, T, D]: a dense layer over what all heads [B, N, T, H] say of a token; the parameters are those of Dense."""
+    """[B, T, D]: the output projection of the concatenated heads [B, N, T, H]; the parameters of Dense."""
 
     features: int
     initializer: nn.initializers.Initializer
@@ -51,17 +51,12 @@ class MergeHeads(nn.Module):
         return jnp.einsum("BNTH,NHD->BTD", x_BNTH, kernel_NHD) + bias.astype(x_BNTH.dtype)[None, None]
 
 
-def over_rows(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, called on each device of the mesh with its own rows of all arguments and results."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size <= 1:  # 0 where no mesh is set.
-        return function
-    rows = P(mesh.axis_names)
-    return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)
-
-
 class Mask(NamedTuple):
-    """Who attends to whom: `allowed` [B or 1, 1, T, S]; and what it was made of, if a kernel is to make it anew."""
+    """Which tokens attend to which.
+
+    allowed_B1TS: bool [B or 1, 1, T, S]. segments_BT and causal: the arguments of `attention_mask`, for a kernel that
+    computes the mask block by block; segments_BT is None for a mask of another origin.
+    """
 
     allowed_B1TS: Array
     segments_BT: Array | None = None
@@ -69,15 +64,20 @@ class Mask(NamedTuple):
 
 
 def attention_mask(segments_BT: Array, causal: bool = False) -> Mask:
-    """A token attends to the tokens of its own segment, with `causal` to itself and those before it in the row.
+    """A token attends to the tokens of its own segment; with `causal` only to itself and earlier ones.
 
-    Segment 0 is padding and takes no part.
+    Segment 0 is padding and takes no part. The row [1, 1, 2, 0] allows, with `causal`:
+
+        [[1 0 0 0]
+         [1 1 0 0]
+         [0 0 1 0]
+         [0 0 0 0]]
     """
     same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
     allowed_B1TS = (same_BTS & (segments_BT != 0)[:, None, :])[:, None]
     if causal:
-        length = segments_BT.shape[1]
-        allowed_B1TS &= jnp.tril(jnp.ones((length, length), bool))[None, None]
+        position_T = jnp.arange(segments_BT.shape[1])
+        allowed_B1TS &= (position_T[None, :] <= position_T[:, None])[None, None]
     return Mask(allowed_B1TS, segments_BT, causal)
 
 
@@ -86,14 +86,14 @@ def attention(
 ) -> Array:
     """Scaled dot-product attention (Vaswani et al. 2017, 3.2.1), [B, N, T, H]; softmax in fp32.
 
-    drop: dropout for the attention weights; None: without. A TPU then runs a kernel that never writes the scores to
-    memory (it has no dropout), if the length is static and a multiple of SPLASH_BLOCK.
+    drop: dropout for the attention weights; None: without. Only without does a TPU use its kernel, which has no dropout
+    and never writes the scores to memory, and only for static lengths that SPLASH_BLOCK divides.
     """
     B, N, T, H = q_BNTH.shape
     q_BNTH = q_BNTH / math.sqrt(H)
     if backend() == "tpu" and mask.segments_BT is not None and T % SPLASH_BLOCK == 0 and drop is None:
         return splash_attention(q_BNTH, k_BNSH, v_BNSH, mask.segments_BT, mask.causal)
-    # One batch axis, and that first: left to itself, XLA's CPU backend transposes more.
+    # A single leading batch axis: with two, XLA's CPU backend transposes more.
     q_ATH, k_ASH, v_ASH = (x.reshape(B * N, -1, H) for x in (q_BNTH, k_BNSH, v_BNSH))
     scores_BNTS = jnp.einsum("ATH,ASH->ATS", q_ATH, k_ASH).reshape(B, N, T, -1)
     scores_BNTS = jnp.where(mask.allowed_B1TS, scores_BNTS.astype(jnp.float32), MASKED)
@@ -104,10 +104,8 @@ def attention(
 
 
 def splash_attention(q_BNTH: Array, k_BNTH: Array, v_BNTH: Array, segments_BT: Array, causal: bool) -> Array:
-    """Attention by blocks, in a kernel for TPUs that comes with JAX; q is scaled already. As `attention`, but padding
-    attends to padding.
-    """
-    # Imported here, for it takes half a second that no other backend has a use for.
+    """`attention` block by block, by JAX's kernel for TPUs; q is scaled already, and padding attends to padding."""
+    # Imported here: the import takes half a second, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -116,7 +114,7 @@ def splash_attention(q_BNTH: Array, k_BNTH: Array, v_BNTH: Array, segments_BT: A
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([masks.CausalMask((T, T)) if causal else masks.FullMask((T, T))] * N),
         block_sizes=splash.BlockSizes(
-            **dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv"), block), use_fused_bwd_kernel=True
+            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True
         ),
         head_shards=1,
         q_seq_shards=1,
@@ -124,7 +122,10 @@ def splash_attention(q_BNTH: Array, k_BNTH: Array, v_BNTH: Array, segments_BT: A
     )
 
     def local(q_BNTH: Array, k_BNTH: Array, v_BNTH: Array, segments_BT: Array) -> Array:
-        return jax.vmap(kernel)(q_BNTH, k_BNTH, v_BNTH, splash.SegmentIds(segments_BT, segments_BT))
+        return cast(Array, jax.vmap(kernel)(q_BNTH, k_BNTH, v_BNTH, splash.SegmentIds(segments_BT, segments_BT)))
 
-    # Each device its own rows: what a kernel does is nothing that XLA could cut.
-    return over_rows(local)(q_BNTH, k_BNTH, v_BNTH, segments_BT)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1:  # It is 0 where no mesh is set. Each device computes its own rows: XLA cannot partition a kernel.
+        rows = P(mesh.axis_names)
+        local = jax.shard_map(local, in_specs=rows, out_specs=rows, check_vma=False)
+    return local(q_BNTH, k_BNTH, v_BNTH, segments_BT)

@@ -3,7 +3,7 @@
 Reference: google-research/bert, modeling.py and run_pretraining.py. Divergences:
 - The GELU is the exact form, with which the published checkpoints were trained; the reference's later code has tanh.
 - Attention is masked by segments (equal and not 0) instead of by padding alone, so that rows may be packed.
-- The vocabulary table has a multiple of 128 rows; those past `vocab_size` are never looked up and never win.
+- The vocabulary table has a multiple of 128 rows; padding rows are never looked up and never win.
 - Each loss is divided by the weight of the whole global batch; the reference divides on each replica.
 - `embedding_size` is ELECTRA's (Clark et al. 2020; google-research/electra, model/modeling.py): narrower embeddings.
 """
@@ -142,11 +142,6 @@ class Bert(LanguageModel):
     config: BertConfig
     dtype: jnp.dtype = jnp.float32
 
-    replicated: ClassVar[tuple[str, ...]] = BertEncoder.replicated
-    matrices: ClassVar[tuple[str, ...]] = BertEncoder.matrices
-    # The objective is the sum of both losses (run_pretraining.py).
-    coefficients: ClassVar[dict[str, float]] = {"masked_lm_loss": 1.0, "next_sentence_loss": 1.0}
-
     def setup(self):
         c = self.config
         initializer = truncated_normal(c.initializer_range)
@@ -193,6 +188,16 @@ class Bert(LanguageModel):
         batch |= dict.fromkeys(("masked_targets", "next_sentence_positions", "next_sentence_labels"), one)
         batch |= dict.fromkeys(("masked_weights", "next_sentence_weights"), one.astype(jnp.float32))
         self.losses(batch, {}, train=False)
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """The objective is the sum of both losses (run_pretraining.py)."""
+        return {"masked_lm_loss": 1.0, "next_sentence_loss": 1.0}
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Regular expressions of the paths of the layers' weight matrices."""
+        return BertEncoder.matrices
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         """The weight of each loss, from the batch alone."""

@@ -1,11 +1,11 @@
 """ELMo (Peters et al. 2018): two LSTM language models, one for each direction, over words read by their characters.
 
 Reference: allenai/bilm-tf, bilm/training.py. Divergences:
-- Both directions of a batch may read the same words; the reference draws other sentences for each.
-- The characters of a word are encoded once for all places of the batch where it stands.
-- The vocabulary table has a multiple of 128 rows; those past `vocab_size` are never looked up and never win.
+- Both directions of a batch may read the same words; the reference draws different sentences for each.
+- The characters of a distinct word are encoded once per batch.
+- The vocabulary table has a multiple of 128 rows; padding rows are never looked up and never win.
 - There is a projection after the highways even where it changes no width, and one in every LSTM.
-- The loss is that of a step; the reference's is `unroll_steps` times that (here in `training.optimizer.Adagrad`).
+- The loss is the mean over positions; the reference's is `unroll_steps` times that (see `training.optimizer.Adagrad`).
 """
 
 import dataclasses
@@ -20,44 +20,39 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from prelm_jax.errors import InputError
-from prelm_jax.models.character_cnn import CharacterCNN, CharacterCNNConfig
+from prelm_jax.models.character_cnn import CharacterCNN
 from prelm_jax.models.cross_entropy import cross_entropy, tied_cross_entropy, tied_logits
 from prelm_jax.models.language_model import LanguageModel, LanguageModelConfig
 from prelm_jax.models.layers import MASKED, Dropout, Embedding, add_bias, check_rows, normal, padded_vocabulary, uniform
 from prelm_jax.models.lstm import LSTMStack, State, lstm
+from prelm_jax.tokenizers.characters import MAX_CHARACTERS, NUM_CHARACTERS, PAD
 from prelm_jax.training.contract import Batch, HostBatch, Params, Sums
 
-States = dict[str, dict[str, State]]  # for each direction and layer
+States = dict[str, dict[str, State]]  # by direction and layer: {"forward": {"layer_0": {"cell": …, "hidden": …}}}
 
-CHARACTERS = 261  # Ids of characters: 256 bytes; begin and end of a sentence, begin and end of a word, padding.
-MAX_CHARACTERS = 50  # Ids of a word.
-PADDING = 260  # The id after the end of a word.
 DIRECTIONS = ("forward", "backward")
 
 
 @dataclasses.dataclass(frozen=True)
 class ELMoConfig(LanguageModelConfig):
-    """ELMo's sizes; the defaults are the original. `vocab_size` None: as many as the vocabulary has.
-
-    `filters`: (width in characters, how many of them). `hidden_size` is that of an LSTM's cell, `projection_size` that
-    of its output and of an encoded word.
-    """
+    """ELMo's sizes; the defaults are the original."""
 
     model_type: ClassVar[str] = "elmo"
-    character_embedding_size: int = 16
+    character_embedding_size: int = 16  # Width of a character's vector.
+    # Convolutions over the characters of a word, as pairs of width (in characters) and number of filters.
     filters: tuple[tuple[int, int], ...] = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
-    activation: Literal["relu", "tanh"] = "relu"
-    num_highways: int = 2
-    projection_size: int = 512
-    hidden_size: int = 4096
-    num_layers: int = 2
-    cell_clip: float = 3.0
-    projection_clip: float = 3.0
-    use_skip_connections: bool = True
-    dropout: float = 0.1
+    activation: Literal["relu", "tanh"] = "relu"  # Applied to the convolutions' maxima.
+    num_highways: int = 2  # Highway layers between the convolutions and the projection.
+    projection_size: int = 512  # Width of an encoded word and of an LSTM's output; hidden states have twice that.
+    hidden_size: int = 4096  # Width of an LSTM's cell.
+    num_layers: int = 2  # LSTM layers in each direction.
+    cell_clip: float = 3.0  # Bound on the absolute value of an LSTM's cell.
+    projection_clip: float = 3.0  # Bound on the absolute value of an LSTM's output.
+    use_skip_connections: bool = True  # Add the input of every LSTM layer but the first to its output.
+    dropout: float = 0.1  # Dropout before each LSTM layer and before the softmax.
 
     def __post_init__(self):
-        # Lists, as JSON has them, would make two configurations of the same sizes differ.
+        # From JSON they are lists, which would not equal the tuples of an otherwise equal configuration.
         object.__setattr__(self, "filters", tuple((width, number) for width, number in self.filters))
         widest = max(width for width, _ in self.filters)
         if widest > MAX_CHARACTERS:
@@ -73,7 +68,7 @@ class ELMoConfig(LanguageModelConfig):
 
 
 class Softmax(nn.Module):
-    """The vectors and biases of the words to predict."""
+    """The output embedding [V, P] and bias [V] of every word that can be predicted."""
 
     rows: int
     features: int
@@ -99,8 +94,8 @@ class ELMoEncoder(nn.Module):
 
     def setup(self):
         c = self.config
-        self.characters = Embedding(CHARACTERS, c.character_embedding_size, uniform(1.0))
-        self.encoder = CharacterCNN(CharacterCNNConfig(c.filters, c.activation, c.num_highways, c.projection_size))
+        self.characters = Embedding(NUM_CHARACTERS, c.character_embedding_size, uniform(1.0))
+        self.encoder = CharacterCNN(c.filters, c.activation, c.num_highways, c.projection_size)
         self.forward = LSTMStack(c.num_layers, c.hidden_size, c.projection_size)
         self.backward = LSTMStack(c.num_layers, c.hidden_size, c.projection_size)
         self.dropout = Dropout(c.dropout)
@@ -123,7 +118,7 @@ class ELMoEncoder(nn.Module):
         """[U, P]: words from the ids of their characters, 0 to 260; C may be the length of the longest word."""
         # Pad by the width of the widest filter, whose windows then see all that they would see in 50 columns.
         columns = padded_length(self.config, characters_UC.shape[1]) - characters_UC.shape[1]
-        characters_UC = jnp.pad(characters_UC, ((0, 0), (0, columns)), constant_values=PADDING)
+        characters_UC = jnp.pad(characters_UC, ((0, 0), (0, columns)), constant_values=PAD)
         return self.encoder(self.characters(characters_UC).astype(self.dtype))
 
     def apply_layers(
@@ -151,7 +146,7 @@ class ELMoEncoder(nn.Module):
     ) -> tuple[dict[str, list[Array]], States]:
         """For each direction the outputs [B, T, P] of every layer for its inputs [B, T, P], and the new states.
 
-        `lengths_B`: the new states are those after so many words of a row; None: after all of them.
+        `lengths_B`: words of each row after which its new state is taken; None: all of them.
         """
         c = self.config
         stacks = {"forward": self.forward(), "backward": self.backward()}
@@ -178,11 +173,6 @@ class ELMo(LanguageModel):
 
     config: ELMoConfig
     dtype: jnp.dtype = jnp.float32
-
-    replicated: ClassVar[tuple[str, ...]] = ELMoEncoder.replicated
-    matrices: ClassVar[tuple[str, ...]] = ELMoEncoder.matrices
-    # The objective is the mean of both directions.
-    coefficients: ClassVar[dict[str, float]] = {f"{d}_loss": 0.5 for d in DIRECTIONS}
 
     def setup(self):
         c = self.config
@@ -256,6 +246,21 @@ class ELMo(LanguageModel):
         """Raises InputError where a batch asks for rows that the tables lack."""
         check_rows(batch, **{f"{d}_targets": (self.config.known_vocab_size, "vocab_size") for d in DIRECTIONS})
 
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """The objective is the mean of both directions."""
+        return {f"{d}_loss": 0.5 for d in DIRECTIONS}
+
+    @property
+    def replicated(self) -> tuple[str, ...]:
+        """Regular expressions of the parameter paths that are never sharded."""
+        return ELMoEncoder.replicated
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Regular expressions of the paths of the layers' weight matrices."""
+        return ELMoEncoder.matrices
+
     def weights(self, batch: Batch) -> dict[str, Array]:
         """The weight of each loss, from the batch alone."""
         return {f"{d}_loss": batch[f"{d}_weights"].sum() for d in DIRECTIONS}
@@ -297,9 +302,9 @@ def padded_length(config: ELMoConfig, longest: int) -> int:
 
 
 def log_expected_count(ids: Array, tries: Array, sampled: int, vocab_size: int) -> Array:
-    """The logarithm of how often each id is expected among `sampled` distinct ids that took `tries` log-uniform draws.
+    """The logarithm of each id's expected count among `sampled` distinct ids, found by `tries` log-uniform draws.
 
-    tensorflow/core/kernels/range_sampler.cc, `ExpectedCountHelper` with the probabilities of a LogUniformSampler.
+    See tensorflow/core/kernels/range_sampler.cc, `ExpectedCountHelper` with the probabilities of a LogUniformSampler.
     """
     probabilities = jnp.log1p(1 / (ids.astype(jnp.float32) + 1)) / math.log1p(vocab_size)
     distinct = -jnp.expm1(tries.astype(jnp.float32) * jnp.log1p(-probabilities))
@@ -309,10 +314,10 @@ def log_expected_count(ids: Array, tries: Array, sampled: int, vocab_size: int) 
 def sampled_nll(
     x_GP: Array, true_GP: Array, true_bias_G: Array, sampled_SP: Array, sampled_bias_S: Array, hits_GS: Array
 ) -> Array:
-    """[G], fp32: the negative log-likelihood of each target among itself and the negatives (Jean et al. 2015).
+    """[G], fp32: negative log-likelihood of each target in a softmax over itself and the negatives (Jean et al. 2015).
 
-    As tf.nn.sampled_softmax_loss: from the vectors of targets and negatives and their biases, less the logarithms of
-    their expected counts. Where a negative is the target (`hits_GS`), it does not count.
+    As tf.nn.sampled_softmax_loss: takes the vectors of targets and negatives, and their biases minus the logarithms of
+    their expected counts. `hits_GS`: negatives that equal the target, which are left out.
     """
     true_G = jnp.einsum("GP,GP->G", x_GP, true_GP, preferred_element_type=jnp.float32) + true_bias_G
     sampled_GS = jnp.einsum("GP,SP->GS", x_GP, sampled_SP, preferred_element_type=jnp.float32)
@@ -322,12 +327,13 @@ def sampled_nll(
 
 
 def _on_every_device(x: Array) -> Array:
-    """The array, whole on every device of the mesh, and so its gradient."""
+    """The array, replicated over the mesh, and so is its gradient."""
     return x if jax.sharding.get_abstract_mesh().size <= 1 else jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
-def _state_after(lengths_B: Array, state: Params, hidden_BTP: Array, cells_BTE: Array) -> Params:
-    """The state of each row after so many steps; after none, the one before."""
+def _state_after(lengths_B: Array, state: State, hidden_BTP: Array, cells_BTE: Array) -> State:
+    """The state of each row after its first `lengths_B` steps."""
+    # Index 0 along T is the state before the first step, so that a row of length n takes index n.
     steps = {"cell": cells_BTE, "hidden": hidden_BTP.astype(jnp.float32)}
     rows = jnp.arange(lengths_B.shape[0])
     return {name: jnp.concatenate([state[name][:, None], x], 1)[rows, lengths_B] for name, x in steps.items()}

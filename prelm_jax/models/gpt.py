@@ -1,4 +1,4 @@
-"""GPT-1 (Radford et al. 2018): a Transformer trained to predict the next token from those before it.
+"""GPT-1 (Radford et al. 2018): a Transformer trained to predict the next token.
 
 Reference: openai/finetune-transformer-lm, train.py, the authors' fine-tuning code; for the rest, transformers.
 Divergences:
@@ -6,7 +6,7 @@ Divergences:
   the whole table for every token of a step, and of the softmax with it.
 - The softmax is over the vocabulary alone; the reference keeps tokens and positions in one table, and predicts both.
 - Attention is masked by segments (equal and not 0) as well as by order, so that rows may be packed.
-- The vocabulary table has a multiple of 128 rows; those past `vocab_size` are never looked up and never win.
+- The vocabulary table has a multiple of 128 rows; padding rows are never looked up and never win.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class GPTConfig(TransformerConfig):
 
 
 class GPTEncoder(nn.Module):
-    """Embeddings and Transformer; a token attends to itself and to those before it."""
+    """Embeddings and Transformer; a token attends to itself and to earlier tokens."""
 
     config: GPTConfig
     dtype: jnp.dtype = jnp.float32
@@ -81,10 +81,6 @@ class GPT(LanguageModel):
     config: GPTConfig
     dtype: jnp.dtype = jnp.float32
 
-    replicated: ClassVar[tuple[str, ...]] = GPTEncoder.replicated
-    matrices: ClassVar[tuple[str, ...]] = GPTEncoder.matrices
-    coefficients: ClassVar[dict[str, float]] = {"lm_loss": 1.0}
-
     def setup(self):
         self.gpt = GPTEncoder(self.config, self.dtype)
         nn.share_scope(self, self.gpt)
@@ -94,11 +90,11 @@ class GPT(LanguageModel):
         return tied_logits(hidden, self.gpt.token_embeddings.table, self.config.known_vocab_size)
 
     def next_logits(self, tokens_BT: Array, length: Array) -> Array:
-        """[B, padded vocabulary], fp32: logits of the token after rows of `length` tokens, of which these are the last.
+        """[B, padded vocabulary], fp32: logits of the token after `length` tokens, of which these are the last.
 
-        Keys and values of earlier tokens, up to `max_position_embeddings` in all, are in the collection `cache` (see
-        `init_cache`), and those of these tokens are appended to it: apply with `mutable=["cache"]`. Where `length` is
-        less than T, the first T - `length` tokens are padding.
+        The collection `cache` (see `init_cache`) holds keys and values of the last `max_position_embeddings` tokens;
+        those of the new tokens are appended, so apply with `mutable=["cache"]`. Where `length` is less than T, the
+        first T - `length` tokens are padding.
         """
         # With a window of 4, the last T = 2 tokens of a text of length 3: positions_T = [1, 2]; the cache then holds
         # positions_S = [-1, 0, 1, 2], and the token at 1 attends to 0 and 1. Negative positions are padding or empty.
@@ -133,6 +129,16 @@ class GPT(LanguageModel):
     def create_parameters(self) -> None:
         one = jnp.zeros((1, 1), jnp.int32)
         self.gpt.hidden_states({"tokens": one, "positions": one, "segments": one})
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """The objective is the loss."""
+        return {"lm_loss": 1.0}
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Regular expressions of the paths of the layers' weight matrices."""
+        return GPTEncoder.matrices
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         """The weight of the loss, from the batch alone."""

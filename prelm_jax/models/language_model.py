@@ -1,7 +1,7 @@
-"""What the pretraining models of all families share: the vocabulary's size, and most of the `Model` contract."""
+"""The base of all families: the size of the vocabulary, and the common part of the `Model` contract."""
 
 import dataclasses
-from typing import ClassVar, cast
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ SAMPLE = 1  # Folded into the key of a step for whatever samples inside a loss; 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelConfig:
-    """The one field that the configurations of all families begin with."""
+    """The base of every family's configuration."""
 
     vocab_size: int | None = None  # Tokens of the vocabulary, without padding; None: as many as the tokenizer has.
 
@@ -30,10 +30,8 @@ class LanguageModelConfig:
 class LanguageModel(nn.Module):
     """Base of a pretraining model: an encoder, its heads and a loss; see `training.contract.Model`.
 
-    A subclass defines `losses` and `create_parameters`, both called inside `apply`, and what the contract asks besides.
+    A subclass defines `losses` and `create_parameters`, which run inside `apply`, and the rest of the contract.
     """
-
-    replicated: ClassVar[tuple[str, ...]] = ()
 
     def losses(self, batch: Batch, carry: Params, train: bool) -> tuple[Sums, Sums, Params]:
         """(losses, metrics, new carry), each loss and metric as (sum, weight)."""
@@ -56,6 +54,11 @@ class LanguageModel(nn.Module):
         rngs = {"sample": jax.random.fold_in(key, SAMPLE)} | ({"dropout": key} if train else {})
         outputs = self.apply({"params": params}, batch, carry, train, rngs=rngs, method="losses")
         return cast(tuple[Sums, Sums, Params], outputs)
+
+    @property
+    def replicated(self) -> tuple[str, ...]:
+        """Regular expressions of the parameter paths that are never sharded: none."""
+        return ()
 
     def tokens(self, batch: Batch) -> Array:
         """int32 [2]: the tokens of a batch that are not padding, and all its positions."""

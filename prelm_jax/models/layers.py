@@ -1,14 +1,14 @@
-"""What the models are built from: random numbers, initial values, dense, norm, embedding, GELU, dropout.
+"""The building blocks of the models: random numbers, initializers, dense, norm, embedding, GELU, dropout.
 
-The letters that name the axes of an array, in suffixes (`x_BTD`) and einsums, everywhere in the package:
+The letters that name the axes of an array, in suffixes (`x_BTD`) and einsums, everywhere in the models:
 
     B batch        T time (queries)   S source time (keys)   D model width    F feed-forward width
     N heads        H head width       V vocabulary           L layers         M masked positions
     C characters   U distinct words   P LSTM projection      K pairs packed into a row
-    A heads of all rows, B · N     G tokens of a batch taken together, whatever rows they are of
+    A heads of all rows, B · N          G tokens of a whole batch, with its rows flattened
     E LSTM cell width                   Z its gates, 4 · E
 
-    With ELMo S are the negatives of a sampled softmax too, D the width of a character's vector, F the filters.
+    In ELMo, S also names the negatives of a sampled softmax, D the width of a character's vector, F the filters.
 
 Parameters are fp32; a layer computes in the dtype of its input. Norms, softmax and losses compute in fp32.
 """
@@ -19,16 +19,16 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from prelm_jax.errors import InputError
+from prelm_jax.training.contract import HostBatch
 
-MASKED = -1e9  # Finite, so that a row with nothing to attend to (all padding) gives a mean and not a NaN.
+MASKED = -1e9  # Finite, so that a row with nothing to attend to (all padding) averages its values instead of NaN.
 
 
 def backend() -> str:
-    """The platform that a program is traced for: that of the mesh, which may be there to compile for only."""
+    """The platform that a program is traced for: that of the mesh, which this machine may only compile for."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
@@ -38,10 +38,11 @@ def padded_vocabulary(vocab_size: int) -> int:
     return math.ceil(vocab_size / 128) * 128
 
 
-def check_rows(batch: dict[str, np.ndarray], **rows: tuple[int, str]) -> None:
-    """Raises InputError where a batch asks for rows that a table lacks (a lookup would not notice).
+def check_rows(batch: HostBatch, **rows: tuple[int, str]) -> None:
+    """Raises InputError where a batch asks for rows that a table lacks: on a device, the lookup would not fail.
 
-    For each key of the batch: the number of rows, and the option that sets it.
+    rows: for a key of the batch, the number of rows of its table and the option that sets it, as in
+    `check_rows(batch, tokens=(30522, "vocab_size"))`.
     """
     for key, (number, option) in rows.items():
         if batch[key].max() >= number:
@@ -56,15 +57,16 @@ def _mix(h: Array) -> Array:
 
 
 def random_bits(key: Array, shape: tuple[int, ...]) -> Array:
-    """uint32 random bits, each a hash of (key, index of its row, index in the row).
+    """uint32 random bits, each a hash of (key, index of its row, index within the row).
 
-    As a plain function of the indices it gives the same bits on any mesh and every device computes only its own; it
-    fuses into what uses it, and compiles in no time on every backend. Row and column are hashed apart, so that arrays
-    of more than 2^32 elements do not repeat themselves (a single row must stay below that).
+    A plain function of the indices, so that the bits are the same on any mesh and every device computes only its own;
+    it fuses into its consumer, and compiles fast on every backend. Row and column are hashed separately, so that arrays
+    of more than 2^32 elements do not repeat (a single row must stay below that).
     """
     key0, key1 = jax.random.key_data(key)
-    key1 = _mix(key1 + jnp.uint32(0x9E3779B9))  # The keys of small seeds are small numbers, and differ in few bits.
+    key1 = _mix(key1 + jnp.uint32(0x9E3779B9))  # Keys of small seeds are small numbers that differ in few bits.
     key0 = _mix(key0 ^ key1)
+    # For the shape (2, 3, 4), row is [[[0]], [[1]]] and column [[[0 1 2 3], [4 5 6 7], [8 9 10 11]]].
     row = jax.lax.broadcasted_iota(jnp.uint32, (shape[0],) + (1,) * (len(shape) - 1), 0)
     column = jnp.zeros((1, *shape[1:]), jnp.uint32)
     for axis in range(1, len(shape)):
@@ -75,7 +77,7 @@ def random_bits(key: Array, shape: tuple[int, ...]) -> Array:
 def truncated_normal(stddev: float) -> nn.initializers.Initializer:
     """A normal distribution cut at two standard deviations, as tf.truncated_normal; its own deviation is 0.88 stddev.
 
-    Drawn from `random_bits`: to compile threefry for each shape took as long as to compile the rest of a small model.
+    Drawn from `random_bits`: compiling threefry for each shape took as long as compiling the rest of a small model.
     """
     return _normal(stddev, math.erf(math.sqrt(2)))
 
@@ -86,7 +88,7 @@ def normal(stddev: float) -> nn.initializers.Initializer:
 
 
 def _normal(stddev: float, within: float) -> nn.initializers.Initializer:
-    """The middle of a normal distribution that holds the share `within` of it."""
+    """The middle of a normal distribution that holds the fraction `within` of its mass."""
 
     def initializer(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
         normal = math.sqrt(2) * jax.lax.erf_inv(within * (2 * _unit(key, shape) - 1))
@@ -96,12 +98,12 @@ def _normal(stddev: float, within: float) -> nn.initializers.Initializer:
 
 
 def _unit(key: Array, shape: tuple[int, ...]) -> Array:
-    """Uniform between 0 and 1, neither of them included."""
+    """Uniform between 0 and 1, both excluded."""
     return ((random_bits(key, shape) >> 8).astype(jnp.float32) + 0.5) * 2.0**-24
 
 
 def uniform(limit: float) -> nn.initializers.Initializer:
-    """Between -limit and limit, drawn like `truncated_normal`."""
+    """Uniform between -limit and limit, drawn like `truncated_normal`."""
 
     def initializer(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
         return (limit * (2 * _unit(key, shape) - 1)).astype(dtype)
@@ -110,7 +112,7 @@ def uniform(limit: float) -> nn.initializers.Initializer:
 
 
 def glorot_uniform(key: Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32) -> Array:
-    """The initial values of a matrix for which TensorFlow code names none (Glorot & Bengio 2010)."""
+    """TensorFlow's default for a matrix (Glorot & Bengio 2010): uniform within sqrt(6 / (rows + columns))."""
     return uniform(math.sqrt(6 / sum(shape)))(key, shape, dtype)
 
 
@@ -127,7 +129,7 @@ def _add_bias_on_cpu(x: Array, bias: Array) -> Array:
 # The gradient of the bias is a product with ones: XLA's CPU backend sums columns slowly.
 _add_bias_on_cpu.defvjp(
     lambda x, bias: (_add_bias_on_cpu(x, bias), None),
-    lambda _, g: (g, jnp.matmul(jnp.ones((1, len(g)), g.dtype), g, precision="highest")[0]),
+    lambda _, g: (g, jnp.matmul(jnp.ones((1, g.shape[0]), g.dtype), g, precision="highest")[0]),
 )
 
 
@@ -165,14 +167,14 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         x32 = x.astype(jnp.float32)
-        centred = x32 - x32.mean(-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
+        centered = x32 - x32.mean(-1, keepdims=True)
+        normed = centered * jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + self.epsilon)
         shape = (1,) * (x.ndim - 1) + scale.shape
         return (normed * scale.reshape(shape) + bias.reshape(shape)).astype(x.dtype)
 
 
 class Embedding(nn.Module):
-    """A table of `rows` vectors of width `features`; the whole table is `table`, for a softmax tied to it."""
+    """A table of `rows` vectors of width `features`; `table` is the whole of it, for a softmax tied to it."""
 
     rows: int
     features: int
@@ -186,7 +188,7 @@ class Embedding(nn.Module):
 
 
 def gelu(x: Array) -> Array:
-    """x Φ(x), the exact form (Hendrycks & Gimpel 2016). By erf, which is cheaper than the erfc of jax.nn.gelu."""
+    """x Φ(x), the exact form (Hendrycks & Gimpel 2016), by erf: the erfc of jax.nn.gelu costs more."""
     return _gelu_from_x(x) if backend() == "tpu" else 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
@@ -196,7 +198,7 @@ def _gelu_from_x(x: Array) -> Array:
 
 
 def _gelu_gradient(x: Array, g: Array) -> tuple[Array]:
-    # Left to autodiff, erf and exp are written to memory for the backward pass; without the barrier, so is this erf.
+    # Autodiff would keep erf and exp in memory for the backward pass; without the barrier, XLA would keep this erf.
     x32 = jax.lax.optimization_barrier(x).astype(jnp.float32)
     density = jnp.exp(-0.5 * jnp.square(x32)) * math.sqrt(0.5 / math.pi)
     return (((0.5 * (1 + jax.lax.erf(x32 * math.sqrt(0.5))) + x32 * density) * g).astype(x.dtype),)
@@ -206,7 +208,7 @@ _gelu_from_x.defvjp(lambda x: (_gelu_from_x(x), x), _gelu_gradient)
 
 
 def gelu_tanh(x: Array) -> Array:
-    """x Φ(x) with Φ approximated by tanh, as GPT-1 has it; up to 5e-4 from the exact form."""
+    """x Φ(x) with Φ approximated by tanh, as in GPT-1; up to 5e-4 from the exact form."""
     return jax.nn.gelu(x, approximate=True)
 
 

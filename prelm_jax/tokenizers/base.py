@@ -22,14 +22,14 @@ class Tokenizer(Protocol):
     tokens: list[str]  # id -> string
     special_ids: dict[str, int]  # special token -> id
     pad_id: int | None
-    unknown_id: int | None  # of whatever the vocabulary cannot spell
+    unknown_id: int | None  # for words that the vocabulary cannot spell
     cls_id: int | None
     sep_id: int | None
     mask_id: int | None
     bos_id: int | None
     eos_id: int | None
+    open_vocabulary: bool  # whether the token store gives ids of their own to words outside of the vocabulary
     lowercase: bool  # whether text is lower-cased
-    open_vocabulary: bool  # whether words outside of the vocabulary keep ids of their own in the store
     fingerprint: str  # SHA-256 (hex) of the vocabulary and the settings
 
     @property
@@ -47,7 +47,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, those of special tokens included."""
+        """The text of ids, including the names of special tokens."""
         ...
 
     def save(self, directory: str | os.PathLike, model_max_length: int | None = None) -> None:

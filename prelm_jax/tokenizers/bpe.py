@@ -114,7 +114,8 @@ class BPE(CachedEncoder):
 class BPEConfig:
     """GPT-1's BPE vocabulary, trained on the corpus or loaded."""
 
-    num_merges: int = 40000  # Merges to train, in addition to the characters; fewer for a small corpus.
+    # Merges to train; the vocabulary has the characters in addition. A few thousand suit a small corpus.
+    num_merges: int = 40000
     path: str | None = None  # Load this directory, vocab.json or merges.txt instead of training.
 
     def __post_init__(self):

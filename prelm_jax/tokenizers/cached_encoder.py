@@ -163,11 +163,11 @@ class CachedEncoder(Vocabulary):
         raise NotImplementedError
 
     def _settings(self) -> dict[str, object]:
-        """What tokenizer_config.json says besides special tokens and length: transformers' class and its arguments."""
+        """transformers' class and its arguments, for tokenizer_config.json."""
         raise NotImplementedError
 
     def _vocabulary_files(self) -> dict[str, str | bytes]:
-        """The files besides those of the `tokenizers` library, by name."""
+        """The files of the vocabulary in the format of its kind, by name."""
         raise NotImplementedError
 
 

@@ -1,7 +1,7 @@
 """Words as ELMo reads them: rows of 50 character ids, UTF-8 bytes between boundary characters (bilm-tf, bilm/data.py).
 
-A row is BOW (begin of word), the first 48 bytes of the word, EOW (end of word), and PAD to the end. Ids are those of
-training, 0 to 260. The published weights' readers add 1 to each, and use 0 for positions without a word.
+A row is BOW (beginning of word), the first 48 bytes of the word, EOW (end of word), and PAD to the end. Ids are 0 to
+260, as in training. Readers of published weights add 1 to each, and use 0 for positions without a word.
 """
 
 import functools

@@ -97,10 +97,11 @@ class SentencePiece(CachedEncoder):
 class SentencePieceConfig:
     """A SentencePiece vocabulary, trained on the corpus or loaded."""
 
-    vocab_size: int = 30522  # Entries of a trained vocabulary, special tokens included; fewer for a small corpus.
+    # Entries of a trained vocabulary, special tokens included. Several thousand suit a small corpus.
+    vocab_size: int = 30522
     model_type: Literal["unigram", "bpe"] = "unigram"  # Training algorithm: unigram language model or merged pairs.
-    lowercase: bool = True  # Lower-case text.
-    special_tokens: Literal["bert", "gpt"] = "bert"  # Special tokens of this model: BERT's five, or <unk> alone.
+    lowercase: bool = True  # Lower-case text; turn off where case matters. A loaded tokenizer has its own setting.
+    special_tokens: Literal["bert", "gpt"] = "bert"  # The model to train: BERT has five special tokens, GPT <unk> only.
     path: str | None = None  # Load this directory instead of training.
 
     @property

@@ -67,7 +67,7 @@ class WordPiece(CachedEncoder):
     def from_directory(cls, directory: str | os.PathLike, lowercase: bool = True) -> "WordPiece":
         """Reads a Hugging Face directory: tokenizer.json or vocab.txt, with the settings of tokenizer_config.json.
 
-        `lowercase` applies if the directory does not say it.
+        `lowercase` applies to a directory without the setting.
         """
         directory = Path(directory)
         settings = {"do_lower_case": lowercase}
@@ -105,8 +105,10 @@ class WordPiece(CachedEncoder):
 class WordPieceConfig:
     """A WordPiece vocabulary, trained on the corpus or loaded."""
 
-    vocab_size: int = 30522  # Entries of a trained vocabulary, special tokens included; fewer for a small corpus.
-    # Lower-case text and strip accents. For a trained vocabulary or a lone vocab.txt; a directory has its own setting.
+    # Entries of a trained vocabulary, special tokens included. Several thousand suit a small corpus.
+    vocab_size: int = 30522
+    # Lower-case text and strip accents; turn off where case matters, for names or German. For a trained vocabulary or
+    # a lone vocab.txt: a directory has its own setting.
     lowercase: bool = True
     path: str | None = None  # Load this directory or vocab.txt instead of training.
 

@@ -77,7 +77,7 @@ class WordVocabulary(Vocabulary):
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike, tokenize: bool = False) -> "WordVocabulary":
-        """Reads a directory with vocab.txt. `tokenize` applies if the directory does not have the setting."""
+        """Reads a directory with vocab.txt. `tokenize` applies to a directory without the setting."""
         settings = Path(directory) / SETTINGS
         if settings.exists():
             tokenize = bool(read_json(settings).get("tokenize", tokenize))
@@ -145,10 +145,12 @@ class Splitter:
 class WordVocabularyConfig:
     """A vocabulary of whole words (ELMo), the most frequent ones of the corpus or loaded."""
 
-    vocab_size: int = 793_471  # Entries of a trained vocabulary, special tokens included; fewer for a small corpus.
-    min_count: int = 3  # Leave out words that occur less often: from them the model learns to expect <UNK>.
-    # Split at punctuation, not only at white space. For a trained vocabulary or a lone vocab.txt; a directory has its
-    # own setting.
+    # Entries of a trained vocabulary at most, special tokens included. It sets the cost of the softmax.
+    vocab_size: int = 793_471
+    # Leave out words that occur less often: the model learns <UNK> from them. 1 or 2 suit a tiny corpus.
+    min_count: int = 3
+    # Split at punctuation, not only at white space; turn off for a corpus that is tokenized already. For a trained
+    # vocabulary or a lone vocab.txt: a directory has its own setting.
     tokenize: bool = True
     path: str | None = None  # Load this directory or vocab.txt instead of training.
 

@@ -66,13 +66,11 @@ class Record:
 
 
 class _Metadata(TypedDict):
-    """The JSON of a checkpoint: its format, the checksums by item and array, and the fields of its Record."""
+    """The JSON in a checkpoint: its format, the checksums by item and array, the fields of its Record."""
 
     format: int
     checksums: dict[str, dict[str, int]]
-    tokens_seen: int
-    evaluation_loss: float | None
-    scheduled: bool
+    record: dict
 
 
 class _Damaged(Exception):
@@ -80,47 +78,112 @@ class _Damaged(Exception):
 
 
 @contextlib.contextmanager
-def _reading() -> Iterator[None]:
+def _reading(path: epath.Path) -> Iterator[None]:
     try:
         yield
+    except PermissionError as error:
+        raise InputError(f"cannot read the checkpoint {path}: {_first_line(error)}") from error
     except Exception as error:  # A damaged file makes Orbax raise anything.
         raise _Damaged(_first_line(error)) from error
 
 
+@contextlib.contextmanager
+def _writing(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # A full disk makes Orbax raise anything.
+        raise InputError(
+            f"cannot write the checkpoint {path} ({_first_line(error)}); earlier ones are intact: free some space and "
+            "run the same command to resume"
+        ) from error
+
+
 class _Directory:
-    """The checkpoints `<path>/<step>`; created by the first save. `keep` None keeps all of them."""
+    """The checkpoints `<path>/<step>`. The directory is created by the first save."""
 
-    def __init__(self, path: epath.Path, keep: int | None, writable: bool):
-        self.path, self._keep, self._writable = path, keep, writable
-        self.records: dict[int, Record | None] = {}  # None: unreadable, or of another format.
-        self._checkpointer = None
+    def __init__(self, path: epath.Path, policy: "_PreservationPolicy | None", writable: bool):
+        self.path, self._policy, self._writable = path, policy, writable
+        self._opened = None
         if path.is_dir():
-            self._open()
+            self._checkpointer()
 
-    def _open(self) -> ocp.training.Checkpointer:
-        if self._checkpointer is None:
-            self._checkpointer = ocp.training.Checkpointer(
+    def _checkpointer(self) -> ocp.training.Checkpointer:
+        if self._opened is None:
+            self._opened = ocp.training.Checkpointer(
                 self.path if is_remote(self.path) else self.path.absolute(),
-                preservation_policy=self,
+                preservation_policy=self._policy,
                 cleanup_tmp_directories=self._writable,
             )
-            self._read_records()
-        return self._checkpointer
+        return self._opened
 
-    def _read_records(self) -> None:
-        self.records = dict.fromkeys(checkpoint.step for checkpoint in self._open().checkpoints)
-        for step in self.records:
-            with contextlib.suppress(Exception):  # Loading it tells what is wrong.
-                metadata = self._metadata(step)
-                tokens_seen, loss = metadata["tokens_seen"], metadata["evaluation_loss"]
-                self.records[step] = Record(tokens_seen, loss, metadata["scheduled"])
+    @property
+    def steps(self) -> list[int]:
+        return [] if self._opened is None else [checkpoint.step for checkpoint in self._opened.checkpoints]
 
-    def _metadata(self, step: int) -> _Metadata:
-        return cast(_Metadata, self._open().metadata(step).custom_metadata)
+    def metadata(self, step: int) -> _Metadata:
+        with _reading(self.path / str(step)):
+            return cast(_Metadata, self._checkpointer().metadata(step).custom_metadata)
+
+    def save(self, step: int, items: Mapping[str, object], record: Record) -> ocp.AsyncResponse[bool] | None:
+        sums = {item: _checksums_by_name(tree) for item, tree in items.items()}
+        metadata = {"format": FORMAT, "checksums": sums, "record": dataclasses.asdict(record)}
+        return self._checkpointer().save_checkpointables_async(
+            step, dict(items), force=True, overwrite=step in self.steps, custom_metadata=cast(dict, metadata)
+        )
+
+    def load(self, step: int, items: Mapping[str, Tree]) -> dict[str, Tree]:
+        """The items of a checkpoint. Raises _Damaged, or InputError for another format or other arrays."""
+        path, metadata = self.path / str(step), self.metadata(step)
+        with _reading(path):
+            saved_format, saved = metadata["format"], metadata["checksums"]
+        if saved_format != FORMAT:
+            older = saved_format < FORMAT
+            remedy = "use that version, or start in another --workdir" if older else "upgrade this one"
+            raise InputError(
+                f"{path} was written by {'an earlier' if older else 'a later'} version of prelm_jax (format "
+                f"{saved_format}, not {FORMAT}): {remedy}"
+            )
+        for item, tree in items.items():
+            if item not in saved:
+                raise InputError(f"{path} holds no {item}, only {', '.join(saved)}: choose another --step")
+            names = {path_name(name) for name, _ in jax.tree_util.tree_leaves_with_path(tree)}
+            if differing := names ^ saved[item].keys():
+                raise InputError(f"{path} is of another model or optimizer: {item}/{min(differing)} is only in one")
+        with _reading(path):
+            loaded = self._checkpointer().load_checkpointables(step, dict(items))
+        for item, tree in loaded.items():
+            for name, checksum in _checksums_by_name(tree).items():
+                if saved[item][name] != checksum:
+                    raise _Damaged(f"the checksum of {item}/{name} differs")
+        return loaded
+
+    def put_aside(self, step: int, complaint: str) -> epath.Path:
+        """Moves a damaged checkpoint to `<path>.damaged`, with a note; returns its new path."""
+        aside = self.path.parent / f"{self.path.name}.damaged"
+        if jax.process_index() == 0:
+            aside.mkdir(exist_ok=True)
+            (aside / f"{step}.txt").write_text(f"{complaint}\n")  # In a bucket this makes the directory, too.
+            (self.path / str(step)).rename(aside / str(step))
+        multihost_utils.sync_global_devices("put aside")  # Nobody lists the directory earlier.
+        self._checkpointer().reload()
+        return aside / str(step)
+
+    def close(self) -> None:
+        if self._opened is not None:
+            with contextlib.suppress(Exception):  # It raises again what a failed save has raised before.
+                self._opened.close()
+
+
+class _PreservationPolicy:
+    """Which full checkpoints are kept: the newest scheduled ones, the newest of all, and the best."""
+
+    def __init__(self, keep: int | None):
+        self._keep = keep
+        self.records: dict[int, Record] = {}
 
     def best(self) -> tuple[float, int]:
         """(evaluation loss, step) of the best checkpoint; an infinite loss if none was evaluated."""
-        losses = [(x.evaluation_loss, step) for step, x in self.records.items() if x and x.evaluation_loss is not None]
+        losses = [(x.evaluation_loss, step) for step, x in self.records.items() if x.evaluation_loss is not None]
         return min(losses, default=(math.inf, -1))
 
     def should_preserve(
@@ -133,68 +196,10 @@ class _Directory:
         steps = [checkpoint.step for checkpoint in checkpoints]
         if self._keep is None:
             return [True] * len(steps)
-        scheduled = [step for step in steps if (record := self.records.get(step)) is None or record.scheduled]
+        scheduled = [step for step in steps if self.records.get(step, Record()).scheduled]
         kept = {*scheduled[-self._keep :], steps[-1], self.best()[1]}
-        return [step in kept for step in steps]
-
-    def save(self, step: int, items: Mapping[str, object], record: Record):
-        """Starts to save; the caller waits for the result."""
-        checkpointer = self._open()
-        metadata = {
-            "format": FORMAT,
-            "checksums": {name: _checksums_by_name(tree) for name, tree in items.items()},
-            **dataclasses.asdict(record),
-        }
-        overwrite = step in self.records
-        self.records[step] = record
-        saving = checkpointer.save_checkpointables_async(
-            step, dict(items), force=True, overwrite=overwrite, custom_metadata=cast(dict, metadata)
-        )
-        kept = {checkpoint.step for checkpoint in checkpointer.checkpoints}
         self.records = {step: record for step, record in self.records.items() if step in kept}
-        return saving
-
-    def load(self, step: int, items: Mapping[str, Tree]) -> dict[str, Tree]:
-        """The items of a checkpoint; raises _Damaged, or InputError if it has another format or not all items."""
-        path = self.path / str(step)
-        with _reading():
-            metadata = self._metadata(step)
-            saved_format, saved_sums = metadata["format"], metadata["checksums"]
-        if saved_format != FORMAT:
-            older = saved_format < FORMAT
-            remedy = "use that version, or start in another --workdir" if older else "upgrade this one"
-            raise InputError(
-                f"{path} was written by {'an earlier' if older else 'a later'} version of prelm_jax (format "
-                f"{saved_format}, not {FORMAT}): {remedy}"
-            )
-        if missing := [item for item in items if item not in saved_sums]:
-            raise InputError(
-                f"{path} holds no {', '.join(missing)}, only {', '.join(saved_sums)}: choose another --step"
-            )
-        with _reading():
-            loaded = self._open().load_checkpointables(step, dict(items))
-        for item, tree in loaded.items():
-            for name, checksum in _checksums_by_name(tree).items():
-                if saved_sums[item].get(name) != checksum:
-                    raise _Damaged(f"the checksum of {item}/{name} differs")
-        return loaded
-
-    def put_aside(self, step: int, complaint: str) -> epath.Path:
-        """Moves a damaged checkpoint to `<path>.damaged`, with a note; returns its new path."""
-        aside = self.path.parent / f"{self.path.name}.damaged"
-        if jax.process_index() == 0:
-            aside.mkdir(exist_ok=True)
-            (aside / f"{step}.txt").write_text(f"{complaint}\n")  # In a bucket this makes the directory, too.
-            (self.path / str(step)).rename(aside / str(step))
-        multihost_utils.sync_global_devices("put aside")  # Nobody lists the directory earlier.
-        self._open().reload()
-        self._read_records()
-        return aside / str(step)
-
-    def close(self) -> None:
-        if self._checkpointer is not None:
-            with contextlib.suppress(Exception):  # It raises again what a failed save has raised before.
-                self._checkpointer.close()
+        return [step in kept for step in steps]
 
 
 class Checkpoints:
@@ -209,22 +214,27 @@ class Checkpoints:
 
     def __init__(self, directory: epath.PathLike, keep: int | None = None):
         self.directory = epath.Path(directory)
-        self._writable = keep is not None
-        self._full = _Directory(self.directory, keep, self._writable)
+        self._writable, self._policy = keep is not None, _PreservationPolicy(keep)
+        self._full = _Directory(self.directory, self._policy, self._writable)
         kept = self.directory.parent / f"{self.directory.name}.kept"
         self._kept = _Directory(kept, None, self._writable)
         self._saving = None
+        for step in self._full.steps:
+            with contextlib.suppress(Exception):  # Restoring the checkpoint tells what is wrong.
+                self._policy.records[step] = Record(**self._full.metadata(step)["record"])
 
     def save(self, step: int, items: Mapping[str, object], record: Record = Record()) -> None:
         """Starts to save; waits only for the save before, whose errors this call raises."""
+        self.wait()
+        self._policy.records[step] = record
         self._save(self._full, step, items, record)
 
     def keep_parameters(self, step: int, items: Mapping[str, object], record: Record = Record()) -> None:
         """The same for a checkpoint without the item `opt_state`, to keep forever."""
-        self._save(self._kept, step, {name: tree for name, tree in items.items() if name != "opt_state"}, record)
+        self.wait()
+        self._save(self._kept, step, {item: tree for item, tree in items.items() if item != "opt_state"}, record)
 
     def _save(self, directory: _Directory, step: int, items: Mapping[str, object], record: Record) -> None:
-        self.wait()
         path = directory.path / str(step)
         with _writing(path):
             self._saving = (path, directory.save(step, items, record))
@@ -244,26 +254,25 @@ class Checkpoints:
 
     def improves(self, evaluation_loss: float) -> bool:
         """Whether this loss is lower than that of every full checkpoint."""
-        return evaluation_loss < self._full.best()[0]
+        return evaluation_loss < self._policy.best()[0]
 
     def tokens_seen(self, step: int) -> int:
         """The tokens seen by the training up to a full checkpoint; 0 if there is none of that step."""
-        record = self._full.records.get(step)
-        return record.tokens_seen if record else 0
+        return self._policy.records.get(step, Record()).tokens_seen
 
     def restore(self, items: Mapping[str, Tree], step: Step = "newest") -> tuple[int, dict[str, Tree]] | None:
-        """(step, items) of one checkpoint: the newest intact one, the best, or that of a step.
+        """(step, items) of one checkpoint: of a step, the best, or the newest intact one.
 
-        None if `step` is "newest" and there is no checkpoint. A damaged checkpoint is reported on stderr and the one
-        before is used; a writer moves it to `<directory>.damaged`.
+        With "newest" a damaged checkpoint is reported on stderr and the one before is used, while a writer moves the
+        damaged one to `<directory>.damaged`; the result is None if there is no checkpoint.
 
         Args:
             items: by name the trees wanted, of jax.ShapeDtypeStruct with shardings.
             step: which checkpoint.
 
         Raises:
-            InputError: for a step without a checkpoint, a checkpoint without one of the items or of another format, or
-                a damaged checkpoint without an intact one before it.
+            InputError: for a step without a checkpoint, for a checkpoint that may not be read, has other items, arrays
+                or another format, and for a damaged one if there is no other.
         """
         if step != "newest":
             step, directory = self._find(step)
@@ -271,17 +280,17 @@ class Checkpoints:
                 return step, directory.load(step, items)
             except _Damaged as error:
                 raise InputError(
-                    f"checkpoint {directory.path / str(step)} is damaged ({error}): choose another --step; there are "
-                    f"{self._listing()}"
+                    f"checkpoint {directory.path / str(step)} is damaged ({error}): choose a --step: {self._listing()}"
                 ) from error
-        directories = dict.fromkeys([] if "opt_state" in items else self._kept.records, self._kept)
-        directories |= dict.fromkeys(self._full.records, self._full)
+        directories = {} if "opt_state" in items else dict.fromkeys(self._kept.steps, self._kept)
+        directories |= dict.fromkeys(self._full.steps, self._full)
         for step in sorted(directories, reverse=True):
             directory = directories[step]
             try:
                 return step, directory.load(step, items)
             except _Damaged as error:
                 complaint = f"checkpoint {directory.path / str(step)} is damaged ({error})"
+            self._policy.records.pop(step, None)
             done = f"moved to {directory.put_aside(step, complaint)}" if self._writable else "skipped"
             print(f"{complaint}: {done}", file=sys.stderr)
         if directories:
@@ -291,32 +300,20 @@ class Checkpoints:
         return None
 
     def _find(self, step: int | Literal["best"]) -> tuple[int, _Directory]:
-        if step == "best":
-            _, best = self._full.best()
-            if best in self._full.records:
-                return best, self._full
-            raise InputError(f"{self.directory}: no checkpoint was evaluated; choose a --step: {self._listing()}")
+        loss, best = self._policy.best()
+        if step == "best" and loss < math.inf:
+            return best, self._full
         for directory in (self._full, self._kept):
-            if step in directory.records:
-                return step, directory
-        raise InputError(f"{self.directory}: no checkpoint of step {step}; choose a --step: {self._listing()}")
+            if step in directory.steps:
+                return int(step), directory
+        missing = "evaluated checkpoint" if step == "best" else f"checkpoint of step {step}"
+        raise InputError(f"{self.directory}: no {missing}; choose a --step: {self._listing()}")
 
     def _listing(self) -> str:
         """`5, 10 (best), 12`"""
-        best = self._full.best()[1]
-        steps = sorted({*self._full.records, *self._kept.records})
+        best = self._policy.best()[1]
+        steps = sorted({*self._full.steps, *self._kept.steps})
         return ", ".join(f"{step} (best)" if step == best else str(step) for step in steps) or "there is none yet"
-
-
-@contextlib.contextmanager
-def _writing(path: epath.Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # A full disk makes Orbax raise anything.
-        raise InputError(
-            f"cannot write the checkpoint {path} ({_first_line(error)}); earlier ones are intact: free some space and "
-            "run the same command to resume"
-        ) from error
 
 
 def restore_params(directory: epath.PathLike, abstract_params: Params, step: Step = "newest") -> tuple[int, Params]:

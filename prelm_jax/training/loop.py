@@ -32,9 +32,7 @@ class LoopConfig:
     save_every: int = 1000  # Steps between checkpoints; the last step, SIGTERM and a new best evaluation save as well.
     keep: int = 3  # Number of newest checkpoints to keep; the one with the best evaluation is kept in addition.
     keep_at_steps: tuple[int, ...] = ()  # Keep the parameters after these steps forever (without optimizer state).
-    keep_at_words: tuple[
-        int, ...
-    ] = ()  # The same, as soon as this many words of the corpus were seen (a learning curve).
+    keep_at_words: tuple[int, ...] = ()  # The same, once this many words of the corpus were seen (a learning curve).
     evaluate_every: int = 1000  # Steps between evaluations on held-out text; the last step is evaluated as well.
     evaluate_batches: int = 32  # Number of held-out batches in an evaluation; more for a less noisy loss.
     log_every: int = 50  # Steps between lines of metrics.jsonl and of the terminal.
@@ -339,7 +337,7 @@ def train(
     """
     config, start = run.loop, int(state.step)
     train_step = make_train_step(model, run.optimizer, run.accumulate, layout, state)
-    count_tokens = jax.jit(model.tokens)
+    count_tokens = jax.jit(model.tokens, out_shardings=P())
     dropout_key = Keys.from_seed(run.seed).dropout
     profile = _Profile(start, config.profile, config.steps, workdir / "profile")
     peak = peak_flops(jnp.dtype(run.precision), jax.sharding.get_mesh().size)

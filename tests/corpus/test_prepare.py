@@ -122,8 +122,8 @@ def test_no_document_is_lost(tmp_path_factory, texts, shard):
         assert documents_of(store) == [document for document, _ in expected]
         assert store.document_bytes.tolist() == [size for _, size in expected]
     # An open vocabulary restores everything between white space.
-    bounds = zip(words.words.offsets, words.words.offsets[1:], strict=False)
-    spelled = [bytes(words.words.bytes[a:b]).decode() for a, b in bounds]
+    bounds = zip(words.spellings.offsets, words.spellings.offsets[1:], strict=False)
+    spelled = [bytes(words.spellings.bytes[a:b]).decode() for a, b in bounds]
     found = [[spelled[index] for sentence in document for index in sentence] for document in documents_of(words)]
     assert found == [text.split() for text in (document.text for document in documents) if text.split()]
 

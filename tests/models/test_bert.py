@@ -1,4 +1,4 @@
-"""BERT against transformers' PyTorch BERT: outputs and gradients; sizes, packing, what attends to what, dropout."""
+"""BERT against transformers' PyTorch BERT: outputs and gradients; sizes, packing, attention, dropout."""
 
 import math
 from functools import partial
@@ -129,7 +129,7 @@ loss_and_gradients = jax.jit(jax.value_and_grad(objective))
 # Parity
 
 
-def test_outputs_equal_those_of_transformers(params, reference):
+def test_outputs_equal_transformers(params, reference):
     batch, (model, output, _) = make_batch(), reference
     hidden, pooled, logits, relation = forward(params, batch)
     assert len(hidden) == len(output.hidden_states) == CONFIG.num_layers + 1
@@ -145,7 +145,7 @@ def test_outputs_equal_those_of_transformers(params, reference):
     assert (jax.nn.softmax(logits)[..., CONFIG.vocab_size :] == 0).all()
 
 
-def test_loss_and_gradients_equal_those_of_transformers(params, reference):
+def test_loss_and_gradients_equal_transformers(params, reference):
     _, output, gradients = reference
     loss, grads = loss_and_gradients(params, make_batch())
     assert abs(float(loss) - output.loss.item()) < TOLERANCE

@@ -1,4 +1,4 @@
-"""ELMo against a NumPy reference: values and gradients; the LSTM's own VJP; what sees what; the train step."""
+"""ELMo against a NumPy reference: values and gradients; the LSTM's own VJP; causality; the train step."""
 
 import dataclasses
 import math
@@ -43,7 +43,7 @@ LAYOUT = {"characters": "shared"} | {
 
 
 def make_batch(seed=0, config=CONFIG, rows=ROWS, length=LENGTH, negatives=NEGATIVES):
-    """Words of 1 to 48 bytes; some targets are among the negatives; some places have no weight."""
+    """Words of 1 to 48 bytes; some targets are among the negatives; some positions have no weight."""
     rng = np.random.default_rng(seed)
     characters = np.full((WORDS, 50), 260)
     for row, size in zip(characters, [48, 1, 47, *rng.integers(1, 12, WORDS - 3)], strict=True):
@@ -245,8 +245,13 @@ def test_the_vjp_of_the_lstm_equals_autodiff_of_a_plain_scan(dtype):
     )
     rng = np.random.default_rng(0)
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
-        is_shape = lambda x: isinstance(x, tuple) and isinstance(x[0], int)  # noqa: E731
-        draw = lambda shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+
+        def is_shape(x):
+            return isinstance(x, tuple) and isinstance(x[0], int)
+
+        def draw(shape):
+            return jnp.asarray(rng.normal(size=shape), dtype)
+
         arguments = [[jax.tree.map(draw, shape, is_leaf=is_shape) for _ in range(2)] for shape in shapes]
         towards = jax.tree.map(lambda x: draw(x.shape), plain_lstm(*arguments, 0.5, 0.4))
 
@@ -254,9 +259,9 @@ def test_the_vjp_of_the_lstm_equals_autodiff_of_a_plain_scan(dtype):
             outputs = function(*arguments, 0.5, 0.4)[:2]
             return sum(jax.tree.leaves(jax.tree.map(lambda x, y: (x * y).sum(), outputs, towards))), outputs
 
-        run = lambda function: jax.jit(jax.value_and_grad(partial(objective, function), has_aux=True))(  # noqa: E731
-            arguments
-        )
+        def run(function):
+            return jax.jit(jax.value_and_grad(partial(objective, function), has_aux=True))(arguments)
+
         (_, outputs), found = run(lstm)
         (_, expected_outputs), expected = run(plain_lstm)
     for x in jax.tree.leaves(found):
@@ -267,8 +272,8 @@ def test_the_vjp_of_the_lstm_equals_autodiff_of_a_plain_scan(dtype):
     assert 0.05 < np.mean(np.abs(outputs[0][0]) == np.asarray(0.4, dtype)) < 0.95
 
 
-def test_what_lies_on_a_bound_passes_gradient_and_what_is_beyond_does_not():
-    """With the input gate shut and the forget gate open a cell stays what it is."""
+def test_values_on_a_bound_pass_gradient_and_values_beyond_do_not():
+    """With the input gate shut and the forget gate open, a cell keeps its value."""
     weights = {"kernel": jnp.zeros((2, 4)), "bias": jnp.array([-1e4, 0, 1e4, 1e4]), "projection": jnp.ones((1, 1))}
 
     def last_cell(cell, clip):
@@ -320,15 +325,15 @@ def test_rows_of_any_length_are_read_from_both_ends(params, carry):
     jax.tree.map(np.testing.assert_array_equal, again, (outputs, states))
 
 
-def test_a_row_in_pieces_equals_one_row(params, carry):
-    """In training too: the states that a step leaves are where the next begins."""
+def test_a_row_in_two_batches_equals_one_row(params, carry):
+    """A batch starts from the states at the end of the batch before."""
     model, batch = CONFIG.build(), make_batch(length=2 * LENGTH)
     step = jax.jit(partial(objective, model, key=None))
     _, (whole, expected) = step(fp32(params), fp32(carry), batch)
     sums, states = [], fp32(carry)
     for part in (slice(0, LENGTH), slice(LENGTH, None)):
-        piece = {name: x[:, part] if LAYOUT[name] == "rows" else x for name, x in batch.items()}
-        _, (losses, states) = step(fp32(params), states, piece)
+        half = {name: x[:, part] if LAYOUT[name] == "rows" else x for name, x in batch.items()}
+        _, (losses, states) = step(fp32(params), states, half)
         sums.append(losses)
     close(states, expected)
     close(jax.tree.map(jnp.add, *sums), whole)
@@ -406,7 +411,7 @@ def test_a_step_of_the_original_has_its_operations():
     np.testing.assert_allclose(one / 3e6, 2 * (75.5 + 8.4), rtol=0.002)
 
 
-def test_initial_values_are_those_of_the_reference():
+def test_initial_values_equal_the_reference():
     params = ELMoConfig(vocab_size=1000, projection_size=128, hidden_size=256, filters=((1, 32), (3, 480))).build()
     params = jax.jit(params.init_params)(jax.random.key(0))
     encoder, layer = params["encoder"], params["backward"]["layer_1"]
@@ -415,7 +420,9 @@ def test_initial_values_are_those_of_the_reference():
         values = np.sort(np.asarray(values), axis=None)
         return np.abs(distribution.cdf(values) - np.arange(values.size) / values.size).max() * math.sqrt(values.size)
 
-    uniform = lambda limit: stats.uniform(-limit, 2 * limit)  # noqa: E731
+    def uniform(limit):
+        return stats.uniform(-limit, 2 * limit)
+
     for values, distribution in (
         (params["characters"]["embedding"], uniform(1.0)),
         (encoder["convolution_1"]["kernel"], uniform(0.05)),
@@ -441,7 +448,7 @@ def test_a_batch_that_does_not_fit_the_model_is_refused():
         model.check(make_batch() | {"backward_targets": np.full((1, 1), 41)})
 
 
-def test_filters_are_those_of_a_word():
+def test_filters_are_tuples_and_fit_into_a_word():
     assert ELMoConfig(filters=[[1, 32], [7, 8]]) == ELMoConfig(filters=((1, 32), (7, 8)))
     with pytest.raises(InputError, match=r"--model.filters: 51 characters are wider than a word, which has 50"):
         ELMoConfig(filters=((3, 4), (51, 4)))
@@ -490,7 +497,7 @@ def one_device():
 
 @pytest.mark.parametrize("parameters", ["replicated", "fsdp"])
 def test_a_mesh_gives_the_losses_of_one_device(one_device, parameters):
-    """fp32, dropout on. Eight rows and sixteen words on eight devices; the states are those of one device too."""
+    """fp32, dropout on. Eight rows and sixteen words on eight devices; the states are equal too."""
     losses, state = train(5, 8, parameters)
     np.testing.assert_allclose(losses[0], one_device[0][0], rtol=1e-6)
     np.testing.assert_allclose(losses, one_device[0], rtol=1e-4)
@@ -500,7 +507,7 @@ def test_a_mesh_gives_the_losses_of_one_device(one_device, parameters):
     assert kernel.addressable_shards[0].data.size * (8 if parameters == "fsdp" else 1) == kernel.size
 
 
-def test_devices_hand_each_other_words_and_not_vocabularies():
+def test_devices_exchange_words_and_not_vocabularies():
     """The gradient of the softmax's table is sparse: its rows are gathered, tables are not summed."""
     model, mesh = CONFIG.build(), MeshConfig(8).build()
     optimizer = Adagrad(0.2, unroll_steps=LENGTH)
@@ -527,7 +534,6 @@ def test_accumulated_micro_batches_equal_one_batch():
 def test_one_batch_is_learned():
     config = dataclasses.replace(CONFIG, dropout=0.0, cell_clip=3.0, projection_clip=3.0)
     batch = without_negatives(make_batch())
-    batch = lambda step, batch=batch: batch  # noqa: E731
-    losses, _ = train(150, config=config, batch=batch, learning_rate=0.5)
+    losses, _ = train(150, config=config, batch=lambda step: batch, learning_rate=0.5)
     assert abs(losses[0] - math.log(41)) < 0.3
     assert losses[-1] < 0.5

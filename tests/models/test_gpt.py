@@ -1,4 +1,4 @@
-"""GPT against transformers' PyTorch GPT: outputs and gradients; sizes, what attends to what; the loss by chunks."""
+"""GPT against transformers' PyTorch GPT: outputs and gradients; sizes, attention, the loss in chunks."""
 
 import math
 import re
@@ -114,7 +114,7 @@ loss_and_gradients = jax.jit(jax.value_and_grad(objective))
 # Parity
 
 
-def test_outputs_equal_those_of_transformers(params, reference):
+def test_outputs_equal_transformers(params, reference):
     batch, (output, _, _) = make_batch(), reference
     hidden, logits = forward(params, batch)
     assert len(hidden) == len(output.hidden_states) == CONFIG.num_layers + 1
@@ -127,7 +127,7 @@ def test_outputs_equal_those_of_transformers(params, reference):
     assert (jax.nn.softmax(logits)[..., CONFIG.vocab_size :] == 0).all()
 
 
-def test_loss_and_gradients_equal_those_of_transformers(params, reference):
+def test_loss_and_gradients_equal_transformers(params, reference):
     _, expected_loss, gradients = reference
     loss, grads = loss_and_gradients(params, make_batch())
     assert abs(float(loss) - expected_loss.item()) < TOLERANCE
@@ -211,7 +211,7 @@ def influence(params, segments_T):
     return jnp.abs(derivatives).max(-1).reshape(*out_TD.shape, -1).max(1)
 
 
-def test_every_token_sees_those_before_it_in_its_segment_and_nothing_else(params):
+def test_every_token_sees_earlier_tokens_of_its_segment_and_nothing_else(params):
     for segments in (np.ones(16, int), np.array([1] * 5 + [2] * 7 + [0] * 4)):
         found = np.asarray(influence(params, jnp.asarray(segments)))
         same, real = segments[:, None] == segments[None], segments != 0
@@ -238,8 +238,8 @@ def test_packed_rows_give_the_states_of_separate_rows(params):
         assert np.isfinite(a[0]).all()  # A row of nothing but padding.
 
 
-def test_next_logits_from_the_cache_equal_those_without(params):
-    """A text of 16 in pieces of 4 (one of them padding), 6 and 1 at a time; rows one and two of the batch together."""
+def test_next_logits_with_a_cache_equal_those_without(params):
+    """A text of 16 tokens, appended 4 (one of them padding), 6 and then 1 at a time; two rows at once."""
     tokens = np.random.default_rng(2).integers(1, CONFIG.vocab_size, (2, 16))
     batch = {"tokens": tokens, "positions": np.tile(np.arange(16), (2, 1)), "segments": np.ones((2, 16), int)}
     _, expected = forward(params, batch)
@@ -270,7 +270,7 @@ def test_only_training_has_dropout(params):
 
 
 def test_dropout_is_where_gpt_1_has_it(params, monkeypatch):
-    """On the embeddings, and in each layer on the attention weights and on what either block adds; each its own."""
+    """On the embeddings, the attention weights and the output of every block, each with its own key."""
 
     @jax.jit
     def keys():
@@ -287,7 +287,7 @@ def test_dropout_is_where_gpt_1_has_it(params, monkeypatch):
     assert [x.shape for _, x in collected] == [wide, *[weights, wide, wide] * CONFIG.num_layers]
 
 
-# The loss by chunks
+# The loss in chunks
 
 
 def example(rows=8, length=5, width=16, vocabulary=128, seed=0):
@@ -309,16 +309,16 @@ def plain(x_BTD, table_VD, targets_BT, weights_BT):
 
 @pytest.fixture(params=[1, 7, 40, 1000])
 def chunked(request, monkeypatch):
-    """The function to test, at most so many tokens of 40 at a time (a multiple, a remainder, all)."""
+    """`tied_cross_entropy` of 40 tokens in chunks of 1, of 7 (with a remainder), of all, and of more."""
     monkeypatch.setattr("prelm_jax.models.cross_entropy.CHUNK_TOKENS_ON_CPU", request.param)
     return lambda x, table, targets, weights: tied_cross_entropy(x, table, targets, weights, 100)
 
 
-def test_the_loss_by_chunks_equals_the_plain_one(chunked):
+def test_the_loss_in_chunks_equals_the_plain_one(chunked):
     arguments = example()
     arguments[2][0] = np.argmax(arguments[0][0] @ arguments[1][:100].T, -1)  # Some targets that win.
 
-    def objective(function, *arguments):  # Not the bare sum: what comes back to it is not one.
+    def objective(function, *arguments):  # Not the sum itself: its cotangent would be 1.
         loss, correct = function(*arguments)
         return loss**2 / 300, correct
 
@@ -333,7 +333,7 @@ def test_the_loss_by_chunks_equals_the_plain_one(chunked):
     assert (np.asarray(grads[1])[100:] == 0).all()
 
 
-def test_the_gradient_by_chunks_equals_finite_differences(monkeypatch):
+def test_the_gradient_in_chunks_equals_finite_differences(monkeypatch):
     monkeypatch.setattr("prelm_jax.models.cross_entropy.CHUNK_TOKENS_ON_CPU", 7)
     x, table, targets, weights = example()
     gradients = jax.jit(jax.grad(lambda x, table: tied_cross_entropy(x, table, targets, weights, 100)[0], (0, 1)))
@@ -370,7 +370,10 @@ def test_in_half_precision_the_sums_are_kept_in_full(monkeypatch):
     x, *rest = example()
     x = jnp.asarray(x, jnp.bfloat16)
     rest[0] = np.asarray(rest[0].astype(jnp.bfloat16), np.float32)  # The table, rounded as the function rounds it.
-    loss = lambda x, table: tied_cross_entropy(x, table, *rest[1:], 100)[0]  # noqa: E731
+
+    def loss(x, table):
+        return tied_cross_entropy(x, table, *rest[1:], 100)[0]
+
     (value, (dx, dtable)) = jax.value_and_grad(loss, (0, 1))(x, rest[0])
     expected, grads = jax.value_and_grad(lambda x, table: plain(x, table, *rest[1:])[0], (0, 1))(
         x.astype(jnp.float32), rest[0]
@@ -386,10 +389,7 @@ def test_on_several_devices_the_gradients_are_summed_once(monkeypatch):
     monkeypatch.setattr("prelm_jax.models.cross_entropy.CHUNK_TOKENS_ON_CPU", 10)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     arguments = example(rows=16)
-    place = partial(jax.device_put, device=NamedSharding(mesh, P()))
-    placed = [
-        place(a) if i == 1 else jax.device_put(a, NamedSharding(mesh, P("data"))) for i, a in enumerate(arguments)
-    ]
+    placed = [jax.device_put(a, NamedSharding(mesh, P() if i == 1 else P("data"))) for i, a in enumerate(arguments)]
     function = jax.value_and_grad(lambda *arguments: tied_cross_entropy(*arguments, 100), (0, 1), has_aux=True)
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         compiled = jax.jit(function).lower(*placed).compile()

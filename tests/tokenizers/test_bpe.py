@@ -1,4 +1,4 @@
-"""BPE: transformers' ids, OpenAI's layout and files, trained vocabularies, and every complaint."""
+"""BPE: transformers' ids, OpenAI's layout and files, trained vocabularies, and every error."""
 
 import json
 import lzma
@@ -19,6 +19,7 @@ from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
 from prelm_jax.tokenizers import bpe
 from prelm_jax.tokenizers.bpe import BPE, FILES, BPEConfig, train
+from prelm_jax.tokenizers.build import build
 from prelm_jax.tokenizers.load import load
 from prelm_jax.tokenizers.wordpiece import WordPiece
 
@@ -69,19 +70,22 @@ def reference_ids(tokenizer, texts):
 
 
 def spell(word, tokens, merges):
-    """The pieces of a word, by the paper's algorithm: join the earliest merge, all over the word, and again."""
-    pieces = [*word[:-1], word[-1] + "</w>"]
+    """The subwords of a word by the paper's algorithm: join the earliest merge everywhere in the word, and repeat."""
+    subwords = [*word[:-1], word[-1] + "</w>"]
     ranks = {pair: rank for rank, pair in enumerate(merges)}
-    while pairs := [pair for pair in pairwise(pieces) if pair in ranks]:
-        best = min(pairs, key=ranks.__getitem__)
-        joined = []
-        for piece in pieces:
-            if joined and (joined[-1], piece) == best:
-                joined[-1] += piece
-            else:
-                joined.append(piece)
-        pieces = joined
-    return [piece if piece in tokens else "<unk>" for piece in pieces]
+    while pairs := [pair for pair in pairwise(subwords) if pair in ranks]:
+        subwords = join(subwords, min(pairs, key=ranks.__getitem__))
+    return [subword if subword in tokens else "<unk>" for subword in subwords]
+
+
+def join(subwords, merge):
+    joined = []
+    for subword in subwords:
+        if joined and (joined[-1], subword) == merge:
+            joined[-1] += subword
+        else:
+            joined.append(subword)
+    return joined
 
 
 @pytest.fixture
@@ -96,18 +100,18 @@ def prose(tmp_path):
 
 @settings(deadline=None)
 @given(texts=st.lists(TEXT, max_size=4))
-def test_ids_are_those_of_transformers(tmp_path_factory, texts):
+def test_ids_match_transformers(tmp_path_factory, texts):
     files = write_files(tmp_path_factory.mktemp("vocab"))
     ours, theirs = BPE.from_files(*files), reference(*files)
     expected = reference_ids(theirs, texts)
     assert ours.encode_batch(texts) == expected
-    assert ours.encode_batch(texts) == expected  # now from memory
+    assert ours.encode_batch(texts) == expected  # now from the cache
     assert [ours.decode(ids) for ids in expected] == [theirs.decode(ids) for ids in expected]
 
 
 @settings(deadline=None)
 @given(word=st.text(st.sampled_from("abelunt"), min_size=1, max_size=12))
-def test_words_are_spelled_by_the_merges_in_their_order(word):
+def test_words_are_spelled_by_merges_in_their_order(word):
     ours = tokenizer()
     assert [ours.tokens[index] for index in ours.encode_batch([word])[0]] == spell(word, TOKENS, MERGES)
 
@@ -126,7 +130,7 @@ def test_ids_of_the_published_vocabulary(real_data):
 
 
 def test_the_layout_of_the_published_vocabulary(real_data):
-    """What `train` lays out: <unk>, the characters, the same with </w>, the merges (and there a newline)."""
+    """The layout of `train`: <unk>, the characters, the same with </w>, the merges; OpenAI's adds a newline."""
     ours = load(openai(real_data)[0])
     characters = ours.tokens[1:239]
     assert all(len(character) == 1 for character in characters)
@@ -135,14 +139,14 @@ def test_the_layout_of_the_published_vocabulary(real_data):
 
 
 def test_ids_of_an_independent_fixture(real_data):
-    """A line and its ids from AllenNLP's reader; in the next one words are split otherwise ("hasn't")."""
+    """A line and its ids from AllenNLP's reader, which splits words of the next line differently ("hasn't")."""
     directory = real_data / "fixtures/allennlp-openai-transformer"
     first, _ = json.loads((directory / "indexed_text.json").read_text())
     line, _ = (directory / "text.txt").read_text().splitlines()
     assert load(openai(real_data)[0].parent).encode_batch([line]) == [first]
 
 
-def test_the_name_of_the_unknown_is_text():
+def test_the_name_of_the_unknown_token_is_text():
     ours = tokenizer()
     assert ours.special_ids == {"<unk>": 0} and ours.unknown_id == 0
     encoded = [[ours.tokens[index] for index in ids] for ids in ours.encode_batch(["<unk>", "z a漢z", "naïve"])]
@@ -153,7 +157,7 @@ def test_the_name_of_the_unknown_is_text():
     ]
 
 
-def test_decode_joins_pieces():
+def test_decode_joins_subwords():
     ids = [TOKENS.index(token) for token in ("<unk>", "un", "able</w>", ".</w>", "ab</w>")]
     assert tokenizer().decode(np.array(ids)) == "<unk>unable . ab"
 
@@ -161,7 +165,7 @@ def test_decode_joins_pieces():
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
-def test_saved_files_are_read_by_transformers_and_by_us(tmp_path):
+def test_saved_files_load_here_and_in_transformers(tmp_path):
     ours = tokenizer()
     ours.save(tmp_path / "one", model_max_length=128)
     texts = ["Unable Éa b.", "漢字 ab, don't </w> \n able!", ""]
@@ -188,7 +192,7 @@ def test_saved_files_are_read_by_transformers_and_by_us(tmp_path):
 
 
 @pytest.mark.parametrize("kept", [{"tokenizer.json"}, {"vocab.json", "merges.txt"}])
-def test_a_part_of_the_saved_files_is_enough(tmp_path, kept):
+def test_some_of_the_saved_files_are_enough(tmp_path, kept):
     ours = tokenizer()
     ours.save(tmp_path)
     for path in tmp_path.iterdir():
@@ -200,15 +204,15 @@ def test_a_part_of_the_saved_files_is_enough(tmp_path, kept):
     )
 
 
-def test_without_a_length_none_is_written(tmp_path):
+def test_no_length_is_written_unless_given(tmp_path):
     tokenizer().save(tmp_path)
     assert "model_max_length" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
 
 
-def test_what_transformers_saves_is_read(tmp_path):
+def test_files_saved_by_transformers_load(tmp_path):
     reference(*write_files(tmp_path)).save_pretrained(tmp_path / "saved")
     assert load(tmp_path / "saved").fingerprint == tokenizer().fingerprint
-    # Older ones wrote a merge as one string, and no type of the model.
+    # Older versions wrote a merge as one string, and no type of the model.
     path = tmp_path / "saved/tokenizer.json"
     data = json.loads(path.read_text())
     data["model"]["merges"] = [" ".join(merge) for merge in data["model"]["merges"]]
@@ -218,13 +222,13 @@ def test_what_transformers_saves_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("names", FILES)
-def test_a_vocabulary_and_its_merges_under_either_name(tmp_path, monkeypatch, names):
+def test_files_under_hugging_faces_and_openais_names(tmp_path, monkeypatch, names):
     files = write_files(tmp_path, names)
     expected = tokenizer().fingerprint
     assert all(load(path).fingerprint == expected for path in (tmp_path, *files))
     monkeypatch.chdir(tmp_path)
     assert load(names[0]).fingerprint == load(".").fingerprint == expected
-    files[1].write_bytes(files[1].read_bytes().partition(b"\n")[2].replace(b"\n", b"\r\n"))  # no header, line ends
+    files[1].write_bytes(files[1].read_bytes().partition(b"\n")[2].replace(b"\n", b"\r\n"))  # no header, \\r\\n
     assert load(tmp_path).fingerprint == expected
 
 
@@ -233,7 +237,7 @@ def test_fingerprints_tell_tokenizers_apart():
     assert len({other.fingerprint for other in different}) == 4
 
 
-def test_a_wordpiece_beside_is_still_read(tmp_path):
+def test_wordpiece_files_take_precedence(tmp_path):
     wordpiece = WordPiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"])
     wordpiece.save(tmp_path)
     write_files(tmp_path)
@@ -242,7 +246,7 @@ def test_a_wordpiece_beside_is_still_read(tmp_path):
     assert load(tmp_path).fingerprint == wordpiece.fingerprint
 
 
-def complaint(call, *arguments) -> str:
+def error_of(call, *arguments) -> str:
     with pytest.raises(InputError) as error:
         call(*arguments)
     assert "\n" not in str(error.value)
@@ -252,37 +256,33 @@ def complaint(call, *arguments) -> str:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", " is not JSON: "),
-        ("[]", " is not a JSON object"),
+        ("{", ""),
+        ("[]", ""),
         ('{"<unk>": 0, "a</w>": 2}', ": the ids of the vocabulary are not 0 to 1"),
         ('{"<unk>": 0, "a</w>": "1"}', ": the ids of the vocabulary are not 0 to 1"),
         ('{"<unk>": 0, "a</w>": 0}', ": the ids of the vocabulary are not 0 to 1"),
-        ('{"a": 0, "a</w>": 1}', ": the vocabulary has no <unk>: GPT-1's has"),
-        ("{}", ": the vocabulary has no <unk>: GPT-1's has"),
-        (
-            '{"<unk>": 0, "Ġthe": 1}',
-            ": no entry of the vocabulary ends with </w>: is it a byte-level one (GPT-2)?",
-        ),
-        ('{"<unk>": 0, "b</w>": 1}', ": the merge 'a b' needs 'a': it is not in the vocabulary"),
-        ('{"<unk>": 0, "b</w>": 1, "a": 2, "b": 3}', ": the merge 'a b' needs 'ab': it is not in the vocabulary"),
+        ('{"a": 0, "a</w>": 1}', ": the vocabulary lacks <unk>"),
+        ("{}", ": the vocabulary lacks <unk>"),
+        ('{"<unk>": 0, "Ġthe": 1}', ": no entry of the vocabulary ends with </w>"),
+        ('{"<unk>": 0, "b</w>": 1}', ": the merge 'a b' needs 'a'"),
+        ('{"<unk>": 0, "b</w>": 1, "a": 2, "b": 3}', ": the merge 'a b' needs 'ab'"),
     ],
 )
 def test_a_wrong_vocabulary_is_refused(tmp_path, content, message):
     vocabulary, _ = write_files(tmp_path, merges=[("a", "b")])
     vocabulary.write_text(content)
-    assert complaint(load, tmp_path).startswith(f"{vocabulary}{message}")
+    assert error_of(load, tmp_path).startswith(f"{vocabulary}{message}")
 
 
 @pytest.mark.parametrize("line", ["a", "", "a b c", " b", "a "])
 def test_a_wrong_merge_is_refused(tmp_path, line):
     _, merges = write_files(tmp_path)
     merges.write_text(f"#version: 0.2\na b\n{line}\n")
-    assert complaint(load, tmp_path) == f"{merges}:3 is {line!r}, not two pieces with a space between them"
+    assert error_of(load, tmp_path).startswith(f"{merges}:3 is {line!r}")
 
 
 def test_a_repeated_entry_is_refused():
-    message = "the vocabulary holds 'a' more than once: remove all but one"
-    assert complaint(BPE, [*TOKENS, "a"], MERGES) == message
+    assert "'a'" in error_of(BPE, [*TOKENS, "a"], MERGES)
 
 
 @pytest.mark.parametrize("names", FILES)
@@ -290,30 +290,21 @@ def test_missing_merges_are_refused(tmp_path, names):
     vocabulary, merges = write_files(tmp_path, names)
     merges.unlink()
     for path in (tmp_path, vocabulary):
-        assert complaint(load, path) == f"cannot read {merges}: No such file or directory"
+        assert str(merges) in error_of(load, path)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda data: data["model"].update(end_of_word_suffix=None),
-            " is no tokenizer of GPT-1's kind: its model has end_of_word_suffix None, not '</w>'",
-        ),
-        (lambda data: data["model"].update(unk_token="[UNK]"), "its model has unk_token '[UNK]', not '<unk>'"),
-        (lambda data: data["normalizer"].update(lowercase=False), "its normalizer has lowercase False, not True"),
-        (lambda data: data.update(normalizer=None), "its normalizer has type None, not 'BertNormalizer'"),
-        (
-            lambda data: data["pre_tokenizer"].update(type="ByteLevel"),
-            "its pre_tokenizer has type 'ByteLevel', not 'BertPreTokenizer'",
-        ),
+        (lambda data: data["model"].update(end_of_word_suffix=None), "model has end_of_word_suffix None"),
+        (lambda data: data["model"].update(unk_token="[UNK]"), "model has unk_token '[UNK]'"),
+        (lambda data: data["normalizer"].update(lowercase=False), "normalizer has lowercase False"),
+        (lambda data: data.update(normalizer=None), "normalizer has type None"),
+        (lambda data: data["pre_tokenizer"].update(type="ByteLevel"), "pre_tokenizer has type 'ByteLevel'"),
         (lambda data: data["model"]["vocab"].update(z=99), f": the ids of the vocabulary are not 0 to {len(TOKENS)}"),
-        (lambda data: data["model"]["merges"].append(["k", "w"]), ": the merge 'k w' needs 'kw': it is not in the vo"),
-        (lambda data: data["model"]["merges"].append(["k"]), ": the merge ['k'] is not two pieces"),
-        (
-            lambda data: data["added_tokens"].append({"content": "<new>", "id": 99}),
-            ": the added tokens <new> are not in the vocabulary: put them there",
-        ),
+        (lambda data: data["model"]["merges"].append(["k", "w"]), ": the merge 'k w' needs 'kw'"),
+        (lambda data: data["model"]["merges"].append(["k"]), ": the merge ['k'] has 1 "),
+        (lambda data: data["added_tokens"].append({"content": "<new>", "id": 99}), "<new>"),
     ],
 )
 def test_another_kind_of_tokenizer_json_is_refused(tmp_path, change, message):
@@ -322,7 +313,7 @@ def test_another_kind_of_tokenizer_json_is_refused(tmp_path, change, message):
     data = json.loads(path.read_text())
     change(data)
     path.write_text(json.dumps(data))
-    found = complaint(load, tmp_path)
+    found = error_of(load, tmp_path)
     assert found.startswith(str(path))
     assert message in found
 
@@ -350,7 +341,7 @@ def test_a_trained_vocabulary(prose):
 
 
 def test_merges_are_the_most_frequent_pairs(prose):
-    """The first merges by counting, one word at a time; where pairs are as frequent, any of them will do."""
+    """Counts pairs again after each merge. Ties between equally frequent pairs may be broken either way."""
     _, merges = train(prose, 12)
     words = Counter()
     ours = bpe._pipeline(["<unk>", "a</w>"], [])
@@ -365,30 +356,24 @@ def test_merges_are_the_most_frequent_pairs(prose):
         assert pairs[merge] == max(pairs.values())
         joined = Counter()
         for word, count in words.items():
-            pieces = []
-            for piece in word:
-                if pieces and (pieces[-1], piece) == merge:
-                    pieces[-1] += piece
-                else:
-                    pieces.append(piece)
-            joined[tuple(pieces)] += count
+            joined[tuple(join(word, merge))] += count
         words = joined
 
 
 def test_a_small_corpus_gives_few_merges(prose):
     tokens, merges = train(prose, 40000)
     assert 50 < len(merges) < 300
-    assert {"the</w>", "unaffable</w>", "jumpers</w>", "ebene</w>"} <= set(tokens)  # nothing is left to merge
+    assert {"the</w>", "unaffable</w>", "jumpers</w>", "ebene</w>"} <= set(tokens)  # nothing left to merge
 
 
-def test_a_pair_that_is_seen_once_is_not_merged(tmp_path):
+def test_a_pair_that_occurs_once_is_not_merged(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("ab ab cd")
     assert train(Corpus((str(path),)), 100)[1] == [("a", "b</w>")]
 
 
-def test_a_trained_vocabulary_goes_through_transformers(prose, tmp_path):
-    ours = BPEConfig(60).build(prose)
+def test_a_trained_vocabulary_loads_in_transformers(prose, tmp_path):
+    ours = build(BPEConfig(60), prose)
     ours.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert reference_ids(theirs, PROSE.split("\n")) == ours.encode_batch(PROSE.split("\n"))
@@ -407,7 +392,7 @@ def test_training_is_the_same_in_every_process(prose):
     assert outputs == {f"{train(prose, 90)}\n"}
 
 
-def test_rare_characters_do_not_eat_the_vocabulary(tmp_path):
+def test_rare_characters_are_left_out(tmp_path):
     path = tmp_path / "a.txt"
     rare = "".join(chr(code_point) for code_point in range(0x4E00, 0x4E00 + 50))
     path.write_text(("the quick brown fox " * 100 + "\n\n") * 400 + rare)
@@ -427,23 +412,28 @@ def test_only_the_training_side_is_read(tmp_path):
     assert all(document.text[0] in tokens for document in corpus.documents("training"))
 
 
-def test_build_keeps_the_vocabulary(prose, monkeypatch):
-    first = BPEConfig(50).build(prose)
+def test_build_caches_the_vocabulary(prose, monkeypatch):
+    first = build(BPEConfig(50), prose)
     assert (first.tokens, first.merges) == train(prose, 50)
     monkeypatch.setattr(Corpus, "documents", lambda *_: pytest.fail("read again"))
-    assert BPEConfig(50).build(Corpus(prose.sources)).fingerprint == first.fingerprint
+    assert build(BPEConfig(50), Corpus(prose.sources)).fingerprint == first.fingerprint
 
 
-def test_build_tells_configurations_and_corpora_apart(prose):
-    corpora = [prose, Corpus((f"{prose.sources[0]},documents=line",), held_out=0.5)]
-    assert len({BPEConfig(n).build(corpus).fingerprint for n in (0, 20, 21) for corpus in corpora}) == 6
+def test_build_distinguishes_configurations_and_corpora(prose):
+    corpora = [prose, Corpus((*prose.sources, "documents=line"), held_out=0.5)]
+    assert len({build(BPEConfig(n), corpus).fingerprint for n in (0, 20, 21) for corpus in corpora}) == 6
 
 
-def test_build_takes_a_vocabulary_and_does_not_read_the_corpus(prose, tmp_path, monkeypatch):
+def test_build_loads_a_vocabulary_without_reading_the_corpus(prose, tmp_path, monkeypatch):
     monkeypatch.setattr(Corpus, "documents", lambda *_: pytest.fail("read"))
     write_files(tmp_path)
-    assert BPEConfig(path=str(tmp_path)).build(prose).fingerprint == tokenizer().fingerprint
+    assert build(BPEConfig(path=str(tmp_path)), prose).fingerprint == tokenizer().fingerprint
+
+
+def test_the_expected_size_is_that_of_gpt1():
+    assert BPEConfig(40_000).expected_vocab_size == 40_478
 
 
 def test_a_negative_number_of_merges():
-    assert complaint(BPEConfig, -1) == "tokenizer.num_merges is -1: give 0 or more"
+    message = error_of(BPEConfig, -1)
+    assert "tokenizer.num_merges is -1" in message

@@ -1,13 +1,14 @@
-"""Character ids of words: the published format by hand, and by one byte at a time."""
+"""Character ids of words: the published format by hand, and one byte at a time."""
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from prelm_jax.tokenizers.characters import Spellings, characters, spelled
+from prelm_jax.models import elmo
+from prelm_jax.tokenizers.characters import MAX_CHARACTERS, NUM_CHARACTERS, PAD, Spellings, characters, spelled
 
-BEGIN, END, PAD = 258, 259, 260
+BEGIN, END = 258, 259
 
 TABLE = {
     "a": [258, 97, 259],
@@ -27,7 +28,7 @@ TABLE = {
     "x" * 48: [258, *[120] * 48, 259],
     "x" * 49: [258, *[120] * 48, 259],
     "x" * 200: [258, *[120] * 48, 259],
-    "x" * 47 + "é": [258, *[120] * 47, 195, 259],  # cut inside the character
+    "x" * 47 + "é": [258, *[120] * 47, 195, 259],  # cut inside a character
 }
 
 
@@ -37,7 +38,13 @@ def expected(word):
         ids = [BEGIN, 256 if word == "<S>" else 257, END]
     else:
         ids = [BEGIN, *list(word.encode("utf-8", "ignore"))[:48], END]
-    return ids + [PAD] * (50 - len(ids))
+    return ids + [260] * (50 - len(ids))
+
+
+def test_models_and_tokenizers_agree_on_the_format():
+    """Models import nothing of tokenizers, so the numbers are written twice."""
+    ours = (elmo.CHARACTERS, elmo.MAX_CHARACTERS, elmo.PADDING)
+    assert ours == (NUM_CHARACTERS, MAX_CHARACTERS, PAD) == (261, 50, 260)
 
 
 def test_by_hand():
@@ -63,7 +70,7 @@ def test_any_words(words):
 
 @settings(deadline=None)
 @given(words=st.lists(WORD, max_size=8))
-def test_spelled_as_far_as_rows_reach(words):
+def test_spelled_inverts_characters_up_to_the_end_of_a_row(words):
     kept = [word.encode("utf-8", "ignore")[:48].decode("utf-8", "replace") for word in words]
     assert spelled(characters(words)) == kept
 

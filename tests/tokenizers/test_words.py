@@ -1,4 +1,4 @@
-"""Words: vocabularies by count, files, the spellings in the token store, and every complaint."""
+"""Words: vocabularies by count, files, the spellings in the token store, and every error."""
 
 import json
 import random
@@ -15,8 +15,11 @@ from prelm_jax.corpus.prepare import prepare
 from prelm_jax.corpus.sentences import split
 from prelm_jax.corpus.store import ARRAYS, WORD_ARRAYS, Store
 from prelm_jax.errors import InputError
+from prelm_jax.tokenizers.bpe import BPEConfig
+from prelm_jax.tokenizers.build import build
 from prelm_jax.tokenizers.load import load
-from prelm_jax.tokenizers.wordpiece import SPECIAL_TOKENS, WordPiece
+from prelm_jax.tokenizers.sentencepiece import SentencePieceConfig
+from prelm_jax.tokenizers.wordpiece import SPECIAL_TOKENS, WordPiece, WordPieceConfig
 from prelm_jax.tokenizers.words import WordVocabulary, WordVocabularyConfig
 
 TOKENS = ["<S>", "</S>", "<UNK>", "the", "The", ".", "é"]
@@ -36,7 +39,7 @@ def corpus(tmp_path):
     return Corpus((str(path),))
 
 
-def complaint(call, *arguments, **options) -> str:
+def error_of(call, *arguments, **options) -> str:
     with pytest.raises(InputError) as error:
         call(*arguments, **options)
     assert "\n" not in str(error.value)
@@ -98,7 +101,7 @@ def test_ids():
 
 
 @pytest.mark.parametrize("tokenize", [False, True])
-def test_saved_files_are_read_again(tmp_path, tokenize):
+def test_saved_files_load(tmp_path, tokenize):
     words = WordVocabulary(TOKENS, tokenize)
     words.save(tmp_path / "one")
     assert (tmp_path / "one/vocab.txt").read_bytes() == b"<S>\n</S>\n<UNK>\nthe\nThe\n.\n\xc3\xa9\n"
@@ -109,8 +112,8 @@ def test_saved_files_are_read_again(tmp_path, tokenize):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
-def test_a_published_vocabulary_is_read(tmp_path):
-    """A vocab.txt alone, its special words in the order of bilm-tf's tests, lines as Windows ends them."""
+def test_a_published_vocabulary_loads(tmp_path):
+    """A lone vocab.txt, its special tokens in the order of bilm-tf's tests, lines ending as on Windows."""
     path = tmp_path / "vocab.txt"
     path.write_bytes(b"</S>\r\n<S>\r\n<UNK>\r\nthe\r\n\xc3\xa9\r\n")
     for words in (load(tmp_path), load(path)):
@@ -119,7 +122,7 @@ def test_a_published_vocabulary_is_read(tmp_path):
         assert words.encode_batch(["the é."]) == [[3, 2]]
 
 
-def test_a_wordpiece_vocabulary_is_still_one(tmp_path):
+def test_a_wordpiece_vocabulary_may_hold_the_special_tokens(tmp_path):
     tokens = [*SPECIAL_TOKENS, "<S>", "</S>", "<UNK>"]
     WordPiece(tokens).save(tmp_path)
     assert isinstance(load(tmp_path), WordPiece)
@@ -127,7 +130,7 @@ def test_a_wordpiece_vocabulary_is_still_one(tmp_path):
     assert isinstance(load(tmp_path), WordPiece) and isinstance(load(tmp_path / "vocab.txt"), WordPiece)
 
 
-def test_fingerprints_tell_vocabularies_apart():
+def test_fingerprints_distinguish_vocabularies():
     different = [
         WordVocabulary(TOKENS),
         WordVocabulary(TOKENS, tokenize=True),
@@ -140,36 +143,30 @@ def test_fingerprints_tell_vocabularies_apart():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("<S>\n</S>\n<UNK>\na\n\nb\n", "{path}:5 is blank: a vocabulary has a word on every line"),
-        ("<S>\n</S>\n<UNK>\na\nb\na\n", "{path}: the vocabulary holds 'a' more than once: remove all but one"),
-        ("a\n<S>\n</S>\n<UNK>\n", "{path}: the vocabulary begins with a <S> </S>, not with <S>, </S> and <UNK>"),
-        ("", "{path}: the vocabulary begins with , not with <S>, </S> and <UNK>"),
+        ("<S>\n</S>\n<UNK>\na\n\nb\n", "{path}:5 is blank"),
+        ("<S>\n</S>\n<UNK>\na\nb\na\n", "{path}: the vocabulary holds 'a' more than once"),
+        ("a\n<S>\n</S>\n<UNK>\n", "{path}: the vocabulary begins with a <S> </S>, "),
+        ("", "{path}: the vocabulary begins with , "),
     ],
 )
 def test_a_wrong_vocabulary_is_refused(corpus, tmp_path, content, message):
     path = tmp_path / "vocab.txt"
     path.write_text(content)
-    assert complaint(WordVocabularyConfig(path=str(path)).build, corpus) == message.format(path=path)
+    assert error_of(build, WordVocabularyConfig(path=str(path)), corpus).startswith(message.format(path=path))
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
 def test_a_trained_vocabulary(corpus):
-    words = WordVocabularyConfig(min_count=1).build(corpus)
+    words = build(WordVocabularyConfig(min_count=1), corpus)
     counts = {"the": 6, "cat": 3, "dog": 2, "é": 2}
     once = sorted([*",.-?!'sab", "The", "zebra", "É", "漢", "字"])
     assert words.tokens == ["<S>", "</S>", "<UNK>", *counts, *once]
     assert words.tokenize
-    assert WordVocabularyConfig(min_count=2).build(corpus).tokens == ["<S>", "</S>", "<UNK>", *counts]
-    assert WordVocabularyConfig(vocab_size=5, min_count=1).build(corpus).tokens == [
-        "<S>",
-        "</S>",
-        "<UNK>",
-        "the",
-        "cat",
-    ]
-    chunks = WordVocabularyConfig(min_count=2, tokenize=False).build(corpus)
+    assert build(WordVocabularyConfig(min_count=2), corpus).tokens == ["<S>", "</S>", "<UNK>", *counts]
+    assert build(WordVocabularyConfig(vocab_size=5, min_count=1), corpus).tokens[3:] == ["the", "cat"]
+    chunks = build(WordVocabularyConfig(min_count=2, tokenize=False), corpus)
     assert chunks.tokens == ["<S>", "</S>", "<UNK>", "the", "é"]
     assert not chunks.tokenize
 
@@ -177,11 +174,11 @@ def test_a_trained_vocabulary(corpus):
 def test_special_words_of_a_text_are_not_counted_again(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("<UNK> <S> </S> a <UNK>")
-    words = WordVocabularyConfig(min_count=1, tokenize=False).build(Corpus((str(path),)))
+    words = build(WordVocabularyConfig(min_count=1, tokenize=False), Corpus((str(path),)))
     assert words.tokens == ["<S>", "</S>", "<UNK>", "a"]
 
 
-def lines(tmp_path):
+def zipf_corpus(tmp_path):
     """A corpus of a thousand documents whose words follow Zipf's law."""
     rng = random.Random(0)
     kinds = [f"w{i}" for i in range(300)]
@@ -193,72 +190,80 @@ def lines(tmp_path):
 
 
 def test_only_the_training_side_counts(tmp_path, monkeypatch):
-    corpus = lines(tmp_path)
-    words = WordVocabularyConfig(min_count=1).build(corpus)
+    corpus = zipf_corpus(tmp_path)
+    words = build(WordVocabularyConfig(min_count=1), corpus)
     counts = Counter(" ".join(document.text for document in corpus.documents("training")).split())
     assert words.tokens[3:] == sorted(counts, key=lambda word: (-counts[word], word))
     monkeypatch.setattr(Corpus, "documents", lambda *_: pytest.fail("the corpus was read again"))
-    assert WordVocabularyConfig(min_count=1).build(corpus).tokens == words.tokens
+    assert build(WordVocabularyConfig(min_count=1), corpus).tokens == words.tokens
 
 
 def test_a_corpus_of_rare_words_is_refused(corpus):
-    assert complaint(WordVocabularyConfig(min_count=7).build, corpus) == (
-        "no word is 7 times in the training side of the corpus: give a larger corpus or a smaller --tokenizer.min-count"
-    )
+    message = error_of(build, WordVocabularyConfig(min_count=7), corpus)
+    assert " 7 times " in message and "--tokenizer.min-count" in message
 
 
 @pytest.mark.parametrize("size", [0, 3])
-def test_a_vocabulary_of_nothing_is_refused(size):
-    assert complaint(WordVocabularyConfig, size) == f"tokenizer.vocab_size is {size}: give more than 3"
+def test_a_size_without_words_is_refused(size):
+    assert error_of(WordVocabularyConfig, size).startswith(f"tokenizer.vocab_size is {size}")
 
 
 def test_a_given_vocabulary_must_be_sorted_by_count(tmp_path):
-    corpus = lines(tmp_path)
-    trained = WordVocabularyConfig(min_count=1).build(corpus).tokens
+    corpus = zipf_corpus(tmp_path)
+    trained = build(WordVocabularyConfig(min_count=1), corpus).tokens
     rng = random.Random(1)
     shuffled = trained[:3] + rng.sample(trained[3:], len(trained) - 3)
     reverse = trained[:3] + trained[:2:-1]
     alphabetical = trained[:3] + sorted(trained[3:])
-    # As another corpus would have it: each word some places up or down.
+    # The order of another corpus: each word somewhat higher or lower.
     near = trained[:3] + sorted(trained[3:], key=lambda word: trained.index(word) * rng.uniform(0.5, 2))
     path = tmp_path / "vocab.txt"
     for tokens in (shuffled, reverse, alphabetical):
         WordVocabulary(tokens).save(tmp_path)
-        assert complaint(WordVocabularyConfig(path=str(path)).build, corpus) == (
-            f"{path} is not sorted by falling count, from which sampled softmax takes how frequent its words are: "
-            "sort it, or leave out --tokenizer.path and let the corpus decide"
-        )
+        message = error_of(build, WordVocabularyConfig(path=str(path)), corpus)
+        assert message.startswith(f"{path} is not sorted by falling count") and "--tokenizer.path" in message
     for tokens in (trained, near, trained[:3]):
         WordVocabulary(tokens, tokenize=True).save(tmp_path)
         for given_path in (path, tmp_path):
-            assert WordVocabularyConfig(path=str(given_path)).build(corpus).tokens == tokens
+            assert build(WordVocabularyConfig(path=str(given_path)), corpus).tokens == tokens
 
 
-def test_settings_beside_a_given_vocabulary_come_first(corpus, tmp_path):
+def test_a_vocabulary_of_the_other_sort_is_refused(corpus, tmp_path):
+    """Words where a model needs subwords, and subwords where it needs words."""
+    WordVocabulary(TOKENS).save(tmp_path / "words")
+    WordPiece(SPECIAL_TOKENS).save(tmp_path / "subwords")
+    for config in (WordPieceConfig, BPEConfig, SentencePieceConfig):
+        message = error_of(build, config(path=str(tmp_path / "words")), corpus)
+        assert message.startswith(f"{tmp_path}/words ") and "--tokenizer.path" in message
+    message = error_of(build, WordVocabularyConfig(path=str(tmp_path / "subwords")), corpus)
+    assert message.startswith(f"{tmp_path}/subwords/vocab.txt: ") and "<S>" in message
+
+
+def test_settings_of_a_directory_override_the_configuration(corpus, tmp_path):
     for tokenize in (False, True):
         WordVocabulary(TOKENS, tokenize).save(tmp_path / "given")
         directory = WordVocabularyConfig(path=str(tmp_path / "given"), tokenize=not tokenize)
-        assert directory.build(corpus).tokenize == tokenize
+        assert build(directory, corpus).tokenize == tokenize
         file = WordVocabularyConfig(path=str(tmp_path / "given/vocab.txt"), tokenize=not tokenize)
-        assert file.build(corpus).tokenize != tokenize
+        assert build(file, corpus).tokenize != tokenize
 
 
 # ---- The token store -------------------------------------------------------------------------------------------------
 
 
 def spelled(store: Store) -> list[str]:
-    return [bytes(store.words.bytes[a:b]).decode() for a, b in pairwise(store.words.offsets)]
+    return [bytes(store.spellings.bytes[a:b]).decode() for a, b in pairwise(store.spellings.offsets)]
 
 
 @pytest.mark.parametrize("tokenize", [False, True])
 def test_the_store_spells_every_word(tmp_path, tokenize):
-    corpus = lines(tmp_path)
-    words = WordVocabularyConfig(vocab_size=50, tokenize=tokenize).build(corpus)
+    corpus = zipf_corpus(tmp_path)
+    words = build(WordVocabularyConfig(vocab_size=50, tokenize=tokenize), corpus)
     stores = prepare(corpus, words, tmp_path)
     for side, store in zip(("training", "held_out"), stores, strict=True):
         kinds = spelled(store)
         assert kinds[:50] == words.tokens
-        assert len(set(kinds)) == len(kinds) == len(store.words)
+        assert len(set(kinds)) == len(kinds) == len(store.spellings)
         text = [word for d in corpus.documents(side) for s in split(d.text, d.sentences) for word in s.split()]
         assert [kinds[id] for id in store.ids] == text
         assert store.ids.dtype == np.uint32
@@ -272,9 +277,9 @@ def test_the_store_spells_every_word(tmp_path, tokenize):
     assert len(list((tmp_path / "stores").glob("[!.]*"))) == 1
 
 
-def test_stores_of_pieces_are_as_they_were(corpus, tmp_path):
+def test_stores_of_subwords_have_no_spellings(corpus, tmp_path):
     store, _ = prepare(corpus, WordPiece([*SPECIAL_TOKENS, *"abcdeghorst"]), tmp_path)
-    assert store.words is None
+    assert store.spellings is None
     assert tuple(store.manifest["lengths"]) == tuple(store.manifest["checksums"]) == ARRAYS
 
 
@@ -287,7 +292,7 @@ def test_spellings_in_memory():
 
 @pytest.mark.parametrize("name", WORD_ARRAYS)
 def test_damaged_spellings_are_named(corpus, tmp_path, name):
-    words = WordVocabularyConfig(min_count=1).build(corpus)
+    words = build(WordVocabularyConfig(min_count=1), corpus)
     prepare(corpus, words, tmp_path)
     (directory,) = (tmp_path / "stores").glob("[!.]*")
     path = directory / "training" / name
@@ -295,6 +300,5 @@ def test_damaged_spellings_are_named(corpus, tmp_path, name):
     manifest = json.loads((directory / "training/manifest.json").read_text())
     assert len(content) == manifest["lengths"][name] * np.dtype(manifest["dtypes"][name]).itemsize
     path.write_bytes(content[:-1])
-    assert complaint(prepare, corpus, words, tmp_path) == (
-        f"{path} has {len(content) - 1} bytes, not {len(content)}: delete {directory} and run again"
-    )
+    message = error_of(prepare, corpus, words, tmp_path)
+    assert message.startswith(f"{path} has {len(content) - 1} bytes, not {len(content)}") and str(directory) in message

@@ -139,7 +139,7 @@ def test_a_reader_skips_a_damaged_checkpoint_and_changes_nothing(directory, caps
     before = files(directory.parent)
     assert restore_params(directory, abstract(items(0)["params"]))[0] == 2
     assert f"{directory / '3'} is damaged" in capsys.readouterr().err
-    for step, message in [(3, f"{directory / '3'} is damaged .*2, 3"), ("best", "no checkpoint was evaluated.*2, 3")]:
+    for step, message in [(3, f"{directory / '3'} is damaged .*2, 3"), ("best", "no evaluated checkpoint.*2, 3")]:
         with pytest.raises(InputError, match=message):
             restore_params(directory, abstract(items(0)["params"]), step)
     assert files(directory.parent) == before
@@ -214,6 +214,28 @@ def test_an_absent_step_lists_the_steps(kept):
     with pytest.raises(InputError, match=rf"{kept}: no checkpoint of step 7; .* 1, 3, 4 \(best\)$"):
         restore_params(kept, params, step=7)
     assert restore_params(kept, params, step="best")[0] == 4
+
+
+def test_another_tree_is_refused_and_not_called_damaged(directory):
+    params = abstract(items(0)["params"])
+    other = {"kernel": params["kernel"], "scale": params["bias"]}
+    for keep in (None, 2):
+        with contextlib.closing(Checkpoints(directory, keep)) as checkpoints:
+            with pytest.raises(InputError, match=f"{directory / '3'} is of another model .*params/bias"):
+                checkpoints.restore({"params": other})
+            with pytest.raises(InputError, match=f"{directory / '3'} holds no opt_state, only params, rest"):
+                checkpoints.restore({"opt_state": params})
+    assert (directory / "3").is_dir()
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(directory, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint.ocp.training.Checkpointer, "load_checkpointables", refuse)
+    with pytest.raises(InputError, match=f"cannot read the checkpoint {directory / '3'}: .*Permission denied"):
+        restore(directory)
+    assert (directory / "3").is_dir()
 
 
 def test_a_reader_creates_nothing(tmp_path):

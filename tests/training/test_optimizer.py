@@ -1,4 +1,4 @@
-"""Optimizers against ten lines of NumPy, schedules at named steps, decay for every parameter."""
+"""Optimizers equal ten lines of NumPy, schedules their values at named steps; what decays."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from prelm_jax.training.parameters import path_name
 
 @pytest.mark.parametrize("bias_correction", ["moments", "rate", "none"])
 def test_adamw_equals_numpy(bias_correction):
-    """References for the other forms: google-research/bert, optimization.py; openai/finetune-transformer-lm, opt.py."""
+    """Sources of the other two: google-research/bert, optimization.py; openai/finetune-transformer-lm, opt.py."""
     config = AdamW(
         learning_rate=0.1, warmup_steps=2, decay_steps=10, eps=1e-6, weight_decay=0.01, bias_correction=bias_correction
     )
@@ -19,8 +19,8 @@ def test_adamw_equals_numpy(bias_correction):
     params = {"kernel": rng.normal(size=(3, 2)).astype(np.float32), "bias": rng.normal(size=2).astype(np.float32)}
     optimizer = config.build()
     state, ours = optimizer.init(params), params
-    theirs = {name: x.astype(np.float64) for name, x in params.items()}
-    m, v = ({name: np.zeros_like(x) for name, x in theirs.items()} for _ in range(2))
+    reference = {name: x.astype(np.float64) for name, x in params.items()}
+    m, v = ({name: np.zeros_like(x) for name, x in reference.items()} for _ in range(2))
     for step, rate in enumerate([0.0, 0.05, 0.08, 0.07]):
         gradients = {name: rng.normal(size=x.shape).astype(np.float32) for name, x in params.items()}
         updates, state = optimizer.update(gradients, state, ours)
@@ -35,10 +35,10 @@ def test_adamw_equals_numpy(bias_correction):
             of_moments = correction if bias_correction == "moments" else (1, 1)
             update = m[name] / of_moments[0] / (np.sqrt(v[name] / of_moments[1]) + 1e-6)
             if name == "kernel":
-                update = update + 0.01 * theirs[name]
+                update = update + 0.01 * reference[name]
             of_rate = np.sqrt(correction[1]) / correction[0] if bias_correction == "rate" else 1
-            theirs[name] = theirs[name] - rate * of_rate * update
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-5, atol=1e-6)
+            reference[name] = reference[name] - rate * of_rate * update
+            np.testing.assert_allclose(ours[name], reference[name], rtol=2e-5, atol=1e-6)
 
 
 def test_adagrad_equals_numpy():
@@ -48,8 +48,8 @@ def test_adagrad_equals_numpy():
     params = {"kernel": rng.normal(size=(3, 2)).astype(np.float32), "bias": rng.normal(size=2).astype(np.float32)}
     optimizer = config.build()
     state, ours = optimizer.init(params), params
-    theirs = {name: x.astype(np.float64) for name, x in params.items()}
-    accumulators = {name: np.ones_like(x) for name, x in theirs.items()}
+    reference = {name: x.astype(np.float64) for name, x in params.items()}
+    accumulators = {name: np.ones_like(x) for name, x in reference.items()}
     norms = []
     for scale in (0.05, 1.0, 0.0, 0.2):
         gradients = {name: (scale * rng.normal(size=x.shape)).astype(np.float32) for name, x in params.items()}
@@ -59,14 +59,14 @@ def test_adagrad_equals_numpy():
         for name, gradient in gradients.items():
             clipped = 20 * gradient.astype(np.float64) * min(1, 10 / max(norms[-1], 1e-9))
             accumulators[name] += clipped**2
-            theirs[name] -= 0.2 * clipped / np.sqrt(accumulators[name])
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
+            reference[name] -= 0.2 * clipped / np.sqrt(accumulators[name])
+            np.testing.assert_allclose(ours[name], reference[name], rtol=1e-5, atol=1e-6)
     assert min(norms) < 10 < max(norms)
     assert config.schedule(0) == config.schedule(10**6) == np.float32(0.2)
 
 
 def test_schedule_at_named_steps():
-    """BERT's: decay counted from step 0, replaced by the warm-up; zero at the end and past it."""
+    """BERT's: the decay counts from step 0, the warm-up replaces it; zero at the end and past it."""
     schedule = AdamW(learning_rate=1e-4, warmup_steps=10_000, decay_steps=1_000_000).schedule
     expected = {0: 0.0, 1: 1e-8, 5000: 5e-5, 9999: 9.999e-5, 10_000: 0.99e-4, 500_000: 5e-5, 1_000_000: 0, 1_100_000: 0}
     for step, rate in expected.items():
@@ -74,7 +74,7 @@ def test_schedule_at_named_steps():
 
 
 def test_cosine_at_named_steps():
-    """GPT-1's: over all steps, the warm-up's too; half of the rate at half the way, zero at the end and past it."""
+    """GPT-1's: over all steps, including the warm-up; half the rate halfway, zero at the end and past it."""
     schedule = AdamW(learning_rate=2.5e-4, warmup_steps=2000, decay_steps=100_000, decay="cosine").schedule
     expected = {0: 0.0, 1000: 1.25e-4, 2000: 2.4975e-4, 50_000: 1.25e-4, 75_000: 3.6612e-5, 100_000: 0, 110_000: 0}
     for step, rate in expected.items():
@@ -82,7 +82,7 @@ def test_cosine_at_named_steps():
 
 
 def test_what_decays(tiny_bert):
-    """Everything but biases and norms; the reference decays embeddings, pooler and NSP weights too."""
+    """Everything but biases and norms; the reference decays embeddings, pooler and NSP weights as well."""
     params = jax.eval_shape(tiny_bert.build().init_params, jax.random.key(0))
     decayed = {path_name(path): decay for path, decay in jax.tree_util.tree_leaves_with_path(decays(params))}
     for name in ("word_embeddings/embedding", "pooler/kernel", "next_sentence/kernel", "encoder/layer_0/output/kernel"):

@@ -1,0 +1,65 @@
+"""Dispatch, exit codes and errors: one line that names what is wrong and what to do."""
+
+import runpy
+import signal
+import sys
+
+import pytest
+
+import prelm_jax
+from prelm_jax.cli import main as module
+from prelm_jax.cli.main import main
+from prelm_jax.errors import Preempted
+
+
+def test_version(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out.split() == ["prelm_jax", prelm_jax.__version__]
+
+
+def test_misspelt_commands(fails):
+    assert "'pretrian'. Did you mean pretrain? prelm --help" in fails("pretrian", "bert:demo")
+    assert "'tokenizer trian'. Did you mean tokenizer train? prelm tokenizer --help" in fails("tokenizer", "trian")
+    assert "'xyzzy'. prelm --help" in fails("xyzzy")
+
+
+def test_misspelt_options(folder, fails):
+    tiny = f"{folder}/tiny.py:tiny"
+    assert "--lerning-rate. Did you mean --optimizer.learning-rate?" in fails("pretrain", tiny, "--lerning-rate", 1)
+    assert "--model.layers. Did you mean --model.num-layers?" in fails("pretrain", tiny, "--model.layers", 4)
+    assert "--topk. Did you mean --top-k?" in fails("fill", folder / "model", "[MASK]", "--topk", 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (Preempted("saved step 7"), 75, "prelm: saved step 7\n"),
+        (PermissionError(13, "Permission denied", "/x"), 1, "prelm: cannot write /x: Permission denied\n"),
+        (OSError(28, "No space left on device"), 1, "prelm: cannot write a file: No space left on device\n"),
+        (KeyboardInterrupt(), 128 + signal.SIGINT, "prelm: interrupted\n"),
+    ],
+)
+def test_exit_codes(monkeypatch, capsys, error, code, message):
+    def command():
+        raise error
+
+    monkeypatch.setitem(module.COMMANDS, "experiments", command)
+    with pytest.raises(SystemExit) as stopped:
+        main(["experiments"])
+    assert stopped.value.code == code
+    assert capsys.readouterr().err == message
+
+
+def test_defects_are_not_hidden(monkeypatch):
+    def command():
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(module.COMMANDS, "experiments", command)
+    with pytest.raises(ZeroDivisionError):
+        main(["experiments"])
+
+
+def test_python_m_prelm_jax(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prelm", "--help"])
+    runpy.run_module("prelm_jax", run_name="__main__")
+    assert "pretrain" in capsys.readouterr().out

@@ -1,0 +1,122 @@
+"""embed, score, fill, generate: of a work directory and of a model directory."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from prelm_jax.cli.main import main
+from prelm_jax.errors import InputError
+
+
+@pytest.mark.parametrize("model", ["run", "model"])
+def test_fill_score_embed_tokenize(folder, model, tmp_path, capsys):
+    main(["fill", f"{folder}/{model}", "The old [MASK] sees a [MASK].", "--top-k", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [len(re.findall(r"\S+ 0\.\d{3}", line)) for line in lines] == [2, 2]
+
+    main(["score", f"{folder}/{model}", f"{folder}/lines.txt"])
+    scores = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [int(tokens) for _, tokens in scores][1:2] == [0]
+    assert float(scores[0][0]) < float(scores[2][0]) < 0
+
+    main(["embed", f"{folder}/{model}", f"{folder}/lines.txt", f"{tmp_path}/vectors.hdf5"])
+    with h5py.File(tmp_path / "vectors.hdf5") as file:
+        assert sorted(file) == ["0", "1", "2"]
+        tokens = json.loads(file["0"].attrs["tokens"])
+        assert tokens[0] == "[CLS]" and tokens[-1] == "[SEP]"
+        assert file["0"].shape == (2, len(tokens), 16) and file["0"].dtype == np.float32
+        assert file["1"].shape == (2, 0, 16)
+
+    tokenizer = folder / model / ("tokenizer" if model == "run" else ".")
+    main(["tokenize", str(tokenizer), f"{folder}/lines.txt"])
+    ids = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert ids[1] == [] and len(ids[0]) == len(tokens) - 2
+
+
+def test_generate(folder, capsys):
+    def generate(prompt, model="gpt", seed=3) -> str:
+        options = ["--max-tokens", "8", "--temperature", "0.8", "--top-k", "20", "--top-p", "0.9", "--seed", str(seed)]
+        main(["generate", f"{folder}/{model}", "--prompt", prompt, *options])
+        return capsys.readouterr().out.removesuffix("\n")
+
+    once = generate("The old cat")
+    assert once.startswith("the old cat ")
+    assert once == generate("The old cat", "gpt-model") != generate("The old cat", seed=4)
+    longer = " ".join(["the old cat sees a hen ."] * 10)  # Than the window of 32: its end counts.
+    assert generate(longer).startswith(longer)
+    assert generate("The ☃ cat").startswith("the <unk>cat ")  # As transformers writes it.
+
+
+def test_options_of_elmo(folder, fails, tmp_path):
+    """Lines that are blank, long, of long words, of emoji and Chinese; each alone, or continued from an earlier one."""
+    lines = ["The old cat sees a hen.", "", "猫 sees a 🐈", "x" * 200, "cat " * 3000, "The old cat sees a hen."]
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+
+    def embed(*options) -> list[np.ndarray]:
+        main(["embed", f"{folder}/elmo-model", f"{tmp_path}/lines.txt", f"{tmp_path}/vectors.hdf5", *options])
+        with h5py.File(tmp_path / "vectors.hdf5") as file:
+            return [file[str(i)][()] for i in range(len(lines))]
+
+    alone, split, carried = embed(), embed("--tokenize"), embed("--state", "carry", "--batch-size", "5")
+    assert [x.shape for x in alone] == [(3, n, 16) for n in (6, 0, 4, 1, 3000, 6)]
+    assert split[0].shape == (3, 7, 16)
+    np.testing.assert_array_equal(alone[0], alone[5])
+    np.testing.assert_allclose(carried[0], alone[0], atol=1e-6)
+    assert np.abs(carried[5] - alone[5]).max() > 1e-3
+    arguments = (folder / "model", tmp_path / "lines.txt", tmp_path / "vectors.hdf5", "--state", "warm")
+    message = fails("embed", *arguments)
+    assert "--state" in message and "bert" in message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["embed", "m", "in", "out"], ["score", "m", "in"], ["fill", "m", "[MASK]"], ["generate", "m", "--prompt", "x"]],
+)
+def test_steps_reach_load(monkeypatch, arguments):
+    received = []
+
+    def load(*arguments):
+        received.append(arguments)
+        raise InputError("enough")
+
+    monkeypatch.setattr("prelm_jax.loading.load", load)
+    for option in ([], ["--step", "best"], ["--step", "30"]):
+        with pytest.raises(SystemExit):
+            main([*arguments, *option])
+    assert received == [(Path("m"), "newest"), (Path("m"), "best"), (Path("m"), 30)]
+
+
+def test_a_family_without_the_command(folder, fails):
+    message = fails("fill", folder / "gpt-model", "The [MASK].")
+    assert message == f"prelm: {folder}/gpt-model is a model of type openai-gpt, which cannot fill."
+    message = fails("generate", folder / "model", "--prompt", "The")
+    assert message == f"prelm: {folder}/model is a model of type bert, which cannot generate."
+
+
+def test_what_is_no_model_or_no_text(folder, fails, tmp_path):
+    assert str(tmp_path) in fails("fill", tmp_path, "[MASK]")
+    assert "[MASK]" in fails("fill", folder / "model", "no mask here")
+    assert "blank" in fails("generate", folder / "gpt-model", "--prompt", " ")
+    assert f"{tmp_path}/none.txt" in fails("score", folder / "model", tmp_path / "none.txt")
+
+
+def test_models_that_are_not_complete(folder, fails, tmp_path):
+    file = tmp_path / "model" / "model.safetensors"
+
+    def fill(name, tensor=None) -> str:
+        shutil.copytree(folder / "model", tmp_path / "model", dirs_exist_ok=True)
+        tensors = load_file(file)
+        del tensors[name]
+        save_file(tensors if tensor is None else tensors | {name: tensor}, file)
+        return fails("fill", tmp_path / "model", "[MASK]")
+
+    name = "bert.encoder.layer.0.output.dense.weight"
+    assert f"{name} [16, 32]" in fill(name)
+    message = fill(name, np.ones((32, 16)))
+    assert name in message and "[32, 16]" in message and "[16, 32]" in message

@@ -1,0 +1,246 @@
+"""pretrain, evaluate, export, prepare, batch, plan; and the mistakes one makes with them."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+
+from prelm_jax.cli.main import main
+from prelm_jax.errors import InputError
+
+TINY = tiny.__file__
+
+
+def test_pretrain_prints_metrics_next_to_baselines(folder, capsys):
+    main(["pretrain", f"{folder}/tiny.py:tiny", "--workdir", f"{folder}/run", "--steps", "3"])
+    out = capsys.readouterr().out
+    for part in ("masked lm loss", "unigram", "next sentence accuracy", "majority", "lengths only"):
+        assert part in out
+    for command in (f"prelm export {folder}/run DIRECTORY", f"prelm fill {folder}/run "):
+        assert f"\n  {command}" in out
+    assert [path.name for path in (folder / "run" / "checkpoints").iterdir() if path.name.isdecimal()] == ["3"]
+
+
+def test_the_default_work_directory(folder, tmp_path, monkeypatch, capsys):
+    """runs/FILE-NAME in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_file.py").write_text((folder / "tiny.py").read_text().replace("def tiny", "def very_tiny"))
+    main(["pretrain", "my_file.py:very_tiny", "--steps", "1"])
+    assert (tmp_path / "runs" / "my-file-very-tiny" / "run.json").is_file()
+    assert "The run is in runs/my-file-very-tiny." in capsys.readouterr().out
+
+
+def test_prepare_prints_statistics_of_the_corpus(folder, tmp_path, capsys):
+    """A training that prepares prints the same, once."""
+    (tmp_path / "corpus.txt").write_text((folder / "corpus.txt").read_text() + "\n\n" + "A dog. " * 20)
+    sources = [f"{tmp_path}/corpus.txt", f"{folder}/corpus.txt"]
+    arguments = [f"{folder}/tiny.py:tiny", "--corpus", *sources, "--deduplicate", "--steps", "1"]
+    main(["pretrain", *arguments, "--workdir", f"{tmp_path}/run"])
+    printed = capsys.readouterr().err
+    main(["prepare", *(argument for argument in arguments)])
+    table = capsys.readouterr().out
+    assert table in printed
+    counts = next(line for line in table.splitlines() if re.match(r"\W*documents\b", line))
+    documents = len((folder / "corpus.txt").read_text().split("\n\n"))
+    assert sum(map(int, re.findall(r"\d+", counts))) == documents + 1
+    assert re.search(rf"\bduplicates\b.*\b{documents}\b", table)
+    main(["pretrain", *arguments, "--workdir", f"{tmp_path}/run"])
+    assert "duplicates" not in capsys.readouterr().err
+
+
+def test_prepare_finds_damage(folder, tmp_path, fails, monkeypatch):
+    """A training looks at sizes alone; preparing again reads it all."""
+    monkeypatch.setenv("PRELM_CACHE", str(tmp_path))
+    main(["prepare", f"{folder}/tiny.py:tiny"])
+    (ids,) = tmp_path.glob("stores/*/training/ids")
+    content = bytearray(ids.read_bytes())
+    content[0] ^= 1
+    ids.write_bytes(content)
+    message = fails("prepare", f"{folder}/tiny.py:tiny")
+    assert f"{ids} is damaged" in message and f"delete {ids.parents[1]}" in message
+
+
+@pytest.mark.parametrize("experiment", ["bert", "gpt", "elmo"])
+def test_batch(folder, capsys, monkeypatch, tmp_path, experiment):
+    """A training batch as text, without a work directory; in color on a terminal."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["batch", f"{TINY}:{experiment}", "--corpus", f"{folder}/corpus.txt"]
+    main([*arguments, "--step", "3", "--rows", "2"])
+    out = capsys.readouterr().out
+    assert len(re.findall("^row [01]", out, re.MULTILINE)) == 2 and "row 2" not in out
+    assert "sees" in out and re.search(r"⟦\S+ → \S+⟧", out) and "\x1b" not in out
+    main(arguments)
+    assert capsys.readouterr().out.count("row ") == 4
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    main([*arguments, "--step", "3", "--rows", "2"])
+    colored = capsys.readouterr().out
+    assert colored != out and re.sub(r"\x1b\[[0-9;]*m", "", colored) == out
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluate(folder, capsys):
+    main(["evaluate", f"{folder}/run"])
+    held_out = capsys.readouterr().out
+    assert "masked lm loss" in held_out
+    main(["evaluate", f"{folder}/run", "--step", "3"])
+    assert capsys.readouterr().out == held_out
+    main(["evaluate", f"{folder}/run", "--corpus", f"{folder}/corpus.txt"])
+    assert capsys.readouterr().out != held_out
+
+
+def test_evaluate_by_experiment(folder, capsys, fails):
+    """For a model from outside of the package, whose classes only its experiment knows."""
+    main(["evaluate", f"{folder}/run"])
+    by_record = capsys.readouterr().out
+    main(["evaluate", f"{folder}/tiny.py:tiny", "--workdir", f"{folder}/run"])
+    assert capsys.readouterr().out == by_record
+    assert "--workdir" in fails("evaluate", f"{folder}/tiny.py:tiny")
+    assert "Did you mean tiny?" in fails("evaluate", f"{folder}/tiny.py:tinny", "--workdir", folder / "run")
+
+
+@pytest.mark.parametrize(("word", "step"), [("best", "best"), ("2", 2), (None, "newest")])
+def test_steps_reach_evaluate_and_export(folder, monkeypatch, word, step):
+    received = []
+
+    def record(*arguments):
+        received.append(arguments)
+        raise InputError("enough")
+
+    monkeypatch.setattr("prelm_jax.pretraining.evaluate", record)
+    monkeypatch.setattr("prelm_jax.pretraining.export", record)
+    option = [] if word is None else ["--step", word]
+    for arguments in (
+        ["evaluate", "somewhere"],
+        ["evaluate", f"{TINY}:bert", "--workdir", "somewhere", "--corpus", "a", "b"],
+        ["export", "gs://somewhere", "there"],
+    ):
+        with pytest.raises(SystemExit):
+            main([*arguments, *option])
+    assert received == [
+        ("somewhere", (), step, None),
+        (Path("somewhere"), ("a", "b"), step, tiny.bert()),
+        ("gs://somewhere", Path("there"), step),
+    ]
+
+
+def test_a_language_model_is_evaluated_in_its_own_units(folder, capsys):
+    main(["evaluate", f"{folder}/gpt"])
+    out = capsys.readouterr().out
+    for part in ("lm loss", "unigram", "trigram", "perplexity", "bits per byte", "unknown tokens"):
+        assert part in out
+
+
+def test_the_model_card_says_where_the_model_comes_from(folder):
+    card = (folder / "model" / "README.md").read_text()
+    assert "3 steps of 8 × 32 tokens" in card
+    assert str(folder / "corpus.txt") in card
+    assert "library_name: transformers" in card
+    assert "library_name: allennlp" in (folder / "elmo-model" / "README.md").read_text()
+    assert re.search(r"\| masked lm loss \| \d\.\d{4} \|", card)
+
+
+def test_plan(folder, capsys, fails):
+    tiny = f"{folder}/tiny.py:tiny"
+    main(["plan", tiny, "--topology", "local", "--json", "--batch-size", "4"])
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["batch_size"] == 4 and planned["tokens"] == 4 * 32 and planned["bound"] == "compute"
+    main(["plan", tiny, "--topology", "local"])
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("memory", "parameters", "compute", "MFU", "days"))
+    assert "--topology v5e:5x5" in fails("plan", tiny, "--topology", "v5e:5x5")
+    assert "--mesh.devices 9" in fails("plan", tiny, "--topology", "local", "--mesh.devices", 9)
+    assert "--topology must be given" in fails("plan", tiny)
+
+
+def test_mistakes_in_options(folder, fails, tmp_path):
+    tiny = f"{folder}/tiny.py:tiny"
+    assert "'many'" in fails("pretrain", tiny, "--steps", "many")
+    assert "--steps 0" in fails("pretrain", tiny, "--steps", "0")
+    assert f"{folder}/none.txt" in fails("pretrain", tiny, "--corpus", f"{folder}/none.txt")
+    assert f"{tmp_path}" in fails("evaluate", tmp_path)
+    assert "--step -1" in fails("batch", tiny, "--step", "-1")
+    assert "--workdir" in fails("prepare", tiny, "--workdir", tmp_path)
+
+
+def test_corpora_that_cannot_be_used(folder, fails, tmp_path):
+    def pretrain(content: bytes, *options) -> str:
+        (tmp_path / "text.txt").write_bytes(content)
+        corpus = ("--corpus", tmp_path / "text.txt", "--workdir", tmp_path / "run")
+        return fails("pretrain", f"{folder}/tiny.py:tiny", *corpus, *options)
+
+    assert f"{tmp_path}/text.txt" in pretrain(b"")
+    message = pretrain(b"A cat.\n\xff\n")
+    assert f"{tmp_path}/text.txt" in message and "byte 7" in message and "--errors replace" in message
+    one_document = b"The old cat sees a hen. The dog sees a cow.\n"
+    message = pretrain(one_document)
+    assert "1 documents, 1 with two sentences" in message and "--data.no-next-sentence" in message
+    assert "--held-out" in pretrain(one_document, "--data.no-next-sentence")
+
+
+def test_a_corpus_too_short_for_a_window(folder, fails, tmp_path):
+    (tmp_path / "short.txt").write_text("A cat sees a hen.\n\nA dog.\n")
+    options = ("--corpus", tmp_path / "short.txt", "--workdir", tmp_path / "run", "--tokenizer.num-merges", 0)
+    message = fails("pretrain", f"{TINY}:gpt", *options)
+    assert re.search(r"\d+ tokens .* \d documents .* 32\b", message)
+
+
+def test_an_unsorted_vocabulary_of_words(folder, fails, tmp_path):
+    words = (folder / "elmo" / "tokenizer" / "vocab.txt").read_text().split()
+    (tmp_path / "vocab.txt").write_text("\n".join([*words[:3], *reversed(words[3:])]) + "\n")
+    options = ("--corpus", folder / "corpus.txt", "--workdir", tmp_path / "run", "--tokenizer.path")
+    message = fails("pretrain", f"{TINY}:elmo", *options, tmp_path / "vocab.txt")
+    assert f"{tmp_path}/vocab.txt" in message and "sorted" in message
+
+
+def test_numbers_that_do_not_fit_each_other(folder, fails, tmp_path):
+    def pretrain(*options) -> str:
+        return fails("pretrain", f"{folder}/tiny.py:tiny", "--workdir", tmp_path / "run", *options)
+
+    assert re.search("vocab[_-]size[= ]3 ", pretrain("--tokenizer.vocab-size", 3))
+    assert "--model.vocab-size 20: " in pretrain("--model.vocab-size", 20)
+    message = pretrain("--batch-size", 6, "--mesh.devices", 4)
+    assert "--batch-size 6" in message and "4 devices" in message and "multiple of 4" in message
+    message = pretrain("--accumulate", 3)
+    assert "--batch-size 8" in message and "3 micro-batches (--accumulate)" in message
+    assert "--model.num-heads 3 does not divide --model.hidden-size 16" in pretrain("--model.num-heads", 3)
+    assert not (tmp_path / "run").exists(), "nothing is left behind"
+
+
+def test_work_directories_that_cannot_be_used(folder, fails, tmp_path, monkeypatch):
+    tiny = f"{folder}/tiny.py:tiny"
+    message = fails("pretrain", tiny, "--workdir", folder / "run", "--seed", 7, "--model.num-layers", 2)
+    assert "model.num_layers (1 there, 2 here)" in message and "seed (0 there, 7 here)" in message
+    file = folder / "corpus.txt"
+    assert f"cannot write {file}" in fails("pretrain", tiny, "--workdir", file)
+    assert "cannot write" in fails("pretrain", tiny, "--workdir", file / "run")
+    assert "cannot write" in fails("export", folder / "run", file / "model")
+
+    def refuse(path, *arguments):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.mkdir", refuse)
+        message = fails("pretrain", tiny, "--workdir", tmp_path / "run")
+    assert f"cannot write {tmp_path}/run" in message
+
+
+def test_one_of_several_processes_needs_its_number(folder, fails, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    message = fails("pretrain", f"{folder}/tiny.py:tiny", "--workdir", tmp_path / "run")
+    assert "JAX_NUM_PROCESSES" in message and "JAX_PROCESS_ID" in message and "'two'" in message
+
+
+def test_directories_of_a_newer_version(folder, fails, tmp_path):
+    for name in ("run.json", "checkpoints/3/_CHECKPOINT_METADATA"):
+        shutil.copytree(folder / "run", tmp_path / "run", dirs_exist_ok=True)
+        file = tmp_path / "run" / name
+        content = file.read_text()
+        file.write_text(re.sub(r'"format": ?\d+', '"format": 99', content))
+        assert file.read_text() != content
+        assert "upgrade" in fails("fill", tmp_path / "run", "[MASK]")
+        options = ("--workdir", tmp_path / "run", "--steps", 3)
+        assert "upgrade" in fails("pretrain", f"{folder}/tiny.py:tiny", *options)
