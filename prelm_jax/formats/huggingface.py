@@ -102,7 +102,15 @@ class Layout(Generic[Config]):
         return LoadedModel(config, params, tokenizer, frozenset(missing))
 
     def write(self, model: LoadedModel[Config, Tokenizer], directory: Path) -> None:
-        """Writes model.safetensors (fp32), config.json and the tokenizer into an existing directory."""
+        """Writes model.safetensors (fp32), config.json and the tokenizer into an existing directory.
+
+        InputError if a field of the config that the format lacks does not have its default.
+        """
+        for field, value in vars(model.config).items():
+            if field not in self.settings and value != getattr(self.config_class, field):
+                raise InputError(
+                    f"--model.{field} {value}: {model.config.model_type}'s config.json has no such setting"
+                )
         parts: dict[str, dict[int | None, np.ndarray]] = {}
         for path, value in jax.tree_util.tree_leaves_with_path(model.params):
             ours, tensor = path_name(path), np.asarray(value, np.float32)
