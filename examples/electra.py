@@ -1,13 +1,12 @@
 """ELECTRA (Clark et al. 2020): a fourth family, outside of the package, in one file.
 
-A small generator fills masks; a discriminator says of every token whether the generator replaced it. The encoders, the
-masked LM head and the batches are BERT's; the loop, checkpoints and commands are everybody's.
+A small generator fills masks; a discriminator tells for every token whether it was replaced. Encoders, masked LM head
+and batches are BERT's; loop, checkpoints and commands are everybody's.
 
     prelm pretrain examples/electra.py:demo
     prelm evaluate examples/electra.py:demo --workdir runs/electra-demo
 
-Reference: google-research/electra, run_pretraining.py. Divergence: the generator shares the norm of its embeddings with
-the discriminator, too.
+Reference: google-research/electra. Divergence: the norm of the embeddings is shared, too.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ from prelm_jax.data.pairs import PairsConfig
 from prelm_jax.models.bert import Bert, BertConfig, BertEmbeddings, BertEncoder, MaskedLMHead
 from prelm_jax.models.cross_entropy import cross_entropy
 from prelm_jax.models.language_model import LanguageModel
-from prelm_jax.models.layers import Dense, check_rows, gelu, truncated_normal
+from prelm_jax.models.layers import Dense, gelu, truncated_normal
 from prelm_jax.run import Run
 from prelm_jax.tokenizers.wordpiece import WordPieceConfig
 from prelm_jax.training.contract import Batch, HostBatch, Params, Sums
@@ -35,7 +34,7 @@ from prelm_jax.training.optimizer import AdamW
 
 @dataclasses.dataclass(frozen=True)
 class ElectraConfig(BertConfig):
-    """The discriminator's sizes, those in which the generator differs, and the weight of the discriminator's loss."""
+    """The discriminator's sizes, and those in which the generator differs."""
 
     model_type: ClassVar[str] = "electra"
     generator_hidden_size: int = 64  # Width of the generator's hidden states.
@@ -80,9 +79,9 @@ class Electra(LanguageModel):
         return {"masked_lm_loss": 1.0, "replaced_token_loss": self.config.replaced_token_weight}
 
     def losses(self, batch: Batch, carry: Params, train: bool) -> tuple[Sums, Sums, Params]:
-        """Both losses; how many tokens are replaced, and how many the discriminator tells right."""
-        tokens_BT, targets_BM = batch["tokens"], batch["masked_targets"]
-        positions_BM, weights_BM = batch["masked_positions"], batch["masked_weights"]
+        """Both losses; the rate of replaced tokens, and how many tokens the discriminator tells right."""
+        tokens_BT, positions_BM = batch["tokens"], batch["masked_positions"]
+        targets_BM, weights_BM = batch["masked_targets"], batch["masked_weights"]
         hidden_BMD = jnp.take_along_axis(self.generator.hidden_states(batch, train)[-1], positions_BM[..., None], 1)
         logits_BMV = self.masked_lm(hidden_BMD, self.embeddings.word_embeddings.table)
         nll_BM, correct_BM = cross_entropy(logits_BMV, targets_BM)
@@ -101,15 +100,10 @@ class Electra(LanguageModel):
         def over_tokens(x_BT: Array) -> tuple[Array, Array]:
             return (x_BT * real_BT).sum(), real_BT.sum()
 
-        losses = {
-            "masked_lm_loss": ((nll_BM * weights_BM).sum(), masked),
-            "replaced_token_loss": over_tokens(optax.sigmoid_binary_cross_entropy(logits_BT, replaced_BT)),
-        }
-        metrics = {
-            "masked_lm_accuracy": ((correct_BM * weights_BM).sum(), masked),
-            "replaced_token_accuracy": over_tokens(right_BT),
-            "replaced_rate": over_tokens(replaced_BT),
-        }
+        nll_BT = optax.sigmoid_binary_cross_entropy(logits_BT, replaced_BT)
+        losses = {"masked_lm_loss": ((nll_BM * weights_BM).sum(), masked), "replaced_token_loss": over_tokens(nll_BT)}
+        metrics = {"masked_lm_accuracy": ((correct_BM * weights_BM).sum(), masked)}
+        metrics |= {"replaced_token_accuracy": over_tokens(right_BT), "replaced_rate": over_tokens(replaced_BT)}
         return losses, metrics, carry
 
     def create_parameters(self) -> None:
@@ -125,9 +119,7 @@ class Electra(LanguageModel):
 
     def check(self, batch: HostBatch) -> None:
         """Raises InputError where a batch asks for rows that the tables lack."""
-        c = self.config
-        positions = (c.max_position_embeddings, "max_position_embeddings")
-        check_rows(batch, tokens=(c.known_vocab_size, "vocab_size"), positions=positions)
+        Bert(self.config, parent=None).check(batch)
 
     def flops(self, batch: Batch) -> float:
         """Matmul FLOPs of a training step: a BERT for the generator, and one without masked positions."""
@@ -162,13 +154,8 @@ def demo() -> Run:
         corpus=("python-docs",),
         held_out=0.05,
         tokenizer=WordPieceConfig(vocab_size=2048),
-        model=ElectraConfig(
-            hidden_size=128,
-            num_layers=2,
-            num_heads=2,
-            intermediate_size=512,
-            embedding_size=64,
-            generator_hidden_size=64,
+        model=dataclasses.replace(
+            ElectraConfig(num_layers=2, hidden_size=128, num_heads=2, intermediate_size=512, embedding_size=64),
             hidden_dropout=0.0,
             attention_dropout=0.0,
             initializer_range=0.049,
@@ -202,7 +189,6 @@ def small() -> Run:
 
 
 def _data(max_length: int, max_predictions: int) -> ElectraDataConfig:
-    # 85 % of the chosen tokens become [MASK], the others stay as they are.
     masking = MaskingConfig(probability=0.15, mask=0.85, random=0.0)
     return ElectraDataConfig(max_length=max_length, max_predictions=max_predictions, masking=masking)
 

@@ -39,8 +39,12 @@ def load(path: str | os.PathLike, step: Step = "newest") -> Pretrained:
 def load_checkpoint(workdir: WorkDir, step: Step = "newest") -> tuple[int, Pretrained]:
     """The step and the model of a checkpoint in a work directory."""
     record = workdir.read_record()
-    family = find_family(record.model_type, workdir.path / "run.json")
-    with prefix_errors(workdir.path / "run.json"):
-        config = config_from_json(family.model, record.identity["model"])
+    source = workdir.path / "run.json"
+    family = find_family(record.model_type, source)
+    try:
+        with prefix_errors(source):
+            config = config_from_json(family.model, record.identity["model"])
+    except TypeError as error:
+        raise InputError(f"{source}: not the fields of a {family.model.__name__} ({error})") from None
     found, params = workdir.read_params(abstract_params(config), step)
     return found, family.pretrained(LoadedModel(config, params, workdir.read_tokenizer()))

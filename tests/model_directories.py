@@ -97,7 +97,7 @@ ELMO_WORDS = ["<S>", "</S>", "<UNK>", "the", ",", "cat", "sat", "on", "mat", "çŒ
 
 
 def randomize(model):
-    """Every parameter random, biases and norms too."""
+    """Sets every parameter to random values, biases and norms too."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -114,7 +114,7 @@ def bert_reference():
 
 @pytest.fixture(scope="session")
 def save_bert(tmp_path_factory):
-    """A function that saves a model of transformers' and its tokenizer, as their users do."""
+    """A function that saves a model of transformers and its tokenizer."""
 
     vocabulary = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
     vocabulary.write_text("".join(f"{token}\n" for token in VOCABULARY))
@@ -134,7 +134,7 @@ def bert_directory(bert_reference, save_bert, tmp_path_factory):
 
 
 def save_gpt_vocabulary(directory):
-    """As transformers 4 left it beside a model."""
+    """The two files that transformers 4 saves with a model."""
     (directory / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(GPT_TOKENS)}))
     (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]))
 
@@ -223,7 +223,7 @@ def contents(directory):
 
 
 def grow_vocabulary(directory):
-    """Adds three rows to the tables of a BERT, as directories do that pad them; no token belongs to the new ids."""
+    """Pads the tables of a BERT by three rows, for ids that no token has."""
     tensors = load_file(directory / "model.safetensors")
     words, bias = tensors["bert.embeddings.word_embeddings.weight"], tensors["cls.predictions.bias"]
     grown = {

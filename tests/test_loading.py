@@ -43,9 +43,8 @@ def write_run(workdir, config, tokenizer, *checkpoints):
 @pytest.fixture
 def bert(tiny_bert):
     config = dataclasses.replace(tiny_bert, vocab_size=5)
-    return LoadedModel(
-        config, config.build().init_params(jax.random.key(0)), WordPiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
-    )
+    tokenizer = WordPiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    return LoadedModel(config, config.build().init_params(jax.random.key(0)), tokenizer)
 
 
 def test_a_model_directory(bert, tmp_path):

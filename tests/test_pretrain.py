@@ -25,6 +25,7 @@ from prelm_jax.data import loader
 from prelm_jax.data.masking import MaskingConfig
 from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.errors import InputError, Preempted
+from prelm_jax.families import find_family
 from prelm_jax.loading import load
 from prelm_jax.models.elmo import ELMoConfig
 from prelm_jax.pretraining import Run, pretrain
@@ -114,7 +115,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(run, uninterrupted, tmp_path
 @bert_else_slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run, uninterrupted, tmp_path, capsys):
     workdir = tmp_path / "damaged"
-    pretrain(dataclasses.replace(run, loop=dataclasses.replace(run.loop, steps=10, evaluate_every=12)), workdir)
+    pretrain(tiny.with_loop(run, steps=10, evaluate_every=12), workdir)
     data = max((workdir / "checkpoints" / "10").rglob("d/*"), key=lambda path: path.stat().st_size)
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
@@ -129,7 +130,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run, uninterrupte
 def test_circumstances_may_change(run, tmp_path):
     """More steps, another mesh, a corpus that moved: the run goes on."""
     workdir = tmp_path / "run"
-    pretrain(dataclasses.replace(run, loop=dataclasses.replace(run.loop, steps=6)), workdir)
+    pretrain(tiny.with_loop(run, steps=6), workdir)
     moved = tmp_path / "elsewhere.txt"
     moved.write_text(tiny.text(seed=0))
     pretrain(
@@ -220,7 +221,12 @@ def test_continued_pretraining(run, uninterrupted, tmp_path):
     directory = tmp_path / "exported"
     module.export(uninterrupted, directory)
     frozen = AdamW(learning_rate=0.0, warmup_steps=0, decay_steps=1)
-    fields = {"steps": 1, "optimizer": frozen, "init_from": str(directory), "seed": 3}
+    fields = {
+        "loop": dataclasses.replace(run.loop, steps=1),
+        "optimizer": frozen,
+        "init_from": str(directory),
+        "seed": 3,
+    }
     vocabulary = type(run.tokenizer)(path=with_two_entries_more(directory, tmp_path))
     pretrain(dataclasses.replace(run, tokenizer=vocabulary, **fields), tmp_path / "larger")
     pretrain(dataclasses.replace(run, **{**fields, "init_from": str(uninterrupted)}), tmp_path / "same")
@@ -232,7 +238,7 @@ def test_continued_pretraining(run, uninterrupted, tmp_path):
     for (path, there), from_directory, from_run in zip(
         jax.tree_util.tree_leaves_with_path(old.params), *leaves, strict=True
     ):
-        is_vocabulary = path_name(path) in old.vocabulary_tables
+        is_vocabulary = path_name(path) in find_family(run.model.model_type, directory).format.vocabulary_tables
         rows = slice(size) if is_vocabulary else slice(None)
         np.testing.assert_array_equal(from_run[rows], there[rows])
         if path_name(path) not in missing:
@@ -378,5 +384,5 @@ def test_bfloat16_is_close_to_float32(run, uninterrupted, tmp_path):
 
 @bert_else_slow
 def test_a_profile_is_written_on_request(run, tmp_path):
-    pretrain(dataclasses.replace(run, loop=dataclasses.replace(run.loop, profile=1)), tmp_path / "run")
+    pretrain(tiny.with_loop(run, profile=1), tmp_path / "run")
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))

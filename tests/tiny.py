@@ -88,12 +88,18 @@ def elmo() -> Run:
     )
 
 
+def with_loop(run: Run, **changes: object) -> Run:
+    """The run with other settings of its loop."""
+    return dataclasses.replace(run, loop=dataclasses.replace(run.loop, **changes))
+
+
 FAMILIES = {"bert": bert, "openai-gpt": gpt, "elmo": elmo}
 
 
 def metrics(workdir) -> list[dict]:
-    """The lines of metrics.jsonl without timings."""
+    """The lines of metrics.jsonl without timings and baselines."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    lines = [line for line in lines if not any(name.startswith("baseline/") for name in line)]
     return [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines]
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from prelm_jax.cli.options import AnyPath, Positional, Step
+from prelm_jax.cli.options import ModelPath, Positional, Step, TextFile
 from prelm_jax.cli.training import cache_compiled_programs
 from prelm_jax.errors import InputError
 
@@ -11,8 +11,8 @@ Kind = TypeVar("Kind")
 
 
 def embed(
-    model: Positional[AnyPath],
-    input: Positional[Path],
+    model: ModelPath,
+    input: TextFile,
     output: Positional[Path],
     truncate: bool = False,
     tokenize: bool = False,
@@ -25,15 +25,12 @@ def embed(
     Dataset "i" is line i, from 0: float32 [layers + 1, tokens, width], its tokens in the attribute "tokens".
 
     Args:
-        model: Model directory or work directory.
-        input: Text file in UTF-8, one text per line.
         output: HDF5 file to write.
         truncate: Cut lines that are longer than the positions of the model, instead of refusing them.
         tokenize: ELMo: split lines into words as the training text was split, not at whitespace alone.
-        state: ELMo: initial LSTM state of each line: zeros (default), the state after an empty line (warm), or the
-            final state of a previous line (carry), as in bilm-tf and AllenNLP.
+        state: ELMo: initial LSTM state of each line: zero (also if unset), warm (the state after an empty line), or
+            carry (the final state of an earlier line, as in bilm-tf and AllenNLP).
         batch_size: ELMo with --state carry: line i continues from line i - BATCH_SIZE. Match the tool you compare with.
-        step: Checkpoint of a work directory: its step, or the best one on held-out text, or the newest.
     """
     from prelm_jax.inference.base import Pretrained, write_embeddings
     from prelm_jax.storage import read_lines
@@ -43,15 +40,10 @@ def embed(
     write_embeddings(_load(model, step, Pretrained, "embed"), read_lines(input), output, **given)
 
 
-def score(model: Positional[AnyPath], input: Positional[Path], step: Step = "newest") -> None:
+def score(model: ModelPath, input: TextFile, step: Step = "newest") -> None:
     """Print the natural-log probability and the number of tokens of each line of a text file.
 
     BERT gives the pseudo-log-likelihood: each token is masked in turn. ELMo gives the mean of both directions.
-
-    Args:
-        model: Model directory or work directory.
-        input: Text file in UTF-8, one text per line.
-        step: Checkpoint of a work directory: its step, or the best one on held-out text, or the newest.
     """
     from prelm_jax.inference.base import Pretrained
     from prelm_jax.storage import read_lines
@@ -60,14 +52,12 @@ def score(model: Positional[AnyPath], input: Positional[Path], step: Step = "new
         print(f"{log_probability:.6f}\t{tokens}")
 
 
-def fill(model: Positional[AnyPath], text: Positional[str], top_k: int = 5, step: Step = "newest") -> None:
+def fill(model: ModelPath, text: Positional[str], top_k: int = 5, step: Step = "newest") -> None:
     """Print the likeliest tokens for each [MASK] of a text, with their probabilities (BERT).
 
     Args:
-        model: Model directory or work directory.
         text: Text with one [MASK] or more.
         top_k: Number of tokens to print for each [MASK].
-        step: Checkpoint of a work directory: its step, or the best one on held-out text, or the newest.
     """
     from prelm_jax.inference.bert import BertPretrained
 
@@ -76,7 +66,7 @@ def fill(model: Positional[AnyPath], text: Positional[str], top_k: int = 5, step
 
 
 def generate(
-    model: Positional[AnyPath],
+    model: ModelPath,
     prompt: str,
     max_tokens: int = 100,
     temperature: float = 1.0,
@@ -88,14 +78,12 @@ def generate(
     """Continue a prompt, and print both (GPT).
 
     Args:
-        model: Model directory or work directory.
         prompt: Text to continue.
         max_tokens: Number of tokens to append.
         temperature: Divides the logits; below 1 the text is more predictable, and 0 is greedy decoding.
         top_k: Sample from this number of likeliest tokens only; none: from all.
         top_p: Sample from the likeliest tokens that together reach this probability (nucleus sampling); 1: from all.
         seed: Random seed of the sampling; change it for another continuation.
-        step: Checkpoint of a work directory: its step, or the best one on held-out text, or the newest.
     """
     from prelm_jax.inference.gpt import GPTPretrained
 

@@ -54,7 +54,6 @@ AnyPath = Annotated[
     ),
 ]
 
-# Which checkpoint of a work directory.
 Step = Annotated[
     int | Literal["best", "newest"],
     tyro.constructors.PrimitiveConstructorSpec(
@@ -64,7 +63,10 @@ Step = Annotated[
         is_instance=lambda value: isinstance(value, int | str),
         str_from_instance=lambda value: [str(value)],
     ),
+    tyro.conf.arg(help="Checkpoint of a work directory: number of its step, best (lowest held-out loss) or newest."),
 ]
+ModelPath = Annotated[AnyPath, Positional, tyro.conf.arg(help="Model directory or work directory.")]
+TextFile = Annotated[Path, Positional, tyro.conf.arg(help="Text file in UTF-8, one text per line.")]
 
 
 @dataclasses.dataclass(frozen=True)

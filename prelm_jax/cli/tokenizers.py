@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from prelm_jax.cli.options import Choice, Chosen, Positional, suggestion
+from prelm_jax.cli.options import Choice, Chosen, Positional, TextFile, suggestion
 from prelm_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,12 +27,11 @@ KINDS = {
 }
 
 
-def tokenize(tokenizer: Positional[Path], input: Positional[Path], cased: bool = False) -> None:
+def tokenize(tokenizer: Positional[Path], input: TextFile, cased: bool = False) -> None:
     """Print the ids of each line of a text file as a JSON list, without special tokens.
 
     Args:
         tokenizer: Directory of a tokenizer or model, a vocab.txt, or a vocab.json with its merges next to it.
-        input: Text file in UTF-8, one text per line.
         cased: Keep capitals, for a vocab.txt alone: a directory says itself whether it lowercases.
     """
     from prelm_jax.storage import read_lines

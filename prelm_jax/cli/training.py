@@ -54,7 +54,6 @@ def evaluate(
         model: Work directory. For a model from outside of the package: its experiment, FILE.py:NAME, and --workdir.
         workdir: Work directory of the run, if the first argument is an experiment.
         corpus: Sources of text to evaluate on; none: the held-out side of the run's own corpus.
-        step: Checkpoint: its step, or the best one on held-out text, or the newest.
     """
     from prelm_jax import pretraining
     from prelm_jax.report import print_table, summary_table
@@ -74,7 +73,6 @@ def export(workdir: Positional[AnyPath], directory: Positional[Path], step: Step
     Args:
         workdir: Work directory of the run.
         directory: Directory to write; a model directory that is already there is replaced.
-        step: Checkpoint: its step, or the best one on held-out text, or the newest.
     """
     from prelm_jax import pretraining
 

@@ -148,7 +148,7 @@ def _read_config(source: Path) -> ELMoConfig:
             raise InputError(f"{source}: {'.'.join(keys)} is {found}") from None
     if fields["activation"] not in ("relu", "tanh"):
         raise InputError(f"{source}: char_cnn.activation is {fields['activation']!r}; relu and tanh are supported")
-    # There is no softmax in the format; its place is held by one over the special tokens alone.
+    # The format has no softmax; the config has one over the special tokens alone.
     build: Callable[..., ELMoConfig] = ELMoConfig
     return build(vocab_size=len(SPECIAL_TOKENS), **fields)
 

@@ -67,10 +67,8 @@ class Layout(Generic[Config]):
         build: Callable[..., Config] = self.config_class
         config = build(**{field: settings[key] for field, key in self.settings.items() if key in settings})
         tokenizer = tokenizers.load(directory)
-        if config.vocab_size is not None and tokenizer.vocab_size > config.vocab_size:
-            raise InputError(
-                f"{source}: vocab_size is {config.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens"
-            )
+        if (size := tokenizer.vocab_size) > config.known_vocab_size:
+            raise InputError(f"{source}: vocab_size is {config.vocab_size}, but the tokenizer has {size} tokens")
         missing = set()
 
         def read(path: tuple[object, ...], abstract: jax.ShapeDtypeStruct) -> Array:
@@ -104,7 +102,15 @@ class Layout(Generic[Config]):
         return LoadedModel(config, params, tokenizer, frozenset(missing))
 
     def write(self, model: LoadedModel[Config, Tokenizer], directory: Path) -> None:
-        """Writes model.safetensors (fp32), config.json and the tokenizer into an existing directory."""
+        """Writes model.safetensors (fp32), config.json and the tokenizer into an existing directory.
+
+        InputError if a field of the config that the format lacks does not have its default.
+        """
+        for field, value in vars(model.config).items():
+            if field not in self.settings and value != getattr(self.config_class, field):
+                raise InputError(
+                    f"--model.{field} {value}: {model.config.model_type}'s config.json has no such setting"
+                )
         parts: dict[str, dict[int | None, np.ndarray]] = {}
         for path, value in jax.tree_util.tree_leaves_with_path(model.params):
             ours, tensor = path_name(path), np.asarray(value, np.float32)

@@ -38,9 +38,7 @@ LAYOUT = huggingface.Layout(
     modules={"token_embeddings": "tokens_embed", "position_embeddings": "positions_embed"},
     layers=("decoder/layer_", "h."),
     layer_modules={
-        "attention/query": "attn.c_attn",
-        "attention/key": "attn.c_attn",
-        "attention/value": "attn.c_attn",
+        **dict.fromkeys(("attention/query", "attention/key", "attention/value"), "attn.c_attn"),
         "attention/output": "attn.c_proj",
         "attention/layer_norm": "ln_1",
         "intermediate": "mlp.c_fc",

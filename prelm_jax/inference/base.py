@@ -13,11 +13,10 @@ from typing import Generic
 
 import h5py
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from prelm_jax.errors import InputError
 from prelm_jax.formats.base import Config, LoadedModel, Vocabulary
+from prelm_jax.progress import Progress
 
 Embeddings = Iterator[tuple[list[str], np.ndarray]]  # For each text its tokens and its [L + 1, tokens, D].
 
@@ -58,11 +57,11 @@ def write_embeddings(
             raise InputError(f"--{name.replace('_', '-')}: {model.config.model_type} has no such option; leave it out")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with h5py.File(temporary, "w") as file:
-            progress = track(embed(lines, **options), "embed", total=len(lines), console=Console(stderr=True))
-            for i, (tokens, hidden) in enumerate(progress):
+        with h5py.File(temporary, "w") as file, Progress("embed", len(lines), "lines") as progress:
+            for i, (tokens, hidden) in enumerate(embed(lines, **options)):
                 dataset = file.create_dataset(str(i), data=hidden)
                 dataset.attrs["tokens"] = json.dumps(tokens, ensure_ascii=False)
+                progress.advance(1)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -47,7 +47,7 @@ class ELMoPretrained(Pretrained[ELMoConfig, WordVocabulary | None]):
         state: initial LSTM state of each text:
             "zero": zeros. The result depends on the text alone.
             "warm": the state after an empty text. The result depends on the text alone, and is closer to the states
-            seen in training, where a text stands in the middle of a corpus.
+            seen in training, where a text continues a corpus.
             "carry": the final state of the text `batch_size` before. This is what bilm-tf and AllenNLP do, whose
             batches continue the batch before row by row. Blank texts are read too.
         batch_size: with "carry", the number of rows (default 1); the last batch may have fewer.

@@ -297,7 +297,10 @@ def initial_states(config: ELMoConfig, rows: int) -> States:
 
 
 def padded_length(config: ELMoConfig, longest: int) -> int:
-    """The ids of a word that are encoded, if the longest has this many."""
+    """The number of ids of each word that are encoded, if the longest has `longest`.
+
+    To export a program with a symbolic length, bound it so that the minimum is decided: "c <= 43" for width 7.
+    """
     return min(longest + max(width for width, _ in config.filters), MAX_CHARACTERS)
 
 

@@ -93,9 +93,9 @@ def test_evaluate(folder, capsys):
 
 def test_evaluate_by_experiment(folder, capsys, fails):
     """For a model from outside of the package, whose classes only its experiment knows."""
-    main(["evaluate", f"{folder}/run"])
+    main(["evaluate", f"{folder}/gpt"])
     by_record = capsys.readouterr().out
-    main(["evaluate", f"{folder}/tiny.py:tiny", "--workdir", f"{folder}/run"])
+    main(["evaluate", f"{TINY}:gpt", "--workdir", f"{folder}/gpt"])  # The options of the training are in run.json.
     assert capsys.readouterr().out == by_record
     assert "--workdir" in fails("evaluate", f"{folder}/tiny.py:tiny")
     assert "Did you mean tiny?" in fails("evaluate", f"{folder}/tiny.py:tinny", "--workdir", folder / "run")
@@ -241,6 +241,6 @@ def test_directories_of_a_newer_version(folder, fails, tmp_path):
         content = file.read_text()
         file.write_text(re.sub(r'"format": ?\d+', '"format": 99', content))
         assert file.read_text() != content
-        assert "upgrade" in fails("fill", tmp_path / "run", "[MASK]")
+        assert "version of prelm_jax" in fails("fill", tmp_path / "run", "[MASK]")
         options = ("--workdir", tmp_path / "run", "--steps", 3)
-        assert "upgrade" in fails("pretrain", f"{folder}/tiny.py:tiny", *options)
+        assert "version of prelm_jax" in fails("pretrain", f"{folder}/tiny.py:tiny", *options)

@@ -23,7 +23,7 @@ def spoiled(elmo_directory, tmp_path):
 
 
 def test_every_dataset_is_read_and_written(elmo_directory, tmp_path):
-    """Each value that was read is written again, under its name and in its shape, and so are the options."""
+    """Every value is written under the name and in the shape that it was read from; so are the options."""
     save(read(elmo_directory), FORMAT, tmp_path / "again", "")
     with h5py.File(tmp_path / "again" / "weights.hdf5") as file:
         found = {}

@@ -1,5 +1,6 @@
 """BERT directories to and from transformers."""
 
+import dataclasses
 import json
 import shutil
 
@@ -204,6 +205,13 @@ def test_missing_parameters_are_not_written(copy, tmp_path):
     save(loaded, FORMAT, tmp_path / "again", "")
     again = read(tmp_path / "again")
     assert again.missing == loaded.missing != frozenset()
+
+
+def test_a_size_that_the_format_lacks_is_refused(model, tmp_path):
+    config = dataclasses.replace(model.config, embedding_size=16)
+    with pytest.raises(InputError, match="embedding_size 16"):
+        save(dataclasses.replace(model, config=config), FORMAT, tmp_path / "model", "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_exported_tokenizer_gives_the_same_ids(model, exported):

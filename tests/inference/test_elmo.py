@@ -132,7 +132,7 @@ def assert_close(found, expected):
 
 
 def test_published_embeddings(real_data):
-    """The top layer of 3 × 10 sentences, the state carried from batch to batch; AllenNLP's own tests have them too."""
+    """The top layer of 3 × 10 sentences, the state carried from batch to batch, as in AllenNLP's own tests."""
     directory = real_data / "fixtures/allennlp-elmo"
     rows = json.loads((directory / "sentences.json").read_text())
     lines = [line for batch in zip(*rows, strict=True) for line in batch]

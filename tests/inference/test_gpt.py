@@ -77,7 +77,7 @@ def test_long_texts_are_refused_or_cut(model):
 
 @pytest.fixture(scope="module")
 def talkative(tmp_path_factory):
-    """One of transformers' whose greedy texts are not one word again and again, and the same as ours."""
+    """A random GPT of transformers whose greedy texts vary, and the same model as ours."""
     theirs = randomize(transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig(**GPT_SIZES)))
     with torch.no_grad():
         theirs.transformer.h[-1].ln_2.bias.zero_()
@@ -91,7 +91,7 @@ def talkative(tmp_path_factory):
 
 
 def greedy(gpt_reference, ids, count):
-    """The likeliest token after the last 24, again and again, all computed afresh each time."""
+    """Appends the most probable token after the last 24 tokens, `count` times, without a cache."""
     ids = list(ids)
     for _ in range(count):
         ids.append(gpt_reference(input_ids=torch.tensor([ids[-24:]])).logits[0, -1].argmax().item())
@@ -110,7 +110,7 @@ def test_greedy_generation_equals_transformers_without_a_cache(prompt, talkative
 
 
 def test_a_token_costs_one_row_at_any_position(model, monkeypatch):
-    """As long as the window is not full, each token after the prompt is one row of one token through the model."""
+    """Until the window is full, each token after the prompt is computed as one row of one token."""
     shapes, compute = [], gpt._next_logits
 
     def count(config, params, cache, tokens, length):
