@@ -54,7 +54,8 @@ class WorkDir:
 
     def check(self, record: RunRecord) -> None:
         """Raises InputError where the directory is another run's, naming what differs, or holds unknown checkpoints."""
-        if not self.exists() and (self.path / "checkpoints").exists():
+        checkpoints = self.path / "checkpoints"
+        if not self.exists() and checkpoints.is_dir() and any(checkpoints.iterdir()):
             raise InputError(f"{self.path} has checkpoints but no run.json to say whose: choose another --workdir")
         if self.exists() and (differences := self.read_record().differences(record)):
             raise InputError(
