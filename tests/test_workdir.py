@@ -100,8 +100,9 @@ def test_torn_and_foreign_lines_are_left_out(workdir):
 
 
 def test_checkpoints_that_no_record_explains(workdir):
+    (workdir.path / "run.json").unlink()
     (workdir.path / "checkpoints").mkdir()
     workdir.check(record())
-    (workdir.path / "run.json").unlink()
+    (workdir.path / "checkpoints" / "10").mkdir()
     with pytest.raises(InputError, match=rf"{workdir.path} has checkpoints but no run\.json"):
         workdir.check(record())
