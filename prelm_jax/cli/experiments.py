@@ -88,7 +88,11 @@ def load_run(reference: str) -> tuple[str, "Run", str]:
     functions = _functions(path)
     if name not in functions:
         known = ", ".join(f"{file}:{known}" for known in functions) or "no function without arguments"
-        mistake = f"has no experiment {name!r}.{suggestion(name, functions)}" if name else "holds several experiments."
+        mistake = (
+            f"has no experiment {name!r}.{suggestion(name, functions)}"
+            if name
+            else "holds several experiments: name one."
+        )
         raise InputError(f"{file} {mistake} It holds {known}.")
     function = functions[name]
     with _one_line_errors(path):
