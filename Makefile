@@ -28,7 +28,7 @@ use-gpt1:
 	$(PRELM) generate $(RUN)/exported --prompt "Return a new" --max-tokens 40 --temperature 0.7
 
 use-elmo:
-	.venv/bin/python examples/neighbours.py $(RUN)/exported --word set --sentences \
+	.venv/bin/python examples/neighbors.py $(RUN)/exported --word set --sentences \
 		"A set is an unordered collection with no duplicate elements." "The flag is set if the call fails."
 
 lint: .venv/installed-test

@@ -1,7 +1,7 @@
 """ELECTRA (Clark et al. 2020): a fourth family, outside of the package, in one file.
 
-A small generator fills masks; a discriminator tells for every token whether it was replaced. Encoders, masked LM head
-and batches are BERT's; loop, checkpoints and commands are everybody's.
+A small generator fills masks; a discriminator predicts for every token whether it was replaced. Encoders, masked LM
+head and batches are BERT's; loop, checkpoints and commands are the same for every family.
 
     prelm pretrain examples/electra.py:demo
     prelm evaluate examples/electra.py:demo --workdir runs/electra-demo

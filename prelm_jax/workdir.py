@@ -42,7 +42,7 @@ class WorkDir:
         """What run.json says; InputError where there is none, or one of another format."""
         if not self.exists():
             raise InputError(
-                f"{self.path} is not the work directory of a run: it has no run.json. Give the --workdir of prelm pretrain"
+                f"{self.path} is not the work directory of a run: it has no run.json. Give the --workdir of a pretrain"
             )
         path = self._record_path
         fields = json.loads(path.read_text()) if is_remote(path) else read_json(path)

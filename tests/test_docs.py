@@ -1,4 +1,4 @@
-"""The pages tell the truth: their commands parse, and their options, links, paths and names exist. Nothing is trained."""
+"""The pages tell the truth: their commands parse; their options, links, paths and names exist. Nothing is trained."""
 
 import contextlib
 import functools
@@ -18,6 +18,7 @@ from prelm_jax.cli.experiments import shipped_files
 from prelm_jax.cli.tokenizers import KINDS
 from prelm_jax.corpus import spec
 from prelm_jax.errors import InputError
+from prelm_jax.storage import is_remote
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -72,7 +73,6 @@ def parse(monkeypatch, capsys, tmp_path):
     (tmp_path / "bert.py").write_text((ROOT / "experiments/bert.py").read_text() + "\n\n" + own)
     for name in ("examples", "experiments"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "electra.py").symlink_to(ROOT / "examples/electra.py")
     monkeypatch.chdir(tmp_path)
     called = []
 
@@ -94,11 +94,14 @@ def parse(monkeypatch, capsys, tmp_path):
             cli.main(arguments)
         except SystemExit as stopped:
             return capsys.readouterr().err if stopped.code else None
-        try:
-            for values in called:
-                spec.parse(values["run"].corpus if "run" in values else values.get("corpus") or ["a.txt"])
-        except InputError as error:
-            return str(error)
+        for values in called:
+            corpus = values["run"].corpus if "run" in values else values.get("corpus")
+            try:
+                remote = [source.location for source in spec.parse(corpus or ["a.txt"]) if is_remote(source.location)]
+            except InputError as error:
+                return str(error)
+            if remote:
+                return f"a corpus cannot be read from a bucket: {remote}"
         return None
 
     return parse
@@ -121,7 +124,10 @@ def options():
 @pytest.mark.parametrize(
     "command",
     ["pretend", "export runs/a", "fill a b --depth 3", "pretrain bert:nano", "pretrain bert.py:nano"]
-    + [f"pretrain bert:mini {wrong}" for wrong in ("--stepz 3", "--steps x", "3", "--corpus a.txt,lines=1")],
+    + [
+        f"pretrain bert:mini {wrong}"
+        for wrong in ("--stepz 3", "--steps x", "3", "--corpus a.txt,lines=1", "--corpus gs://a/b")
+    ],
 )
 def test_wrong_commands_are_found(command, parse):
     assert parse(command.split())

@@ -14,6 +14,7 @@ from prelm_jax.corpus.readers import Errors, File, endings, json_texts, parquet_
 from prelm_jax.corpus.spec import Spec
 from prelm_jax.errors import InputError
 from prelm_jax.progress import Advance
+from prelm_jax.storage import is_remote
 
 PART_BYTES = 1 << 26
 
@@ -137,6 +138,8 @@ class PythonDocs:
 
 
 def _matching_files(location: str) -> list[str]:
+    if is_remote(location):
+        raise InputError(f"{location}: a corpus is read from local files only: copy it, or mount the bucket")
     path = os.path.expanduser(location)
     if os.path.isdir(path):
         raise InputError(f"{location} is a directory: give its files, for example {os.path.join(location, '*.txt')}")

@@ -1,9 +1,9 @@
-"""Where a word is used as it is in a sentence: the paper's table 4 (Peters et al. 2018) for an ELMo and a text.
+"""Nearest neighbors of a word in context: table 4 of Peters et al. (2018), for your ELMo and your text.
 
-    python examples/neighbours.py MODEL --word set --sentences "Return a new set." "The flag is set."
+    python examples/neighbors.py MODEL --word set --sentences "Return a new set." "The flag is set."
 
-For each sentence, the sentences of the corpus in which the word's vector (the top layer's) is nearest to its vector
-here, by the cosine of the angle.
+For each sentence, prints the sentences of the corpus in which the word's vector (top layer) has the highest cosine
+similarity to its vector in that sentence.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from prelm_jax.corpus.sentences import split
 
 
 def vectors(model, texts: list[str], word: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Each text that holds the word, and the word's vector in it, of length 1; capitals do not matter."""
+    """Each text that contains the word, case-insensitively, and the word's vector in it, scaled to length 1."""
     for text, (words, states) in zip(texts, model.embed(texts, tokenize=True), strict=True):
         lowered = [w.lower() for w in words]
         if word in lowered:
@@ -34,7 +34,16 @@ def main(
     uses: int = 500,
     show: int = 3,
 ) -> None:
-    """`uses`: how many sentences of the corpus are looked at; `show`: how many of them are printed for each."""
+    """Find sentences of a corpus that use a word as given sentences do.
+
+    Args:
+        model: Model directory or work directory of an ELMo.
+        word: Word to compare, in lower case.
+        sentences: Sentences that contain the word.
+        corpus: Sources of text to search.
+        uses: Number of sentences of the corpus to search.
+        show: Number of neighbors to print for each sentence.
+    """
     loaded = prelm_jax.load(model)
     documents = Corpus(corpus).documents()
     texts = (text for document in documents for text in split(document.text, document.sentences))
