@@ -81,7 +81,7 @@ def generate(
         prompt: Text to continue.
         max_tokens: Number of tokens to append.
         temperature: Divides the logits; below 1 the text is more predictable, and 0 is greedy decoding.
-        top_k: Sample from this number of likeliest tokens only; none: from all.
+        top_k: Sample from this number of likeliest tokens only; if unset, from all.
         top_p: Sample from the likeliest tokens that together reach this probability (nucleus sampling); 1: from all.
         seed: Random seed of the sampling; change it for another continuation.
     """

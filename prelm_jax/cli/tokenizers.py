@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     TokenizerConfig = WordPieceConfig | BPEConfig | SentencePieceConfig | WordVocabularyConfig
 
 KINDS = {
-    "wordpiece": "WordPiece, as BERT's: subwords, ## before what continues a word",
-    "bpe": "byte-pair encoding, as GPT-1's: subwords, </w> at the end of a word",
-    "sentencepiece": "SentencePiece, a unigram language model or BPE: no rules for words, for any language",
-    "words": "whole words by falling count, as ELMo's output vocabulary",
+    "wordpiece": "WordPiece (BERT): subwords; ## before each that continues a word",
+    "bpe": "byte-pair encoding (GPT-1): subwords; </w> after each that ends a word",
+    "sentencepiece": "SentencePiece (unigram or BPE): subwords of raw text, for languages without spaces too",
+    "words": "whole words, most frequent first (ELMo's output vocabulary)",
 }
 
 
@@ -32,7 +32,7 @@ def tokenize(tokenizer: Positional[Path], input: TextFile, cased: bool = False) 
 
     Args:
         tokenizer: Directory of a tokenizer or model, a vocab.txt, or a vocab.json with its merges next to it.
-        cased: Keep capitals, for a vocab.txt alone: a directory says itself whether it lowercases.
+        cased: Keep capitals. Only for a lone vocab.txt: a directory has its own setting.
     """
     from prelm_jax.storage import read_lines
     from prelm_jax.tokenizers.load import load
@@ -67,7 +67,7 @@ KIND = Choice(
 
 
 def train(config: Annotated["TokenizerConfig", KIND], directory: Positional[Path], corpus: tuple[str, ...]) -> None:
-    """Train a tokenizer on a corpus and write its files: `prelm tokenizer train KIND DIRECTORY --corpus SPEC …`.
+    """Train a tokenizer on a corpus and write its files.
 
     Args:
         directory: Directory to write, in the format that `transformers` reads (words: a vocab.txt).
@@ -87,7 +87,7 @@ def inspect_tokenizer(tokenizer: Positional[Path], input: Positional[Path | None
     Args:
         tokenizer: Directory of a tokenizer or model, a vocab.txt, or a vocab.json with its merges next to it.
         input: Text file in UTF-8, one text per line.
-        cased: Keep capitals, for a vocab.txt alone: a directory says itself whether it lowercases.
+        cased: Keep capitals. Only for a lone vocab.txt: a directory has its own setting.
     """
     from prelm_jax.report import print_table
     from prelm_jax.storage import read_lines

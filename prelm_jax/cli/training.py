@@ -22,7 +22,7 @@ def pretrain(run: Annotated["Run", EXPERIMENT], workdir: AnyPath = "runs/{name}"
     """Train an experiment, or resume it.
 
     Args:
-        workdir: Directory of the run, local or gs://…; with a run of the same experiment in it, that run is resumed.
+        workdir: Directory of the run, local or gs://…; if it holds a run of the same experiment, that run resumes.
     """
     import jax
 
@@ -51,9 +51,9 @@ def evaluate(
     """Evaluate a run on its held-out text, or on another corpus.
 
     Args:
-        model: Work directory. For a model from outside of the package: its experiment, FILE.py:NAME, and --workdir.
-        workdir: Work directory of the run, if the first argument is an experiment.
-        corpus: Sources of text to evaluate on; none: the held-out side of the run's own corpus.
+        model: Work directory of a run; or, for a model defined outside of the package, its experiment FILE.py:NAME.
+        workdir: Work directory of the run; only if the first argument is an experiment.
+        corpus: Sources of text to evaluate on, all of it; if unset, the held-out side of the run's own corpus.
     """
     from prelm_jax import pretraining
     from prelm_jax.report import print_table, summary_table

@@ -20,7 +20,8 @@ def test_names_with_special_characters(write, texts, tmp_path, monkeypatch):
 
 def test_missing_files_are_named(error_of, tmp_path):
     assert f"no file {tmp_path}/no.txt:" in error_of(f"{tmp_path}/no.txt")
-    assert error_of(f"{tmp_path}/*.txt").endswith(f" {tmp_path}/*.txt")
+    assert f" {tmp_path}/*.txt: " in error_of(f"{tmp_path}/*.txt")
+    assert "gs://bucket/*.txt: " in error_of("gs://bucket/*.txt")
     message = error_of(str(tmp_path))
     assert message.startswith(f"{tmp_path} is a directory") and f"{tmp_path}/*.txt" in message
 
