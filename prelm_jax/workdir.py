@@ -55,9 +55,7 @@ class WorkDir:
     def check(self, record: RunRecord) -> None:
         """Raises InputError, naming what differs, where the directory is another run's."""
         if self.exists() and (differences := self.read_record().differences(record)):
-            raise InputError(
-                f"{self.path} holds another run, which differs in {', '.join(differences)}: choose another --workdir"
-            )
+            raise InputError(f"{self.path} is of a run that differs in {', '.join(differences)}: use another --workdir")
 
     def claim(self, record: RunRecord, tokenizer: Tokenizer) -> None:
         """Makes the directory this run's, with what it last was told of its sources and loop. Process 0 writes."""
@@ -115,6 +113,4 @@ class WorkDir:
 
 def baseline_metrics(baselines: dict[str, dict[str, float]]) -> dict[str, float]:
     """The baselines as metrics: {"baseline/masked_lm_loss/unigram": 6.2, …}."""
-    return {
-        f"{BASELINE}{metric}/{name}": value for metric, values in baselines.items() for name, value in values.items()
-    }
+    return {f"{BASELINE}{metric}/{name}": x for metric, values in baselines.items() for name, x in values.items()}

@@ -22,17 +22,12 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 from prelm_jax.errors import InputError
-from prelm_jax.storage import is_remote
 
 Positional = tyro.conf.Positional
 Bound = Callable[..., None]  # a command and the values of its parameters
 Parse = Callable[[Sequence[str]], Bound]
 Kind = TypeVar("Kind")
-
-
-def parse_path(word: str) -> str | Path:
-    """A path as typed; one in a bucket stays a string, because pathlib would make gs:/bucket of gs://bucket."""
-    return word if is_remote(word) else Path(word)
+Value = TypeVar("Value")
 
 
 def _parse_step(word: str) -> int | Literal["best", "newest"]:
@@ -43,26 +38,22 @@ def _parse_step(word: str) -> int | Literal["best", "newest"]:
     return int(word)
 
 
-AnyPath = Annotated[
-    str | Path,
-    tyro.constructors.PrimitiveConstructorSpec(
+def _word(metavar: str, parse: Callable[[str], Value]) -> tyro.constructors.PrimitiveConstructorSpec[Value]:
+    """How tyro reads an option of one word."""
+    return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar="PATH",
-        instance_from_str=lambda words: parse_path(words[0]),
-        is_instance=lambda value: isinstance(value, str | Path),
-        str_from_instance=lambda value: [str(value)],
-    ),
-]
-
-Step = Annotated[
-    int | Literal["best", "newest"],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="N|best|newest",
-        instance_from_str=lambda words: _parse_step(words[0]),
+        metavar=metavar,
+        instance_from_str=lambda words: parse(words[0]),
         is_instance=lambda value: isinstance(value, int | str),
         str_from_instance=lambda value: [str(value)],
-    ),
+    )
+
+
+# A path stays as typed: pathlib would make gs:/bucket of gs://bucket.
+AnyPath = Annotated[str, _word("PATH", str)]
+Step = Annotated[
+    int | Literal["best", "newest"],
+    _word("N|best|newest", _parse_step),
     tyro.conf.arg(help="Checkpoint of a work directory: number of its step, best (lowest held-out loss) or newest."),
 ]
 ModelPath = Annotated[AnyPath, Positional, tyro.conf.arg(help="Model directory or work directory.")]
@@ -189,7 +180,7 @@ def _interface(command: Callable[..., None], choice: Choice | None, chosen: Chos
         if _metadata(parameter, Choice) is None:
             annotations[parameter.name] = parameter.annotation
             if isinstance(parameter.default, str) and "{name}" in parameter.default:
-                parameter = parameter.replace(default=parse_path(parameter.default.format(name=name)))
+                parameter = parameter.replace(default=parameter.default.format(name=name))
         elif chosen is None and choice is not None:
             annotations[choice.name] = Annotated[str, Positional, tyro.conf.arg(help=choice.help)]
             parameter = parameter.replace(name=choice.name)

@@ -43,10 +43,7 @@ def pretrain(run: Annotated["Run", EXPERIMENT], workdir: AnyPath = "runs/{name}"
 
 
 def evaluate(
-    model: Positional[str],
-    workdir: AnyPath | None = None,
-    corpus: tuple[str, ...] = (),
-    step: Step = "newest",
+    model: Positional[str], workdir: AnyPath | None = None, corpus: tuple[str, ...] = (), step: Step = "newest"
 ) -> None:
     """Evaluate a run on its held-out text, or on another corpus.
 
@@ -125,9 +122,7 @@ def batch(run: Annotated["Run", EXPERIMENT], step: int = 0, rows: int = 4) -> No
 
 
 def plan(
-    run: Annotated["Run", EXPERIMENT],
-    topology: str,
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    run: Annotated["Run", EXPERIMENT], topology: str, as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
 ) -> None:
     """Compile the train step for a TPU slice you don't have; report memory, bottleneck and time.
 

@@ -148,9 +148,7 @@ def json_texts(file: File, field: str, errors: Errors, advance: Advance) -> Iter
                 text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             text.encode()  # JSON can spell a lone surrogate, UTF-8 cannot.
         except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
-            raise InputError(
-                f"{file.path}:{number} is not a JSON object with a string `{field}`: correct the line"
-            ) from None
+            raise InputError(f"{file.path}:{number} is no JSON object with a string `{field}`: correct it") from None
         yield from as_document(text)
 
 

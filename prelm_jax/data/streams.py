@@ -105,9 +105,7 @@ class StreamBatches(StoreBatches):
 
     def __init__(self, config: StreamsConfig, store: Store, tokenizer: Tokenizer, batch_size: int, seed: int):
         if store.spellings is None:
-            raise InputError(
-                "the tokens of this store are not words: streams need a vocabulary of words (WordVocabularyConfig)"
-            )
+            raise InputError("the tokens of this store are not words: streams need a WordVocabularyConfig")
         if config.num_negatives >= tokenizer.vocab_size:
             raise InputError(
                 f"data.num_negatives is {config.num_negatives}, but the vocabulary has only {tokenizer.vocab_size} "
@@ -252,12 +250,8 @@ class StreamTargets:
         position = positions.ravel()
         sentence = np.searchsorted(self.sentence_offsets, position, side="right") - 1
         bounds = self._batches.store.sentence_offsets
-        spans = SentenceSpans(
-            bounds[sentence],
-            bounds[sentence + 1],
-            position - self.sentence_offsets[sentence],
-            np.ones_like(position),
-        )
+        start = position - self.sentence_offsets[sentence]
+        spans = SentenceSpans(bounds[sentence], bounds[sentence + 1], start, np.ones_like(position))
         _, targets = self._batches._read(self._direction, spans)
         return self._batches._known(targets).reshape(positions.shape)
 

@@ -33,10 +33,8 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
 
 def tied_logits(x: Array, table_VD: Array, vocab_size: int, bias_V: Array | None = None) -> Array:
     """[..., V], fp32: products of [..., D] with a vocabulary table, whose rows past `vocab_size` never win."""
-    x_GD, rows = x.reshape(-1, x.shape[-1]), table_VD.shape[0]
-    logits_GV = jax.lax.dot_general(
-        x_GD, table_VD.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    x_GD, rows, transposed = x.reshape(-1, x.shape[-1]), table_VD.shape[0], (((1,), (1,)), ((), ()))
+    logits_GV = jax.lax.dot_general(x_GD, table_VD.astype(x.dtype), transposed, preferred_element_type=jnp.float32)
     if bias_V is not None:
         logits_GV = add_bias(logits_GV, jnp.where(jnp.arange(rows) < vocab_size, bias_V, MASKED))
     else:
@@ -47,12 +45,7 @@ def tied_logits(x: Array, table_VD: Array, vocab_size: int, bias_V: Array | None
 
 
 def tied_cross_entropy(
-    x_BTD: Array,
-    table_VD: Array,
-    targets_BT: Array,
-    weights_BT: Array,
-    vocab_size: int,
-    bias_V: Array | None = None,
+    x_BTD: Array, table_VD: Array, targets_BT: Array, weights_BT: Array, vocab_size: int, bias_V: Array | None = None
 ) -> tuple[Array, Array]:
     """`cross_entropy` of `tied_logits`, summed with weights: (nats, number of targets with the highest logit), scalars.
 
@@ -144,9 +137,8 @@ def _local_chunks(vocab_size: int, arguments: Arguments, differentiate: bool) ->
 
     zero = jnp.zeros(())
     start = jax.tree.map(lambda x: jnp.zeros(x.shape), (table_VD, bias_V)) if differentiate else None
-    (sums, gradients), dx = jax.lax.scan(
-        chunk, ((zero, zero), start), (split(x_BTD), split(targets_BT), split(weights_BT))
-    )
+    values = (split(x_BTD), split(targets_BT), split(weights_BT))
+    (sums, gradients), dx = jax.lax.scan(chunk, ((zero, zero), start), values)
     if dx is None:
         return sums, ()
     return sums, (dx.reshape(-1, x_BTD.shape[-1])[:tokens].reshape(x_BTD.shape), *gradients)

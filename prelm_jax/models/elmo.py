@@ -174,6 +174,8 @@ class ELMo(LanguageModel):
     config: ELMoConfig
     dtype: jnp.dtype = jnp.float32
 
+    replicated, matrices = ELMoEncoder.replicated, ELMoEncoder.matrices
+
     def setup(self):
         c = self.config
         self.bilm = ELMoEncoder(c, self.dtype)
@@ -250,16 +252,6 @@ class ELMo(LanguageModel):
     def coefficients(self) -> dict[str, float]:
         """The objective is the mean of both directions."""
         return {f"{d}_loss": 0.5 for d in DIRECTIONS}
-
-    @property
-    def replicated(self) -> tuple[str, ...]:
-        """Regular expressions of the parameter paths that are never sharded."""
-        return ELMoEncoder.replicated
-
-    @property
-    def matrices(self) -> tuple[str, ...]:
-        """Regular expressions of the paths of the layers' weight matrices."""
-        return ELMoEncoder.matrices
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         """The weight of each loss, from the batch alone."""

@@ -30,7 +30,7 @@ class TransformerConfig(LanguageModelConfig):
     def __post_init__(self):
         if self.hidden_size % self.num_heads:
             raise InputError(
-                f"--model.num-heads {self.num_heads} does not divide --model.hidden-size {self.hidden_size}"
+                f"--model.num-heads {self.num_heads}: no divisor of --model.hidden-size {self.hidden_size}"
             )
 
 

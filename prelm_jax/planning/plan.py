@@ -18,6 +18,7 @@ from prelm_jax.planning.hlo import Collective, Program
 from prelm_jax.planning.topology import collective_seconds, compile_only_devices, shape_of
 from prelm_jax.run import Run
 from prelm_jax.tokenizers import wordpiece, words
+from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training import loop
 from prelm_jax.training.chips import GiB, find_chip
 from prelm_jax.training.contract import Batches
@@ -32,6 +33,7 @@ OUT_OF_MEMORY = (
     r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)",
 )
 SYNTHETIC_TOKENS = (10_000, 1_000_000)  # At least some documents; at most what a second generates.
+SPECIAL_TOKENS = (*wordpiece.SPECIAL_TOKENS, *words.SPECIAL_TOKENS)
 ZIPF = 1.2  # The exponent at which random words repeat as often as in Simple English Wikipedia.
 
 
@@ -258,24 +260,19 @@ def _sizes(tree: object) -> tuple[int, int]:
     return total, sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-class TokenizerOfSize:
+class TokenizerOfSize(Tokenizer):
     """The parts of a tokenizer that batches need: a vocabulary of a given size, with every special token."""
 
-    open_vocabulary = False
-
     def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
-        specials = (*wordpiece.SPECIAL_TOKENS, *words.SPECIAL_TOKENS)
-        self.special_ids = {token: i for i, token in enumerate(specials)}
-        self.pad_id, _, self.cls_id, self.sep_id, self.mask_id, self.bos_id, self.eos_id, self.unknown_id = range(8)
-        self.tokens = [*specials, *map(str, range(len(specials), vocab_size))]
+        tokens = [*SPECIAL_TOKENS, *map(str, range(len(SPECIAL_TOKENS), vocab_size))]
+        super().__init__(tokens, wordpiece.ROLES | words.ROLES)
         self.continuation = np.arange(vocab_size) % 3 == 2  # One subword in three continues a word, as in real text.
 
 
 def _synthetic_batches(run: Run, vocab_size: int) -> Batches:
     """Batches of random words; Zipf's law makes the number of distinct words that of a text."""
     tokenizer = TokenizerOfSize(vocab_size)
-    first = len(tokenizer.special_ids)
+    first = len(SPECIAL_TOKENS)
     size = int(np.clip(4 * run.batch_size * run.data.max_length, *SYNTHETIC_TOKENS))
     ids = first + (np.random.default_rng(0).zipf(ZIPF, size) - 1) % (vocab_size - first)
     sentences = [sentence.tolist() for sentence in np.array_split(ids, size // 25)]

@@ -294,9 +294,7 @@ class Checkpoints:
             done = f"moved to {directory.put_aside(step, complaint)}" if self._writable else "skipped"
             print(f"{complaint}: {done}", file=sys.stderr)
         if directories:
-            raise InputError(
-                f"{self.directory}: all {len(directories)} checkpoints are damaged; start in another --workdir"
-            )
+            raise InputError(f"{self.directory}: all {len(directories)} checkpoints are damaged; use another --workdir")
         return None
 
     def _find(self, step: int | Literal["best"]) -> tuple[int, _Directory]:

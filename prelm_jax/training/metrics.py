@@ -143,9 +143,8 @@ class Report:
             speed, mfu = counted / seconds, flops / seconds / self._peak
             values |= {"perf/seconds_per_step": seconds / steps, "perf/tokens_per_second": speed, "perf/mfu": mfu}
             self._clock = (now, 0, 0, 0.0)
-            self._progress.report(
-                f"loss {metrics['loss']:.3f}  lr {metrics['learning_rate']:.1e}  {speed:,.0f} tokens/s  mfu {mfu:.0%}"
-            )
+            losses = f"loss {metrics['loss']:.3f}  lr {metrics['learning_rate']:.1e}"
+            self._progress.report(f"{losses}  {speed:,.0f} tokens/s  mfu {mfu:.0%}")
         self._writer.write(step, values)
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
