@@ -37,10 +37,8 @@ class MaskingConfig:
         if not 0 < self.probability <= 1:
             raise InputError(f"masking.probability is {self.probability}: give a number above 0 and up to 1")
         if min(self.mask, self.random) < 0 or self.mask + self.random > 1:
-            raise InputError(
-                f"masking.mask is {self.mask} and masking.random {self.random}: "
-                "give two numbers of 0 or more that add up to 1 or less"
-            )
+            given = f"masking.mask is {self.mask} and masking.random {self.random}"
+            raise InputError(f"{given}: give two numbers of 0 or more that add up to 1 or less")
         if self.segmenter is not None and not self.whole_word:
             raise InputError(f"masking.segmenter {self.segmenter} is for whole words: turn masking.whole_word on too")
 

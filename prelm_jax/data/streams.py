@@ -37,7 +37,7 @@ import numpy as np
 from prelm_jax.corpus.store import Store
 from prelm_jax.data.baselines import Baselines, perplexity, stream_baselines
 from prelm_jax.data.batches import StoreBatches, special_id
-from prelm_jax.data.randomness import bits, key, permute, uniform
+from prelm_jax.data.randomness import bits, key, log_uniform, permute
 from prelm_jax.data.show import show_streams
 from prelm_jax.data.spans import cut
 from prelm_jax.errors import InputError
@@ -106,11 +106,8 @@ class StreamBatches(StoreBatches):
     def __init__(self, config: StreamsConfig, store: Store, tokenizer: Tokenizer, batch_size: int, seed: int):
         if store.spellings is None:
             raise InputError("the tokens of this store are not words: streams need a WordVocabularyConfig")
-        if config.num_negatives >= tokenizer.vocab_size:
-            raise InputError(
-                f"data.num_negatives is {config.num_negatives}, but the vocabulary has only {tokenizer.vocab_size} "
-                "words: give fewer, or 0 for the full softmax"
-            )
+        if (n := config.num_negatives) >= (words := tokenizer.vocab_size):
+            raise InputError(f"data.num_negatives is {n}, but there are {words} words: give fewer, or 0 for all")
         super().__init__(store, tokenizer.vocab_size, batch_size)
         self._config = config
         self._spellings = store.spellings
@@ -119,7 +116,7 @@ class StreamBatches(StoreBatches):
         self._unknown_id = np.int32(special_id(tokenizer, "unknown", "word streams"))
         self._epoch_keys = {d: key(seed, f"streams: epoch {d}") for d in DIRECTIONS}
         self._negative_keys = {d: key(seed, f"streams: negatives {d}") for d in DIRECTIONS}
-        if n := config.num_negatives:
+        if n:
             _, tries = log_uniform(self._negative_keys["forward"], n, self.vocab_size, n)
             self._draws = int(tries * 1.03) + 1  # enough for most steps
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -285,24 +282,3 @@ def bucket(n: int) -> int:
     """The smallest of 128, 192, 256, 384, … (powers of two, and one and a half times these) that is n or more."""
     size = max(1 << (n - 1).bit_length(), FEWEST_WORDS)
     return size * 3 // 4 if n <= size * 3 // 4 and size > FEWEST_WORDS else size
-
-
-def log_uniform(key: np.ndarray, n: int, vocab_size: int, at_once: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws n distinct ids of a vocabulary that is sorted by falling count, and counts the draws.
-
-    As TensorFlow's LogUniformCandidateSampler: id k is drawn with probability log((k + 2) / (k + 1)) /
-    log(vocab_size + 1), until there are n distinct ids. `at_once`, the number of draws that are made before they are
-    counted, affects only the speed.
-
-    Returns the ids in the order they were drawn, int32 [n], and the number of draws, int32 [].
-    """
-    while True:
-        draws = np.exp(uniform(key, np.arange(at_once)) * np.log(vocab_size + 1)).astype(np.int64) - 1
-        # Written in reverse order, so that the first of several draws of an id stays.
-        number = np.arange(at_once, dtype=np.min_scalar_type(at_once))
-        first_V = np.empty(vocab_size, number.dtype)
-        first_V[draws[::-1]] = number[::-1]
-        first = np.flatnonzero(first_V[draws] == number)
-        if len(first) >= n:
-            return draws[first[:n]].astype(np.int32), np.array(first[n - 1] + 1, np.int32)
-        at_once *= 2

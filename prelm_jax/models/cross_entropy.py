@@ -1,4 +1,4 @@
-"""The softmax over a vocabulary and its loss, in chunks where all logits at once would take too much memory."""
+"""The softmax over a vocabulary and its loss: whole, sampled, or in chunks where all logits take too much memory."""
 
 import math
 from functools import partial
@@ -29,6 +29,31 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
     picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     log_normalizer = highest + jnp.log(jnp.exp(logits - highest[..., None]).sum(-1))
     return log_normalizer - picked, (picked == highest).astype(jnp.float32)
+
+
+def log_expected_count(ids: Array, tries: Array, sampled: int, vocab_size: int) -> Array:
+    """The logarithm of each id's expected count among `sampled` distinct ids, found by `tries` log-uniform draws.
+
+    See tensorflow/core/kernels/range_sampler.cc, `ExpectedCountHelper` with the probabilities of a LogUniformSampler.
+    """
+    probabilities = jnp.log1p(1 / (ids.astype(jnp.float32) + 1)) / math.log1p(vocab_size)
+    distinct = -jnp.expm1(tries.astype(jnp.float32) * jnp.log1p(-probabilities))
+    return jnp.log(jnp.where(tries == sampled, sampled * probabilities, distinct))
+
+
+def sampled_nll(
+    x_GP: Array, true_GP: Array, true_bias_G: Array, sampled_SP: Array, sampled_bias_S: Array, hits_GS: Array
+) -> Array:
+    """[G], fp32: negative log-likelihood of each target in a softmax over itself and the negatives (Jean et al. 2015).
+
+    As tf.nn.sampled_softmax_loss: takes the vectors of targets and negatives, and their biases minus the logarithms of
+    their expected counts. `hits_GS`: negatives that equal the target, which are left out.
+    """
+    true_G = jnp.einsum("GP,GP->G", x_GP, true_GP, preferred_element_type=jnp.float32) + true_bias_G
+    sampled_GS = jnp.einsum("GP,SP->GS", x_GP, sampled_SP, preferred_element_type=jnp.float32)
+    sampled_GS = jnp.where(hits_GS, MASKED, add_bias(sampled_GS, sampled_bias_S))
+    nll_G, _ = cross_entropy(jnp.concatenate([true_G[:, None], sampled_GS], 1), jnp.zeros(x_GP.shape[0], jnp.int32))
+    return nll_G
 
 
 def tied_logits(x: Array, table_VD: Array, vocab_size: int, bias_V: Array | None = None) -> Array:

@@ -223,6 +223,7 @@ def analyze(run: Run, topology: str, mesh: jax.sharding.Mesh, progress: Callable
         times = [collective_seconds(collective, chip, shape) for collective in collectives]
         timed = list(zip(collectives, times, strict=True))
         seconds_by |= {"memory": memory_traffic / chip.bandwidth, "links": sum(times)}
+    arguments = memory.argument_size_in_bytes - memory.alias_size_in_bytes  # Without those that become outputs.
     state = step.state
     trees = {"parameters": state.params, "optimizer state": state.opt_state, "carry": state.carry, "batch": step.batch}
     return Plan(
@@ -232,12 +233,7 @@ def analyze(run: Run, topology: str, mesh: jax.sharding.Mesh, progress: Callable
         batch_size=run.batch_size,
         fits=True,
         advice="",
-        memory_needed=(
-            memory.argument_size_in_bytes
-            + memory.temp_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-        ),
+        memory_needed=arguments + memory.temp_size_in_bytes + memory.output_size_in_bytes,
         memory_available=chip.memory if chip else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / mesh.size,
         compile_seconds=step.compile_seconds,
         model_flops=model_flops,

@@ -9,6 +9,7 @@ or has more than 100 characters, is [UNK]. The `tokenizers` library does the wor
 import dataclasses
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from prelm_jax.errors import InputError
 from prelm_jax.storage import prefix_errors, read_json, read_lines
 from prelm_jax.tokenizers.cached_encoder import CachedEncoder
 from prelm_jax.tokenizers.tokenizer_json import read_tokenizer_json
-from prelm_jax.tokenizers.training import alphabet, train_once, training_texts
+from prelm_jax.tokenizers.training import alphabet, train_once, train_subwords
 
 ROLES = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 SPECIAL_TOKENS = tuple(ROLES.values())
@@ -145,19 +146,8 @@ def train(corpus: Corpus, vocab_size: int, lowercase: bool = True) -> list[str]:
             f"vocab_size={vocab_size} is too small for the {len(letters)} characters of the corpus:"
             f" give at least {len(base)}, better several times as many"
         )
-    # The library numbers characters in the order of a hash table that differs between processes, and breaks ties
-    # between merges by number. Characters given as special tokens keep their order.
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=base,
-        initial_alphabet=letters,
-        limit_alphabet=len(letters),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(training_texts(corpus, "training the vocabulary"), trainer)
-    # Keep only the vocabulary: the trained tokenizer would match its special tokens, here every letter.
-    ids = tokenizer.get_vocab(with_added_tokens=False)
+    make = partial(trainers.WordPieceTrainer, vocab_size=vocab_size)
+    ids = train_subwords(tokenizer, corpus, make, base, letters)["vocab"]
     return sorted(ids, key=ids.__getitem__)
 
 

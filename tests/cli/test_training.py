@@ -121,7 +121,7 @@ def test_steps_reach_evaluate_and_export(folder, monkeypatch, word, step):
             main([*arguments, *option])
     assert received == [
         ("somewhere", (), step, None),
-        (Path("somewhere"), ("a", "b"), step, tiny.bert()),
+        ("somewhere", ("a", "b"), step, tiny.bert()),
         ("gs://somewhere", Path("there"), step),
     ]
 
