@@ -34,6 +34,10 @@ class TokenSource(Protocol):
         """The ids (int32) at token indices of any shape."""
         ...
 
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        """int64 [vocab_size]: how often each id occurs."""
+        ...
+
 
 def trigram_loss(source: TokenSource, vocab_size: int, queries: np.ndarray) -> float:
     """The mean cross-entropy (nats) of the last token of each trigram, given the two before it.

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, TypedDict, TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -65,14 +65,6 @@ class Record:
     scheduled: bool = True
 
 
-class _Metadata(TypedDict):
-    """The JSON in a checkpoint: its format, the checksums by item and array, the fields of its Record."""
-
-    format: int
-    checksums: dict[str, dict[str, int]]
-    record: dict
-
-
 class _Damaged(Exception):
     """The checkpoint cannot be read, or an array differs from its checksum."""
 
@@ -120,15 +112,16 @@ class _Directory:
     def steps(self) -> list[int]:
         return [] if self._opened is None else [checkpoint.step for checkpoint in self._opened.checkpoints]
 
-    def metadata(self, step: int) -> _Metadata:
+    def metadata(self, step: int) -> dict:
+        """`format`; `checksums`, by item and array; `record`, the fields of the Record."""
         with _reading(self.path / str(step)):
-            return cast(_Metadata, self._checkpointer().metadata(step).custom_metadata)
+            return cast(dict, self._checkpointer().metadata(step).custom_metadata)
 
     def save(self, step: int, items: Mapping[str, object], record: Record) -> ocp.AsyncResponse[bool] | None:
         sums = {item: _checksums_by_name(tree) for item, tree in items.items()}
-        metadata = {"format": FORMAT, "checksums": sums, "record": dataclasses.asdict(record)}
+        metadata: dict = {"format": FORMAT, "checksums": sums, "record": dataclasses.asdict(record)}
         return self._checkpointer().save_checkpointables_async(
-            step, dict(items), force=True, overwrite=step in self.steps, custom_metadata=cast(dict, metadata)
+            step, dict(items), force=True, overwrite=step in self.steps, custom_metadata=metadata
         )
 
     def load(self, step: int, items: Mapping[str, Tree]) -> dict[str, Tree]:
