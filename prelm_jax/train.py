@@ -22,11 +22,9 @@ class Evaluation(Protocol):
 
     def __call__(self, params: Params, carry: Params, mesh: jax.sharding.Mesh) -> dict[str, float]:
         """Metrics by name."""
-        ...
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """metric -> trivial baseline -> value, on the same text."""
-        ...
 
 
 def train(

@@ -101,8 +101,7 @@ def call(command: Callable[..., None], arguments: Sequence[str], program: str) -
             remainders[parameter.name] = tuple(arguments[cut + 1 :])
             arguments = arguments[:cut]
 
-    needs_arguments = choice is not None or any(parameter.default is parameter.empty for parameter in parameters)
-    if not arguments and needs_arguments:
+    if not arguments and any(parameter.default is parameter.empty for parameter in parameters):
         with contextlib.suppress(SystemExit):
             call(command, ["--help"], program)
         sys.exit(1)

@@ -142,8 +142,7 @@ class PairBatches(StoreBatches):
             }
         else:
             first_begin_B, first_length_B = self._single_segments(example_B)
-            second_begin_B = first_begin_B
-            length_B = first_length_B + 2
+            second_begin_B, length_B = first_begin_B, first_length_B + 2
 
         # A row is three spans: [CLS] A [SEP], B [SEP] (empty without B), and padding. Its tokens are gathered from the
         # store at column + shift of the span. With T = 13, A the tokens 104 to 106 and B the tokens 107 to 111:

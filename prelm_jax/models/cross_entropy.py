@@ -85,18 +85,11 @@ def _tied_cross_entropy(vocab_size: int, arguments: Arguments) -> tuple[Array, A
     return _in_chunks(vocab_size, arguments, differentiate=False)[0]
 
 
-def _tied_cross_entropy_forward(vocab_size: int, arguments: Arguments) -> tuple[tuple[Array, Array], Gradients]:
-    return _in_chunks(vocab_size, arguments, differentiate=True)
-
-
 def _tied_cross_entropy_backward(
     vocab_size: int, gradients: Gradients, cotangents: tuple[Array, Array]
 ) -> tuple[Gradients]:
     scaled = jax.tree.map(lambda gradient: (cotangents[0] * gradient).astype(gradient.dtype), gradients)
     return ((*scaled, None, None),)
-
-
-_tied_cross_entropy.defvjp(_tied_cross_entropy_forward, _tied_cross_entropy_backward)
 
 
 def _in_chunks(vocab_size: int, arguments: Arguments, differentiate: bool) -> tuple[tuple[Array, Array], Gradients]:
@@ -118,6 +111,9 @@ def _in_chunks(vocab_size: int, arguments: Arguments, differentiate: bool) -> tu
     out_specs = ((P(), P()), (rows, P(), P()) if differentiate else ())
     in_specs = (rows, P(), P(), rows, rows)
     return jax.shard_map(local, in_specs=(in_specs,), out_specs=out_specs, check_vma=False)(arguments)
+
+
+_tied_cross_entropy.defvjp(partial(_in_chunks, differentiate=True), _tied_cross_entropy_backward)
 
 
 def _local_chunks(vocab_size: int, arguments: Arguments, differentiate: bool) -> tuple[tuple[Array, Array], Gradients]:

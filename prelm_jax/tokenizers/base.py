@@ -80,16 +80,13 @@ class TokenizerConfig(Protocol):
     @property
     def path(self) -> str | None:
         """An existing tokenizer to load, or None to train one."""
-        ...
 
     @property
     def expected_vocab_size(self) -> int:
         """The vocabulary size to plan with before training. A small corpus may give fewer entries."""
-        ...
 
     def build(self, corpus: Corpus) -> Tokenizer:
         """A tokenizer trained on the training side of a corpus, or the cached result; `path` is ignored."""
-        ...
 
 
 def write_files(directory: str | os.PathLike, files: Mapping[str, str | bytes]) -> None:
