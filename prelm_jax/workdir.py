@@ -58,7 +58,7 @@ class WorkDir:
         if not self.exists() and checkpoints.is_dir() and any(checkpoints.iterdir()):
             raise InputError(f"{self.path} has checkpoints but no run.json to say whose: choose another --workdir")
         if self.exists() and (differences := self.read_record().differences(record)):
-            raise InputError(f"{self.path} is of a run that differs in {', '.join(differences)}: use another --workdir")
+            raise InputError(f"{self.path} holds another run: {', '.join(differences)}; choose another --workdir")
 
     def claim(self, record: RunRecord, tokenizer: Tokenizer) -> None:
         """Makes the directory this run's, with what it last was told of its sources and loop. Process 0 writes."""

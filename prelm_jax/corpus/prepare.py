@@ -230,8 +230,8 @@ def _in_processes(make: Callable[[Shard], None], shards: Iterable[Shard], advanc
             wait(workers)
         wait(0)
     except BrokenProcessPool as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"a tokenizer worker died, out of memory? ({reason}): the same command resumes") from None
+        reason = f"probably out of memory: {str(error).splitlines()[0]}"
+        raise InputError(f"a tokenizer worker died ({reason}): the same command resumes") from None
     finally:
         executor.shutdown(kill_workers=True)
 

@@ -69,7 +69,8 @@ def find_model_type(directory: Path) -> tuple[object, Path]:
         return read_json(settings).get("model_type"), settings
     if any(directory.glob(ELMO_OPTIONS)) or any(directory.glob(ELMO_WEIGHTS)):
         return "elmo", directory
-    raise InputError(f"{directory}: no model directory (config.json, {ELMO_OPTIONS}) and no work directory (run.json)")
+    model = f"model directory (no config.json, no {ELMO_OPTIONS})"
+    raise InputError(f"{directory}: neither a {model} nor a work directory (no run.json)")
 
 
 def abstract_params(config: ModelConfig) -> Params:
