@@ -85,9 +85,7 @@ def _tied_cross_entropy(vocab_size: int, arguments: Arguments) -> tuple[Array, A
     return _in_chunks(vocab_size, arguments, differentiate=False)[0]
 
 
-def _tied_cross_entropy_backward(
-    vocab_size: int, gradients: Gradients, cotangents: tuple[Array, Array]
-) -> tuple[Gradients]:
+def _backward(vocab_size: int, gradients: Gradients, cotangents: tuple[Array, Array]) -> tuple[Gradients]:
     scaled = jax.tree.map(lambda gradient: (cotangents[0] * gradient).astype(gradient.dtype), gradients)
     return ((*scaled, None, None),)
 
@@ -113,7 +111,7 @@ def _in_chunks(vocab_size: int, arguments: Arguments, differentiate: bool) -> tu
     return jax.shard_map(local, in_specs=(in_specs,), out_specs=out_specs, check_vma=False)(arguments)
 
 
-_tied_cross_entropy.defvjp(partial(_in_chunks, differentiate=True), _tied_cross_entropy_backward)
+_tied_cross_entropy.defvjp(partial(_in_chunks, differentiate=True), _backward)
 
 
 def _local_chunks(vocab_size: int, arguments: Arguments, differentiate: bool) -> tuple[tuple[Array, Array], Gradients]:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import tokenizers
@@ -53,9 +54,7 @@ class WordPiece(CachedEncoder):
         self.fingerprint = digest([self.tokens, lowercase, lowercase if strip_accents is None else strip_accents])
 
     @classmethod
-    def from_vocab(
-        cls, path: str | os.PathLike, lowercase: bool = True, strip_accents: bool | None = None
-    ) -> "WordPiece":
+    def from_vocab(cls, path: str | os.PathLike, lowercase: bool = True, strip_accents: bool | None = None) -> Self:
         """Reads a `vocab.txt`: UTF-8, a token per line, the line number (from 0) its id."""
         lines = [line.removesuffix("\r") for line in read_lines(path)]
         for number, line in enumerate(lines, start=1):
@@ -65,7 +64,7 @@ class WordPiece(CachedEncoder):
             return cls(lines, lowercase, strip_accents)
 
     @classmethod
-    def from_directory(cls, directory: str | os.PathLike, lowercase: bool = True) -> "WordPiece":
+    def from_directory(cls, directory: str | os.PathLike, lowercase: bool = True) -> Self:
         """Reads a Hugging Face directory: tokenizer.json or vocab.txt, with the settings of tokenizer_config.json.
 
         `lowercase` applies to a directory without the setting.

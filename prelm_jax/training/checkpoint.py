@@ -68,6 +68,9 @@ class Record:
 class _Damaged(Exception):
     """The checkpoint cannot be read, or an array differs from its checksum."""
 
+    def __init__(self, path: epath.Path, reason: str):
+        super().__init__(f"checkpoint {path} is damaged ({reason})")
+
 
 @contextlib.contextmanager
 def _reading(path: epath.Path) -> Iterator[None]:
@@ -76,7 +79,7 @@ def _reading(path: epath.Path) -> Iterator[None]:
     except PermissionError as error:
         raise InputError(f"cannot read the checkpoint {path}: {_first_line(error)}") from error
     except Exception as error:  # A damaged file makes Orbax raise anything.
-        raise _Damaged(_first_line(error)) from error
+        raise _Damaged(path, _first_line(error)) from error
 
 
 @contextlib.contextmanager
@@ -147,7 +150,7 @@ class _Directory:
         for item, tree in loaded.items():
             for name, checksum in _checksums_by_name(tree).items():
                 if saved[item][name] != checksum:
-                    raise _Damaged(f"the checksum of {item}/{name} differs")
+                    raise _Damaged(path, f"the checksum of {item}/{name} differs")
         return loaded
 
     def put_aside(self, step: int, complaint: str) -> epath.Path:
@@ -271,9 +274,7 @@ class Checkpoints:
             try:
                 return step, directory.load(step, items)
             except _Damaged as error:
-                raise InputError(
-                    f"checkpoint {directory.path / str(step)} is damaged ({error}): choose a --step: {self._listing()}"
-                ) from error
+                raise InputError(f"{error}: choose a --step: {self._listing()}") from error
         directories = {} if "opt_state" in items else dict.fromkeys(self._kept.steps, self._kept)
         directories |= dict.fromkeys(self._full.steps, self._full)
         for step in sorted(directories, reverse=True):
@@ -281,7 +282,7 @@ class Checkpoints:
             try:
                 return step, directory.load(step, items)
             except _Damaged as error:
-                complaint = f"checkpoint {directory.path / str(step)} is damaged ({error})"
+                complaint = str(error)
             self._policy.records.pop(step, None)
             done = f"moved to {directory.put_aside(step, complaint)}" if self._writable else "skipped"
             print(f"{complaint}: {done}", file=sys.stderr)
