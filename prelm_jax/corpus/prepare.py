@@ -268,8 +268,8 @@ def _merge(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> Path:
             writer.append({name: shard[f"{side}/{name}"] for name in (*COLUMNS, *COUNTS)})
     if not any(writer.counts["tokens"] for writer in writers.values()):
         shutil.rmtree(directory)
-        nothing = "no tokens: the tokenizer finds none" if files else "no text: give files with text in them"
-        raise InputError(f"the corpus {' '.join(corpus.sources)} holds {nothing}")
+        nothing = "tokens: nothing in it is text to the tokenizer" if files else "text: give files with text in them"
+        raise InputError(f"the corpus {' '.join(corpus.sources)} holds no {nothing}")
     for side, writer in writers.items():
         if tokenizer.open_vocabulary:
             writer.write(spelled(itertools.chain(tokenizer.tokens, new_words)))

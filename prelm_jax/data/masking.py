@@ -42,7 +42,7 @@ class MaskingConfig:
             given = f"masking.mask is {self.mask} and masking.random {self.random}"
             raise InputError(f"{given}: give two numbers of 0 or more that add up to 1 or less")
         if self.segmenter is not None and not self.whole_word:
-            raise InputError(f"masking.segmenter {self.segmenter} is for whole words: turn masking.whole_word on too")
+            raise InputError(f"masking.segmenter is {self.segmenter}, for whole words only: turn masking.whole_word on")
 
     def build(self, tokenizer: Tokenizer, max_predictions: int, seed: int) -> "Masking":
         """The masking of a run, for at most `max_predictions` (M) tokens a row."""

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, TypeVar, cast
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from prelm_jax.errors import InputError
 from prelm_jax.storage import is_remote
+from prelm_jax.training.checksums import checksums_by_name
 from prelm_jax.training.contract import Params
 from prelm_jax.training.parameters import path_name
 
@@ -22,28 +22,6 @@ FORMAT = 3
 
 Tree = TypeVar("Tree")
 Step = int | Literal["newest", "best"]
-
-
-@jax.jit
-def checksums(tree: Tree) -> Tree:
-    """A uint32 for each array, which changes if any one bit of the array does; the same on any mesh.
-
-    The sum, modulo 2^32, of the array's 32-bit words, each times an odd number made from its index: a flipped bit
-    changes the sum by a power of two times an odd number, which is never zero. Integer sums have no order, so shards
-    may be added in any.
-    """
-
-    def checksum(x: jax.Array) -> jax.Array:
-        words = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
-        odd = jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(0x9E3779B2) + jnp.uint32(1)
-        return (words * odd).sum(dtype=jnp.uint32)
-
-    return jax.tree.map(checksum, tree)
-
-
-def _checksums_by_name(tree: object) -> dict[str, int]:
-    sums, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(checksums(tree)))
-    return {path_name(path): int(value) for path, value in sums}
 
 
 def _first_line(error: Exception) -> str:
@@ -121,7 +99,7 @@ class _Directory:
             return cast(dict, self._checkpointer().metadata(step).custom_metadata)
 
     def save(self, step: int, items: Mapping[str, object], record: Record) -> ocp.AsyncResponse[bool] | None:
-        sums = {item: _checksums_by_name(tree) for item, tree in items.items()}
+        sums = {item: checksums_by_name(tree) for item, tree in items.items()}
         metadata: dict = {"format": FORMAT, "checksums": sums, "record": dataclasses.asdict(record)}
         return self._checkpointer().save_checkpointables_async(
             step, dict(items), force=True, overwrite=step in self.steps, custom_metadata=metadata
@@ -148,7 +126,7 @@ class _Directory:
         with _reading(path):
             loaded = self._checkpointer().load_checkpointables(step, dict(items))
         for item, tree in loaded.items():
-            for name, checksum in _checksums_by_name(tree).items():
+            for name, checksum in checksums_by_name(tree).items():
                 if saved[item][name] != checksum:
                     raise _Damaged(path, f"the checksum of {item}/{name} differs")
         return loaded
@@ -182,12 +160,7 @@ class _PreservationPolicy:
         losses = [(x.evaluation_loss, step) for step, x in self.records.items() if x.evaluation_loss is not None]
         return min(losses, default=(math.inf, -1))
 
-    def should_preserve(
-        self,
-        checkpoints: Sequence[ocp.training.CheckpointMetadata],
-        *,
-        context: ocp.training.preservation_policies.PreservationContext,
-    ) -> Sequence[bool]:
+    def should_preserve(self, checkpoints: Sequence[ocp.training.CheckpointMetadata], **_: object) -> Sequence[bool]:
         """For each checkpoint, oldest first, whether it is kept. Orbax asks at each save."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         if self._keep is None:
