@@ -30,7 +30,6 @@ Divergences from that reference:
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -39,7 +38,7 @@ from prelm_jax.data.baselines import Baselines, perplexity, stream_baselines
 from prelm_jax.data.batches import StoreBatches, special_id
 from prelm_jax.data.randomness import bits, key, log_uniform, permute
 from prelm_jax.data.show import show_streams
-from prelm_jax.data.spans import cut
+from prelm_jax.data.spans import Spans, cut
 from prelm_jax.errors import InputError
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training.contract import HostBatch, Layout
@@ -82,15 +81,6 @@ class StreamsConfig:
     def show(self, batch: HostBatch, tokenizer: Tokenizer) -> Iterator[str]:
         """See `show_streams`."""
         return show_streams(batch, tokenizer)
-
-
-class SentenceSpans(NamedTuple):
-    """Parts of sentences that rows read: int64 [R] each."""
-
-    begin: np.ndarray  # first token of the sentence in the store
-    end: np.ndarray  # and the one after its last
-    start: np.ndarray  # position in the sentence where the part begins
-    length: np.ndarray  # positions
 
 
 class StreamBatches(StoreBatches):
@@ -168,8 +158,11 @@ class StreamBatches(StoreBatches):
         """The targets of all sentences, for each direction, to fit baselines on."""
         return {d: StreamTargets(self, d) for d in DIRECTIONS}
 
-    def _parts(self, step: int, direction: str) -> list[SentenceSpans]:
-        """The spans of all rows of a step: of one epoch, or of the end of one and the beginning of the next."""
+    def _parts(self, step: int, direction: str) -> list[Spans]:
+        """The spans of all rows of a step: of one epoch, or of the end of one and the beginning of the next.
+
+        Their items are the numbers of sentences in the store.
+        """
         position, stop = step * self._config.max_length, (step + 1) * self._config.max_length
         parts = []
         while position < stop:
@@ -178,8 +171,7 @@ class StreamBatches(StoreBatches):
             sentences, offsets = self._epoch(epoch, direction)
             begin_B = self._slice_begins + offset
             spans = cut(offsets, begin_B, begin_B + count)
-            bounds, sentence_R = self.store.sentence_offsets, sentences[spans.item]
-            parts.append(SentenceSpans(bounds[sentence_R], bounds[sentence_R + 1], spans.start, spans.length))
+            parts.append(spans._replace(item=sentences[spans.item]))
             position += count
         return parts
 
@@ -199,7 +191,7 @@ class StreamBatches(StoreBatches):
             self._epochs[name] = sentences, offsets
         return self._epochs[name]
 
-    def _read(self, direction: str, spans: SentenceSpans) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, direction: str, spans: Spans) -> tuple[np.ndarray, np.ndarray]:
         """The ids of the words that a direction reads in spans, end to end, and of the words that follow them.
 
         A sentence of the words a b c, tokens 100 to 102 of the store, read whole and from position 1 to 2:
@@ -217,13 +209,15 @@ class StreamBatches(StoreBatches):
         ahead = 1 if direction == "forward" else -1
         stop_R = np.cumsum(spans.length)
         start_R = stop_R - spans.length
-        target_R = spans.begin + spans.start if direction == "forward" else spans.end - 1 - spans.start
+        bounds = self.store.sentence_offsets
+        begin_R, end_R = bounds[spans.item], bounds[spans.item + 1]
+        target_R = begin_R + spans.start if direction == "forward" else end_R - 1 - spans.start
         target = np.repeat(target_R - ahead * start_R, spans.length) + ahead * np.arange(stop_R[-1])
         last = self.store.num_tokens - 1
         inputs = self.store.gather(np.clip(target - ahead, 0, last))
         inputs[start_R[spans.start == 0]] = before
         targets = self.store.gather(np.clip(target, 0, last))
-        targets[stop_R[spans.start + spans.length > spans.end - spans.begin] - 1] = after
+        targets[stop_R[spans.start + spans.length > end_R - begin_R] - 1] = after
         return inputs, targets
 
     def _known(self, words: np.ndarray) -> np.ndarray:
@@ -246,9 +240,8 @@ class StreamTargets:
         """The targets at some positions of the sentences in the order of the store."""
         position = positions.ravel()
         sentence = np.searchsorted(self.sentence_offsets, position, side="right") - 1
-        bounds = self._batches.store.sentence_offsets
         start = position - self.sentence_offsets[sentence]
-        spans = SentenceSpans(bounds[sentence], bounds[sentence + 1], start, np.ones_like(position))
+        spans = Spans(sentence, np.zeros_like(position), start, np.ones_like(position))
         _, targets = self._batches._read(self._direction, spans)
         return self._batches._known(targets).reshape(positions.shape)
 
