@@ -18,7 +18,7 @@ import jax
 
 from prelm_jax.errors import InputError
 from prelm_jax.run import RECORD_FORMAT, RunRecord
-from prelm_jax.storage import copy_files, fetched, is_remote, reachable, read_json
+from prelm_jax.storage import copy_files, fetched, reachable, read_json
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.tokenizers.load import load as load_tokenizer
 from prelm_jax.training.checkpoint import Checkpoints, Step, restore_params
@@ -43,7 +43,7 @@ class WorkDir:
         if not self.exists():
             raise InputError(f"{self.path} is not the work directory of a run: it has no run.json")
         path = self._record_path
-        fields = json.loads(path.read_text()) if is_remote(path) else read_json(path)
+        fields = read_json(path)
         if fields.get("format", 1) != RECORD_FORMAT:
             writer = "a newer" if fields.get("format", 1) > RECORD_FORMAT else "an earlier"
             raise InputError(f"{path} was written by {writer} version of prelm_jax: use that version to read it")

@@ -40,15 +40,15 @@ def training_texts(corpus: Corpus, task: str) -> Iterator[str]:
 def train_subwords(
     pipeline: tokenizers.Tokenizer, corpus: Corpus, make: Callable[..., Trainer], base: list[str], letters: list[str]
 ) -> dict:
-    """Trains a pipeline, of which `make` makes the trainer; returns the "model" of its tokenizer.json.
+    """Trains a pipeline with the trainer that `make` builds; returns the "model" of its tokenizer.json.
 
-    Tokens are `base`, which spell the `letters`, then the merged ones.
+    Its tokens are `base`, which spell the `letters`, then the merged ones.
 
     The same in every process: the library numbers characters in the order of a hash table that differs between
     processes, and breaks ties between merges by number, but characters given as special tokens keep their order.
     """
-    alphabet = {"special_tokens": base, "initial_alphabet": letters, "limit_alphabet": len(letters)}
-    trainer = make(**alphabet, min_frequency=2, show_progress=False)
+    characters = {"special_tokens": base, "initial_alphabet": letters, "limit_alphabet": len(letters)}
+    trainer = make(**characters, min_frequency=2, show_progress=False)
     pipeline.train_from_iterator(training_texts(corpus, "training the vocabulary"), trainer)
     # The model alone: the trained pipeline would match its special tokens, here every letter.
     return json.loads(pipeline.to_str())["model"]
