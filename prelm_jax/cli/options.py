@@ -114,14 +114,10 @@ def call(command: Callable[..., None], arguments: Sequence[str], program: str) -
         metavar = choice.name.upper()
         raise InputError(f"usage: {program} {metavar} [options]. {metavar} comes first; {program} --help explains it.")
 
+    interface, config = _interface(command, choice, chosen), (tyro.conf.PositionalMetavarFromFieldName,)
+
     def parse(words: Sequence[str]) -> Bound:
-        return tyro.cli(
-            _interface(command, choice, chosen),
-            args=words,
-            prog=program,
-            description=description,
-            config=(tyro.conf.PositionalMetavarFromFieldName,),
-        )
+        return tyro.cli(interface, args=words, prog=program, description=description, config=config)
 
     if {"-h", "--help"} & set(arguments):
         try:
@@ -137,25 +133,21 @@ def call(command: Callable[..., None], arguments: Sequence[str], program: str) -
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """` Did you mean …?` with the known word nearest to `word`; nothing where none is near."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" Did you mean {close[0]}?" if close else ""
+    """` Did you mean …?` with the known word nearest to `word`; nothing where none is near.
 
-
-def nearest_option(option: str, known: Iterable[str]) -> str | None:
-    """The known option most like a misspelt one, by the last part of its name before the whole.
-
-    nearest_option("--lerning-rate", ["--optimizer.learning-rate", "--steps"]) is "--optimizer.learning-rate".
+    Options are compared by the last part of their names before the whole: suggestion("--lerning-rate",
+    ["--optimizer.learning-rate", "--steps"]) is " Did you mean --optimizer.learning-rate?".
     """
 
     def ratio(a: str, b: str) -> float:
         return difflib.SequenceMatcher(None, a.lstrip("-"), b.lstrip("-")).ratio()
 
     def similarity(other: str) -> tuple[float, float]:
-        return ratio(option.rpartition(".")[2], other.rpartition(".")[2]), ratio(option, other)
+        whole = ratio(word, other)
+        return ratio(word.rpartition(".")[2], other.rpartition(".")[2]) if word.startswith("--") else whole, whole
 
-    best = max(known, key=similarity, default=None)
-    return best if best is not None and similarity(best)[0] >= 0.6 else None
+    best = max(known, key=similarity, default="")
+    return f" Did you mean {best}?" if similarity(best)[0] >= 0.6 else ""
 
 
 def _metadata(parameter: inspect.Parameter, kind: type[Kind]) -> Kind | None:
@@ -208,8 +200,7 @@ def _unknown_option(arguments: Sequence[str], parse: Parse) -> str | None:
         if re.match(r"--[a-zA-Z]", option) and option.replace("_", "-") not in known:
             if field := next((each for each in known if each.startswith(f"{option}.")), None):
                 return f"{option} is not an option, but {field} is; to change its class, edit a copy of the experiment."
-            nearest = nearest_option(option.replace("_", "-"), known)
-            return f"there is no option {option}." + (f" Did you mean {nearest}?" if nearest else "")
+            return f"there is no option {option}.{suggestion(option.replace('_', '-'), known)}"
     return None
 
 
