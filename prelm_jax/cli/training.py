@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from prelm_jax.cache import cache_compiled_programs
 from prelm_jax.cli.experiments import EXPERIMENT, load_run
 from prelm_jax.cli.options import AnyPath, Positional, Remainder, Step
 from prelm_jax.errors import InputError
@@ -142,13 +143,3 @@ def plan(
         print(json.dumps(planned.as_json()))
     else:
         print_table(plan_table(planned))
-
-
-def cache_compiled_programs() -> None:
-    """Keeps compiled programs between runs, so that the second start is quick."""
-    import jax
-
-    from prelm_jax.cache import cache_directory
-
-    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

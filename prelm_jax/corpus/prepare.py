@@ -31,7 +31,7 @@ from prelm_jax.corpus import documents, sources
 from prelm_jax.corpus.documents import Corpus, Document, Shard, Side
 from prelm_jax.corpus.sentences import split
 from prelm_jax.corpus.store import COLUMNS, COUNTS, STORE_FORMAT, Store, Writer, spelled
-from prelm_jax.errors import InputError
+from prelm_jax.errors import InputError, first_line
 from prelm_jax.progress import Advance, Progress
 from prelm_jax.storage import writing
 from prelm_jax.tokenizers.base import Tokenizer
@@ -230,7 +230,7 @@ def _in_processes(make: Callable[[Shard], None], shards: Iterable[Shard], advanc
             wait(workers)
         wait(0)
     except BrokenProcessPool as error:
-        reason = f"probably out of memory: {str(error).splitlines()[0]}"
+        reason = f"probably out of memory: {first_line(error)}"
         raise InputError(f"a tokenizer worker died ({reason}): the same command resumes") from None
     finally:
         executor.shutdown(kill_workers=True)

@@ -12,7 +12,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from prelm_jax.errors import InputError
+from prelm_jax.errors import InputError, first_line
 from prelm_jax.storage import is_remote
 from prelm_jax.training.checksums import checksums_by_name
 from prelm_jax.training.contract import Params
@@ -22,11 +22,6 @@ FORMAT = 3
 
 Tree = TypeVar("Tree")
 Step = int | Literal["newest", "best"]
-
-
-def _first_line(error: Exception) -> str:
-    line = (str(error) or type(error).__name__).splitlines()[0]
-    return line if len(line) <= 400 else f"{line[:200]} … {line[-200:]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +50,9 @@ def _reading(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except PermissionError as error:
-        raise InputError(f"cannot read the checkpoint {path}: {_first_line(error)}") from error
+        raise InputError(f"cannot read the checkpoint {path}: {first_line(error)}") from error
     except Exception as error:  # A damaged file makes Orbax raise anything.
-        raise _Damaged(path, _first_line(error)) from error
+        raise _Damaged(path, first_line(error)) from error
 
 
 @contextlib.contextmanager
@@ -66,7 +61,7 @@ def _writing(path: epath.Path) -> Iterator[None]:
         yield
     except Exception as error:  # A full disk makes Orbax raise anything.
         raise InputError(
-            f"cannot write the checkpoint {path} ({_first_line(error)}); earlier ones are intact: free some space and "
+            f"cannot write the checkpoint {path} ({first_line(error)}); earlier ones are intact: free some space and "
             "run the same command to resume"
         ) from error
 
