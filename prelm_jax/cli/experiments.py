@@ -46,15 +46,11 @@ def experiments(copy: str | None = None) -> None:
     print("prelm pretrain EXPERIMENT starts one; prelm pretrain EXPERIMENT --help explains its options.")
 
 
-def shipped_directory() -> Path:
-    """Where the experiments of the package are: inside of an installed package, next to the package in a checkout."""
+def shipped_files() -> list[Path]:
+    """The experiments of the package: inside of it where it is installed, next to it in a checkout."""
     package = Path(__file__).parents[1]
     installed = package / "experiments"
-    return installed if installed.is_dir() else package.parent / "experiments"
-
-
-def shipped_files() -> list[Path]:
-    return sorted(shipped_directory().glob("[!_]*.py"))
+    return sorted((installed if installed.is_dir() else package.parent / "experiments").glob("[!_]*.py"))
 
 
 def docstrings(file: Path) -> dict[str, str]:
