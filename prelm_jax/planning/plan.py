@@ -132,7 +132,9 @@ def plan(run: Run, topology: str, progress: Callable[[str], None] = lambda line:
     if fitting is None:
         switch = "" if run.loop.mesh.parameters == "fsdp" else "--mesh.parameters fsdp or "
         raise InputError(f"{asked}, and one row per chip does not fit either: try {switch}a larger slice")
-    micro_batches = _micro_batches(run, mesh.size, fitting.batch_size)
+    # The fewest micro-batches that are no larger than the batch that fits.
+    rows, largest = run.batch_size // mesh.size, fitting.batch_size // mesh.size
+    micro_batches = next(n for n in range(run.accumulate, rows + 1) if rows % n == 0 and rows // n <= largest)
     advice = f"{asked}; --batch-size {fitting.batch_size} fits, or --accumulate {micro_batches}"
     return dataclasses.replace(fitting, fits=False, advice=advice, memory_needed=refused.needed)
 
@@ -149,12 +151,6 @@ def _largest(run: Run, topology: str, mesh: jax.sharding.Mesh, progress: Callabl
         except TooLarge:
             high = middle
     return fitting
-
-
-def _micro_batches(run: Run, devices: int, largest: int) -> int:
-    """The smallest `accumulate` whose micro-batches are no larger than the `largest` batch that fits."""
-    rows = run.batch_size // devices
-    return next(n for n in range(run.accumulate, rows + 1) if rows % n == 0 and rows // n <= largest // devices)
 
 
 @dataclasses.dataclass(frozen=True)
