@@ -7,7 +7,6 @@ checkpoints/      one directory a step
 profile/          traces, if asked for
 """
 
-import json
 import math
 import os
 import statistics
@@ -23,7 +22,7 @@ from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.tokenizers.load import load as load_tokenizer
 from prelm_jax.training.checkpoint import Checkpoints, Step, restore_params
 from prelm_jax.training.contract import Params
-from prelm_jax.training.metrics import MetricsWriter
+from prelm_jax.training.metrics import MetricsWriter, read_metrics
 
 BASELINE = "baseline/"
 
@@ -79,9 +78,7 @@ class WorkDir:
 
     def read_metrics(self) -> list[dict[str, float]]:
         """The lines of metrics.jsonl, oldest first; torn and foreign ones are left out."""
-        path = self.path / "metrics.jsonl"
-        lines = path.read_bytes().splitlines() if path.exists() else []
-        return [line for line in map(_parse_metrics, lines) if line is not None]
+        return read_metrics(self.path / "metrics.jsonl")
 
     def read_baselines(self) -> dict[str, dict[str, float]] | None:
         """metric -> trivial baseline -> value, as of the last start that computed them; None before that."""
@@ -118,12 +115,3 @@ class WorkDir:
 def baseline_metrics(baselines: dict[str, dict[str, float]]) -> dict[str, float]:
     """The baselines as metrics: {"baseline/masked_lm_loss/unigram": 6.2, …}."""
     return {f"{BASELINE}{metric}/{name}": x for metric, values in baselines.items() for name, x in values.items()}
-
-
-def _parse_metrics(line: bytes) -> dict[str, float] | None:
-    """The metrics in a line of metrics.jsonl; None if a kill has cut it off, or if it is something else."""
-    try:
-        metrics = json.loads(line)
-    except ValueError:
-        return None
-    return metrics if isinstance(metrics, dict) and isinstance(metrics.get("step"), int) else None
