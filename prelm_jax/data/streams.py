@@ -97,7 +97,7 @@ class StreamBatches(StoreBatches):
         if store.spellings is None:
             raise InputError("the tokens of this store are not words: streams need a WordVocabularyConfig")
         if (n := config.num_negatives) >= (words := tokenizer.vocab_size):
-            raise InputError(f"data.num_negatives is {n}, but there are {words} words: give fewer, or 0 for all")
+            raise InputError(f"data.num_negatives is {n}, but there are {words} words: give fewer, or 0 (full softmax)")
         super().__init__(store, tokenizer.vocab_size, batch_size)
         self._config = config
         self._spellings = store.spellings

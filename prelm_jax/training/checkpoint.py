@@ -189,15 +189,16 @@ class Checkpoints:
 
     def save(self, step: int, items: Mapping[str, object], record: Record = Record()) -> None:
         """Starts to save; waits only for the save before, whose errors this call raises."""
+        self.wait()
         self._policy.records[step] = record
         self._save(self._full, step, items, record)
 
     def keep_parameters(self, step: int, items: Mapping[str, object], record: Record = Record()) -> None:
         """The same for a checkpoint without the item `opt_state`, to keep forever."""
+        self.wait()
         self._save(self._kept, step, {item: tree for item, tree in items.items() if item != "opt_state"}, record)
 
     def _save(self, directory: _Directory, step: int, items: Mapping[str, object], record: Record) -> None:
-        self.wait()
         path = directory.path / str(step)
         with _writing(path):
             self._saving = (path, directory.save(step, items, record))
