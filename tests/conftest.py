@@ -60,7 +60,7 @@ def shared_programs() -> Iterator[None]:
         return get
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("abstract_state", "make_train_step", "make_evaluate"):
+        for name in ("abstract_state", "make_init", "make_train_step", "make_evaluate"):
             patch.setattr(loop, name, shared(getattr(loop, name)))
         yield
 
