@@ -251,12 +251,14 @@ def make_evaluate(model: Model):
         losses, metrics, carry = model.loss(params, carry, batch, key, False)
         return losses | metrics, carry, index + 1
 
+    first_index, all_means = jax.jit(lambda: jnp.zeros((), jnp.int32)), jax.jit(functools.partial(means, model))
+
     def evaluate(params: Params, carry: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        index, totals = jax.jit(lambda: jnp.zeros((), jnp.int32))(), None
+        index, totals = first_index(), None
         for batch in batches:
             sums, carry, index = evaluate_step(params, carry, batch, index)
             totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
-        values = jax.device_get(jax.jit(functools.partial(means, model))(totals))
+        values = jax.device_get(all_means(totals))
         return {name: value.item() for name, value in values.items()}
 
     return evaluate
