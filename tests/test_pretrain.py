@@ -205,12 +205,13 @@ def test_checkpoints_of_any_step(run, uninterrupted, tmp_path):
         load(workdir, 4)
 
     module.export(workdir, exported, step=KEPT_STEP)
-    model = load(exported)
+    model, tables = load(exported), find_family(run.model.model_type, exported).format.vocabulary_tables
     for (path, value), expected in zip(
         jax.tree_util.tree_leaves_with_path(model.params), jax.tree.leaves(params[KEPT_STEP]), strict=True
     ):
         if path_name(path) not in model.missing:
-            np.testing.assert_array_equal(value, expected)
+            rows = slice(model.tokenizer.vocab_size if path_name(path) in tables else None)
+            np.testing.assert_array_equal(value[rows], expected[rows])
     card = (exported / "README.md").read_text()
     assert f"step {KEPT_STEP} of the run" in card and f"Not evaluated up to step {KEPT_STEP}" in card
 

@@ -150,7 +150,7 @@ def test_plan(folder, capsys, fails):
     main(["plan", tiny, "--topology", "local", "--json", "--batch-size", "4"])
     planned = json.loads(capsys.readouterr().out)
     assert planned["batch_size"] == 4 and planned["tokens"] == 4 * 32 and planned["bound"] == "compute"
-    main(["plan", tiny, "--topology", "local"])
+    main(["plan", tiny, "--topology", "local", "--batch-size", "4"])
     out = capsys.readouterr().out
     assert all(word in out for word in ("memory", "parameters", "compute", "MFU", "days"))
     assert "--topology v5e:5x5" in fails("plan", tiny, "--topology", "v5e:5x5")
