@@ -53,7 +53,10 @@ class WorkDir:
             raise InputError(f"{path} is not the record of a run ({error})") from None
 
     def check(self, record: RunRecord) -> None:
-        """Raises InputError, naming what differs, where the directory is another run's."""
+        """Raises InputError where the directory is another run's, naming what differs, or holds unknown checkpoints."""
+        checkpoints = self.path / "checkpoints"
+        if not self.exists() and checkpoints.is_dir() and any(checkpoints.iterdir()):
+            raise InputError(f"{self.path} has checkpoints but no run.json to say whose: choose another --workdir")
         if self.exists() and (differences := self.read_record().differences(record)):
             raise InputError(
                 f"{self.path} holds another run, which differs in {', '.join(differences)}: choose another --workdir"
@@ -77,9 +80,10 @@ class WorkDir:
             return load_tokenizer(directory)
 
     def read_metrics(self) -> list[dict[str, float]]:
-        """The lines of metrics.jsonl, oldest first."""
-        path = self.path / "metrics.jsonl"  # Only process 0 writes it.
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        """The lines of metrics.jsonl, oldest first; torn and foreign ones are left out."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        return [line for line in map(_parse_metrics, lines) if line is not None]
 
     def read_baselines(self) -> dict[str, dict[str, float]] | None:
         """metric -> trivial baseline -> value, as of the last start that computed them; None before that."""
@@ -118,3 +122,12 @@ def baseline_metrics(baselines: dict[str, dict[str, float]]) -> dict[str, float]
     return {
         f"{BASELINE}{metric}/{name}": value for metric, values in baselines.items() for name, value in values.items()
     }
+
+
+def _parse_metrics(line: bytes) -> dict[str, float] | None:
+    """The metrics in a line of metrics.jsonl; None if a kill has cut it off, or if it is something else."""
+    try:
+        metrics = json.loads(line)
+    except ValueError:
+        return None
+    return metrics if isinstance(metrics, dict) and isinstance(metrics.get("step"), int) else None

@@ -81,3 +81,28 @@ def test_the_median_speed(workdir):
         writer.write(step, {"perf/tokens_per_second": speed})
     writer.close()
     assert workdir.tokens_per_second() == 200.0
+
+
+def test_torn_and_foreign_lines_are_left_out(workdir):
+    path = workdir.path / "metrics.jsonl"
+    lines = [
+        b'{"step": 1, "train/loss": 2.0}',
+        b"[]",
+        b"7",
+        b'{"loss": 1}',
+        b'{"step": "one"}',
+        b"\xff\xfe",
+        b'{"step": 2, "tr',
+    ]
+    path.write_bytes(b"\n".join(lines))
+    assert workdir.read_metrics() == [{"step": 1, "train/loss": 2.0}]
+    assert workdir.read_baselines() is None
+
+
+def test_checkpoints_that_no_record_explains(workdir):
+    (workdir.path / "run.json").unlink()
+    (workdir.path / "checkpoints").mkdir()
+    workdir.check(record())
+    (workdir.path / "checkpoints" / "10").mkdir()
+    with pytest.raises(InputError, match=rf"{workdir.path} has checkpoints but no run\.json"):
+        workdir.check(record())
