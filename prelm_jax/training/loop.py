@@ -134,14 +134,19 @@ def new_state(
     start: Callable[[Params], Params] | None = None,
 ) -> TrainState:
     """A fresh train state, sharded like `abstract`. `start` may replace the fresh parameters by pretrained ones."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    params = jax.jit(model.init_params, out_shardings=shardings.params)(Keys.from_seed(seed).init)
+    init_params, init_state = make_init(model, optimizer, batch_size, abstract)
+    params = init_params(Keys.from_seed(seed).init)
     if start is not None:
-        params = jax.device_put(start(params), shardings.params)
-    return jax.jit(
-        lambda params: _with_params(model, optimizer, batch_size, params),
-        out_shardings=shardings,
-    )(params)
+        params = jax.device_put(start(params), jax.tree.map(lambda leaf: leaf.sharding, abstract.params))
+    return init_state(params)
+
+
+def make_init(model: Model, optimizer: OptimizerConfig, batch_size: int, abstract: TrainState):
+    """`key -> parameters` and `parameters -> train state of step 0`, both sharded like `abstract`."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    init_params = jax.jit(model.init_params, out_shardings=shardings.params)
+    init_state = jax.jit(functools.partial(_with_params, model, optimizer, batch_size), out_shardings=shardings)
+    return init_params, init_state
 
 
 def _with_params(model: Model, optimizer: OptimizerConfig, batch_size: int, params: Params) -> TrainState:
@@ -236,12 +241,14 @@ def make_evaluate(model: Model):
         losses, metrics, carry = model.loss(params, carry, batch, key, False)
         return losses | metrics, carry, index + 1
 
+    first_index, all_means = jax.jit(lambda: jnp.zeros((), jnp.int32)), jax.jit(functools.partial(means, model))
+
     def evaluate(params: Params, carry: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        index, totals = jax.jit(lambda: jnp.zeros((), jnp.int32))(), None
+        index, totals = first_index(), None
         for batch in batches:
             sums, carry, index = evaluate_step(params, carry, batch, index)
             totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
-        values = jax.device_get(jax.jit(functools.partial(means, model))(totals))
+        values = jax.device_get(all_means(totals))
         return {name: value.item() for name, value in values.items()}
 
     return evaluate

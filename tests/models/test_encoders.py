@@ -1,6 +1,7 @@
 """Encoders without pretraining heads: parameter trees, exported programs, and the embeddings that ELECTRA shares."""
 
 import re
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -12,7 +13,7 @@ import transformers
 from jax import export
 from model_directories import randomize
 
-from prelm_jax.formats.model import abstract_params
+from prelm_jax.formats.base import abstract_params
 from prelm_jax.models.bert import BertConfig, BertEmbeddings, BertEncoder, MaskedLMHead
 from prelm_jax.models.elmo import DIRECTIONS, ELMoConfig
 from prelm_jax.models.gpt import GPTConfig
@@ -49,6 +50,7 @@ def make_batch(family, rows, length, words=6, characters=12):
     return batch | ({"token_types": rng.integers(0, 2, (rows, length), np.int32)} if family == "bert" else {})
 
 
+@partial(jax.jit, static_argnums=0)
 def hidden_states(config, params, batch):
     with jax.default_matmul_precision("highest"):
         return config.encoder().apply({"params": params}, batch, method="hidden_states")
