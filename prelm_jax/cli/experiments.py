@@ -83,7 +83,8 @@ def load_run(reference: str) -> tuple[str, "Run", str]:
     module, found = _execute(path), docstrings(path)
     if name not in found:
         known = ", ".join(f"{file}:{known}" for known in found) or "no function without arguments"
-        mistake = f"has no experiment {name!r}.{suggestion(name, found)}" if name else "holds several experiments."
+        missing = f"has no experiment {name!r}.{suggestion(name, found)}"
+        mistake = missing if name else "holds several experiments: name one."
         raise InputError(f"{file} {mistake} It holds {known}.")
     with _one_line_errors(path):
         run = getattr(module, name)()

@@ -72,17 +72,7 @@ class TextFiles(Source):
     """The files of a path or glob, sorted: plain text, JSON lines or Parquet, by the ending of each name."""
 
     def paths(self) -> list[str]:
-        location = self.spec.location
-        path = os.path.expanduser(location)
-        if os.path.isdir(path):
-            raise InputError(f"{location} is a directory: give its files, as {os.path.join(location, '*.txt')}")
-        if os.path.exists(path):
-            return [path]
-        if not glob.has_magic(path):
-            raise InputError(f"there is no file {location}: give a path, a glob, python-docs or tfds:name")
-        if matches := sorted(filter(os.path.isfile, glob.glob(path, recursive=True))):
-            return matches
-        raise InputError(f"no file matches {location}")
+        return _matching_files(self.spec.location)
 
     def parts(self, files: list[File]) -> Iterator[Part]:
         group: list[File] = []
@@ -136,3 +126,16 @@ class PythonDocs(Source):
         for text in documents:
             yield text
             advance(document_bytes)
+
+
+def _matching_files(location: str) -> list[str]:
+    path = os.path.expanduser(location)
+    if os.path.isdir(path):
+        raise InputError(f"{location} is a directory: give its files, for example {os.path.join(location, '*.txt')}")
+    if os.path.exists(path):
+        return [path]
+    if not glob.has_magic(path):
+        raise InputError(f"there is no file {location}: give a path, a glob, python-docs or tfds:name")
+    if matches := sorted(filter(os.path.isfile, glob.glob(path, recursive=True))):
+        return matches
+    raise InputError(f"no file matches {location}")
