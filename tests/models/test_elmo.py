@@ -33,7 +33,7 @@ CONFIG = ELMoConfig(
     cell_clip=0.4,
     projection_clip=0.25,
 )
-ONE_LAYER = dataclasses.replace(CONFIG, num_layers=1)
+ONE_LAYER = dataclasses.replace(CONFIG, num_layers=1, num_highways=1)
 NEGATIVES = 12
 DIRECTIONS = ("forward", "backward")
 ROWS, LENGTH, WORDS = 8, 5, 16
@@ -473,7 +473,9 @@ def test_a_shared_array_is_cut_over_the_devices_where_they_divide_it():
     assert fewer.addressable_shards[0].data.shape == (12, 50)
 
 
-def train(steps, devices=1, parameters="replicated", accumulate=1, config=ONE_LAYER, batch=make_batch, learning_rate=0.2):
+def train(
+    steps, devices=1, parameters="replicated", accumulate=1, config=ONE_LAYER, batch=make_batch, learning_rate=0.2
+):
     """(losses, final state)."""
     model, mesh = config.build(), MeshConfig(devices).build()
     optimizer = Adagrad(learning_rate, unroll_steps=LENGTH)
