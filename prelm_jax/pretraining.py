@@ -51,7 +51,7 @@ def prepare(run: Run, make_shards: preparation.MakeShards | None = None, verify:
     new = not preparation.store_path(corpus, tokenizer).exists()
     stores = preparation.prepare(corpus, tokenizer, make_shards=make_shards, verify=verify)
     prepared = Prepared(corpus, tokenizer, *stores)
-    if new:
+    if new and not verify:  # `prelm prepare` prints them to stdout, new or not.
         report.print_table(report.corpus_table(corpus, *stores), stderr=True)
     return prepared
 
@@ -96,6 +96,11 @@ def evaluate(
     if experiment is None:
         family = find_family(record.model_type, directory.path / "run.json")
         run = record.run(family.model, family.data)
+    elif experiment.model.model_type != record.model_type:
+        raise InputError(
+            f"{directory.path} holds a run of model_type {record.model_type}, and the experiment is of model_type "
+            f"{experiment.model.model_type}: name the experiment of that run"
+        )
     else:
         run = record.run(type(experiment.model), type(experiment.data))
     tokenizer = directory.read_tokenizer()

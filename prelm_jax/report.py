@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shlex
 import sys
 from typing import Literal
 
@@ -43,7 +44,8 @@ def summary_table(summary: Summary) -> Table:
         table.add_row(_words(name), f"{value:.3f}", _baselines(summary.baselines.get(name, {}), ".3f"))
     table.add_section()
     table.add_row("unknown tokens", f"{summary.unknown_tokens:.2%}", "")
-    table.add_row("training, tokens/s", f"{summary.tokens_per_second:,.0f}", "")
+    if not math.isnan(summary.tokens_per_second):  # NaN where training ended before its first measurement.
+        table.add_row("training, tokens/s", f"{summary.tokens_per_second:,.0f}", "")
     return table
 
 
@@ -112,7 +114,7 @@ included), seed {run.seed}, {run.precision}.
 
 {_held_out(workdir, step)}
 
-Command: `prelm {" ".join(record.command)}`
+Command: `prelm {shlex.join(record.command)}`
 """
 
 

@@ -40,7 +40,9 @@ class WorkDir:
     def read_record(self) -> RunRecord:
         """What run.json says; InputError where there is none, or one of another format."""
         if not self.exists():
-            raise InputError(f"{self.path} is not the work directory of a run: it has no run.json")
+            raise InputError(
+                f"{self.path} is not the work directory of a run: it has no run.json. Give the --workdir of prelm pretrain"
+            )
         path = self._record_path
         fields = read_json(path)
         if fields.get("format", 1) != RECORD_FORMAT:

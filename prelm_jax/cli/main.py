@@ -87,7 +87,8 @@ def _dispatch(arguments: list[str]) -> None:
         sys.exit(USER_ERROR if name in groups else 0)
     else:
         program = f"prelm {arguments[0]}" if words == 2 else "prelm"
-        found = options.suggestion(name, COMMANDS)
+        known = [each for each in COMMANDS if words == 1 or each.startswith(f"{arguments[0]} ")]
+        found = options.suggestion(name, known)
         raise InputError(f"there is no command {name!r}.{found} {program} --help lists the commands.")
 
 

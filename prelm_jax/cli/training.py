@@ -115,6 +115,8 @@ def batch(run: Annotated["Run", EXPERIMENT], step: int = 0, rows: int = 4) -> No
     from prelm_jax import pretraining
     from prelm_jax.data.show import MARKER
 
+    if rows < 1:
+        raise InputError(f"--rows {rows}: must be at least 1")
     console = Console()
     for row in itertools.islice(pretraining.show_batch(run, step), rows):
         text = Text(row)

@@ -138,4 +138,4 @@ def _matching_files(location: str) -> list[str]:
         raise InputError(f"there is no file {location}: give a path, a glob, python-docs or tfds:name")
     if matches := sorted(filter(os.path.isfile, glob.glob(path, recursive=True))):
         return matches
-    raise InputError(f"no file matches {location}")
+    raise InputError(f"no file matches {location}: give the files of your text with --corpus")

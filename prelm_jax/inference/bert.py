@@ -38,7 +38,7 @@ class BertPretrained(TransformerPretrained[BertConfig]):
         mask = self.tokenizer.tokens[self._mask_id]
         chunks = self.tokenizer.encode_batch(text.split(mask))
         if len(chunks) == 1:
-            raise InputError(f'no "{mask}" in the text')
+            raise InputError(f'no "{mask}" in the text: write it where a token is to be filled in')
         ids, positions = [self._cls_id, *chunks[0]], []
         for chunk in chunks[1:]:
             positions.append(len(ids))

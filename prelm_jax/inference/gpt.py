@@ -54,14 +54,14 @@ class GPTPretrained(TransformerPretrained[GPTConfig]):
 
             load("gpt1-mini").generate("The", max_tokens=20, temperature=0.7)
         """
-        for name, value, allowed in (
-            ("max_tokens", max_tokens, max_tokens >= 0),
-            ("temperature", temperature, temperature >= 0),
-            ("top_k", top_k, top_k is None or top_k >= 1),
-            ("top_p", top_p, 0 < top_p <= 1),
+        for name, value, allowed, rule in (
+            ("max_tokens", max_tokens, max_tokens >= 0, "at least 0"),
+            ("temperature", temperature, temperature >= 0, "at least 0"),
+            ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
+            ("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1"),
         ):
             if not allowed:
-                raise InputError(f"{name} {value} is out of range")
+                raise InputError(f"{name} {value} is out of range: {rule}")
         (ids,) = self.tokenizer.encode_batch([prompt])
         if not ids:
             raise InputError("the prompt is blank; give at least one word to continue")

@@ -21,6 +21,7 @@ def test_misspelt_commands(fails):
     assert "'pretrian'. Did you mean pretrain? prelm --help" in fails("pretrian", "bert:demo")
     assert "'tokenizer trian'. Did you mean tokenizer train? prelm tokenizer --help" in fails("tokenizer", "trian")
     assert "'xyzzy'. prelm --help" in fails("xyzzy")
+    assert "tokenize?" not in fails("tokenizer", "foo")
 
 
 def test_misspelt_options(folder, fails):

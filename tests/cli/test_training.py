@@ -2,7 +2,9 @@
 
 import json
 import re
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,8 @@ def test_prepare_prints_statistics_of_the_corpus(folder, tmp_path, capsys):
     main(["prepare", *(argument for argument in arguments)])
     table = capsys.readouterr().out
     assert table in printed
+    main(["prepare", *arguments, "--errors", "replace", "--held-out", "0.5"])  # A new store: printed once, too.
+    assert "documents" not in capsys.readouterr().err
     counts = next(line for line in table.splitlines() if re.match(r"\W*documents\b", line))
     documents = len((folder / "corpus.txt").read_text().split("\n\n"))
     assert sum(map(int, re.findall(r"\d+", counts))) == documents + 1
@@ -102,6 +106,8 @@ def test_evaluate_by_experiment(folder, capsys, fails):
     assert capsys.readouterr().out == by_record
     assert "--workdir" in fails("evaluate", f"{folder}/tiny.py:tiny")
     assert "Did you mean tiny?" in fails("evaluate", f"{folder}/tiny.py:tinny", "--workdir", folder / "run")
+    message = fails("evaluate", f"{folder}/tiny.py:tiny", "--workdir", folder / "gpt")
+    assert f"{folder}/gpt" in message and "openai-gpt" in message
 
 
 @pytest.mark.parametrize(("word", "step"), [("best", "best"), ("2", 2), (None, "newest")])
@@ -140,6 +146,7 @@ def test_the_model_card_says_where_the_model_comes_from(folder):
     card = (folder / "model" / "README.md").read_text()
     assert "3 steps of 8 × 32 tokens" in card
     assert str(folder / "corpus.txt") in card
+    assert f"Command: `prelm {shlex.join(sys.argv[1:])}`" in card
     assert "library_name: transformers" in card
     assert "library_name: allennlp" in (folder / "elmo-model" / "README.md").read_text()
     assert re.search(r"\| masked lm loss \| \d\.\d{4} \|", card)
@@ -165,6 +172,7 @@ def test_mistakes_in_options(folder, fails, tmp_path):
     assert f"{folder}/none.txt" in fails("pretrain", tiny, "--corpus", f"{folder}/none.txt")
     assert f"{tmp_path}" in fails("evaluate", tmp_path)
     assert "--step -1" in fails("batch", tiny, "--step", "-1")
+    assert "--rows -1" in fails("batch", tiny, "--rows", "-1")
     assert "--workdir" in fails("prepare", tiny, "--workdir", tmp_path)
 
 
