@@ -55,3 +55,11 @@ def cached(kind: str, key: str, build: Callable[[], str]) -> str:
 def digest(value: object) -> str:
     """SHA-256 (hex) of a value that JSON can represent."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def cache_compiled_programs() -> None:
+    """Makes JAX keep compiled programs in the cache directory, so that the second start of a program is quick."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -1,4 +1,4 @@
-"""Errors that the user can fix, and preemption."""
+"""Errors that the user can fix, preemption, and what to quote of other errors."""
 
 
 class InputError(Exception):
@@ -10,3 +10,9 @@ class InputError(Exception):
 
 class Preempted(Exception):
     """The run received SIGTERM and has saved. The command line exits with 75: the same command resumes."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, without the middle of a long one; its class where it has no message."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 400 else f"{line[:200]} … {line[-200:]}"

@@ -27,7 +27,7 @@ from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.train import placed_batches, train
 from prelm_jax.training import loop
 from prelm_jax.training.checkpoint import Step
-from prelm_jax.training.contract import Batches, Model, Params
+from prelm_jax.training.contract import Batches, DataConfig, Model, Params
 from prelm_jax.training.sharding import MeshConfig
 from prelm_jax.workdir import WorkDir
 
@@ -147,20 +147,21 @@ class HeldOut:
     def __init__(self, run: Run, model: Model, tokenizer: Tokenizer, training: Batches, store: Store):
         if store.num_documents == 0:
             raise InputError("no document is held out for evaluation: raise --held-out")
-        self._run, self._training, self._store = run, training, store
-        self._batches = run.data.build(store, tokenizer, run.batch_size, EVALUATION_SEED)
+        self._data: DataConfig[Batches] = run.data
+        self._count, self._training, self._store = run.loop.evaluate_batches, training, store
+        self._batches = self._data.build(store, tokenizer, run.batch_size, EVALUATION_SEED)
         self._evaluate = loop.make_evaluate(model)
 
     def __call__(self, params: Params, carry: Params, mesh: jax.sharding.Mesh) -> dict[str, float]:
         """Losses and metrics by name, and what is derived from them (perplexity, bits per byte)."""
-        placed = placed_batches(self._batches, 0, self._run.loop.evaluate_batches, mesh)
+        placed = placed_batches(self._batches, 0, self._count, mesh)
         values = self._evaluate(params, carry, (batch for _, batch in placed))
         return values | self._derived(values)
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """metric -> trivial baseline, fitted on the training side -> value."""
-        batches = (self._batches[i] for i in range(self._run.loop.evaluate_batches))
-        baselines = self._run.data.baselines(self._training, batches)
+        batches = (self._batches[i] for i in range(self._count))
+        baselines = self._data.baselines(self._training, batches)
         for metric, values in list(baselines.items()):
             for name, value in values.items():
                 for derived, x in self._derived({metric: value}).items():
@@ -168,7 +169,7 @@ class HeldOut:
         return baselines
 
     def _derived(self, values: dict[str, float]) -> dict[str, float]:
-        derived = (self._run.data.derived_metrics(name, value, self._store) for name, value in values.items())
+        derived = (self._data.derived_metrics(name, value, self._store) for name, value in values.items())
         return {name: value for each in derived for name, value in each.items()}
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast, overload
 
-from prelm_jax.errors import InputError
+from prelm_jax.errors import InputError, first_line
 
 # ---- Paths -----------------------------------------------------------------------------------------------------------
 
@@ -38,9 +38,8 @@ def reachable(path: str | os.PathLike) -> Path:
     except ImportError:
         raise InputError(f'{path}: a bucket needs a package: pip install "prelm_jax[gcs]"') from None
     except Exception as error:  # Each bucket client raises its own types.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{path}: cannot be reached ({reason}): check its name and your access, then run "
+            f"{path}: cannot be reached ({first_line(error)}): check its name and your access, then run "
             "gcloud auth application-default login"
         ) from None
     return cast(Path, remote)

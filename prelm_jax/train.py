@@ -12,7 +12,7 @@ from prelm_jax.data import loader
 from prelm_jax.run import Run, RunRecord
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training import loop
-from prelm_jax.training.contract import Batches, Model, Params
+from prelm_jax.training.contract import Batch, Batches, Model, Params
 from prelm_jax.training.sharding import shard_batch
 from prelm_jax.workdir import WorkDir, baseline_metrics
 
@@ -22,11 +22,9 @@ class Evaluation(Protocol):
 
     def __call__(self, params: Params, carry: Params, mesh: jax.sharding.Mesh) -> dict[str, float]:
         """Metrics by name."""
-        ...
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """metric -> trivial baseline -> value, on the same text."""
-        ...
 
 
 def train(
@@ -78,9 +76,7 @@ def train(
         return values or evaluate(state)
 
 
-def placed_batches(
-    batches: Batches, start: int, stop: int, mesh: jax.sharding.Mesh
-) -> Iterator[tuple[int, dict[str, jax.Array]]]:
+def placed_batches(batches: Batches, start: int, stop: int, mesh: jax.sharding.Mesh) -> Iterator[tuple[int, Batch]]:
     """(step, batch on the devices) of some steps; each process builds and feeds an equal part of the rows."""
     count = batches.batch_size // jax.process_count()
     first = count * jax.process_index()

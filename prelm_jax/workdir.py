@@ -7,7 +7,6 @@ checkpoints/      one directory a step
 profile/          traces, if asked for
 """
 
-import json
 import math
 import os
 import statistics
@@ -18,12 +17,12 @@ import jax
 
 from prelm_jax.errors import InputError
 from prelm_jax.run import RECORD_FORMAT, RunRecord
-from prelm_jax.storage import copy_files, fetched, is_remote, reachable, read_json
+from prelm_jax.storage import copy_files, fetched, reachable, read_json
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.tokenizers.load import load as load_tokenizer
 from prelm_jax.training.checkpoint import Checkpoints, Step, restore_params
 from prelm_jax.training.contract import Params
-from prelm_jax.training.metrics import MetricsWriter
+from prelm_jax.training.metrics import MetricsWriter, read_metrics
 
 BASELINE = "baseline/"
 
@@ -45,7 +44,7 @@ class WorkDir:
                 f"{self.path} is not the work directory of a run: it has no run.json. Give the --workdir of a pretrain"
             )
         path = self._record_path
-        fields = json.loads(path.read_text()) if is_remote(path) else read_json(path)
+        fields = read_json(path)
         if fields.get("format", 1) != RECORD_FORMAT:
             writer = "a newer" if fields.get("format", 1) > RECORD_FORMAT else "an earlier"
             raise InputError(f"{path} was written by {writer} version of prelm_jax: use that version to read it")
@@ -60,9 +59,7 @@ class WorkDir:
         if not self.exists() and checkpoints.is_dir() and any(checkpoints.iterdir()):
             raise InputError(f"{self.path} has checkpoints but no run.json to say whose: choose another --workdir")
         if self.exists() and (differences := self.read_record().differences(record)):
-            raise InputError(
-                f"{self.path} holds another run, which differs in {', '.join(differences)}: choose another --workdir"
-            )
+            raise InputError(f"{self.path} holds another run: {', '.join(differences)}; choose another --workdir")
 
     def claim(self, record: RunRecord, tokenizer: Tokenizer) -> None:
         """Makes the directory this run's, with what it last was told of its sources and loop. Process 0 writes."""
@@ -83,9 +80,7 @@ class WorkDir:
 
     def read_metrics(self) -> list[dict[str, float]]:
         """The lines of metrics.jsonl, oldest first; torn and foreign ones are left out."""
-        path = self.path / "metrics.jsonl"
-        lines = path.read_bytes().splitlines() if path.exists() else []
-        return [line for line in map(_parse_metrics, lines) if line is not None]
+        return read_metrics(self.path / "metrics.jsonl")
 
     def read_baselines(self) -> dict[str, dict[str, float]] | None:
         """metric -> trivial baseline -> value, as of the last start that computed them; None before that."""
@@ -121,15 +116,4 @@ class WorkDir:
 
 def baseline_metrics(baselines: dict[str, dict[str, float]]) -> dict[str, float]:
     """The baselines as metrics: {"baseline/masked_lm_loss/unigram": 6.2, …}."""
-    return {
-        f"{BASELINE}{metric}/{name}": value for metric, values in baselines.items() for name, value in values.items()
-    }
-
-
-def _parse_metrics(line: bytes) -> dict[str, float] | None:
-    """The metrics in a line of metrics.jsonl; None if a kill has cut it off, or if it is something else."""
-    try:
-        metrics = json.loads(line)
-    except ValueError:
-        return None
-    return metrics if isinstance(metrics, dict) and isinstance(metrics.get("step"), int) else None
+    return {f"{BASELINE}{metric}/{name}": x for metric, values in baselines.items() for name, x in values.items()}

@@ -27,11 +27,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 PRELM_DATA = Path(os.environ.get("PRELM_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def private_cache(tmp_path_factory) -> Iterator[None]:
-    """A cache for tests instead of the user's; all test processes and their children share its compiled programs."""
+@pytest.fixture(scope="session")
+def common_directory(tmp_path_factory) -> Path:
+    """A temporary directory that all test processes share."""
     base = tmp_path_factory.getbasetemp()
-    programs = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "xla"
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory, common_directory) -> Iterator[None]:
+    """A cache for tests instead of the user's; all test processes and their children share its compiled programs."""
+    programs = common_directory / "xla"
     programs.mkdir(exist_ok=True)
     cache = tmp_path_factory.mktemp("cache")
     (cache / "xla").symlink_to(programs)  # The command line keeps compiled programs there.
@@ -60,7 +66,7 @@ def shared_programs() -> Iterator[None]:
         return get
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("abstract_state", "make_train_step", "make_evaluate"):
+        for name in ("abstract_state", "make_init", "make_train_step", "make_evaluate"):
             patch.setattr(loop, name, shared(getattr(loop, name)))
         yield
 

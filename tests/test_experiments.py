@@ -14,7 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
+from prelm_jax import pretraining
+from prelm_jax.cli.main import main
 from prelm_jax.corpus.store import Store
 from prelm_jax.families import FAMILIES, find_family
 from prelm_jax.planning.plan import TokenizerOfSize
@@ -93,6 +96,36 @@ def test_a_family_from_outside_is_not_in_the_table():
     run = EXPERIMENTS["examples/electra.py:demo"]()
     assert run.model.model_type not in FAMILIES
     assert len((ROOT / "examples" / "electra.py").read_text().splitlines()) <= 200
+
+
+@pytest.mark.usefixtures("shared_programs")
+def test_a_family_from_outside_trains_resumes_and_is_evaluated(tmp_path, capsys):
+    """A tiny ELECTRA by the commands. It samples in its loss, yet evaluates alike at any time and under any seed."""
+    (tmp_path / "corpus.txt").write_text(tiny.text(seed=0))
+    experiment, reference = EXPERIMENTS["examples/electra.py:demo"](), f"{ROOT}/examples/electra.py:demo"
+    sizes = "hidden-size 16 num-layers 1 num-heads 2 intermediate-size 32 embedding-size 8 generator-hidden-size 8"
+    sizes = [f"--model.{x}" if i % 2 == 0 else x for i, x in enumerate(sizes.split())]
+    options = "--tokenizer.vocab-size 150 --data.max-length 32 --data.max-predictions 4 --batch-size 8 --held-out 0.3"
+    options += " --steps 6 --save-every 2 --evaluate-every 6 --evaluate-batches 2 --log-every 1 --mesh.devices 1"
+    arguments = ["pretrain", reference, "--corpus", str(tmp_path / "corpus.txt"), *sizes, *options.split(), "--workdir"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    main([*arguments, str(whole)])
+    with tiny.interruption(3, tiny.crash), pytest.raises(tiny.Crash):
+        main([*arguments, str(parts)])
+    assert (parts / "checkpoints" / "2").is_dir()
+    main([*arguments, str(parts)])
+    tiny.assert_same_bits(parts, whole, experiment)
+
+    capsys.readouterr()
+    main(["evaluate", reference, "--workdir", str(whole)])
+    printed = capsys.readouterr().out
+    tiny.change_seed(parts)
+    first, second = (pretraining.evaluate(workdir, experiment=experiment) for workdir in (whole, parts))
+    assert first.evaluation == second.evaluation
+    last = tiny.metrics(whole)[-1]
+    for name in ("loss", "masked_lm_loss", "replaced_token_loss", "replaced_rate"):
+        np.testing.assert_allclose(first.evaluation[name], last[f"evaluation/{name}"], rtol=1e-5)
+        assert f" {first.evaluation[name]:.3f} " in printed
 
 
 @pytest.mark.parametrize("reference", SHIPPED)

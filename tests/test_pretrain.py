@@ -1,6 +1,5 @@
 """The whole road on a small corpus: resumed runs equal uninterrupted ones, and a work directory is its run's alone."""
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -8,6 +7,7 @@ import json
 import lzma
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -17,11 +17,10 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from tiny import assert_same_bits, metrics, newest_checkpoint
+from tiny import Crash, assert_same_bits, crash, interruption, metrics, newest_checkpoint
 
 from prelm_jax import pretraining as module
 from prelm_jax.corpus.documents import Corpus
-from prelm_jax.data import loader
 from prelm_jax.data.masking import MaskingConfig
 from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.errors import InputError, Preempted
@@ -30,7 +29,7 @@ from prelm_jax.loading import load
 from prelm_jax.models.elmo import ELMoConfig
 from prelm_jax.pretraining import Run, pretrain
 from prelm_jax.tokenizers.words import WordVocabularyConfig
-from prelm_jax.training.optimizer import Adagrad, AdamW
+from prelm_jax.training.optimizer import Adagrad
 from prelm_jax.training.parameters import path_name
 from prelm_jax.training.sharding import MeshConfig
 
@@ -58,35 +57,14 @@ def run(request, corpus) -> Run:
     return dataclasses.replace(tiny.FAMILIES[request.param](), corpus=(corpus,))
 
 
-@contextlib.contextmanager
-def interruption(at, action):
-    """The action happens while a step of the training is about to begin."""
-    original = loader.prefetch
-
-    def prefetch(batches, start, stop, *rest):
-        for step, batch in original(batches, start, stop, *rest):
-            if step == at and stop > 2:  # Not the two batches of the evaluation.
-                action()
-            yield step, batch
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loader, "prefetch", prefetch)
-        yield
-
-
-class Crash(Exception):
-    pass
-
-
-def crash():
-    raise Crash
+KEPT_STEP, KEPT_WORDS = 2, 500
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(run, tmp_path_factory):
-    """The work directory of a run that nothing disturbed; not to be changed."""
+    """The work directory of a run that nothing disturbed, and that kept some parameters; not to be changed."""
     workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    pretrain(run, workdir)
+    pretrain(tiny.with_loop(run, keep_at_steps=(KEPT_STEP,), keep_at_words=(KEPT_WORDS,)), workdir)
     return workdir
 
 
@@ -196,13 +174,78 @@ def test_finished_run_is_summed_up_again(run, uninterrupted):
 
 
 def test_evaluate_a_work_directory(run, uninterrupted, tmp_path):
-    """The same figures as at the end of the training; other text has others."""
+    """The same figures as at the end of the training, at any time and under any seed; other text has others."""
     summary = module.evaluate(uninterrupted)
     last = metrics(uninterrupted)[-1]
     np.testing.assert_allclose(summary.evaluation["loss"], last["evaluation/loss"], rtol=1e-5)
+    shutil.copytree(uninterrupted, tmp_path / "seeded")
+    tiny.change_seed(tmp_path / "seeded")
+    assert module.evaluate(tmp_path / "seeded").evaluation == summary.evaluation
     other = tmp_path / "other.txt"
     other.write_text(tiny.text(seed=5))
     assert module.evaluate(uninterrupted, (str(other),)).evaluation != summary.evaluation
+
+
+def test_checkpoints_of_any_step(run, uninterrupted, tmp_path):
+    """`step` in load, evaluate and export: a kept one, the best, the newest."""
+    workdir, exported = tmp_path / "run", tmp_path / "exported"
+    shutil.copytree(uninterrupted, workdir)
+    record = workdir / "checkpoints" / "10" / "_CHECKPOINT_METADATA"
+    content = json.loads(record.read_text())
+    content["custom_metadata"]["record"]["evaluation_loss"] = 0.0  # Otherwise the newest is the best.
+    record.write_text(json.dumps(content))
+
+    params = {step: load(workdir, step).params for step in (KEPT_STEP, 10, 12, "best", "newest")}
+    for step, same in ((10, "best"), (12, "newest")):
+        jax.tree.map(np.testing.assert_array_equal, params[step], params[same])
+    losses = [module.evaluate(workdir, step=step).evaluation["loss"] for step in (KEPT_STEP, "best", "newest")]
+    assert losses == sorted(set(losses), reverse=True)
+    assert module.evaluate(workdir, step=10).evaluation["loss"] == losses[1]
+    with pytest.raises(InputError, match=rf"{workdir}\S+: no checkpoint of step 4; .* 10 \(best\), 12"):
+        load(workdir, 4)
+
+    module.export(workdir, exported, step=KEPT_STEP)
+    model, tables = load(exported), find_family(run.model.model_type, exported).format.vocabulary_tables
+    for (path, value), expected in zip(
+        jax.tree_util.tree_leaves_with_path(model.params), jax.tree.leaves(params[KEPT_STEP]), strict=True
+    ):
+        if path_name(path) not in model.missing:
+            rows = slice(model.tokenizer.vocab_size if path_name(path) in tables else None)
+            np.testing.assert_array_equal(value[rows], expected[rows])
+    card = (exported / "README.md").read_text()
+    assert f"step {KEPT_STEP} of the run" in card and f"Not evaluated up to step {KEPT_STEP}" in card
+
+
+def test_parameters_are_kept_at_steps_and_words(run, uninterrupted):
+    _, tokenizer, training, _ = module.prepare(run)
+    batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
+    model = dataclasses.replace(run.model, vocab_size=tokenizer.vocab_size).build()
+    seen = np.cumsum([model.tokens(batches[step])[0] for step in range(run.loop.steps)])
+    reached = 1 + int(np.argmax(seen >= KEPT_WORDS * training.tokens_per_word))
+    assert seen[reached - 1] >= KEPT_WORDS * training.tokens_per_word and reached != KEPT_STEP
+    kept = {path.name for path in (uninterrupted / "checkpoints.kept").iterdir()}
+    assert kept == {str(KEPT_STEP), str(reached)}
+
+
+@pytest.mark.parametrize("run", ["bert"], indirect=True, scope="module")
+def test_the_usage_on_a_model_card_works(run, uninterrupted, tmp_path, monkeypatch):
+    """transformers' own pipeline on the exported directory, by the code on the card, predicts what the model does."""
+    monkeypatch.chdir(tmp_path)
+    module.export(uninterrupted, "exported")
+    card = Path("exported/README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\nlicense: ")
+    assert "step 12 of the run" in card and "after step 12" in card
+    assert re.search(r"\| masked lm loss \| \d\.\d{4} \| unigram \d\.\d{4} \|", card)
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    *imports, call = code.strip().splitlines()
+    names: dict[str, object] = {}
+    exec("\n".join(imports), names)
+    predictions = eval(call, names)
+    (text,) = re.findall(r'\("([^"]*\[MASK\][^"]*)"\)', call)
+    (expected,) = load("exported").fill(text, top_k=len(predictions))
+    assert [prediction["token_str"] for prediction in predictions] == [token for token, _ in expected]
+    found = [prediction["score"] for prediction in predictions]
+    np.testing.assert_allclose(found, [probability for _, probability in expected], rtol=1e-3)
 
 
 def with_two_entries_more(exported, folder) -> str:
@@ -220,10 +263,11 @@ def test_continued_pretraining(run, uninterrupted, tmp_path):
     """Starts where the model stands, from a work directory or a model directory, with a larger vocabulary too."""
     directory = tmp_path / "exported"
     module.export(uninterrupted, directory)
-    frozen = AdamW(learning_rate=0.0, warmup_steps=0, decay_steps=1)
+    # A warmup begins at zero, so one step changes nothing.
+    warms_up = float(run.optimizer.schedule(0)) == 0
     fields = {
         "loop": dataclasses.replace(run.loop, steps=1),
-        "optimizer": frozen,
+        "optimizer": run.optimizer if warms_up else dataclasses.replace(run.optimizer, learning_rate=0.0),
         "init_from": str(directory),
         "seed": 3,
     }
@@ -249,7 +293,7 @@ def test_continued_pretraining(run, uninterrupted, tmp_path):
 
 def test_vocabulary_smaller_than_the_tokenizer(run, tmp_path):
     model = dataclasses.replace(run.model, vocab_size=5)
-    with pytest.raises(InputError, match=r"--model.vocab-size 5: the tokenizer has \d+ entries"):
+    with pytest.raises(InputError, match=r"--model.vocab-size 5: the tokenizer has \d+ tokens"):
         pretrain(dataclasses.replace(run, model=model), tmp_path / "run")
 
 

@@ -4,14 +4,16 @@ import contextlib
 import dataclasses
 import json
 import random
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+import pytest
 
+from prelm_jax.data import loader
 from prelm_jax.data.pairs import PairsConfig
 from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.data.windows import WindowsConfig
-from prelm_jax.loading import load
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.elmo import ELMoConfig
 from prelm_jax.models.gpt import GPTConfig
@@ -24,6 +26,7 @@ from prelm_jax.training.checkpoint import Checkpoints
 from prelm_jax.training.loop import LoopConfig
 from prelm_jax.training.optimizer import Adagrad, AdamW
 from prelm_jax.training.sharding import MeshConfig
+from prelm_jax.workdir import WorkDir
 
 WORDS = ["the", "a", "cat", "dog", "bird", "house", "river", "sees", "finds", "likes", "in", "on", "big", "old", "new"]
 
@@ -96,6 +99,37 @@ def with_loop(run: Run, **changes: object) -> Run:
 FAMILIES = {"bert": bert, "openai-gpt": gpt, "elmo": elmo}
 
 
+class Crash(Exception):
+    pass
+
+
+def crash() -> None:
+    raise Crash
+
+
+@contextlib.contextmanager
+def interruption(at: int, action: Callable[[], object]) -> Iterator[None]:
+    """Calls `action` when a training step is about to begin."""
+    original = loader.prefetch
+
+    def prefetch(batches, start, stop, *rest):
+        for step, batch in original(batches, start, stop, *rest):
+            if step == at and stop > 2:  # Not the two batches of the evaluation.
+                action()
+            yield step, batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "prefetch", prefetch)
+        yield
+
+
+def change_seed(workdir) -> None:
+    """Makes the run in a work directory one of another seed."""
+    record = json.loads((workdir / "run.json").read_text())
+    record["identity"]["seed"] += 1
+    (workdir / "run.json").write_text(json.dumps(record))
+
+
 def metrics(workdir) -> list[dict]:
     """The lines of metrics.jsonl without timings and baselines."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
@@ -103,19 +137,20 @@ def metrics(workdir) -> list[dict]:
     return [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines]
 
 
-def assert_same_bits(workdir, other) -> None:
-    """The newest checkpoints and the metrics."""
+def assert_same_bits(workdir, other, experiment: Run | None = None) -> None:
+    """The newest checkpoints and the metrics. `experiment`: of a family outside of the package."""
     assert metrics(workdir) == metrics(other)
-    (step, state), (other_step, other_state) = map(newest_checkpoint, (workdir, other))
+    (step, state), (other_step, other_state) = (newest_checkpoint(each, experiment) for each in (workdir, other))
     assert step == other_step
     for a, b in zip(*map(jax.tree.leaves, (state, other_state)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def newest_checkpoint(workdir) -> tuple[int, dict]:
+def newest_checkpoint(workdir, experiment: Run | None = None) -> tuple[int, dict]:
     """(step, items), on one device."""
-    config = load(workdir).config
-    optimizer = FAMILIES[config.model_type]().optimizer
-    abstract = loop.abstract_state(config.build(), optimizer, 8, MeshConfig(devices=1).build(), "replicated")
+    record = WorkDir(workdir).read_record()
+    experiment = experiment or FAMILIES[record.model_type]()
+    model = record.run(type(experiment.model), type(experiment.data)).model.build()
+    abstract = loop.abstract_state(model, experiment.optimizer, 8, MeshConfig(devices=1).build(), "replicated")
     with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
         return checkpoints.restore(abstract.items())

@@ -3,12 +3,11 @@
 import ast
 import contextlib
 import importlib.util
-import inspect
 import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -47,15 +46,11 @@ def experiments(copy: str | None = None) -> None:
     print("prelm pretrain EXPERIMENT starts one; prelm pretrain EXPERIMENT --help explains its options.")
 
 
-def shipped_directory() -> Path:
-    """Where the experiments of the package are: inside of an installed package, next to the package in a checkout."""
+def shipped_files() -> list[Path]:
+    """The experiments of the package: inside of it where it is installed, next to it in a checkout."""
     package = Path(__file__).parents[1]
     installed = package / "experiments"
-    return installed if installed.is_dir() else package.parent / "experiments"
-
-
-def shipped_files() -> list[Path]:
-    return sorted(shipped_directory().glob("[!_]*.py"))
+    return sorted((installed if installed.is_dir() else package.parent / "experiments").glob("[!_]*.py"))
 
 
 def docstrings(file: Path) -> dict[str, str]:
@@ -85,21 +80,17 @@ def load_run(reference: str) -> tuple[str, "Run", str]:
         raise InputError(f"there is no experiment file {file}.{suggestion(file, neighbors)}{_HINT}")
     if path.suffix != ".py":
         raise InputError(f"{file} is not a Python file: give FILE.py:NAME.")
-    functions = _functions(path)
-    if name not in functions:
-        known = ", ".join(f"{file}:{known}" for known in functions) or "no function without arguments"
-        mistake = (
-            f"has no experiment {name!r}.{suggestion(name, functions)}"
-            if name
-            else "holds several experiments: name one."
-        )
+    module, found = _execute(path), docstrings(path)
+    if name not in found:
+        known = ", ".join(f"{file}:{known}" for known in found) or "no function without arguments"
+        missing = f"has no experiment {name!r}.{suggestion(name, found)}"
+        mistake = missing if name else "holds several experiments: name one."
         raise InputError(f"{file} {mistake} It holds {known}.")
-    function = functions[name]
     with _one_line_errors(path):
-        run = function()
+        run = getattr(module, name)()
     if not isinstance(run, Run):
         raise InputError(f"{reference} returns {type(run).__name__}: an experiment must return a Run.")
-    description = f"{reference}: {inspect.getdoc(function) or 'no docstring.'}\n\n{ADVICE.format(file=path.name)}"
+    description = f"{reference}: {found[name] or 'no docstring.'}\n\n{ADVICE.format(file=path.name)}"
     return f"{path.stem}-{name}".replace("_", "-"), run, description
 
 
@@ -138,18 +129,6 @@ def _shipped_file(name: str) -> Path:
     if name not in names:
         raise InputError(f"there are no experiments {name!r}.{suggestion(name, names)}{_HINT}")
     return names[name]
-
-
-def _functions(path: Path) -> dict[str, Callable[[], object]]:
-    """The public functions that a file defines and that need no arguments."""
-    module = _execute(path)
-    functions = {}
-    for name, value in vars(module).items():
-        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_"):
-            parameters = inspect.signature(value).parameters.values()
-            if all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-                functions[name] = value
-    return functions
 
 
 def _execute(path: Path) -> ModuleType:

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from prelm_jax.cache import cache_compiled_programs
 from prelm_jax.cli.options import ModelPath, Positional, Step, TextFile
-from prelm_jax.cli.training import cache_compiled_programs
 from prelm_jax.errors import InputError
 
 Kind = TypeVar("Kind")

@@ -22,17 +22,12 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 from prelm_jax.errors import InputError
-from prelm_jax.storage import is_remote
 
 Positional = tyro.conf.Positional
 Bound = Callable[..., None]  # a command and the values of its parameters
 Parse = Callable[[Sequence[str]], Bound]
 Kind = TypeVar("Kind")
-
-
-def parse_path(word: str) -> str | Path:
-    """A path as typed; one in a bucket stays a string, because pathlib would make gs:/bucket of gs://bucket."""
-    return word if is_remote(word) else Path(word)
+Value = TypeVar("Value")
 
 
 def _parse_step(word: str) -> int | Literal["best", "newest"]:
@@ -43,26 +38,22 @@ def _parse_step(word: str) -> int | Literal["best", "newest"]:
     return int(word)
 
 
-AnyPath = Annotated[
-    str | Path,
-    tyro.constructors.PrimitiveConstructorSpec(
+def _word(metavar: str, parse: Callable[[str], Value]) -> tyro.constructors.PrimitiveConstructorSpec[Value]:
+    """How tyro reads an option of one word."""
+    return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar="PATH",
-        instance_from_str=lambda words: parse_path(words[0]),
-        is_instance=lambda value: isinstance(value, str | Path),
-        str_from_instance=lambda value: [str(value)],
-    ),
-]
-
-Step = Annotated[
-    int | Literal["best", "newest"],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="N|best|newest",
-        instance_from_str=lambda words: _parse_step(words[0]),
+        metavar=metavar,
+        instance_from_str=lambda words: parse(words[0]),
         is_instance=lambda value: isinstance(value, int | str),
         str_from_instance=lambda value: [str(value)],
-    ),
+    )
+
+
+# A path stays as typed: pathlib would make gs:/bucket of gs://bucket.
+AnyPath = Annotated[str, _word("PATH", str)]
+Step = Annotated[
+    int | Literal["best", "newest"],
+    _word("N|best|newest", _parse_step),
     tyro.conf.arg(help="Checkpoint of a work directory: number of its step, best (lowest held-out loss) or newest."),
 ]
 ModelPath = Annotated[AnyPath, Positional, tyro.conf.arg(help="Model directory or work directory.")]
@@ -110,8 +101,7 @@ def call(command: Callable[..., None], arguments: Sequence[str], program: str) -
             remainders[parameter.name] = tuple(arguments[cut + 1 :])
             arguments = arguments[:cut]
 
-    needs_arguments = choice is not None or any(parameter.default is parameter.empty for parameter in parameters)
-    if not arguments and needs_arguments:
+    if not arguments and any(parameter.default is parameter.empty for parameter in parameters):
         with contextlib.suppress(SystemExit):
             call(command, ["--help"], program)
         sys.exit(1)
@@ -124,14 +114,10 @@ def call(command: Callable[..., None], arguments: Sequence[str], program: str) -
         metavar = choice.name.upper()
         raise InputError(f"usage: {program} {metavar} [options]. {metavar} comes first; {program} --help explains it.")
 
+    interface, config = _interface(command, choice, chosen), (tyro.conf.PositionalMetavarFromFieldName,)
+
     def parse(words: Sequence[str]) -> Bound:
-        return tyro.cli(
-            _interface(command, choice, chosen),
-            args=words,
-            prog=program,
-            description=description,
-            config=(tyro.conf.PositionalMetavarFromFieldName,),
-        )
+        return tyro.cli(interface, args=words, prog=program, description=description, config=config)
 
     if {"-h", "--help"} & set(arguments):
         try:
@@ -147,25 +133,21 @@ def call(command: Callable[..., None], arguments: Sequence[str], program: str) -
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """` Did you mean …?` with the known word nearest to `word`; nothing where none is near."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" Did you mean {close[0]}?" if close else ""
+    """` Did you mean …?` with the known word nearest to `word`; nothing where none is near.
 
-
-def nearest_option(option: str, known: Iterable[str]) -> str | None:
-    """The known option most like a misspelt one, by the last part of its name before the whole.
-
-    nearest_option("--lerning-rate", ["--optimizer.learning-rate", "--steps"]) is "--optimizer.learning-rate".
+    Options are compared by the last part of their names before the whole: suggestion("--lerning-rate",
+    ["--optimizer.learning-rate", "--steps"]) is " Did you mean --optimizer.learning-rate?".
     """
 
     def ratio(a: str, b: str) -> float:
         return difflib.SequenceMatcher(None, a.lstrip("-"), b.lstrip("-")).ratio()
 
     def similarity(other: str) -> tuple[float, float]:
-        return ratio(option.rpartition(".")[2], other.rpartition(".")[2]), ratio(option, other)
+        whole = ratio(word, other)
+        return ratio(word.rpartition(".")[2], other.rpartition(".")[2]) if word.startswith("--") else whole, whole
 
-    best = max(known, key=similarity, default=None)
-    return best if best is not None and similarity(best)[0] >= 0.6 else None
+    best = max(known, key=similarity, default="")
+    return f" Did you mean {best}?" if similarity(best)[0] >= 0.6 else ""
 
 
 def _metadata(parameter: inspect.Parameter, kind: type[Kind]) -> Kind | None:
@@ -189,7 +171,7 @@ def _interface(command: Callable[..., None], choice: Choice | None, chosen: Chos
         if _metadata(parameter, Choice) is None:
             annotations[parameter.name] = parameter.annotation
             if isinstance(parameter.default, str) and "{name}" in parameter.default:
-                parameter = parameter.replace(default=parse_path(parameter.default.format(name=name)))
+                parameter = parameter.replace(default=parameter.default.format(name=name))
         elif chosen is None and choice is not None:
             annotations[choice.name] = Annotated[str, Positional, tyro.conf.arg(help=choice.help)]
             parameter = parameter.replace(name=choice.name)
@@ -218,8 +200,7 @@ def _unknown_option(arguments: Sequence[str], parse: Parse) -> str | None:
         if re.match(r"--[a-zA-Z]", option) and option.replace("_", "-") not in known:
             if field := next((each for each in known if each.startswith(f"{option}.")), None):
                 return f"{option} is not an option, but {field} is; to change its class, edit a copy of the experiment."
-            nearest = nearest_option(option.replace("_", "-"), known)
-            return f"there is no option {option}." + (f" Did you mean {nearest}?" if nearest else "")
+            return f"there is no option {option}.{suggestion(option.replace('_', '-'), known)}"
     return None
 
 

@@ -11,13 +11,7 @@ from prelm_jax.errors import InputError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from prelm_jax.tokenizers.base import Tokenizer
-    from prelm_jax.tokenizers.bpe import BPEConfig
-    from prelm_jax.tokenizers.sentencepiece import SentencePieceConfig
-    from prelm_jax.tokenizers.wordpiece import WordPieceConfig
-    from prelm_jax.tokenizers.words import WordVocabularyConfig
-
-    TokenizerConfig = WordPieceConfig | BPEConfig | SentencePieceConfig | WordVocabularyConfig
+    from prelm_jax.tokenizers.base import Tokenizer, TokenizerConfig
 
 KINDS = {
     "wordpiece": "WordPiece (BERT): subwords; ## before each that continues a word",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from prelm_jax.cache import cache_compiled_programs
 from prelm_jax.cli.experiments import EXPERIMENT, load_run
 from prelm_jax.cli.options import AnyPath, Positional, Remainder, Step
 from prelm_jax.errors import InputError
@@ -43,10 +44,7 @@ def pretrain(run: Annotated["Run", EXPERIMENT], workdir: AnyPath = "runs/{name}"
 
 
 def evaluate(
-    model: Positional[str],
-    workdir: AnyPath | None = None,
-    corpus: tuple[str, ...] = (),
-    step: Step = "newest",
+    model: Positional[str], workdir: AnyPath | None = None, corpus: tuple[str, ...] = (), step: Step = "newest"
 ) -> None:
     """Evaluate a run on its held-out text, or on another corpus.
 
@@ -127,9 +125,7 @@ def batch(run: Annotated["Run", EXPERIMENT], step: int = 0, rows: int = 4) -> No
 
 
 def plan(
-    run: Annotated["Run", EXPERIMENT],
-    topology: str,
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    run: Annotated["Run", EXPERIMENT], topology: str, as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
 ) -> None:
     """Compile the train step for a TPU slice you don't have; report memory, bottleneck and time.
 
@@ -149,13 +145,3 @@ def plan(
         print(json.dumps(planned.as_json()))
     else:
         print_table(plan_table(planned))
-
-
-def cache_compiled_programs() -> None:
-    """Keeps compiled programs between runs, so that the second start is quick."""
-    import jax
-
-    from prelm_jax.cache import cache_directory
-
-    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

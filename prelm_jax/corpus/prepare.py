@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Protocol, TypeGuard, get_args
+from typing import get_args
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from prelm_jax.corpus import documents, sources
 from prelm_jax.corpus.documents import Corpus, Document, Shard, Side
 from prelm_jax.corpus.sentences import split
 from prelm_jax.corpus.store import COLUMNS, COUNTS, STORE_FORMAT, Store, Writer, spelled
-from prelm_jax.errors import InputError
+from prelm_jax.errors import InputError, first_line
 from prelm_jax.progress import Advance, Progress
 from prelm_jax.storage import writing
 from prelm_jax.tokenizers.base import Tokenizer
@@ -43,18 +43,6 @@ SIDES: tuple[Side, ...] = get_args(Side)
 _IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 
 MakeShards = Callable[[Corpus, Tokenizer, Path], None]  # Writes the missing shards of a corpus to a directory.
-
-
-class OpenVocabulary(Tokenizer, Protocol):
-    """A tokenizer whose unknown words have ids of their own in the store."""
-
-    def number_flat(self, texts: list[str], numbers: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-        """As `encode_flat`, with ids from `numbers`, to which new words are added."""
-        ...
-
-
-def _is_open(tokenizer: Tokenizer) -> TypeGuard[OpenVocabulary]:
-    return tokenizer.open_vocabulary
 
 
 def store_path(corpus: Corpus, tokenizer: Tokenizer, directory: str | os.PathLike | None = None) -> Path:
@@ -122,12 +110,12 @@ def _tokenize(shard: Shard, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, n
     With an open vocabulary, words outside of it are numbered from `vocab_size` on in order of appearance, and listed in
     `new_words`.
     """
-    numbers = {word: number for number, word in enumerate(tokenizer.tokens)} if _is_open(tokenizer) else {}
+    is_open, numbers = tokenizer.open_vocabulary, dict(tokenizer.ids)
     batches: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     for batch in _batches(shard, corpus):
         sentences = [split(document.text, document.sentences) for document in batch]
         texts = list(itertools.chain.from_iterable(sentences))
-        ids, tokens_Y = tokenizer.number_flat(texts, numbers) if _is_open(tokenizer) else tokenizer.encode_flat(texts)
+        ids, tokens_Y = tokenizer.number_flat(texts, numbers) if is_open else tokenizer.encode_flat(texts)
         ids = ids.astype(_id_dtype(tokenizer))
         unknown = ids >= tokenizer.vocab_size
         if tokenizer.unknown_id is not None:
@@ -156,7 +144,7 @@ def _tokenize(shard: Shard, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, n
             for name, array in arrays.items():
                 batches[f"{side}/{name}"].append(array)
     joined = {name: np.concatenate(arrays) for name, arrays in batches.items()}
-    if _is_open(tokenizer):
+    if is_open:
         new_words = itertools.islice(numbers, tokenizer.vocab_size, None)
         joined["new_words"] = np.frombuffer("\n".join(new_words).encode(), np.uint8)
     return joined
@@ -242,10 +230,8 @@ def _in_processes(make: Callable[[Shard], None], shards: Iterable[Shard], advanc
             wait(workers)
         wait(0)
     except BrokenProcessPool as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"a tokenizer worker died, probably out of memory ({reason}): the same command resumes"
-        ) from None
+        reason = f"probably out of memory: {first_line(error)}"
+        raise InputError(f"a tokenizer worker died ({reason}): the same command resumes") from None
     finally:
         executor.shutdown(kill_workers=True)
 
@@ -282,10 +268,8 @@ def _merge(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> Path:
             writer.append({name: shard[f"{side}/{name}"] for name in (*COLUMNS, *COUNTS)})
     if not any(writer.counts["tokens"] for writer in writers.values()):
         shutil.rmtree(directory)
-        nothing = (
-            "no tokens: nothing in it is text to the tokenizer" if files else "no text: give files with text in them"
-        )
-        raise InputError(f"the corpus {' '.join(corpus.sources)} holds {nothing}")
+        nothing = "tokens: nothing in it is text to the tokenizer" if files else "text: give files with text in them"
+        raise InputError(f"the corpus {' '.join(corpus.sources)} holds no {nothing}")
     for side, writer in writers.items():
         if tokenizer.open_vocabulary:
             writer.write(spelled(itertools.chain(tokenizer.tokens, new_words)))

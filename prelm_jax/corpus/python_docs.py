@@ -35,13 +35,10 @@ def documents() -> list[str]:
             except (SyntaxError, ValueError):
                 continue
         documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        nodes = sorted((node for node in ast.walk(tree) if isinstance(node, documented)), key=_line_number)
+        nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+        nodes.sort(key=lambda node: getattr(node, "lineno", 0))  # A module has none.
         texts.append("\n".join(filter(None, (_unwrap(ast.get_docstring(node) or "") for node in nodes))))
     return [text for text in texts if text]
-
-
-def _line_number(node: ast.AST) -> int:
-    return getattr(node, "lineno", 0)  # A module has none.
 
 
 def _unwrap(text: str) -> str:

@@ -14,7 +14,7 @@ from typing import IO, Literal, NamedTuple
 
 import zstandard
 
-from prelm_jax.errors import InputError
+from prelm_jax.errors import InputError, first_line
 from prelm_jax.progress import Advance
 from prelm_jax.storage import decode_utf8, opened
 
@@ -148,9 +148,7 @@ def json_texts(file: File, field: str, errors: Errors, advance: Advance) -> Iter
                 text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             text.encode()  # JSON can spell a lone surrogate, UTF-8 cannot.
         except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
-            raise InputError(
-                f"{file.path}:{number} is not a JSON object with a string `{field}`: correct the line"
-            ) from None
+            raise InputError(f"{file.path}:{number} is no JSON object with a string `{field}`: correct it") from None
         yield from as_document(text)
 
 
@@ -181,5 +179,4 @@ def parquet_texts(file: File, field: str, errors: Errors, advance: Advance) -> I
                     yield from as_document(decode(f"{file.path}, row {row},", 0, data.as_py(), errors))
                 advance(file.size / table.num_row_groups)
         except pyarrow.ArrowInvalid as error:
-            reason = str(error).partition("\n")[0]
-            raise InputError(f"{file.path} is damaged ({reason}): copy or download it again") from None
+            raise InputError(f"{file.path} is damaged ({first_line(error)}): copy or download it again") from None

@@ -5,7 +5,7 @@ import glob
 import math
 import os
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,23 +39,27 @@ class Part(NamedTuple):
         return (text for number, text in enumerate(texts) if number not in skipped)
 
 
-class Source(Protocol):
+@dataclasses.dataclass(frozen=True)
+class Source:
     """Files that hold documents, and how to read them."""
 
-    @property
-    def spec(self) -> Spec: ...
+    spec: Spec
 
     def files(self) -> list[File]:
         """The files, in the order in which they are read. Raises InputError if there are none."""
-        ...
+        return [File.at(path) for path in self.paths()]
+
+    def paths(self) -> list[str]:
+        """The paths of the files."""
+        raise NotImplementedError
 
     def parts(self, files: list[File]) -> Iterator[Part]:
         """One pass over the source, cut into parts of some 64 MB; a file is in one part."""
-        ...
+        yield Part(self, files)
 
     def texts(self, part: Part, errors: Errors, advance: Advance) -> Iterator[str]:
         """The texts of the documents of a part; `advance` is told the bytes of the files that were read."""
-        ...
+        raise NotImplementedError
 
 
 def from_spec(spec: Spec) -> Source:
@@ -65,14 +69,11 @@ def from_spec(spec: Spec) -> Source:
     return TFDS(spec) if spec.is_tfds else TextFiles(spec)
 
 
-@dataclasses.dataclass(frozen=True)
-class TextFiles:
+class TextFiles(Source):
     """The files of a path or glob, sorted: plain text, JSON lines or Parquet, by the ending of each name."""
 
-    spec: Spec
-
-    def files(self) -> list[File]:
-        return [File.at(path) for path in _matching_files(self.spec.location)]
+    def paths(self) -> list[str]:
+        return _matching_files(self.spec.location)
 
     def parts(self, files: list[File]) -> Iterator[Part]:
         group: list[File] = []
@@ -96,14 +97,11 @@ class TextFiles:
                 yield from plain_texts(file, self.spec.documents, errors, advance)
 
 
-@dataclasses.dataclass(frozen=True)
-class TFDS:
+class TFDS(Source):
     """A split of a TensorFlow dataset, a document a record."""
 
-    spec: Spec
-
-    def files(self) -> list[File]:
-        return [File.at(path) for path in tfds.open_split(self.spec.location, self.spec.field)[1]]
+    def paths(self) -> list[str]:
+        return tfds.open_split(self.spec.location, self.spec.field)[1]
 
     def parts(self, files: list[File]) -> Iterator[Part]:
         number = len(tfds.open_split(self.spec.location, self.spec.field)[0])
@@ -117,17 +115,11 @@ class TFDS:
             file.check()
 
 
-@dataclasses.dataclass(frozen=True)
-class PythonDocs:
+class PythonDocs(Source):
     """The documentation of the running Python, one part (`prelm_jax.corpus.python_docs`)."""
 
-    spec: Spec
-
-    def files(self) -> list[File]:
-        return [File.at(path) for path in python_docs.files()]
-
-    def parts(self, files: list[File]) -> Iterator[Part]:
-        yield Part(self, files)
+    def paths(self) -> list[str]:
+        return python_docs.files()
 
     def texts(self, part: Part, errors: Errors, advance: Advance) -> Iterator[str]:
         documents = python_docs.documents()

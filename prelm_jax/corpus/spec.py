@@ -9,8 +9,8 @@ name of an option is written with its directory: `./field=notes.txt`.
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
-from typing import Literal, TypeVar, get_args
+from collections.abc import Callable, Iterable
+from typing import Literal, get_args
 
 from prelm_jax.corpus import cleaning
 from prelm_jax.corpus.readers import endings
@@ -19,7 +19,7 @@ from prelm_jax.errors import InputError
 Boundary = Literal["blank-line", "file", "line"]
 Splitting = Literal["library", "line"]
 Cleaning = Literal["none", "gpt"]
-Choice = TypeVar("Choice")
+CHOICES = {"documents": get_args(Boundary), "sentences": get_args(Splitting), "cleaning": get_args(Cleaning)}
 
 MAX_WEIGHT = 1000
 
@@ -75,14 +75,8 @@ def _parse(item: str) -> Spec:
     for name in options:
         if name not in OPTIONS:
             raise InputError(f"{item}: no option is called {name}: the options are {', '.join(OPTIONS)}")
-    spec = Spec(
-        location,
-        _choice(item, options, "documents", get_args(Boundary)),
-        _choice(item, options, "sentences", get_args(Splitting)),
-        _choice(item, options, "cleaning", get_args(Cleaning)),
-        options.get("field", "text"),
-        _weight(item, options.get("weight", "1")),
-    )
+    build: Callable[..., Spec] = Spec
+    spec = build(location, **{name: _value(item, name, text) for name, text in options.items()})
     kind, compression = endings(location)
     if "documents" in options and (kind or spec.is_tfds or spec.is_python_docs):
         raise InputError(f"{item}: {location} consists of documents already: documents= is for plain text files")
@@ -95,17 +89,11 @@ def _parse(item: str) -> Spec:
     return spec
 
 
-def _choice(item: str, options: dict[str, str], name: str, choices: tuple[Choice, ...]) -> Choice:
-    """The value of an option; the first choice is the default."""
-    if name not in options:
-        return choices[0]
-    for choice in choices:
-        if options[name] == choice:
-            return choice
-    raise InputError(f"{item}: {name} is one of {', '.join(map(str, choices))}, not {options[name] or 'nothing'}")
-
-
-def _weight(item: str, text: str) -> float:
+def _value(item: str, name: str, text: str) -> str | float:
+    if name in CHOICES and text not in CHOICES[name]:
+        raise InputError(f"{item}: {name} is one of {', '.join(CHOICES[name])}, not {text or 'nothing'}")
+    if name != "weight":
+        return text
     try:
         weight = float(text)
     except ValueError:

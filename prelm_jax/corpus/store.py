@@ -26,7 +26,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 
@@ -123,9 +123,7 @@ class Store:
         return np.searchsorted(np.cumsum(counts), np.ceil(np.array(QUANTILES) * number)).tolist()
 
     @classmethod
-    def from_documents(
-        cls, documents: Iterable[Sequence[Sequence[int]]], words: Iterable[str] | None = None
-    ) -> "Store":
+    def from_documents(cls, documents: Iterable[Sequence[Sequence[int]]], words: Iterable[str] | None = None) -> Self:
         """A store in memory, from documents of sentences of ids; `words` spells the ids of an open vocabulary.
 
         Bytes and words of the original texts are unknown, and 0.
@@ -147,7 +145,7 @@ class Store:
         return cls(arrays, {"words": 0, "empty_documents": len(documents) - len(kept), "checksums": checksums})
 
     @classmethod
-    def open(cls, directory: str | os.PathLike, verify: bool = False) -> "Store":
+    def open(cls, directory: str | os.PathLike, verify: bool = False) -> Self:
         """Memory-maps a store. Raises InputError if it is incomplete: sizes differ, or with `verify` checksums."""
         directory = Path(directory)
         again = f"delete {directory.parent} and run again"

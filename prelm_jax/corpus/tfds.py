@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 from prelm_jax.corpus.readers import Errors, as_document, decode
-from prelm_jax.errors import InputError
+from prelm_jax.errors import InputError, first_line
 from prelm_jax.progress import Advance
 
 
@@ -29,8 +29,8 @@ def open_split(spec: str, field: str) -> tuple[Sequence[Mapping[str, object]], l
         records = builder.as_data_source(split=split)
         paths = [os.fspath(path) for path in builder.info.splits[split].filepaths]
     except (ValueError, RuntimeError, AssertionError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{spec}: {reason} (looked in {tfds.core.constants.DATA_DIR}; set TFDS_DATA_DIR)") from error
+        looked = f"looked in {tfds.core.constants.DATA_DIR}; set TFDS_DATA_DIR"
+        raise InputError(f"{spec}: {first_line(error)} ({looked})") from error
     if field not in builder.info.features:
         raise InputError(f"{spec} has no feature `{field}`, only {', '.join(builder.info.features)}")
     return cast(Sequence[Mapping[str, object]], records), paths

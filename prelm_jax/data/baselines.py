@@ -21,15 +21,7 @@ _BINS = 16  # of a segment's length
 _VOTERS = 10_000  # training examples that vote on the lengths
 
 
-class CountedTokens(TokenSource, Protocol):
-    """Tokens that can also be counted: a `Store`, or the targets of a direction of a language model."""
-
-    def token_counts(self, vocab_size: int) -> np.ndarray:
-        """int64 [vocab_size]: how often each id occurs."""
-        ...
-
-
-class Targets(CountedTokens, Protocol):
+class Targets(TokenSource, Protocol):
     """The targets of one direction of a bidirectional language model; each document is a sentence."""
 
     end_id: int  # last target of every sentence
@@ -138,7 +130,7 @@ def _concatenate(batches: Iterable[HostBatch]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def _ngram_losses(source: CountedTokens, vocab_size: int, trigrams: np.ndarray) -> dict[str, float]:
+def _ngram_losses(source: TokenSource, vocab_size: int, trigrams: np.ndarray) -> dict[str, float]:
     return {
         "unigram": _unigram_loss(source.token_counts(vocab_size), trigrams[2]),
         "trigram": trigram_loss(source, vocab_size, trigrams),

@@ -11,6 +11,8 @@ from prelm_jax.errors import InputError
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training.contract import Layout
 
+Role = Literal["pad", "cls", "sep", "mask", "bos", "eos", "unknown"]
+
 
 class StoreBatches:
     """`batches[step]` is the batch of a step, a pure function of (seed, step). Steps are endless: epochs reshuffle.
@@ -36,9 +38,7 @@ class StoreBatches:
         raise NotImplementedError
 
 
-def special_id(
-    tokenizer: Tokenizer, role: Literal["pad", "cls", "sep", "mask", "bos", "eos", "unknown"], user: str
-) -> int:
+def special_id(tokenizer: Tokenizer, role: Role, user: str) -> int:
     """The id of the special token with a role; InputError, naming the `user` of the token, where there is none."""
     id = getattr(tokenizer, f"{role}_id")
     if id is None:

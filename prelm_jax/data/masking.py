@@ -19,6 +19,8 @@ from prelm_jax.data.randomness import bits, key, random_uint32
 from prelm_jax.errors import InputError
 from prelm_jax.tokenizers.base import Tokenizer
 
+Chosen = tuple[np.ndarray, np.ndarray]  # position_BM, and used_BM: false for slots without a position
+
 _LARGEST = np.uint32(2**32 - 1)
 
 
@@ -37,14 +39,10 @@ class MaskingConfig:
         if not 0 < self.probability <= 1:
             raise InputError(f"masking.probability is {self.probability}: give a number above 0 and up to 1")
         if min(self.mask, self.random) < 0 or self.mask + self.random > 1:
-            raise InputError(
-                f"masking.mask is {self.mask} and masking.random {self.random}: "
-                "give two numbers of 0 or more that add up to 1 or less"
-            )
+            given = f"masking.mask is {self.mask} and masking.random {self.random}"
+            raise InputError(f"{given}: give two numbers of 0 or more that add up to 1 or less")
         if self.segmenter is not None and not self.whole_word:
-            raise InputError(
-                f"masking.segmenter is {self.segmenter}, which is for whole words: turn masking.whole_word on too"
-            )
+            raise InputError(f"masking.segmenter is {self.segmenter}, for whole words only: turn masking.whole_word on")
 
     def build(self, tokenizer: Tokenizer, max_predictions: int, seed: int) -> "Masking":
         """The masking of a run, for at most `max_predictions` (M) tokens a row."""
@@ -121,10 +119,8 @@ class Masking:
             "masked_weights": used_BM.astype(np.float32),
         }
 
-    def _choose_tokens(
-        self, candidates_BT: np.ndarray, count_B: np.ndarray, random_BT: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of count_B random candidates, or of all where there are fewer: (position_BM, used_BM)."""
+    def _choose_tokens(self, candidates_BT: np.ndarray, count_B: np.ndarray, random_BT: np.ndarray) -> Chosen:
+        """Positions of count_B random candidates, or of all where there are fewer."""
         position_BM, used_BM = _shuffle(candidates_BT, random_BT, self._max_predictions)
         used_BM &= np.arange(self._max_predictions) < count_B[:, None]
         # Unused slots are sorted to the end.
@@ -135,8 +131,8 @@ class Masking:
 
     def _choose_words(
         self, continues_BT: np.ndarray, candidates_BT: np.ndarray, count_B: np.ndarray, random_BT: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of random whole words that have at most count_B tokens together: (position_BM, used_BM).
+    ) -> Chosen:
+        """Positions of random whole words that have at most count_B tokens together.
 
         One row with count 3, in which the word at 4 is drawn before the word at 1:
 

@@ -32,7 +32,9 @@ class TokenSource(Protocol):
 
     def gather(self, positions: np.ndarray) -> np.ndarray:
         """The ids (int32) at token indices of any shape."""
-        ...
+
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        """int64 [vocab_size]: how often each id occurs."""
 
 
 def trigram_loss(source: TokenSource, vocab_size: int, queries: np.ndarray) -> float:

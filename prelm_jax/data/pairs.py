@@ -52,13 +52,10 @@ class PairsConfig:
         if not 8 <= self.max_length < 2**16:
             raise InputError(f"data.max_length is {self.max_length}: give a number of tokens from 8 to 65535")
         if not 1 <= self.max_predictions <= self.max_length:
-            raise InputError(
-                f"data.max_predictions is {self.max_predictions}: give a number from 1 to max_length, {self.max_length}"
-            )
+            raise InputError(f"data.max_predictions is {self.max_predictions}: give 1 to max_length, {self.max_length}")
         if not 0 <= self.short_sequence_probability <= 1:
-            raise InputError(
-                f"data.short_sequence_probability is {self.short_sequence_probability}: give a number from 0 to 1"
-            )
+            given = self.short_sequence_probability
+            raise InputError(f"data.short_sequence_probability is {given}: give a number from 0 to 1")
 
     def build(self, store: Store, tokenizer: Tokenizer, batch_size: int, seed: int) -> "PairBatches":
         """The batches of a run. Raises InputError for a tokenizer without BERT's special tokens or an unfit corpus."""
@@ -145,8 +142,7 @@ class PairBatches(StoreBatches):
             }
         else:
             first_begin_B, first_length_B = self._single_segments(example_B)
-            second_begin_B = first_begin_B
-            length_B = first_length_B + 2
+            second_begin_B, length_B = first_begin_B, first_length_B + 2
 
         # A row is three spans: [CLS] A [SEP], B [SEP] (empty without B), and padding. Its tokens are gathered from the
         # store at column + shift of the span. With T = 13, A the tokens 104 to 106 and B the tokens 107 to 111:

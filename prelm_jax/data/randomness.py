@@ -54,6 +54,27 @@ def uniform(key: np.ndarray, counter: ArrayLike) -> np.ndarray:
     return (bits(key, counter) >> _11) * 2.0**-53
 
 
+def log_uniform(key: np.ndarray, n: int, vocab_size: int, at_once: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draws n distinct ids of a vocabulary that is sorted by falling count, and counts the draws.
+
+    As TensorFlow's LogUniformCandidateSampler: id k is drawn with probability log((k + 2) / (k + 1)) /
+    log(vocab_size + 1), until there are n distinct ids. `at_once`, the number of draws that are made before they are
+    counted, affects only the speed.
+
+    Returns the ids in the order they were drawn, int32 [n], and the number of draws, int32 [].
+    """
+    while True:
+        draws = np.exp(uniform(key, np.arange(at_once)) * np.log(vocab_size + 1)).astype(np.int64) - 1
+        # Written in reverse order, so that the first of several draws of an id stays.
+        number = np.arange(at_once, dtype=np.min_scalar_type(at_once))
+        first_V = np.empty(vocab_size, number.dtype)
+        first_V[draws[::-1]] = number[::-1]
+        first = np.flatnonzero(first_V[draws] == number)
+        if len(first) >= n:
+            return draws[first[:n]].astype(np.int32), np.array(first[n - 1] + 1, np.int32)
+        at_once *= 2
+
+
 def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     """Maps each index by a random permutation of [0, n), which `key` (broadcast to `index`) chooses: int64.
 

@@ -36,9 +36,8 @@ def show_windows(batch: HostBatch, tokenizer: Tokenizer) -> Iterator[str]:
     for row, segments in enumerate(batch["segments"]):
         lines = [f"row {row}: {np.count_nonzero(segments)} of {len(segments)} positions"]
         for number in range(1, segments.max() + 1):
-            tokens, targets, weights = (
-                batch[name][row, segments == number] for name in ("tokens", "targets", "weights")
-            )
+            here = segments == number
+            tokens, targets, weights = (batch[name][row, here] for name in ("tokens", "targets", "weights"))
             inputs = [tokenizer.tokens[id] for id in tokens]
             lines.append(f"  {number} {format_targets(inputs, targets, weights, tokenizer)}")
         yield "\n".join(lines)

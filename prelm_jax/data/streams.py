@@ -30,16 +30,15 @@ Divergences from that reference:
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from prelm_jax.corpus.store import Store
 from prelm_jax.data.baselines import Baselines, perplexity, stream_baselines
 from prelm_jax.data.batches import StoreBatches, special_id
-from prelm_jax.data.randomness import bits, key, permute, uniform
+from prelm_jax.data.randomness import bits, key, log_uniform, permute
 from prelm_jax.data.show import show_streams
-from prelm_jax.data.spans import cut
+from prelm_jax.data.spans import Spans, cut
 from prelm_jax.errors import InputError
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training.contract import HostBatch, Layout
@@ -84,15 +83,6 @@ class StreamsConfig:
         return show_streams(batch, tokenizer)
 
 
-class SentenceSpans(NamedTuple):
-    """Parts of sentences that rows read: int64 [R] each."""
-
-    begin: np.ndarray  # first token of the sentence in the store
-    end: np.ndarray  # and the one after its last
-    start: np.ndarray  # position in the sentence where the part begins
-    length: np.ndarray  # positions
-
-
 class StreamBatches(StoreBatches):
     """Batches of streams.
 
@@ -105,14 +95,9 @@ class StreamBatches(StoreBatches):
 
     def __init__(self, config: StreamsConfig, store: Store, tokenizer: Tokenizer, batch_size: int, seed: int):
         if store.spellings is None:
-            raise InputError(
-                "the tokens of this store are not words: streams need a vocabulary of words (WordVocabularyConfig)"
-            )
-        if config.num_negatives >= tokenizer.vocab_size:
-            raise InputError(
-                f"data.num_negatives is {config.num_negatives}, but the vocabulary has only {tokenizer.vocab_size} "
-                "words: give fewer, or 0 for the full softmax"
-            )
+            raise InputError("the tokens of this store are not words: streams need a WordVocabularyConfig")
+        if (n := config.num_negatives) >= (words := tokenizer.vocab_size):
+            raise InputError(f"data.num_negatives is {n}, but there are {words} words: give fewer, or 0 (full softmax)")
         super().__init__(store, tokenizer.vocab_size, batch_size)
         self._config = config
         self._spellings = store.spellings
@@ -121,7 +106,7 @@ class StreamBatches(StoreBatches):
         self._unknown_id = np.int32(special_id(tokenizer, "unknown", "word streams"))
         self._epoch_keys = {d: key(seed, f"streams: epoch {d}") for d in DIRECTIONS}
         self._negative_keys = {d: key(seed, f"streams: negatives {d}") for d in DIRECTIONS}
-        if n := config.num_negatives:
+        if n:
             _, tries = log_uniform(self._negative_keys["forward"], n, self.vocab_size, n)
             self._draws = int(tries * 1.03) + 1  # enough for most steps
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -173,8 +158,11 @@ class StreamBatches(StoreBatches):
         """The targets of all sentences, for each direction, to fit baselines on."""
         return {d: StreamTargets(self, d) for d in DIRECTIONS}
 
-    def _parts(self, step: int, direction: str) -> list[SentenceSpans]:
-        """The spans of all rows of a step: of one epoch, or of the end of one and the beginning of the next."""
+    def _parts(self, step: int, direction: str) -> list[Spans]:
+        """The spans of all rows of a step: of one epoch, or of the end of one and the beginning of the next.
+
+        Their items are the numbers of sentences in the store.
+        """
         position, stop = step * self._config.max_length, (step + 1) * self._config.max_length
         parts = []
         while position < stop:
@@ -183,8 +171,7 @@ class StreamBatches(StoreBatches):
             sentences, offsets = self._epoch(epoch, direction)
             begin_B = self._slice_begins + offset
             spans = cut(offsets, begin_B, begin_B + count)
-            bounds, sentence_R = self.store.sentence_offsets, sentences[spans.item]
-            parts.append(SentenceSpans(bounds[sentence_R], bounds[sentence_R + 1], spans.start, spans.length))
+            parts.append(spans._replace(item=sentences[spans.item]))
             position += count
         return parts
 
@@ -204,7 +191,7 @@ class StreamBatches(StoreBatches):
             self._epochs[name] = sentences, offsets
         return self._epochs[name]
 
-    def _read(self, direction: str, spans: SentenceSpans) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, direction: str, spans: Spans) -> tuple[np.ndarray, np.ndarray]:
         """The ids of the words that a direction reads in spans, end to end, and of the words that follow them.
 
         A sentence of the words a b c, tokens 100 to 102 of the store, read whole and from position 1 to 2:
@@ -222,13 +209,15 @@ class StreamBatches(StoreBatches):
         ahead = 1 if direction == "forward" else -1
         stop_R = np.cumsum(spans.length)
         start_R = stop_R - spans.length
-        target_R = spans.begin + spans.start if direction == "forward" else spans.end - 1 - spans.start
+        bounds = self.store.sentence_offsets
+        begin_R, end_R = bounds[spans.item], bounds[spans.item + 1]
+        target_R = begin_R + spans.start if direction == "forward" else end_R - 1 - spans.start
         target = np.repeat(target_R - ahead * start_R, spans.length) + ahead * np.arange(stop_R[-1])
         last = self.store.num_tokens - 1
         inputs = self.store.gather(np.clip(target - ahead, 0, last))
         inputs[start_R[spans.start == 0]] = before
         targets = self.store.gather(np.clip(target, 0, last))
-        targets[stop_R[spans.start + spans.length > spans.end - spans.begin] - 1] = after
+        targets[stop_R[spans.start + spans.length > end_R - begin_R] - 1] = after
         return inputs, targets
 
     def _known(self, words: np.ndarray) -> np.ndarray:
@@ -251,13 +240,8 @@ class StreamTargets:
         """The targets at some positions of the sentences in the order of the store."""
         position = positions.ravel()
         sentence = np.searchsorted(self.sentence_offsets, position, side="right") - 1
-        bounds = self._batches.store.sentence_offsets
-        spans = SentenceSpans(
-            bounds[sentence],
-            bounds[sentence + 1],
-            position - self.sentence_offsets[sentence],
-            np.ones_like(position),
-        )
+        start = position - self.sentence_offsets[sentence]
+        spans = Spans(sentence, np.zeros_like(position), start, np.ones_like(position))
         _, targets = self._batches._read(self._direction, spans)
         return self._batches._known(targets).reshape(positions.shape)
 
@@ -291,24 +275,3 @@ def bucket(n: int) -> int:
     """The smallest of 128, 192, 256, 384, … (powers of two, and one and a half times these) that is n or more."""
     size = max(1 << (n - 1).bit_length(), FEWEST_WORDS)
     return size * 3 // 4 if n <= size * 3 // 4 and size > FEWEST_WORDS else size
-
-
-def log_uniform(key: np.ndarray, n: int, vocab_size: int, at_once: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws n distinct ids of a vocabulary that is sorted by falling count, and counts the draws.
-
-    As TensorFlow's LogUniformCandidateSampler: id k is drawn with probability log((k + 2) / (k + 1)) /
-    log(vocab_size + 1), until there are n distinct ids. `at_once`, the number of draws that are made before they are
-    counted, affects only the speed.
-
-    Returns the ids in the order they were drawn, int32 [n], and the number of draws, int32 [].
-    """
-    while True:
-        draws = np.exp(uniform(key, np.arange(at_once)) * np.log(vocab_size + 1)).astype(np.int64) - 1
-        # Written in reverse order, so that the first of several draws of an id stays.
-        number = np.arange(at_once, dtype=np.min_scalar_type(at_once))
-        first_V = np.empty(vocab_size, number.dtype)
-        first_V[draws[::-1]] = number[::-1]
-        first = np.flatnonzero(first_V[draws] == number)
-        if len(first) >= n:
-            return draws[first[:n]].astype(np.int32), np.array(first[n - 1] + 1, np.int32)
-        at_once *= 2

@@ -13,17 +13,11 @@ import numpy as np
 from prelm_jax.errors import InputError
 from prelm_jax.storage import read_json
 from prelm_jax.tokenizers.base import Tokenizer
-from prelm_jax.training.contract import Params
+from prelm_jax.training.contract import Model, Params
 
 # Directories without a config.json are recognized by these files.
 ORIGINAL_GPT = "params_shapes.json"  # GPT-1, as its authors published it
 ELMO_OPTIONS, ELMO_WEIGHTS = "*options.json", "*weights.hdf5"  # ELMo; exactly one of each
-
-
-class Initializable(Protocol):
-    """A pretraining model, as far as formats use it."""
-
-    def init_params(self, key: jax.Array) -> Params: ...
 
 
 class ModelConfig(Protocol):
@@ -34,7 +28,7 @@ class ModelConfig(Protocol):
     @property
     def vocab_size(self) -> int | None: ...
 
-    def build(self) -> Initializable: ...
+    def build(self) -> Model: ...
 
 
 Config = TypeVar("Config", bound=ModelConfig)
@@ -75,9 +69,8 @@ def find_model_type(directory: Path) -> tuple[object, Path]:
         return read_json(settings).get("model_type"), settings
     if any(directory.glob(ELMO_OPTIONS)) or any(directory.glob(ELMO_WEIGHTS)):
         return "elmo", directory
-    raise InputError(
-        f"{directory}: neither a model directory (no config.json, no {ELMO_OPTIONS}) nor a work directory (no run.json)"
-    )
+    model = f"model directory (no config.json, no {ELMO_OPTIONS})"
+    raise InputError(f"{directory}: neither a {model} nor a work directory (no run.json)")
 
 
 def abstract_params(config: ModelConfig) -> Params:
@@ -93,10 +86,7 @@ def require(settings: Mapping[str, object], fixed: Mapping[str, object], source:
 
 
 def save(
-    model: LoadedModel[Config, Vocabulary],
-    format: Format[Config, Vocabulary],
-    directory: str | os.PathLike,
-    card: str,
+    model: LoadedModel[Config, Vocabulary], format: Format[Config, Vocabulary], directory: str | os.PathLike, card: str
 ) -> None:
     """Saves a model directory with the text `card` as its README.md.
 

@@ -47,42 +47,18 @@ DATASETS = {
 SOFTMAX = frozenset({"softmax/embedding", "softmax/bias"})
 
 
-def _size(value: object) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(value)
-    return value
-
-
-def _number(value: object) -> float:
-    if not isinstance(value, int | float):
-        raise TypeError(value)
-    return float(value)
-
-
-def _filters(value: object) -> tuple[tuple[int, int], ...]:
-    if not isinstance(value, list):
-        raise TypeError(value)
-    return tuple((_size(width), _size(number)) for width, number in value)
-
-
-def _flag(value: object) -> bool:
-    if type(value) is not bool:
-        raise TypeError(value)
-    return value
-
-
-# Field of ELMoConfig -> (keys in options.json, how to read the value).
-FIELDS: dict[str, tuple[tuple[str, ...], Callable[[object], object]]] = {
-    "character_embedding_size": (("char_cnn", "embedding", "dim"), _size),
-    "filters": (("char_cnn", "filters"), _filters),
-    "activation": (("char_cnn", "activation"), str),
-    "num_highways": (("char_cnn", "n_highway"), _size),
-    "hidden_size": (("lstm", "dim"), _size),
-    "projection_size": (("lstm", "projection_dim"), _size),
-    "num_layers": (("lstm", "n_layers"), _size),
-    "cell_clip": (("lstm", "cell_clip"), _number),
-    "projection_clip": (("lstm", "proj_clip"), _number),
-    "use_skip_connections": (("lstm", "use_skip_connections"), _flag),
+# Field of ELMoConfig -> keys in options.json.
+FIELDS = {
+    "character_embedding_size": ("char_cnn", "embedding", "dim"),
+    "filters": ("char_cnn", "filters"),
+    "activation": ("char_cnn", "activation"),
+    "num_highways": ("char_cnn", "n_highway"),
+    "hidden_size": ("lstm", "dim"),
+    "projection_size": ("lstm", "projection_dim"),
+    "num_layers": ("lstm", "n_layers"),
+    "cell_clip": ("lstm", "cell_clip"),
+    "projection_clip": ("lstm", "proj_clip"),
+    "use_skip_connections": ("lstm", "use_skip_connections"),
 }
 # bilm-tf counts one more character id when it reads than when it trains, for padding between words; files have either.
 NUM_CHARACTERS, NUM_CHARACTERS_IN_TRAINING = 262, 261
@@ -137,12 +113,12 @@ def _read_config(source: Path) -> ELMoConfig:
     if options["char_cnn"].get("n_characters", NUM_CHARACTERS) != NUM_CHARACTERS_IN_TRAINING:
         require(options["char_cnn"], {"n_characters": NUM_CHARACTERS}, source)
     fields = {}
-    for field, (keys, parse) in FIELDS.items():
+    for field, keys in FIELDS.items():
         value = options
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         try:
-            fields[field] = parse(value)
+            fields[field] = _parsed(value, getattr(ELMoConfig, field))
         except (TypeError, ValueError):
             found = "missing" if value is None else f"{value!r}, which is not a valid value"
             raise InputError(f"{source}: {'.'.join(keys)} is {found}") from None
@@ -153,9 +129,20 @@ def _read_config(source: Path) -> ELMoConfig:
     return build(vocab_size=len(SPECIAL_TOKENS), **fields)
 
 
+def _parsed(value: object, default: object) -> object:
+    """The value for a field with this default; TypeError or ValueError for another type or a number below 0."""
+    if isinstance(default, tuple) and isinstance(value, list):
+        return tuple((_parsed(width, 0), _parsed(number, 0)) for width, number in value)
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if type(value) is not type(default) or (isinstance(value, int) and value < 0):
+        raise TypeError(value)
+    return value
+
+
 def _options(config: ELMoConfig) -> dict[str, object]:
     options: dict = {"char_cnn": {"max_characters_per_token": MAX_CHARACTERS, "n_characters": NUM_CHARACTERS}}
-    for field, (keys, _) in FIELDS.items():
+    for field, keys in FIELDS.items():
         group = options
         for key in keys[:-1]:
             group = group.setdefault(key, {})

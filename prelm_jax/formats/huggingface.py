@@ -108,9 +108,7 @@ class Layout(Generic[Config]):
         """
         for field, value in vars(model.config).items():
             if field not in self.settings and value != getattr(self.config_class, field):
-                raise InputError(
-                    f"--model.{field} {value}: {model.config.model_type}'s config.json has no such setting"
-                )
+                raise InputError(f"--model.{field} {value}: config.json has no such setting")
         parts: dict[str, dict[int | None, np.ndarray]] = {}
         for path, value in jax.tree_util.tree_leaves_with_path(model.params):
             ours, tensor = path_name(path), np.asarray(value, np.float32)
@@ -131,8 +129,8 @@ class Layout(Generic[Config]):
         # Without a padding token transformers classifies no batch. GPT-1 has none: its unknown token rarely is last.
         pad_id = next((id for id in (model.tokenizer.pad_id, model.tokenizer.unknown_id) if id is not None), 0)
         settings |= {**self.written, "model_type": model.config.model_type, "dtype": "float32", "pad_token_id": pad_id}
-        text = json.dumps(settings, indent=2, sort_keys=True)
-        (directory / "config.json").write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+        (directory / "config.json").write_text(text, encoding="utf-8")
         model.tokenizer.save(directory, model_max_length=model.config.max_position_embeddings)
 
     def format(
@@ -140,7 +138,7 @@ class Layout(Generic[Config]):
     ) -> Format[Config, Tokenizer]:
         """The format; `task` and `example` are those of a pipeline of transformers."""
         code = f'from transformers import pipeline\n\npipeline("{task}", model="{{name}}")("{example}")'
-        fields = {field.name for field in dataclasses.fields(self.config_class)}
+        dropouts = {field.name for field in dataclasses.fields(self.config_class) if field.name.endswith("dropout")}
         return Format(
             read=read,
             write=self.write,
@@ -149,8 +147,7 @@ class Layout(Generic[Config]):
             settings_file="config.json",
             settings_key="model_type",
             vocabulary_tables=self.vocabulary_tables,
-            may_differ=frozenset(name for name in fields if name.endswith("dropout"))
-            | {"vocab_size", "initializer_range"},
+            may_differ=frozenset({*dropouts, "vocab_size", "initializer_range"}),
             rows_to_copy=rows_of_prefix,
         )
 

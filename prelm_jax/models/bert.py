@@ -126,9 +126,8 @@ class MaskedLMHead(nn.Module):
         c = self.config
         self.masked_lm_transform = Dense(c.embedding_width, truncated_normal(c.initializer_range))
         self.masked_lm_layer_norm = LayerNorm(c.layer_norm_eps)
-        self.masked_lm_bias = self.param(
-            "masked_lm_bias", nn.initializers.zeros, (padded_vocabulary(c.known_vocab_size),)
-        )
+        rows = padded_vocabulary(c.known_vocab_size)
+        self.masked_lm_bias = self.param("masked_lm_bias", nn.initializers.zeros, (rows,))
 
     def __call__(self, hidden: Array, table_VD: Array) -> Array:
         """[..., padded vocabulary], fp32, from hidden states [..., D] and the table of word embeddings."""
@@ -141,6 +140,8 @@ class Bert(LanguageModel):
 
     config: BertConfig
     dtype: jnp.dtype = jnp.float32
+
+    replicated, matrices = BertEncoder.replicated, BertEncoder.matrices
 
     def setup(self):
         c = self.config
@@ -193,11 +194,6 @@ class Bert(LanguageModel):
     def coefficients(self) -> dict[str, float]:
         """The objective is the sum of both losses (run_pretraining.py)."""
         return {"masked_lm_loss": 1.0, "next_sentence_loss": 1.0}
-
-    @property
-    def matrices(self) -> tuple[str, ...]:
-        """Regular expressions of the paths of the layers' weight matrices."""
-        return BertEncoder.matrices
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         """The weight of each loss, from the batch alone."""

@@ -1,4 +1,4 @@
-"""The softmax over a vocabulary and its loss, in chunks where all logits at once would take too much memory."""
+"""The softmax over a vocabulary and its loss: whole, sampled, or in chunks where all logits take too much memory."""
 
 import math
 from functools import partial
@@ -31,12 +31,35 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
     return log_normalizer - picked, (picked == highest).astype(jnp.float32)
 
 
+def log_expected_count(ids: Array, tries: Array, sampled: int, vocab_size: int) -> Array:
+    """The logarithm of each id's expected count among `sampled` distinct ids, found by `tries` log-uniform draws.
+
+    See tensorflow/core/kernels/range_sampler.cc, `ExpectedCountHelper` with the probabilities of a LogUniformSampler.
+    """
+    probabilities = jnp.log1p(1 / (ids.astype(jnp.float32) + 1)) / math.log1p(vocab_size)
+    distinct = -jnp.expm1(tries.astype(jnp.float32) * jnp.log1p(-probabilities))
+    return jnp.log(jnp.where(tries == sampled, sampled * probabilities, distinct))
+
+
+def sampled_nll(
+    x_GP: Array, true_GP: Array, true_bias_G: Array, sampled_SP: Array, sampled_bias_S: Array, hits_GS: Array
+) -> Array:
+    """[G], fp32: negative log-likelihood of each target in a softmax over itself and the negatives (Jean et al. 2015).
+
+    As tf.nn.sampled_softmax_loss: takes the vectors of targets and negatives, and their biases minus the logarithms of
+    their expected counts. `hits_GS`: negatives that equal the target, which are left out.
+    """
+    true_G = jnp.einsum("GP,GP->G", x_GP, true_GP, preferred_element_type=jnp.float32) + true_bias_G
+    sampled_GS = jnp.einsum("GP,SP->GS", x_GP, sampled_SP, preferred_element_type=jnp.float32)
+    sampled_GS = jnp.where(hits_GS, MASKED, add_bias(sampled_GS, sampled_bias_S))
+    nll_G, _ = cross_entropy(jnp.concatenate([true_G[:, None], sampled_GS], 1), jnp.zeros(x_GP.shape[0], jnp.int32))
+    return nll_G
+
+
 def tied_logits(x: Array, table_VD: Array, vocab_size: int, bias_V: Array | None = None) -> Array:
     """[..., V], fp32: products of [..., D] with a vocabulary table, whose rows past `vocab_size` never win."""
-    x_GD, rows = x.reshape(-1, x.shape[-1]), table_VD.shape[0]
-    logits_GV = jax.lax.dot_general(
-        x_GD, table_VD.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    x_GD, rows, transposed = x.reshape(-1, x.shape[-1]), table_VD.shape[0], (((1,), (1,)), ((), ()))
+    logits_GV = jax.lax.dot_general(x_GD, table_VD.astype(x.dtype), transposed, preferred_element_type=jnp.float32)
     if bias_V is not None:
         logits_GV = add_bias(logits_GV, jnp.where(jnp.arange(rows) < vocab_size, bias_V, MASKED))
     else:
@@ -47,12 +70,7 @@ def tied_logits(x: Array, table_VD: Array, vocab_size: int, bias_V: Array | None
 
 
 def tied_cross_entropy(
-    x_BTD: Array,
-    table_VD: Array,
-    targets_BT: Array,
-    weights_BT: Array,
-    vocab_size: int,
-    bias_V: Array | None = None,
+    x_BTD: Array, table_VD: Array, targets_BT: Array, weights_BT: Array, vocab_size: int, bias_V: Array | None = None
 ) -> tuple[Array, Array]:
     """`cross_entropy` of `tied_logits`, summed with weights: (nats, number of targets with the highest logit), scalars.
 
@@ -67,18 +85,9 @@ def _tied_cross_entropy(vocab_size: int, arguments: Arguments) -> tuple[Array, A
     return _in_chunks(vocab_size, arguments, differentiate=False)[0]
 
 
-def _tied_cross_entropy_forward(vocab_size: int, arguments: Arguments) -> tuple[tuple[Array, Array], Gradients]:
-    return _in_chunks(vocab_size, arguments, differentiate=True)
-
-
-def _tied_cross_entropy_backward(
-    vocab_size: int, gradients: Gradients, cotangents: tuple[Array, Array]
-) -> tuple[Gradients]:
+def _backward(vocab_size: int, gradients: Gradients, cotangents: tuple[Array, Array]) -> tuple[Gradients]:
     scaled = jax.tree.map(lambda gradient: (cotangents[0] * gradient).astype(gradient.dtype), gradients)
     return ((*scaled, None, None),)
-
-
-_tied_cross_entropy.defvjp(_tied_cross_entropy_forward, _tied_cross_entropy_backward)
 
 
 def _in_chunks(vocab_size: int, arguments: Arguments, differentiate: bool) -> tuple[tuple[Array, Array], Gradients]:
@@ -100,6 +109,9 @@ def _in_chunks(vocab_size: int, arguments: Arguments, differentiate: bool) -> tu
     out_specs = ((P(), P()), (rows, P(), P()) if differentiate else ())
     in_specs = (rows, P(), P(), rows, rows)
     return jax.shard_map(local, in_specs=(in_specs,), out_specs=out_specs, check_vma=False)(arguments)
+
+
+_tied_cross_entropy.defvjp(partial(_in_chunks, differentiate=True), _backward)
 
 
 def _local_chunks(vocab_size: int, arguments: Arguments, differentiate: bool) -> tuple[tuple[Array, Array], Gradients]:
@@ -144,9 +156,8 @@ def _local_chunks(vocab_size: int, arguments: Arguments, differentiate: bool) ->
 
     zero = jnp.zeros(())
     start = jax.tree.map(lambda x: jnp.zeros(x.shape), (table_VD, bias_V)) if differentiate else None
-    (sums, gradients), dx = jax.lax.scan(
-        chunk, ((zero, zero), start), (split(x_BTD), split(targets_BT), split(weights_BT))
-    )
+    values = (split(x_BTD), split(targets_BT), split(weights_BT))
+    (sums, gradients), dx = jax.lax.scan(chunk, ((zero, zero), start), values)
     if dx is None:
         return sums, ()
     return sums, (dx.reshape(-1, x_BTD.shape[-1])[:tokens].reshape(x_BTD.shape), *gradients)

@@ -9,7 +9,6 @@ Reference: allenai/bilm-tf, bilm/training.py. Divergences:
 """
 
 import dataclasses
-import math
 from functools import partial
 from typing import ClassVar, Literal, cast
 
@@ -21,9 +20,9 @@ from jax.sharding import PartitionSpec
 
 from prelm_jax.errors import InputError
 from prelm_jax.models.character_cnn import CharacterCNN
-from prelm_jax.models.cross_entropy import cross_entropy, tied_cross_entropy, tied_logits
+from prelm_jax.models.cross_entropy import log_expected_count, sampled_nll, tied_cross_entropy, tied_logits
 from prelm_jax.models.language_model import LanguageModel, LanguageModelConfig
-from prelm_jax.models.layers import MASKED, Dropout, Embedding, add_bias, check_rows, normal, padded_vocabulary, uniform
+from prelm_jax.models.layers import Dropout, Embedding, check_rows, normal, padded_vocabulary, uniform
 from prelm_jax.models.lstm import LSTMStack, State, lstm
 from prelm_jax.tokenizers.characters import MAX_CHARACTERS, NUM_CHARACTERS, PAD
 from prelm_jax.training.contract import Batch, HostBatch, Params, Sums
@@ -174,6 +173,8 @@ class ELMo(LanguageModel):
     config: ELMoConfig
     dtype: jnp.dtype = jnp.float32
 
+    replicated, matrices = ELMoEncoder.replicated, ELMoEncoder.matrices
+
     def setup(self):
         c = self.config
         self.bilm = ELMoEncoder(c, self.dtype)
@@ -203,7 +204,7 @@ class ELMo(LanguageModel):
 
     def _sampled_nll(self, x: dict[str, Array], batch: Batch) -> dict[str, Array]:
         """[B, T] of each direction: `sampled_nll` of its targets."""
-        table_VP, bias_V = self.softmax()
+        (table_VP, bias_V), vocab_size = self.softmax(), self.config.known_vocab_size
         # The gradient of a lookup is as large as the table: one for the targets of both directions, one for their
         # negatives. Every device looks up the targets of all, so that they exchange gradients of targets, not of
         # tables.
@@ -219,17 +220,10 @@ class ELMo(LanguageModel):
         nll = {}
         for i, d in enumerate(DIRECTIONS):
             targets_BT, tries = batch[f"{d}_targets"], batch[f"{d}_tries"]
-            counts = partial(
-                log_expected_count, tries=tries, sampled=negatives.shape[1], vocab_size=self.config.known_vocab_size
-            )
-            nll_G = sampled_nll(
-                flat(x[d]),
-                flat(true[i]),
-                flat(true_bias[i] - counts(targets_BT)),
-                sampled[i],
-                sampled_bias[i] - counts(negatives[i]),
-                flat(targets_BT)[:, None] == negatives[i][None],
-            )
+            count = partial(log_expected_count, tries=tries, sampled=negatives.shape[1], vocab_size=vocab_size)
+            true_bias_BT, sampled_bias_S = true_bias[i] - count(targets_BT), sampled_bias[i] - count(negatives[i])
+            hits_GS = flat(targets_BT)[:, None] == negatives[i][None]
+            nll_G = sampled_nll(flat(x[d]), flat(true[i]), flat(true_bias_BT), sampled[i], sampled_bias_S, hits_GS)
             nll[d] = nll_G.reshape(x[d].shape[:2])
         return nll
 
@@ -250,16 +244,6 @@ class ELMo(LanguageModel):
     def coefficients(self) -> dict[str, float]:
         """The objective is the mean of both directions."""
         return {f"{d}_loss": 0.5 for d in DIRECTIONS}
-
-    @property
-    def replicated(self) -> tuple[str, ...]:
-        """Regular expressions of the parameter paths that are never sharded."""
-        return ELMoEncoder.replicated
-
-    @property
-    def matrices(self) -> tuple[str, ...]:
-        """Regular expressions of the paths of the layers' weight matrices."""
-        return ELMoEncoder.matrices
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         """The weight of each loss, from the batch alone."""
@@ -302,31 +286,6 @@ def padded_length(config: ELMoConfig, longest: int) -> int:
     To export a program with a symbolic length, bound it so that the minimum is decided: "c <= 43" for width 7.
     """
     return min(longest + max(width for width, _ in config.filters), MAX_CHARACTERS)
-
-
-def log_expected_count(ids: Array, tries: Array, sampled: int, vocab_size: int) -> Array:
-    """The logarithm of each id's expected count among `sampled` distinct ids, found by `tries` log-uniform draws.
-
-    See tensorflow/core/kernels/range_sampler.cc, `ExpectedCountHelper` with the probabilities of a LogUniformSampler.
-    """
-    probabilities = jnp.log1p(1 / (ids.astype(jnp.float32) + 1)) / math.log1p(vocab_size)
-    distinct = -jnp.expm1(tries.astype(jnp.float32) * jnp.log1p(-probabilities))
-    return jnp.log(jnp.where(tries == sampled, sampled * probabilities, distinct))
-
-
-def sampled_nll(
-    x_GP: Array, true_GP: Array, true_bias_G: Array, sampled_SP: Array, sampled_bias_S: Array, hits_GS: Array
-) -> Array:
-    """[G], fp32: negative log-likelihood of each target in a softmax over itself and the negatives (Jean et al. 2015).
-
-    As tf.nn.sampled_softmax_loss: takes the vectors of targets and negatives, and their biases minus the logarithms of
-    their expected counts. `hits_GS`: negatives that equal the target, which are left out.
-    """
-    true_G = jnp.einsum("GP,GP->G", x_GP, true_GP, preferred_element_type=jnp.float32) + true_bias_G
-    sampled_GS = jnp.einsum("GP,SP->GS", x_GP, sampled_SP, preferred_element_type=jnp.float32)
-    sampled_GS = jnp.where(hits_GS, MASKED, add_bias(sampled_GS, sampled_bias_S))
-    nll_G, _ = cross_entropy(jnp.concatenate([true_G[:, None], sampled_GS], 1), jnp.zeros(x_GP.shape[0], jnp.int32))
-    return nll_G
 
 
 def _on_every_device(x: Array) -> Array:

@@ -81,6 +81,8 @@ class GPT(LanguageModel):
     config: GPTConfig
     dtype: jnp.dtype = jnp.float32
 
+    replicated, matrices = GPTEncoder.replicated, GPTEncoder.matrices
+
     def setup(self):
         self.gpt = GPTEncoder(self.config, self.dtype)
         nn.share_scope(self, self.gpt)
@@ -119,10 +121,8 @@ class GPT(LanguageModel):
     def losses(self, batch: Batch, carry: Params, train: bool) -> tuple[Sums, Sums, Params]:
         """The loss and its accuracy."""
         last_BTD = self.gpt.hidden_states(batch, train)[-1]
-        table_VD = self.gpt.token_embeddings.table
-        loss, correct = tied_cross_entropy(
-            last_BTD, table_VD, batch["targets"], batch["weights"], self.config.known_vocab_size
-        )
+        table_VD, vocab_size = self.gpt.token_embeddings.table, self.config.known_vocab_size
+        loss, correct = tied_cross_entropy(last_BTD, table_VD, batch["targets"], batch["weights"], vocab_size)
         weight = batch["weights"].sum()
         return {"lm_loss": (loss, weight)}, {"lm_accuracy": (correct, weight)}, carry
 
@@ -134,11 +134,6 @@ class GPT(LanguageModel):
     def coefficients(self) -> dict[str, float]:
         """The objective is the loss."""
         return {"lm_loss": 1.0}
-
-    @property
-    def matrices(self) -> tuple[str, ...]:
-        """Regular expressions of the paths of the layers' weight matrices."""
-        return GPTEncoder.matrices
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         """The weight of the loss, from the batch alone."""

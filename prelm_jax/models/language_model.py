@@ -55,11 +55,6 @@ class LanguageModel(nn.Module):
         outputs = self.apply({"params": params}, batch, carry, train, rngs=rngs, method="losses")
         return cast(tuple[Sums, Sums, Params], outputs)
 
-    @property
-    def replicated(self) -> tuple[str, ...]:
-        """Regular expressions of the parameter paths that are never sharded: none."""
-        return ()
-
     def tokens(self, batch: Batch) -> Array:
         """int32 [2]: the tokens of a batch that are not padding, and all its positions."""
         return jnp.array([(batch["segments"] != 0).sum(), batch["segments"].size])

@@ -219,10 +219,7 @@ def _dropout(x: Array, rate: float, key: Array) -> Array:
 
 
 # The backward pass draws the mask again, which is cheaper than keeping it in memory.
-_dropout.defvjp(
-    lambda x, rate, key: (_dropout(x, rate, key), key),
-    lambda rate, key, g: (_dropout(g, rate, key), None),
-)
+_dropout.defvjp(lambda x, rate, key: (_dropout(x, rate, key), key), lambda rate, key, g: (_dropout(g, rate, key), None))
 
 
 class Dropout(nn.Module):

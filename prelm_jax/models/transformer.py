@@ -28,10 +28,9 @@ class TransformerConfig(LanguageModelConfig):
     initializer_range: float = 0.02  # Standard deviation of the initial weights.
 
     def __post_init__(self):
-        if self.hidden_size % self.num_heads:
-            raise InputError(
-                f"--model.num-heads {self.num_heads} does not divide --model.hidden-size {self.hidden_size}"
-            )
+        heads, width = self.num_heads, self.hidden_size
+        if width % heads:
+            raise InputError(f"--model.num-heads {heads} does not divide --model.hidden-size {width}")
 
 
 class Attention(nn.Module):

@@ -87,7 +87,8 @@ class Program:
 
     def collectives(self) -> list[Collective]:
         """The collectives of a step, by kind and group size, most bytes first."""
-        counts, bytes_ = collections.Counter(), collections.Counter()
+        counts: collections.Counter[tuple[str, int, bool]] = collections.Counter()
+        bytes_ = collections.Counter()
 
         def add(kind: str, devices: int, between_slices: bool, times: int, size: int) -> None:
             counts[kind, devices, between_slices] += times
@@ -97,23 +98,14 @@ class Program:
             kind = instruction.opcode.removesuffix("-start")
             if sent := _SENT.search(instruction.attributes):
                 if kind == "send":
-                    add(
-                        sent[2].lower().replace("_", "-"),
-                        _count(sent[1]),
-                        True,
-                        times,
-                        computation[instruction.operands[0]].bytes,
-                    )
+                    size = computation[instruction.operands[0]].bytes
+                    add(sent[2].lower().replace("_", "-"), _count(sent[1]), True, times, size)
             elif kind in COLLECTIVES:
                 size = instruction.bytes
                 if instruction.opcode.endswith("-start") and kind != "all-reduce":  # Its type includes the operands.
                     size -= sum(computation[name].bytes for name in instruction.operands)
                 add(kind, _group_size(instruction.attributes), False, times, size)
-        found = [
-            Collective(kind, devices, counts[key], bytes_[key], between_slices)
-            for key in counts
-            for kind, devices, between_slices in [key]
-        ]
+        found = (Collective(*key[:2], count, bytes_[key], key[2]) for key, count in counts.items())
         return sorted(found, key=lambda collective: -collective.bytes)
 
     def repetition(self) -> tuple[float, float]:
@@ -131,10 +123,9 @@ class Program:
 
     def memory_traffic(self) -> int:
         """Bytes to and from the device's memory, without arrays that the compiler keeps on the chip between uses."""
-        return sum(
-            times * self._bytes(computation, instruction, attrgetter("bytes_in_memory"))
-            for computation, instruction, times in self._executed(fusions=False)
-        )
+        size = attrgetter("bytes_in_memory")
+        executed = self._executed(fusions=False)
+        return sum(times * self._bytes(computation, instruction, size) for computation, instruction, times in executed)
 
     def _executed(self, fusions: bool = True) -> Iterator[tuple[_Computation, _Instruction, int]]:
         """(computation, instruction, executions); with `fusions` also the instructions inside fusions."""
@@ -169,11 +160,8 @@ class Program:
 
     def _bytes(self, computation: _Computation, instruction: _Instruction, size: _Size) -> int:
         """Bytes that an instruction reads and writes; of an operand that it only slices, the slices."""
-        if (
-            instruction.opcode in _FREE
-            or instruction.opcode.endswith("-done")
-            or "ConcatBitcast" in instruction.attributes
-        ):
+        opcode = instruction.opcode
+        if opcode in _FREE or opcode.endswith("-done") or "ConcatBitcast" in instruction.attributes:
             return 0
         operands = [computation[name] for name in instruction.operands]
         sizes, result = [size(operand) for operand in operands], size(instruction)

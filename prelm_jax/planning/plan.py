@@ -18,6 +18,7 @@ from prelm_jax.planning.hlo import Collective, Program
 from prelm_jax.planning.topology import collective_seconds, compile_only_devices, shape_of
 from prelm_jax.run import Run
 from prelm_jax.tokenizers import wordpiece, words
+from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training import loop
 from prelm_jax.training.chips import GiB, find_chip
 from prelm_jax.training.contract import Batches
@@ -32,6 +33,7 @@ OUT_OF_MEMORY = (
     r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)",
 )
 SYNTHETIC_TOKENS = (10_000, 1_000_000)  # At least some documents; at most what a second generates.
+SPECIAL_TOKENS = (*wordpiece.SPECIAL_TOKENS, *words.SPECIAL_TOKENS)
 ZIPF = 1.2  # The exponent at which random words repeat as often as in Simple English Wikipedia.
 
 
@@ -130,7 +132,9 @@ def plan(run: Run, topology: str, progress: Callable[[str], None] = lambda line:
     if fitting is None:
         switch = "" if run.loop.mesh.parameters == "fsdp" else "--mesh.parameters fsdp or "
         raise InputError(f"{asked}, and one row per chip does not fit either: try {switch}a larger slice")
-    micro_batches = _micro_batches(run, mesh.size, fitting.batch_size)
+    # The fewest micro-batches that are no larger than the batch that fits.
+    rows, largest = run.batch_size // mesh.size, fitting.batch_size // mesh.size
+    micro_batches = next(n for n in range(run.accumulate, rows + 1) if rows % n == 0 and rows // n <= largest)
     advice = f"{asked}; --batch-size {fitting.batch_size} fits, or --accumulate {micro_batches}"
     return dataclasses.replace(fitting, fits=False, advice=advice, memory_needed=refused.needed)
 
@@ -147,12 +151,6 @@ def _largest(run: Run, topology: str, mesh: jax.sharding.Mesh, progress: Callabl
         except TooLarge:
             high = middle
     return fitting
-
-
-def _micro_batches(run: Run, devices: int, largest: int) -> int:
-    """The smallest `accumulate` whose micro-batches are no larger than the `largest` batch that fits."""
-    rows = run.batch_size // devices
-    return next(n for n in range(run.accumulate, rows + 1) if rows % n == 0 and rows // n <= largest // devices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +219,7 @@ def analyze(run: Run, topology: str, mesh: jax.sharding.Mesh, progress: Callable
         times = [collective_seconds(collective, chip, shape) for collective in collectives]
         timed = list(zip(collectives, times, strict=True))
         seconds_by |= {"memory": memory_traffic / chip.bandwidth, "links": sum(times)}
+    arguments = memory.argument_size_in_bytes - memory.alias_size_in_bytes  # Without those that become outputs.
     state = step.state
     trees = {"parameters": state.params, "optimizer state": state.opt_state, "carry": state.carry, "batch": step.batch}
     return Plan(
@@ -230,12 +229,7 @@ def analyze(run: Run, topology: str, mesh: jax.sharding.Mesh, progress: Callable
         batch_size=run.batch_size,
         fits=True,
         advice="",
-        memory_needed=(
-            memory.argument_size_in_bytes
-            + memory.temp_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-        ),
+        memory_needed=arguments + memory.temp_size_in_bytes + memory.output_size_in_bytes,
         memory_available=chip.memory if chip else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / mesh.size,
         compile_seconds=step.compile_seconds,
         model_flops=model_flops,
@@ -258,24 +252,19 @@ def _sizes(tree: object) -> tuple[int, int]:
     return total, sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-class TokenizerOfSize:
+class TokenizerOfSize(Tokenizer):
     """The parts of a tokenizer that batches need: a vocabulary of a given size, with every special token."""
 
-    open_vocabulary = False
-
     def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
-        specials = (*wordpiece.SPECIAL_TOKENS, *words.SPECIAL_TOKENS)
-        self.special_ids = {token: i for i, token in enumerate(specials)}
-        self.pad_id, _, self.cls_id, self.sep_id, self.mask_id, self.bos_id, self.eos_id, self.unknown_id = range(8)
-        self.tokens = [*specials, *map(str, range(len(specials), vocab_size))]
+        tokens = [*SPECIAL_TOKENS, *map(str, range(len(SPECIAL_TOKENS), vocab_size))]
+        super().__init__(tokens, wordpiece.ROLES | words.ROLES)
         self.continuation = np.arange(vocab_size) % 3 == 2  # One subword in three continues a word, as in real text.
 
 
 def _synthetic_batches(run: Run, vocab_size: int) -> Batches:
     """Batches of random words; Zipf's law makes the number of distinct words that of a text."""
     tokenizer = TokenizerOfSize(vocab_size)
-    first = len(tokenizer.special_ids)
+    first = len(SPECIAL_TOKENS)
     size = int(np.clip(4 * run.batch_size * run.data.max_length, *SYNTHETIC_TOKENS))
     ids = first + (np.random.default_rng(0).zipf(ZIPF, size) - 1) % (vocab_size - first)
     sentences = [sentence.tolist() for sentence in np.array_split(ids, size // 25)]

@@ -1,4 +1,4 @@
-"""What every tokenizer offers, and the vocabulary that all of them share."""
+"""The base of all tokenizers and of their configurations."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -11,81 +11,21 @@ from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
 
 
-class Tokenizer(Protocol):
-    """Text to ids and back.
+class Tokenizer:
+    """Text to ids and back. `tokens` lists the vocabulary by id; `roles` maps roles to the special tokens.
+
+    Roles have transformers' names: {"unk": "<UNK>", "bos": "<S>", "eos": "</S>"}. "unk" is required.
 
     Special tokens are looked up by role: `mask_id` is the id of "[MASK]", or None in a vocabulary without such a token.
     Their names have no meaning in a text: "[MASK]" is encoded as a bracket, a word and a bracket. (`WordVocabulary` is
     the exception.)
-    """
-
-    tokens: list[str]  # id -> string
-    special_ids: dict[str, int]  # special token -> id
-    pad_id: int | None
-    unknown_id: int | None  # for words that the vocabulary cannot spell
-    cls_id: int | None
-    sep_id: int | None
-    mask_id: int | None
-    bos_id: int | None
-    eos_id: int | None
-    open_vocabulary: bool  # whether the token store gives ids of their own to words outside of the vocabulary
-    lowercase: bool  # whether text is lower-cased
-    fingerprint: str  # SHA-256 (hex) of the vocabulary and the settings
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, without special tokens."""
-        ...
-
-    def encode_flat(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts end to end (int32), and the number of ids of each text (int64).
-
-        Faster than `encode_batch` for many texts.
-        """
-        ...
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, including the names of special tokens."""
-        ...
-
-    def save(self, directory: str | os.PathLike, model_max_length: int | None = None) -> None:
-        """Writes the files that transformers' AutoTokenizer and `tokenizers.load` read.
-
-        `model_max_length` is the model's number of positions, at which readers truncate.
-        """
-        ...
-
-
-class TokenizerConfig(Protocol):
-    """A configuration of a tokenizer, resolved by `tokenizers.build`."""
-
-    @property
-    def path(self) -> str | None:
-        """An existing tokenizer to load, or None to train one."""
-        ...
-
-    @property
-    def expected_vocab_size(self) -> int:
-        """The vocabulary size to plan with before training. A small corpus may give fewer entries."""
-        ...
-
-    def build(self, corpus: Corpus) -> Tokenizer:
-        """A tokenizer trained on the training side of a corpus, or the cached result; `path` is ignored."""
-        ...
-
-
-class Vocabulary:
-    """A list of tokens, some of them with a role.
-
-    `roles` maps roles to tokens, under transformers' names of roles: {"unk": "<UNK>", "bos": "<S>", "eos": "</S>"}.
-    "unk" is required.
 
     Raises InputError if a token is repeated, or if the token of a role is missing.
     """
 
-    open_vocabulary: bool = False
+    open_vocabulary: bool = False  # whether the token store gives ids of their own to words outside of the vocabulary
+    lowercase: bool  # whether text is lower-cased
+    fingerprint: str  # SHA-256 (hex) of the vocabulary and the settings
 
     def __init__(self, tokens: list[str], roles: Mapping[str, str]):
         self.tokens = tokens
@@ -99,17 +39,54 @@ class Vocabulary:
             raise InputError(f"the vocabulary lacks {' '.join(missing)}: {needed}")
         self.special_ids = {token: self.ids[token] for token in roles.values()}
         role_ids = {role: self.ids[token] for role, token in roles.items()}
-        self.pad_id = role_ids.get("pad")
-        self.unknown_id = role_ids.get("unk")
-        self.cls_id = role_ids.get("cls")
-        self.sep_id = role_ids.get("sep")
-        self.mask_id = role_ids.get("mask")
-        self.bos_id = role_ids.get("bos")
-        self.eos_id = role_ids.get("eos")
+        self.pad_id, self.cls_id, self.sep_id = role_ids.get("pad"), role_ids.get("cls"), role_ids.get("sep")
+        self.mask_id, self.bos_id, self.eos_id = role_ids.get("mask"), role_ids.get("bos"), role_ids.get("eos")
+        self.unknown_id = role_ids.get("unk")  # for words that the vocabulary cannot spell
 
     @property
     def vocab_size(self) -> int:
         return len(self.tokens)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, without special tokens."""
+        raise NotImplementedError
+
+    def encode_flat(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts end to end (int32), and the number of ids of each text (int64).
+
+        Faster than `encode_batch` for many texts.
+        """
+        raise NotImplementedError
+
+    def number_flat(self, texts: list[str], numbers: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Like `encode_flat`, with ids from `numbers`, to which new words are added; for an open vocabulary only."""
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, including the names of special tokens."""
+        raise NotImplementedError
+
+    def save(self, directory: str | os.PathLike, model_max_length: int | None = None) -> None:
+        """Writes the files that transformers' AutoTokenizer and `tokenizers.load` read.
+
+        `model_max_length` is the model's number of positions, at which readers truncate.
+        """
+        raise NotImplementedError
+
+
+class TokenizerConfig(Protocol):
+    """A configuration of a tokenizer, resolved by `tokenizers.build`."""
+
+    @property
+    def path(self) -> str | None:
+        """An existing tokenizer to load, or None to train one."""
+
+    @property
+    def expected_vocab_size(self) -> int:
+        """The vocabulary size to plan with before training. A small corpus may give fewer entries."""
+
+    def build(self, corpus: Corpus) -> Tokenizer:
+        """A tokenizer trained on the training side of a corpus, or the cached result; `path` is ignored."""
 
 
 def write_files(directory: str | os.PathLike, files: Mapping[str, str | bytes]) -> None:

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import tokenizers
@@ -25,7 +26,7 @@ from prelm_jax.errors import InputError
 from prelm_jax.storage import prefix_errors, read_json, read_lines
 from prelm_jax.tokenizers.cached_encoder import CachedEncoder
 from prelm_jax.tokenizers.tokenizer_json import read_tokenizer_json, tokens_by_id
-from prelm_jax.tokenizers.training import alphabet, train_once, training_texts
+from prelm_jax.tokenizers.training import alphabet, train_once, train_subwords
 
 UNKNOWN = "<unk>"
 ROLES = {"unk": UNKNOWN}
@@ -141,20 +142,8 @@ def train(corpus: Corpus, num_merges: int) -> tuple[list[str], list[Merge]]:
     tokenizer = _pipeline([UNKNOWN], [])
     letters = alphabet(corpus, tokenizer.normalizer)
     base = [UNKNOWN, *letters, *(letter + END_OF_WORD for letter in letters)]
-    # The library numbers characters in the order of a hash table that differs between processes, and breaks ties
-    # between merges by number. Characters given as special tokens keep their order.
-    trainer = trainers.BpeTrainer(
-        vocab_size=len(base) + num_merges,
-        min_frequency=2,
-        special_tokens=base,
-        initial_alphabet=letters,
-        limit_alphabet=len(letters),
-        end_of_word_suffix=END_OF_WORD,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(training_texts(corpus, "training the vocabulary"), trainer)
-    # Keep only tokens and merges: the trained tokenizer would match its special tokens, here every letter.
-    model = json.loads(tokenizer.to_str())["model"]
+    make = partial(trainers.BpeTrainer, vocab_size=len(base) + num_merges, end_of_word_suffix=END_OF_WORD)
+    model = train_subwords(tokenizer, corpus, make, base, letters)
     return sorted(model["vocab"], key=model["vocab"].__getitem__), [tuple(merge) for merge in model["merges"]]
 
 

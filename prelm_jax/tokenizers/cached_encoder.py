@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import tokenizers
 
-from prelm_jax.tokenizers.base import Vocabulary, write_files
+from prelm_jax.tokenizers.base import Tokenizer, write_files
 from prelm_jax.tokenizers.tokenizer_json import tokenizer_json
 
 CACHED_CHARACTERS = 1 << 23  # Of chunks in the cache; they and their ids take about 200 MB.
@@ -17,7 +17,7 @@ CHARACTERS_AT_ONCE = 1 << 18
 UNSEEN, SPACE, IN_SPAN = -3, -2, -1  # Kinds of characters; chunks of one character have their number instead.
 
 
-class CachedEncoder(Vocabulary):
+class CachedEncoder(Tokenizer):
     """A vocabulary, and a pipeline whose words depend on nothing outside of them and never contain a space.
 
     The pipeline does not know special tokens: "[MASK]" or "<unk>" in a text is text.

@@ -59,9 +59,8 @@ class SentencePiece(CachedEncoder):
         known = set(tokens)
         roles = next((roles for roles in ROLES.values() if known.issuperset(roles.values())), wordpiece.ROLES)
         super().__init__(tokens, roles)
-        self.continuation = np.array(
-            [not token.startswith(BEGIN_OF_WORD) and token not in self.special_ids for token in tokens]
-        )
+        begins = [token.startswith(BEGIN_OF_WORD) or token in self.special_ids for token in tokens]
+        self.continuation = ~np.array(begins)
         self.fingerprint = digest(["sentencepiece", model, lowercase])
 
     @classmethod
@@ -207,12 +206,6 @@ def _cut(line: str) -> Iterator[str]:
 
 
 def _normalizer(lowercase: bool) -> normalizers.Normalizer:
-    steps = [
-        normalizers.NFKC(),
-        normalizers.BertNormalizer(
-            clean_text=True, handle_chinese_chars=False, strip_accents=False, lowercase=lowercase
-        ),
-        normalizers.Replace(Regex(f"[ {BEGIN_OF_WORD}]+"), " "),
-        normalizers.Strip(),
-    ]
-    return normalizers.Sequence(steps)
+    clean = normalizers.BertNormalizer(handle_chinese_chars=False, strip_accents=False, lowercase=lowercase)
+    spaces = normalizers.Replace(Regex(f"[ {BEGIN_OF_WORD}]+"), " ")
+    return normalizers.Sequence([normalizers.NFKC(), clean, spaces, normalizers.Strip()])

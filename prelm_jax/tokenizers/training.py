@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 import tokenizers
 from tokenizers.normalizers import Normalizer
+from tokenizers.trainers import Trainer
 
 from prelm_jax.cache import cached, digest
 from prelm_jax.corpus.documents import Corpus
@@ -34,6 +35,23 @@ def train_once(config: object, version: int, corpus: Corpus, train: Callable[[],
 def training_texts(corpus: Corpus, task: str) -> Iterator[str]:
     """The documents of the training side, the only text that a vocabulary is trained on; `task` titles the progress."""
     return (document.text for document in corpus.documents("training", task))
+
+
+def train_subwords(
+    pipeline: tokenizers.Tokenizer, corpus: Corpus, make: Callable[..., Trainer], base: list[str], letters: list[str]
+) -> dict:
+    """Trains a pipeline with the trainer that `make` builds; returns the "model" of its tokenizer.json.
+
+    Its tokens are `base`, which spell the `letters`, then the merged ones.
+
+    The same in every process: the library numbers characters in the order of a hash table that differs between
+    processes, and breaks ties between merges by number, but characters given as special tokens keep their order.
+    """
+    characters = {"special_tokens": base, "initial_alphabet": letters, "limit_alphabet": len(letters)}
+    trainer = make(**characters, min_frequency=2, show_progress=False)
+    pipeline.train_from_iterator(training_texts(corpus, "training the vocabulary"), trainer)
+    # The model alone: the trained pipeline would match its special tokens, here every letter.
+    return json.loads(pipeline.to_str())["model"]
 
 
 def alphabet(corpus: Corpus, normalizer: Normalizer) -> list[str]:

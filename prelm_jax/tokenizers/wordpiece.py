@@ -9,7 +9,9 @@ or has more than 100 characters, is [UNK]. The `tokenizers` library does the wor
 import dataclasses
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import tokenizers
@@ -21,7 +23,7 @@ from prelm_jax.errors import InputError
 from prelm_jax.storage import prefix_errors, read_json, read_lines
 from prelm_jax.tokenizers.cached_encoder import CachedEncoder
 from prelm_jax.tokenizers.tokenizer_json import read_tokenizer_json
-from prelm_jax.tokenizers.training import alphabet, train_once, training_texts
+from prelm_jax.tokenizers.training import alphabet, train_once, train_subwords
 
 ROLES = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 SPECIAL_TOKENS = tuple(ROLES.values())
@@ -52,9 +54,7 @@ class WordPiece(CachedEncoder):
         self.fingerprint = digest([self.tokens, lowercase, lowercase if strip_accents is None else strip_accents])
 
     @classmethod
-    def from_vocab(
-        cls, path: str | os.PathLike, lowercase: bool = True, strip_accents: bool | None = None
-    ) -> "WordPiece":
+    def from_vocab(cls, path: str | os.PathLike, lowercase: bool = True, strip_accents: bool | None = None) -> Self:
         """Reads a `vocab.txt`: UTF-8, a token per line, the line number (from 0) its id."""
         lines = [line.removesuffix("\r") for line in read_lines(path)]
         for number, line in enumerate(lines, start=1):
@@ -64,7 +64,7 @@ class WordPiece(CachedEncoder):
             return cls(lines, lowercase, strip_accents)
 
     @classmethod
-    def from_directory(cls, directory: str | os.PathLike, lowercase: bool = True) -> "WordPiece":
+    def from_directory(cls, directory: str | os.PathLike, lowercase: bool = True) -> Self:
         """Reads a Hugging Face directory: tokenizer.json or vocab.txt, with the settings of tokenizer_config.json.
 
         `lowercase` applies to a directory without the setting.
@@ -145,19 +145,8 @@ def train(corpus: Corpus, vocab_size: int, lowercase: bool = True) -> list[str]:
             f"vocab_size={vocab_size} is too small for the {len(letters)} characters of the corpus:"
             f" give at least {len(base)}, better several times as many"
         )
-    # The library numbers characters in the order of a hash table that differs between processes, and breaks ties
-    # between merges by number. Characters given as special tokens keep their order.
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=base,
-        initial_alphabet=letters,
-        limit_alphabet=len(letters),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(training_texts(corpus, "training the vocabulary"), trainer)
-    # Keep only the vocabulary: the trained tokenizer would match its special tokens, here every letter.
-    ids = tokenizer.get_vocab(with_added_tokens=False)
+    make = partial(trainers.WordPieceTrainer, vocab_size=vocab_size)
+    ids = train_subwords(tokenizer, corpus, make, base, letters)["vocab"]
     return sorted(ids, key=ids.__getitem__)
 
 

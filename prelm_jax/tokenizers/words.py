@@ -25,7 +25,7 @@ from prelm_jax.cache import digest
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
 from prelm_jax.storage import opened, prefix_errors, read_json, read_lines
-from prelm_jax.tokenizers.base import Vocabulary, write_files
+from prelm_jax.tokenizers.base import Tokenizer, write_files
 from prelm_jax.tokenizers.characters import BEGIN_SENTENCE, END_SENTENCE
 from prelm_jax.tokenizers.training import train_once, training_texts
 
@@ -37,7 +37,7 @@ VERSION = 1  # Raise it when the same corpus would give another vocabulary.
 CACHED_CHUNKS = 1 << 20
 
 
-class WordVocabulary(Vocabulary):
+class WordVocabulary(Tokenizer):
     """A vocabulary of words. `tokens` lists it by id and begins with <S>, </S> and <UNK>, in any order.
 
     With `tokenize`, text is split at punctuation and not only at white space.

@@ -5,16 +5,16 @@ import dataclasses
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, TypedDict, TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from prelm_jax.errors import InputError
+from prelm_jax.errors import InputError, first_line
 from prelm_jax.storage import is_remote
+from prelm_jax.training.checksums import checksums_by_name
 from prelm_jax.training.contract import Params
 from prelm_jax.training.parameters import path_name
 
@@ -22,33 +22,6 @@ FORMAT = 3
 
 Tree = TypeVar("Tree")
 Step = int | Literal["newest", "best"]
-
-
-@jax.jit
-def checksums(tree: Tree) -> Tree:
-    """A uint32 for each array, which changes if any one bit of the array does; the same on any mesh.
-
-    The sum, modulo 2^32, of the array's 32-bit words, each times an odd number made from its index: a flipped bit
-    changes the sum by a power of two times an odd number, which is never zero. Integer sums have no order, so shards
-    may be added in any.
-    """
-
-    def checksum(x: jax.Array) -> jax.Array:
-        words = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
-        odd = jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(0x9E3779B2) + jnp.uint32(1)
-        return (words * odd).sum(dtype=jnp.uint32)
-
-    return jax.tree.map(checksum, tree)
-
-
-def _checksums_by_name(tree: object) -> dict[str, int]:
-    sums, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(checksums(tree)))
-    return {path_name(path): int(value) for path, value in sums}
-
-
-def _first_line(error: Exception) -> str:
-    line = (str(error) or type(error).__name__).splitlines()[0]
-    return line if len(line) <= 400 else f"{line[:200]} … {line[-200:]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +38,11 @@ class Record:
     scheduled: bool = True
 
 
-class _Metadata(TypedDict):
-    """The JSON in a checkpoint: its format, the checksums by item and array, the fields of its Record."""
-
-    format: int
-    checksums: dict[str, dict[str, int]]
-    record: dict
-
-
 class _Damaged(Exception):
     """The checkpoint cannot be read, or an array differs from its checksum."""
+
+    def __init__(self, path: epath.Path, reason: str):
+        super().__init__(f"checkpoint {path} is damaged ({reason})")
 
 
 @contextlib.contextmanager
@@ -82,9 +50,9 @@ def _reading(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except PermissionError as error:
-        raise InputError(f"cannot read the checkpoint {path}: {_first_line(error)}") from error
+        raise InputError(f"cannot read the checkpoint {path}: {first_line(error)}") from error
     except Exception as error:  # A damaged file makes Orbax raise anything.
-        raise _Damaged(_first_line(error)) from error
+        raise _Damaged(path, first_line(error)) from error
 
 
 @contextlib.contextmanager
@@ -93,7 +61,7 @@ def _writing(path: epath.Path) -> Iterator[None]:
         yield
     except Exception as error:  # A full disk makes Orbax raise anything.
         raise InputError(
-            f"cannot write the checkpoint {path} ({_first_line(error)}); earlier ones are intact: free some space and "
+            f"cannot write the checkpoint {path} ({first_line(error)}); earlier ones are intact: free some space and "
             "run the same command to resume"
         ) from error
 
@@ -120,15 +88,16 @@ class _Directory:
     def steps(self) -> list[int]:
         return [] if self._opened is None else [checkpoint.step for checkpoint in self._opened.checkpoints]
 
-    def metadata(self, step: int) -> _Metadata:
+    def metadata(self, step: int) -> dict:
+        """`format`; `checksums`, by item and array; `record`, the fields of the Record."""
         with _reading(self.path / str(step)):
-            return cast(_Metadata, self._checkpointer().metadata(step).custom_metadata)
+            return cast(dict, self._checkpointer().metadata(step).custom_metadata)
 
     def save(self, step: int, items: Mapping[str, object], record: Record) -> ocp.AsyncResponse[bool] | None:
-        sums = {item: _checksums_by_name(tree) for item, tree in items.items()}
-        metadata = {"format": FORMAT, "checksums": sums, "record": dataclasses.asdict(record)}
+        sums = {item: checksums_by_name(tree) for item, tree in items.items()}
+        metadata: dict = {"format": FORMAT, "checksums": sums, "record": dataclasses.asdict(record)}
         return self._checkpointer().save_checkpointables_async(
-            step, dict(items), force=True, overwrite=step in self.steps, custom_metadata=cast(dict, metadata)
+            step, dict(items), force=True, overwrite=step in self.steps, custom_metadata=metadata
         )
 
     def load(self, step: int, items: Mapping[str, Tree]) -> dict[str, Tree]:
@@ -152,9 +121,9 @@ class _Directory:
         with _reading(path):
             loaded = self._checkpointer().load_checkpointables(step, dict(items))
         for item, tree in loaded.items():
-            for name, checksum in _checksums_by_name(tree).items():
+            for name, checksum in checksums_by_name(tree).items():
                 if saved[item][name] != checksum:
-                    raise _Damaged(f"the checksum of {item}/{name} differs")
+                    raise _Damaged(path, f"the checksum of {item}/{name} differs")
         return loaded
 
     def put_aside(self, step: int, complaint: str) -> epath.Path:
@@ -186,12 +155,7 @@ class _PreservationPolicy:
         losses = [(x.evaluation_loss, step) for step, x in self.records.items() if x.evaluation_loss is not None]
         return min(losses, default=(math.inf, -1))
 
-    def should_preserve(
-        self,
-        checkpoints: Sequence[ocp.training.CheckpointMetadata],
-        *,
-        context: ocp.training.preservation_policies.PreservationContext,
-    ) -> Sequence[bool]:
+    def should_preserve(self, checkpoints: Sequence[ocp.training.CheckpointMetadata], **_: object) -> Sequence[bool]:
         """For each checkpoint, oldest first, whether it is kept. Orbax asks at each save."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         if self._keep is None:
@@ -279,9 +243,7 @@ class Checkpoints:
             try:
                 return step, directory.load(step, items)
             except _Damaged as error:
-                raise InputError(
-                    f"checkpoint {directory.path / str(step)} is damaged ({error}): choose a --step: {self._listing()}"
-                ) from error
+                raise InputError(f"{error}: choose a --step: {self._listing()}") from error
         directories = {} if "opt_state" in items else dict.fromkeys(self._kept.steps, self._kept)
         directories |= dict.fromkeys(self._full.steps, self._full)
         for step in sorted(directories, reverse=True):
@@ -289,14 +251,12 @@ class Checkpoints:
             try:
                 return step, directory.load(step, items)
             except _Damaged as error:
-                complaint = f"checkpoint {directory.path / str(step)} is damaged ({error})"
+                complaint = str(error)
             self._policy.records.pop(step, None)
             done = f"moved to {directory.put_aside(step, complaint)}" if self._writable else "skipped"
             print(f"{complaint}: {done}", file=sys.stderr)
         if directories:
-            raise InputError(
-                f"{self.directory}: all {len(directories)} checkpoints are damaged; start in another --workdir"
-            )
+            raise InputError(f"{self.directory}: all {len(directories)} checkpoints are damaged; use another --workdir")
         return None
 
     def _find(self, step: int | Literal["best"]) -> tuple[int, _Directory]:

@@ -34,25 +34,20 @@ class Model(Protocol):
     @property
     def coefficients(self) -> Mapping[str, float]:
         """The objective is the sum over losses of coefficient · sum / weight."""
-        ...
 
     @property
     def replicated(self) -> tuple[str, ...]:
         """Regular expressions of the parameter paths that are never sharded."""
-        ...
 
     @property
     def matrices(self) -> tuple[str, ...]:
         """Regular expressions of the paths of the layers' weight matrices; never embeddings, heads, norms or biases."""
-        ...
 
     def init_params(self, key: Array) -> Params:
         """Fresh fp32 parameters."""
-        ...
 
     def init_carry(self, batch_size: int) -> Params:
         """The recurrent state before the first batch; {} unless the model is recurrent."""
-        ...
 
     def loss(self, params: Params, carry: Params, batch: Batch, key: Array, train: bool) -> tuple[Sums, Sums, Params]:
         """(losses, metrics, new carry).
@@ -60,23 +55,18 @@ class Model(Protocol):
         `train` is static: with it there is dropout. `key` is always given; without `train` it only feeds models that
         sample inside their loss.
         """
-        ...
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         """The weight of each loss, from the batch alone, so that micro-batches are divided by the whole batch's."""
-        ...
 
     def tokens(self, batch: Batch) -> Array:
         """int32 [2]: the tokens of a batch that are not padding, and all its positions."""
-        ...
 
     def flops(self, batch: Batch) -> float:
         """Matmul FLOPs of one training step on a batch of these shapes."""
-        ...
 
     def check(self, batch: HostBatch) -> None:
         """Raises InputError where a batch asks for rows that the model's tables lack."""
-        ...
 
 
 class Predictor(Model, Protocol):
@@ -84,7 +74,6 @@ class Predictor(Model, Protocol):
 
     def predict(self, params: Params, carry: Params, batch: Batch) -> dict[str, Array]:
         """For each row of the batch, what it predicts: arrays whose first axis is the rows."""
-        ...
 
 
 class OptimizerConfig(Protocol):
@@ -92,11 +81,9 @@ class OptimizerConfig(Protocol):
 
     def schedule(self, step: Array | int) -> Array:
         """The learning rate of a step (counted from 0)."""
-        ...
 
     def build(self) -> optax.GradientTransformation:
         """The transformation of gradients into updates."""
-        ...
 
 
 class Batches(Protocol):
@@ -107,15 +94,12 @@ class Batches(Protocol):
     @property
     def layout(self) -> Mapping[str, Layout]:
         """How each key is spread over hosts and devices."""
-        ...
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         """The global batch of a step."""
-        ...
 
     def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """Rows start to stop of the global batch of a step, built without the others."""
-        ...
 
 
 BatchesT = TypeVar("BatchesT", bound=Batches)
@@ -127,20 +111,15 @@ class DataConfig(Protocol[BatchesT]):
     @property
     def max_length(self) -> int:
         """Positions of a row (T)."""
-        ...
 
     def build(self, store: "Store", tokenizer: "Tokenizer", batch_size: int, seed: int) -> BatchesT:
         """The batches of a run. Raises InputError for a store or tokenizer that does not fit."""
-        ...
 
     def baselines(self, batches: BatchesT, evaluation: Iterable[HostBatch]) -> dict[str, dict[str, float]]:
         """Metric → baseline → value: trivial baselines on evaluation batches, fitted on the store of `batches`."""
-        ...
 
     def derived_metrics(self, name: str, value: float, store: "Store") -> dict[str, float]:
         """Metrics derived from the metric `name` of a model on a store, by name: perplexity, bits per byte."""
-        ...
 
     def show(self, batch: HostBatch, tokenizer: "Tokenizer") -> Iterator[str]:
         """The rows of a batch as text, a few lines each."""
-        ...

@@ -6,7 +6,7 @@ import functools
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -64,9 +64,7 @@ class TrainingConfig(Protocol):
     def loop(self) -> LoopConfig: ...
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state", "carry"], meta_fields=[]
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """Everything that a step changes; arrays only. `step` (int32) counts the steps done."""
@@ -89,22 +87,16 @@ class TrainState:
         return cls(cast(Array, progress["step"]), params, opt_state, progress["carry"])
 
 
-@dataclasses.dataclass(frozen=True)
-class Keys:
-    """Independent streams of random numbers, all from one seed.
-
-    The batches are built in NumPy and hash (seed, name of the stream, step) themselves, so `data` is the seed.
-    """
+class Keys(NamedTuple):
+    """Independent streams of random numbers, all from one seed; the batches hash the seed themselves, in NumPy."""
 
     init: Array
-    data: int
     dropout: Array
 
     @classmethod
     def from_seed(cls, seed: int) -> "Keys":
         """The streams of a seed."""
-        init, dropout = jax.random.split(jax.random.key(seed))
-        return cls(init, seed, dropout)
+        return cls(*jax.random.split(jax.random.key(seed)))
 
 
 def abstract_state(
@@ -129,11 +121,8 @@ def abstract_items(model: Model, batch_size: int, mesh: jax.sharding.Mesh) -> di
 
 
 def _with_shardings(model: Model, shapes: Tree, mesh: jax.sharding.Mesh, parameters: str) -> Tree:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        state_sharding(shapes, mesh, parameters, model.replicated),
-    )
+    shardings = state_sharding(shapes, mesh, parameters, model.replicated)
+    return jax.tree.map(lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y), shapes, shardings)
 
 
 def new_state(
@@ -145,14 +134,19 @@ def new_state(
     start: Callable[[Params], Params] | None = None,
 ) -> TrainState:
     """A fresh train state, sharded like `abstract`. `start` may replace the fresh parameters by pretrained ones."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    params = jax.jit(model.init_params, out_shardings=shardings.params)(Keys.from_seed(seed).init)
+    init_params, init_state = make_init(model, optimizer, batch_size, abstract)
+    params = init_params(Keys.from_seed(seed).init)
     if start is not None:
-        params = jax.device_put(start(params), shardings.params)
-    return jax.jit(
-        lambda params: _with_params(model, optimizer, batch_size, params),
-        out_shardings=shardings,
-    )(params)
+        params = jax.device_put(start(params), jax.tree.map(lambda leaf: leaf.sharding, abstract.params))
+    return init_state(params)
+
+
+def make_init(model: Model, optimizer: OptimizerConfig, batch_size: int, abstract: TrainState):
+    """`key -> parameters` and `parameters -> train state of step 0`, both sharded like `abstract`."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    init_params = jax.jit(model.init_params, out_shardings=shardings.params)
+    init_state = jax.jit(functools.partial(_with_params, model, optimizer, batch_size), out_shardings=shardings)
+    return init_params, init_state
 
 
 def _with_params(model: Model, optimizer: OptimizerConfig, batch_size: int, params: Params) -> TrainState:
@@ -175,9 +169,11 @@ def make_train_step(
         total = sum(model.coefficients[name] * _mean(x, weights[name]) for name, (x, _) in losses.items())
         return total, (losses | metrics, carry)
 
+    differentiate = jax.value_and_grad(objective, has_aux=True)
+
     def gradients(params: Params, carry: Params, batch: Batch, weights: dict[str, Array], key: Array):
         if accumulate == 1:
-            (_, (sums, carry)), grads = jax.value_and_grad(objective, has_aux=True)(params, carry, batch, weights, key)
+            (_, (sums, carry)), grads = differentiate(params, carry, batch, weights, key)
             return sums, carry, grads
 
         # Row r is in micro-batch r % accumulate, so that every device keeps its rows.
@@ -192,9 +188,8 @@ def make_train_step(
 
         def micro_step(grads: Params, micro: tuple[Array, Params, dict[str, Array]]):
             i, carry, rows = micro
-            (_, (sums, carry)), g = jax.value_and_grad(objective, has_aux=True)(
-                params, carry, rows | whole, weights, jax.random.fold_in(key, i)
-            )
+            micro_key = jax.random.fold_in(key, i)
+            (_, (sums, carry)), g = differentiate(params, carry, rows | whole, weights, micro_key)
             return jax.tree.map(jnp.add, grads, g), (sums, carry)
 
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -246,12 +241,14 @@ def make_evaluate(model: Model):
         losses, metrics, carry = model.loss(params, carry, batch, key, False)
         return losses | metrics, carry, index + 1
 
+    first_index, all_means = jax.jit(lambda: jnp.zeros((), jnp.int32)), jax.jit(functools.partial(means, model))
+
     def evaluate(params: Params, carry: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        index, totals = jax.jit(lambda: jnp.zeros((), jnp.int32))(), None
+        index, totals = first_index(), None
         for batch in batches:
             sums, carry, index = evaluate_step(params, carry, batch, index)
             totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
-        values = jax.device_get(jax.jit(functools.partial(means, model))(totals))
+        values = jax.device_get(all_means(totals))
         return {name: value.item() for name, value in values.items()}
 
     return evaluate

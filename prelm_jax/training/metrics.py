@@ -63,8 +63,8 @@ class MetricsWriter:
             except ImportError:
                 raise InputError('--tensorboard needs a package: pip install "prelm_jax[tensorboard]"') from None
             self._tensorboard = SummaryWriter(str(path.parent), purge_step=resume_at)
-        kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_at] if path.exists() else []
-        text = "".join(line + "\n" for line in kept)
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_at]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
         if is_remote(path):
             self._file = _RemoteFile(path, text)
             return
@@ -91,11 +91,15 @@ class MetricsWriter:
                 file.close()
 
 
-def _step(line: str) -> float:
-    # A kill may have cut the line off; then it is dropped as well.
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        return json.loads(line)["step"]
-    return math.inf
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a file of metrics, oldest first; lines that a kill has cut off, and foreign ones, are left out."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            metrics = json.loads(line)
+            if isinstance(metrics, dict) and isinstance(metrics.get("step"), int):
+                found.append(metrics)
+    return found
 
 
 class Report:
@@ -143,9 +147,8 @@ class Report:
             speed, mfu = counted / seconds, flops / seconds / self._peak
             values |= {"perf/seconds_per_step": seconds / steps, "perf/tokens_per_second": speed, "perf/mfu": mfu}
             self._clock = (now, 0, 0, 0.0)
-            self._progress.report(
-                f"loss {metrics['loss']:.3f}  lr {metrics['learning_rate']:.1e}  {speed:,.0f} tokens/s  mfu {mfu:.0%}"
-            )
+            losses = f"loss {metrics['loss']:.3f}  lr {metrics['learning_rate']:.1e}"
+            self._progress.report(f"{losses}  {speed:,.0f} tokens/s  mfu {mfu:.0%}")
         self._writer.write(step, values)
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:

@@ -60,9 +60,8 @@ class MeshConfig:
         if self.slices < 1 or len(devices) % self.slices:
             raise InputError(f"--mesh.slices {self.slices}: does not divide {len(devices)} devices")
         # Auto axes: Flax Linen does not work with the Explicit axes that make_mesh would choose.
-        return jax.sharding.Mesh(
-            np.array(devices).reshape(self.slices, -1), ("slice", "data"), axis_types=(AxisType.Auto,) * 2
-        )
+        grid, axes = np.array(devices).reshape(self.slices, -1), ("slice", "data")
+        return jax.sharding.Mesh(grid, axes, axis_types=(AxisType.Auto,) * 2)
 
 
 def _slice(device: jax.Device) -> int | None:

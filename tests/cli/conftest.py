@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from prelm_jax.cache import locked
 from prelm_jax.cli.main import main
 
 TINY = Path(__file__).parents[1] / "tiny.py"
@@ -36,8 +37,17 @@ def takes_arguments(size):
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("folder")
+def folder(common_directory):
+    """Made by the first test process that needs it; not to be changed."""
+    folder = common_directory / "folder"
+    with locked(folder):
+        if not folder.exists():
+            folder.mkdir()
+            fill(folder)
+    return folder
+
+
+def fill(folder: Path) -> None:
     sentences = [
         f"The {a} {b} sees a {c}." for a in ("old", "new", "big") for b in ("cat", "dog") for c in ("hen", "cow")
     ]
@@ -51,7 +61,6 @@ def folder(tmp_path_factory):
         options = ["--corpus", f"{folder}/corpus.txt", "--workdir", f"{folder}/{name}", "--steps", "3"]
         main(["pretrain", reference, *options])
         main(["export", f"{folder}/{name}", f"{folder}/{'model' if name == 'run' else f'{name}-model'}"])
-    return folder
 
 
 @pytest.fixture

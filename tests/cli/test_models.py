@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -89,7 +88,7 @@ def test_steps_reach_load(monkeypatch, arguments):
     for option in ([], ["--step", "best"], ["--step", "30"]):
         with pytest.raises(SystemExit):
             main([*arguments, *option])
-    assert received == [(Path("m"), "newest"), (Path("m"), "best"), (Path("m"), 30)]
+    assert received == [("m", "newest"), ("m", "best"), ("m", 30)]
 
 
 def test_a_family_without_the_command(folder, fails):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import pytest
 import tyro
 
-from prelm_jax.cli.options import AnyPath, Choice, Chosen, Positional, Remainder, Step, call, nearest_option
+from prelm_jax.cli.options import AnyPath, Choice, Chosen, Positional, Remainder, Step, call, suggestion
 from prelm_jax.errors import InputError
 
 
@@ -136,8 +136,8 @@ def test_a_misspelt_option_gets_the_nearest(misspelt, nearest):
 
 
 def test_nothing_is_suggested_for_what_is_not_near():
-    assert nearest_option("--frobnicate", ["--steps", "--optimizer.decay"]) is None
-    assert nearest_option("--x", []) is None
+    assert suggestion("--frobnicate", ["--steps", "--optimizer.decay"]) == ""
+    assert suggestion("--x", []) == ""
     with pytest.raises(InputError, match=r"no option --frobnicate\. x small --help"):
         call(play, ["small", "--frobnicate"], "x")
 

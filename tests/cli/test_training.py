@@ -16,14 +16,17 @@ from prelm_jax.errors import InputError
 TINY = tiny.__file__
 
 
-def test_pretrain_prints_metrics_next_to_baselines(folder, capsys):
-    main(["pretrain", f"{folder}/tiny.py:tiny", "--workdir", f"{folder}/run", "--steps", "3"])
+def test_pretrain_prints_metrics_next_to_baselines(folder, tmp_path, capsys):
+    """Also when no step is left."""
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    main(["pretrain", f"{folder}/tiny.py:tiny", "--workdir", str(run), "--steps", "3"])
     out = capsys.readouterr().out
     for part in ("masked lm loss", "unigram", "next sentence accuracy", "majority", "lengths only"):
         assert part in out
-    for command in (f"prelm export {folder}/run DIRECTORY", f"prelm fill {folder}/run "):
+    for command in (f"prelm export {run} DIRECTORY", f"prelm fill {run} "):
         assert f"\n  {command}" in out
-    assert [path.name for path in (folder / "run" / "checkpoints").iterdir() if path.name.isdecimal()] == ["3"]
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.name.isdecimal()] == ["3"]
 
 
 def test_the_default_work_directory(folder, tmp_path, monkeypatch, capsys):
@@ -127,7 +130,7 @@ def test_steps_reach_evaluate_and_export(folder, monkeypatch, word, step):
             main([*arguments, *option])
     assert received == [
         ("somewhere", (), step, None),
-        (Path("somewhere"), ("a", "b"), step, tiny.bert()),
+        ("somewhere", ("a", "b"), step, tiny.bert()),
         ("gs://somewhere", Path("there"), step),
     ]
 
@@ -154,7 +157,7 @@ def test_plan(folder, capsys, fails):
     main(["plan", tiny, "--topology", "local", "--json", "--batch-size", "4"])
     planned = json.loads(capsys.readouterr().out)
     assert planned["batch_size"] == 4 and planned["tokens"] == 4 * 32 and planned["bound"] == "compute"
-    main(["plan", tiny, "--topology", "local"])
+    main(["plan", tiny, "--topology", "local", "--batch-size", "4"])
     out = capsys.readouterr().out
     assert all(word in out for word in ("memory", "parameters", "compute", "MFU", "days"))
     assert "--topology v5e:5x5" in fails("plan", tiny, "--topology", "v5e:5x5")

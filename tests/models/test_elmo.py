@@ -22,6 +22,7 @@ from prelm_jax.training.optimizer import Adagrad
 from prelm_jax.training.parameters import path_name
 from prelm_jax.training.sharding import MeshConfig, shard_batch
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
 CONFIG = ELMoConfig(
     vocab_size=41,
     character_embedding_size=4,
@@ -32,6 +33,7 @@ CONFIG = ELMoConfig(
     cell_clip=0.4,
     projection_clip=0.25,
 )
+ONE_LAYER = dataclasses.replace(CONFIG, num_layers=1, num_highways=1)
 NEGATIVES = 12
 DIRECTIONS = ("forward", "backward")
 ROWS, LENGTH, WORDS = 8, 5, 16
@@ -471,7 +473,9 @@ def test_a_shared_array_is_cut_over_the_devices_where_they_divide_it():
     assert fewer.addressable_shards[0].data.shape == (12, 50)
 
 
-def train(steps, devices=1, parameters="replicated", accumulate=1, config=CONFIG, batch=make_batch, learning_rate=0.2):
+def train(
+    steps, devices=1, parameters="replicated", accumulate=1, config=ONE_LAYER, batch=make_batch, learning_rate=0.2
+):
     """(losses, final state)."""
     model, mesh = config.build(), MeshConfig(devices).build()
     optimizer = Adagrad(learning_rate, unroll_steps=LENGTH)
@@ -509,7 +513,7 @@ def test_a_mesh_gives_the_losses_of_one_device(one_device, parameters):
 
 def test_devices_exchange_words_and_not_vocabularies():
     """The gradient of the softmax's table is sparse: its rows are gathered, tables are not summed."""
-    model, mesh = CONFIG.build(), MeshConfig(8).build()
+    model, mesh = ONE_LAYER.build(), MeshConfig(8).build()
     optimizer = Adagrad(0.2, unroll_steps=LENGTH)
     with jax.set_mesh(mesh):
         state = loop.abstract_state(model, optimizer, ROWS, mesh, "replicated")
@@ -524,7 +528,7 @@ def test_devices_exchange_words_and_not_vocabularies():
 
 def test_accumulated_micro_batches_equal_one_batch():
     """Rows have unequal weights; each keeps its state."""
-    without_dropout = dataclasses.replace(CONFIG, dropout=0.0)
+    without_dropout = dataclasses.replace(ONE_LAYER, dropout=0.0)
     losses, state = train(3, config=without_dropout)
     cut, accumulated = train(3, accumulate=4, config=without_dropout)
     np.testing.assert_allclose(cut, losses, rtol=1e-5)
@@ -532,7 +536,7 @@ def test_accumulated_micro_batches_equal_one_batch():
 
 
 def test_one_batch_is_learned():
-    config = dataclasses.replace(CONFIG, dropout=0.0, cell_clip=3.0, projection_clip=3.0)
+    config = dataclasses.replace(ONE_LAYER, dropout=0.0, cell_clip=3.0, projection_clip=3.0)
     batch = without_negatives(make_batch())
     losses, _ = train(150, config=config, batch=lambda step: batch, learning_rate=0.5)
     assert abs(losses[0] - math.log(41)) < 0.3

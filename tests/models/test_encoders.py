@@ -1,6 +1,7 @@
 """Encoders without pretraining heads: parameter trees, exported programs, and the embeddings that ELECTRA shares."""
 
 import re
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -12,7 +13,7 @@ import transformers
 from jax import export
 from model_directories import randomize
 
-from prelm_jax.formats.model import abstract_params
+from prelm_jax.formats.base import abstract_params
 from prelm_jax.models.bert import BertConfig, BertEmbeddings, BertEncoder, MaskedLMHead
 from prelm_jax.models.elmo import DIRECTIONS, ELMoConfig
 from prelm_jax.models.gpt import GPTConfig
@@ -49,6 +50,7 @@ def make_batch(family, rows, length, words=6, characters=12):
     return batch | ({"token_types": rng.integers(0, 2, (rows, length), np.int32)} if family == "bert" else {})
 
 
+@partial(jax.jit, static_argnums=0)
 def hidden_states(config, params, batch):
     with jax.default_matmul_precision("highest"):
         return config.encoder().apply({"params": params}, batch, method="hidden_states")
@@ -257,13 +259,14 @@ def test_two_encoders_share_their_embeddings():
     assert params["discriminator"]["embeddings_projection"]["kernel"].shape == (24, 32)
     matrices = [path for path in paths(params) if any(re.search(rule, path) for rule in BertEncoder.matrices)]
     assert len(matrices) == 2 * len(MATRICES["bert"])
-    logits, states = pair.apply({"params": params}, batch)
+    logits, states = jax.jit(pair.apply)({"params": params}, batch)
     assert logits.shape == (2, 5, 128)
     alone = hidden_states(ELECTRA, params["embeddings"] | params["discriminator"], batch)
     for found, expected in zip(states, alone, strict=True):
         np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
     # In training the two draw dropout masks of their own.
     keys = {"dropout": jax.random.key(0)}
-    dropped = [pair.apply({"params": params}, batch, True, rngs=keys)[1][0] for _ in range(2)]
+    train = jax.jit(lambda params: pair.apply({"params": params}, batch, True, rngs=keys)[1][0])
+    dropped = [train(params) for _ in range(2)]
     np.testing.assert_array_equal(*dropped)
     assert (np.asarray(dropped[0]) != np.asarray(states[0])).any()

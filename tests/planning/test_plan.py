@@ -139,9 +139,9 @@ def quick_compiler():
 
 
 SMALLER = {
-    "bert-base_512": {"num_layers": 2, "attention_dropout": 0.0},
-    "gpt1-base": {"num_layers": 2, "attention_dropout": 0.0},
-    "elmo-original": {},
+    "bert:base_512": {"num_layers": 2, "attention_dropout": 0.0},
+    "gpt1:base": {"num_layers": 2, "attention_dropout": 0.0},
+    "elmo:original": {},
 }
 
 
@@ -161,7 +161,7 @@ def test_compiled_for_a_pod(name, quick_compiler):
     collectives = Program(text).collectives()
     assert {each.devices for each in collectives} == {16}
     sizes = {kind: sum(each.bytes for each in collectives if each.kind == kind) for kind in COLLECTIVES}
-    tied = name != "elmo-original"
+    tied = name != "elmo:original"
     if tied:
         assert {each.kind for each in collectives} == {"all-reduce"}
     # Each gradient once, but for a tied table: its two uses, as input and as output, are reduced separately.

@@ -420,7 +420,7 @@ def test_build_caches_the_vocabulary(prose, monkeypatch):
 
 
 def test_build_distinguishes_configurations_and_corpora(prose):
-    corpora = [prose, Corpus((*prose.sources, "documents=line"), held_out=0.5)]
+    corpora = [prose, Corpus((f"{prose.sources[0]},documents=line",), held_out=0.5)]
     assert len({build(BPEConfig(n), corpus).fingerprint for n in (0, 20, 21) for corpus in corpora}) == 6
 
 

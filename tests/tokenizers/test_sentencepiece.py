@@ -172,7 +172,7 @@ def test_training_is_the_same_in_every_process(prose):
 
 def test_a_large_corpus_is_sampled(prose, monkeypatch):
     monkeypatch.setattr("prelm_jax.tokenizers.sentencepiece.TRAINING_CHARACTERS", 300)
-    assert "文" not in build(SentencePieceConfig(60), Corpus((*prose.sources, "documents=file"))).tokens
+    assert "文" not in build(SentencePieceConfig(60), Corpus((f"{prose.sources[0]},documents=file",))).tokens
 
 
 def test_build_caches_the_vocabulary_and_distinguishes_configurations(prose, monkeypatch):

@@ -380,7 +380,7 @@ def test_build_distinguishes_configurations_and_corpora(prose):
     configs = [WordPieceConfig(110), WordPieceConfig(111), WordPieceConfig(110, lowercase=False)]
     fingerprints = {build(config, prose).fingerprint for config in configs}
     assert len(fingerprints) == 3
-    other = Corpus((*prose.sources, "documents=line"), held_out=0.5)
+    other = Corpus((f"{prose.sources[0]},documents=line",), held_out=0.5)
     assert build(WordPieceConfig(110), other).fingerprint not in fingerprints
 
 

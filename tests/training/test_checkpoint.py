@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from prelm_jax.errors import InputError
 from prelm_jax.training import checkpoint
-from prelm_jax.training.checkpoint import Checkpoints, Record, checksums, restore_params
+from prelm_jax.training.checkpoint import Checkpoints, Record, restore_params
+from prelm_jax.training.checksums import checksums
 from prelm_jax.training.sharding import MeshConfig
 
 

@@ -275,7 +275,7 @@ def test_a_step_gets_the_dropout_key_of_its_number():
 def test_the_streams_of_a_seed():
     keys, other = loop.Keys.from_seed(3), loop.Keys.from_seed(4)
     init, dropout = jax.random.split(jax.random.key(3))
-    assert keys.init == init and keys.dropout == dropout and keys.data == 3
+    assert keys.init == init and keys.dropout == dropout
     assert keys.init != other.init and keys.dropout != other.dropout
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,18 +13,20 @@ from prelm_jax.training.optimizer import AdamW, decays
 from prelm_jax.training.parameters import path_name
 from prelm_jax.training.sharding import MeshConfig, partition, shard_batch
 
-OPTIMIZER = AdamW(learning_rate=3e-3, warmup_steps=4, decay_steps=100, weight_decay=0.01)
+pytestmark = pytest.mark.usefixtures("shared_programs")
+OPTIMIZER = AdamW(learning_rate=3e-3, warmup_steps=4, decay_steps=300, weight_decay=0.01)
 
 
 @pytest.fixture(params=["bert", "gpt"])
 def family(request):
-    """(model config, function from a step to a random batch) of each Transformer family."""
-    return request.getfixturevalue(f"tiny_{request.param}"), request.getfixturevalue(f"random_{request.param}_batch")
+    """(config of one layer, function from a step to a random batch) of each Transformer family."""
+    config = dataclasses.replace(request.getfixturevalue(f"tiny_{request.param}"), num_layers=1)
+    return config, request.getfixturevalue(f"random_{request.param}_batch")
 
 
 @pytest.fixture
 def train(family):
-    """`(steps, …) -> (losses, final state)`, trained on a new random batch each step."""
+    """`(steps, mesh, …) -> (losses, final state)`, trained on a new random batch each step."""
 
     def train(steps, mesh_config, accumulate=1, config=family[0], batch=family[1], optimizer=OPTIMIZER):
         mesh, model = mesh_config.build(), config.build()
@@ -104,25 +107,27 @@ def test_dropout_changes_with_the_step(train, family):
 
 
 def test_one_batch_overfits(train, family):
-    optimizer = AdamW(learning_rate=3e-3, warmup_steps=10, decay_steps=300)
     config, batch = family
-    losses, _ = train(
-        200, MeshConfig(1), config=without_dropout(config), batch=lambda step: batch(0), optimizer=optimizer
-    )
+    losses, _ = train(200, MeshConfig(2), config=without_dropout(config), batch=lambda step: batch(0))
     assert losses[0] > np.log(120) - 0.3
     assert losses[-1] < 0.05
 
 
 def test_an_evaluation_is_one_division_without_dropout(tiny_bert, random_bert_batch):
     """Over batches of unequal weights: NumPy on the logits of the model."""
-    model, batches = tiny_bert.build(), [random_bert_batch(step) for step in range(3)]
-    params = model.init_params(jax.random.key(0))
+    config, batches = dataclasses.replace(tiny_bert, num_layers=1), [random_bert_batch(step) for step in range(3)]
+    model = config.build()
+
+    @jax.jit
+    def masked_logits(params, batch):
+        hidden = config.encoder().apply({"params": params}, batch, method="hidden_states")[-1]
+        masked = jnp.take_along_axis(hidden, batch["masked_positions"][..., None], 1)
+        return model.apply({"params": params}, masked, method="masked_lm_logits")
+
+    params = jax.jit(model.init_params)(jax.random.key(0))
     total = weight = 0.0
     for batch in batches:
-        inputs = [batch[name] for name in ("tokens", "token_types", "positions", "segments")]
-        hidden = model.apply({"params": params}, *inputs, method="hidden_states")[-1]
-        masked = np.take_along_axis(np.asarray(hidden), batch["masked_positions"][..., None], 1)
-        logits = np.asarray(model.apply({"params": params}, masked, method="masked_lm_logits"), np.float64)
+        logits = np.asarray(masked_logits(params, batch), np.float64)
         log_normalizer = np.log(np.exp(logits).sum(-1))
         picked = np.take_along_axis(logits, batch["masked_targets"][..., None], -1)[..., 0]
         total += ((log_normalizer - picked) * batch["masked_weights"]).sum()
@@ -133,8 +138,9 @@ def test_an_evaluation_is_one_division_without_dropout(tiny_bert, random_bert_ba
 
 def test_a_batch_without_weight_has_no_loss_and_no_nan(tiny_bert, random_bert_batch):
     batch = random_bert_batch(0) | {"next_sentence_weights": np.zeros((8, 1), np.float32)}
-    model = tiny_bert.build()
-    losses, metrics, _ = model.loss(model.init_params(jax.random.key(0)), {}, batch, jax.random.key(1), False)
+    model = dataclasses.replace(tiny_bert, num_layers=1).build()
+    params = jax.jit(model.init_params)(jax.random.key(0))
+    losses, metrics, _ = jax.jit(model.loss, static_argnums=4)(params, {}, batch, jax.random.key(1), False)
     values = loop.means(model, losses | metrics)
     assert values["next_sentence_loss"] == 0
     assert values["loss"] == values["masked_lm_loss"] > 0
