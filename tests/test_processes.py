@@ -8,6 +8,7 @@ import functools
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -81,7 +82,7 @@ def wait_for_step(process: subprocess.Popen, reports: int = 1) -> None:
 def test_killed_run_equals_uninterrupted(launch, tmp_path, family, kills):
     """Kills at random moments: before the first step, between steps, during saves (most steps overlap a save)."""
     launch = functools.partial(launch, family=family)
-    options = ("--steps", 100 * (kills + 1), "--save-every", 10, "--log-every", 5, "--evaluate-every", 50)
+    options = ("--steps", 60 * (kills + 1), "--save-every", 10, "--log-every", 5, "--evaluate-every", 50)
     finish(launch(tmp_path / "uninterrupted", *options))
     rng = random.Random(0)
     checkpoints = tmp_path / "killed" / "checkpoints"
@@ -185,10 +186,12 @@ def test_missing_peers_are_named_in_time(launch, tmp_path, free_port, index, mis
 def test_stopped_on_one_process_and_resumed_on_two(launch_many, tmp_path, family):
     """With sharded parameters and moments, half of the shards on each process."""
     launch_many = functools.partial(launch_many, family=family)
-    options = ("--mesh.parameters", "fsdp", "--steps")
-    for workdir, steps in [("two", 10), ("one", 20)]:
-        finish(*launch_many(tmp_path / workdir, 1, 8, *options, steps))
-    outputs = finish(*launch_many(tmp_path / "two", 2, 4, *options, 20))
+    options = ("--mesh.parameters", "fsdp", "--steps", 20, "--save-every", 10, "--evaluate-every", 10)
+    finish(*launch_many(tmp_path / "one", 1, 4, *options))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "20")  # As if stopped after step 10.
+    outputs = finish(*launch_many(tmp_path / "two", 2, 2, *options))
+    assert (tmp_path / "two" / "checkpoints" / "20").is_dir()
     assert ["training, tokens/s" in output for output in outputs] == [True, False]
     assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"))
 
