@@ -28,9 +28,9 @@ import tyro
 
 from prelm_jax.models.elmo import DIRECTIONS, ELMoConfig
 from prelm_jax.models.lstm import lstm
-from prelm_jax.training import loop
 from prelm_jax.training.optimizer import Adagrad
 from prelm_jax.training.sharding import MeshConfig, shard_batch
+from prelm_jax.training.step import Keys, abstract_state, make_train_step, new_state
 
 FLOP = "layer: 3 · 2·B·T · 18·P·E; step: see ELMo.flops"
 OURS = "ours"
@@ -127,10 +127,10 @@ def our_step(s: Settings, config: ELMoConfig, batch: dict[str, np.ndarray]) -> t
     model, mesh, optimizer = config.build(), MeshConfig(devices=1).build(), Adagrad(0.2, unroll_steps=s.length)
     layout = {name: "replicated" if name.endswith(("characters", "negatives", "tries")) else "rows" for name in batch}
     with jax.set_mesh(mesh):
-        abstract = loop.abstract_state(model, optimizer, s.batch_size, mesh, "replicated")
-        state = loop.new_state(model, optimizer, s.batch_size, 0, abstract)
+        abstract = abstract_state(model, optimizer, s.batch_size, mesh, "replicated")
+        state = new_state(model, optimizer, s.batch_size, 0, abstract)
         placed = shard_batch(batch, layout, mesh)
-    train_step, key = loop.make_train_step(model, optimizer, 1, layout, abstract), loop.Keys.from_seed(0).dropout
+    train_step, key = make_train_step(model, optimizer, 1, layout, abstract), Keys.from_seed(0).dropout
     padding = (len(state.params["softmax"]["bias"]) - s.vocab_size) * (config.projection_size + 1)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params)) - padding
 

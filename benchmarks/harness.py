@@ -22,9 +22,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from prelm_jax.training import loop
 from prelm_jax.training.optimizer import AdamW
 from prelm_jax.training.sharding import MeshConfig, shard_batch
+from prelm_jax.training.step import Keys, abstract_state, make_train_step, new_state
 
 try:
     import torch
@@ -79,12 +79,12 @@ class OurStep:
     def __init__(self, model: Any, batch: dict[str, np.ndarray]):
         optimizer = AdamW(LEARNING_RATE, 0, 10**6, weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM)
         layout, rows = dict.fromkeys(batch, "rows"), len(batch["tokens"])
-        self._mesh, self._key = MeshConfig(devices=1).build(), loop.Keys.from_seed(0).dropout
+        self._mesh, self._key = MeshConfig(devices=1).build(), Keys.from_seed(0).dropout
         with jax.set_mesh(self._mesh):
-            abstract = loop.abstract_state(model, optimizer, rows, self._mesh, "replicated")
-            self.state = loop.new_state(model, optimizer, rows, 0, abstract)
+            abstract = abstract_state(model, optimizer, rows, self._mesh, "replicated")
+            self.state = new_state(model, optimizer, rows, 0, abstract)
             self._batch = shard_batch(batch, layout, self._mesh)
-            train_step = loop.make_train_step(model, optimizer, 1, layout, abstract)
+            train_step = make_train_step(model, optimizer, 1, layout, abstract)
             self._step = train_step.lower(self.state, self._batch, self._key).compile()
         self.temporaries = self._step.memory_analysis().temp_size_in_bytes
         self.flops, self.tokens = model.flops(batch), batch["tokens"].size

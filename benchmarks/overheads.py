@@ -30,8 +30,8 @@ from prelm_jax import train
 from prelm_jax.corpus import prepare as preparation
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.tokenizers.build import build as build_tokenizer
-from prelm_jax.training import loop
 from prelm_jax.training.checkpoint import Checkpoints
+from prelm_jax.training.step import Keys, abstract_state, make_train_step, new_state
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments" / "bert.py"
 SAVE_EVERY = 200
@@ -61,10 +61,10 @@ class Mini:
         model = dataclasses.replace(run.model, vocab_size=tokenizer.vocab_size).build()
         self.mesh = run.loop.mesh.build()
         jax.set_mesh(self.mesh)
-        abstract = loop.abstract_state(model, run.optimizer, run.batch_size, self.mesh, run.loop.mesh.parameters)
-        self.state = loop.new_state(model, run.optimizer, run.batch_size, run.seed, abstract)
-        self._step = loop.make_train_step(model, run.optimizer, run.accumulate, self.batches.layout, abstract)
-        self._key = loop.Keys.from_seed(run.seed).dropout
+        abstract = abstract_state(model, run.optimizer, run.batch_size, self.mesh, run.loop.mesh.parameters)
+        self.state = new_state(model, run.optimizer, run.batch_size, run.seed, abstract)
+        self._step = make_train_step(model, run.optimizer, run.accumulate, self.batches.layout, abstract)
+        self._key = Keys.from_seed(run.seed).dropout
         _, self.constant = next(self.real(0, 1))
         self.seconds(lambda: None, [self.constant] * 3)
 

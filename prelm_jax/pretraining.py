@@ -25,10 +25,10 @@ from prelm_jax.storage import is_remote
 from prelm_jax.tokenizers import build as tokenizers
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.train import placed_batches, train
-from prelm_jax.training import loop
 from prelm_jax.training.checkpoint import Step
 from prelm_jax.training.contract import Batches, DataConfig, Model, Params
 from prelm_jax.training.sharding import MeshConfig
+from prelm_jax.training.step import abstract_items, make_evaluate
 from prelm_jax.workdir import WorkDir
 
 # The held-out batches are the same in every run, whatever its seed.
@@ -113,7 +113,7 @@ def evaluate(
     evaluation = HeldOut(run, model, tokenizer, batches, held_out)
     mesh = MeshConfig(devices=1).build()
     with jax.set_mesh(mesh), contextlib.closing(directory.open_checkpoints()) as checkpoints:
-        restored = checkpoints.restore(loop.abstract_items(model, run.batch_size, mesh), step)
+        restored = checkpoints.restore(abstract_items(model, run.batch_size, mesh), step)
         if restored is None:
             raise InputError(f"{directory.path}: no checkpoint here yet")
         _, items = restored
@@ -150,7 +150,7 @@ class HeldOut:
         self._data: DataConfig[Batches] = run.data
         self._count, self._training, self._store = run.loop.evaluate_batches, training, store
         self._batches = self._data.build(store, tokenizer, run.batch_size, EVALUATION_SEED)
-        self._evaluate = loop.make_evaluate(model)
+        self._evaluate = make_evaluate(model)
 
     def __call__(self, params: Params, carry: Params, mesh: jax.sharding.Mesh) -> dict[str, float]:
         """Losses and metrics by name, and what is derived from them (perplexity, bits per byte)."""

@@ -14,6 +14,7 @@ from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training import loop
 from prelm_jax.training.contract import Batch, Batches, Model, Params
 from prelm_jax.training.sharding import shard_batch
+from prelm_jax.training.step import TrainState, abstract_state, new_state
 from prelm_jax.workdir import WorkDir, baseline_metrics
 
 
@@ -53,16 +54,16 @@ def train(
     # The trivial baselines of a run are computed once, unless its evaluation changes.
     known = workdir.exists() and workdir.read_record().loop["evaluate_batches"] == settings.evaluate_batches
     with jax.set_mesh(mesh), contextlib.closing(workdir.open_checkpoints(settings.keep)) as checkpoints:
-        abstract = loop.abstract_state(model, run.optimizer, run.batch_size, mesh, settings.mesh.parameters)
+        abstract = abstract_state(model, run.optimizer, run.batch_size, mesh, settings.mesh.parameters)
         restored = checkpoints.restore(abstract.items())
         if restored is None:
-            state = loop.new_state(model, run.optimizer, run.batch_size, run.seed, abstract, start)
+            state = new_state(model, run.optimizer, run.batch_size, run.seed, abstract, start)
         else:
-            state = loop.TrainState.from_items(restored[1])
+            state = TrainState.from_items(restored[1])
         workdir.claim(record, tokenizer)
         report.print_run_header(run, state.params, int(state.step), mesh)
 
-        def evaluate(state: loop.TrainState) -> dict[str, float]:
+        def evaluate(state: TrainState) -> dict[str, float]:
             return evaluation(state.params, state.carry, mesh)
 
         done = int(state.step)

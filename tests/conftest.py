@@ -3,6 +3,7 @@
 import collections
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def private_cache(tmp_path_factory, common_directory) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def shared_programs() -> Iterator[None]:
     """Runs of equal configurations in a module share their traced and compiled programs, for these are pure."""
-    from prelm_jax.training import loop
+    from prelm_jax.training import step
 
     def shared(make: Callable) -> Callable:
         made = {}
@@ -67,7 +68,11 @@ def shared_programs() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("abstract_state", "make_init", "make_train_step", "make_evaluate"):
-            patch.setattr(loop, name, shared(getattr(loop, name)))
+            original = getattr(step, name)
+            remembered = shared(original)
+            for module in list(sys.modules.values()):
+                if getattr(module, name, None) is original:
+                    patch.setattr(module, name, remembered)
         yield
 
 

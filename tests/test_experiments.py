@@ -22,11 +22,11 @@ from prelm_jax.corpus.store import Store
 from prelm_jax.families import FAMILIES, find_family
 from prelm_jax.planning.plan import TokenizerOfSize
 from prelm_jax.run import SOURCES, Run
-from prelm_jax.training import loop
 from prelm_jax.training.contract import Model
 from prelm_jax.training.optimizer import decays
 from prelm_jax.training.parameters import path_name
 from prelm_jax.training.sharding import MeshConfig, batch_sharding, partition
+from prelm_jax.training.step import abstract_state, make_train_step
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -74,12 +74,12 @@ def test_one_step_lowers_on_four_devices(reference):
     model.check(example)
     mesh = MeshConfig(devices=4).build()
     with jax.set_mesh(mesh):
-        state = loop.abstract_state(model, run.optimizer, run.batch_size, mesh, "fsdp")
+        state = abstract_state(model, run.optimizer, run.batch_size, mesh, "fsdp")
         batch = {
             key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(batches.layout[key], x.shape, mesh))
             for key, x in example.items()
         }
-        step = loop.make_train_step(model, run.optimizer, run.accumulate, batches.layout, state)
+        step = make_train_step(model, run.optimizer, run.accumulate, batches.layout, state)
         new_state, metrics = step.eval_shape(state, batch, jax.random.key(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert {"loss", "grad_norm", "learning_rate", "tokens"} < set(metrics)

@@ -21,11 +21,11 @@ from prelm_jax.run import Run
 from prelm_jax.tokenizers.bpe import BPEConfig
 from prelm_jax.tokenizers.wordpiece import WordPieceConfig
 from prelm_jax.tokenizers.words import WordVocabularyConfig
-from prelm_jax.training import loop
 from prelm_jax.training.checkpoint import Checkpoints
 from prelm_jax.training.loop import LoopConfig
 from prelm_jax.training.optimizer import Adagrad, AdamW
 from prelm_jax.training.sharding import MeshConfig
+from prelm_jax.training.step import abstract_state
 from prelm_jax.workdir import WorkDir
 
 WORDS = ["the", "a", "cat", "dog", "bird", "house", "river", "sees", "finds", "likes", "in", "on", "big", "old", "new"]
@@ -151,6 +151,6 @@ def newest_checkpoint(workdir, experiment: Run | None = None) -> tuple[int, dict
     record = WorkDir(workdir).read_record()
     experiment = experiment or FAMILIES[record.model_type]()
     model = record.run(type(experiment.model), type(experiment.data)).model.build()
-    abstract = loop.abstract_state(model, experiment.optimizer, 8, MeshConfig(devices=1).build(), "replicated")
+    abstract = abstract_state(model, experiment.optimizer, 8, MeshConfig(devices=1).build(), "replicated")
     with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
         return checkpoints.restore(abstract.items())

@@ -19,11 +19,11 @@ from prelm_jax.planning.topology import collective_seconds, compile_only_devices
 from prelm_jax.run import Run
 from prelm_jax.tokenizers import wordpiece, words
 from prelm_jax.tokenizers.base import Tokenizer
-from prelm_jax.training import loop
 from prelm_jax.training.chips import GiB, find_chip
 from prelm_jax.training.contract import Batches
 from prelm_jax.training.metrics import peak_flops
 from prelm_jax.training.sharding import batch_sharding
+from prelm_jax.training.step import TrainState, abstract_state, make_train_step
 
 LOCAL = "local"
 # Two messages of the compiler for TPUs when the step needs more memory than the chip has: while it places arrays, and
@@ -158,7 +158,7 @@ class Step:
     """A compiled train step and the shapes that it was compiled for."""
 
     compiled: jax.stages.Compiled
-    state: loop.TrainState
+    state: TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
     tokens: int  # Padding included.
     flops: float  # By the formula of the model.
@@ -178,8 +178,8 @@ def compile_step(run: Run, mesh: jax.sharding.Mesh) -> Step:
     }
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        state = loop.abstract_state(model, run.optimizer, run.batch_size, mesh, run.loop.mesh.parameters)
-        step = loop.make_train_step(model, run.optimizer, run.accumulate, batches.layout, state)
+        state = abstract_state(model, run.optimizer, run.batch_size, mesh, run.loop.mesh.parameters)
+        step = make_train_step(model, run.optimizer, run.accumulate, batches.layout, state)
         lowered = step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0)))
         try:
             compiled = lowered.compile()

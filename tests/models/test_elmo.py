@@ -17,10 +17,10 @@ from prelm_jax.formats.base import abstract_params
 from prelm_jax.models import layers
 from prelm_jax.models.elmo import ELMoConfig, log_expected_count
 from prelm_jax.models.lstm import lstm
-from prelm_jax.training import loop
 from prelm_jax.training.optimizer import Adagrad
 from prelm_jax.training.parameters import path_name
 from prelm_jax.training.sharding import MeshConfig, shard_batch
+from prelm_jax.training.step import Keys, abstract_state, make_train_step, new_state
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 CONFIG = ELMoConfig(
@@ -480,14 +480,12 @@ def train(
     model, mesh = config.build(), MeshConfig(devices).build()
     optimizer = Adagrad(learning_rate, unroll_steps=LENGTH)
     with jax.set_mesh(mesh):
-        abstract = loop.abstract_state(model, optimizer, ROWS, mesh, parameters)
-        state = loop.new_state(model, optimizer, ROWS, 0, abstract)
-        step_function = loop.make_train_step(model, optimizer, accumulate, LAYOUT, abstract)
+        abstract = abstract_state(model, optimizer, ROWS, mesh, parameters)
+        state = new_state(model, optimizer, ROWS, 0, abstract)
+        step_function = make_train_step(model, optimizer, accumulate, LAYOUT, abstract)
         losses = []
         for step in range(steps):
-            state, metrics = step_function(
-                state, shard_batch(batch(step), LAYOUT, mesh), loop.Keys.from_seed(0).dropout
-            )
+            state, metrics = step_function(state, shard_batch(batch(step), LAYOUT, mesh), Keys.from_seed(0).dropout)
             losses.append(float(metrics["loss"]))
     for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
         assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
@@ -516,10 +514,10 @@ def test_devices_exchange_words_and_not_vocabularies():
     model, mesh = ONE_LAYER.build(), MeshConfig(8).build()
     optimizer = Adagrad(0.2, unroll_steps=LENGTH)
     with jax.set_mesh(mesh):
-        state = loop.abstract_state(model, optimizer, ROWS, mesh, "replicated")
+        state = abstract_state(model, optimizer, ROWS, mesh, "replicated")
         batch = shard_batch(make_batch(), LAYOUT, mesh)
-        step = loop.make_train_step(model, optimizer, 1, LAYOUT, state)
-        text = step.lower(state, batch, loop.Keys.from_seed(0).dropout).compile().as_text()
+        step = make_train_step(model, optimizer, 1, LAYOUT, state)
+        text = step.lower(state, batch, Keys.from_seed(0).dropout).compile().as_text()
     collectives = [line for line in text.splitlines() if re.search(r" all-(reduce|gather|to-all)(-start)?\(", line)]
     assert "f32[128,8]" in text
     assert collectives

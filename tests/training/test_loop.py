@@ -20,6 +20,15 @@ from prelm_jax.training.metrics import MetricsWriter
 from prelm_jax.training.optimizer import AdamW, decays
 from prelm_jax.training.parameters import path_name
 from prelm_jax.training.sharding import MeshConfig, shard_batch
+from prelm_jax.training.step import (
+    Keys,
+    TrainState,
+    abstract_state,
+    make_evaluate,
+    make_predict,
+    make_train_step,
+    new_state,
+)
 
 ROWS, LAYERS, SIZE = 16, 3, 8
 
@@ -103,12 +112,12 @@ def train(workdir, config, evaluate=lambda step: float(step), interrupt=None):
         jax.set_mesh(mesh),
         contextlib.closing(Checkpoints(workdir / "checkpoints", config.loop.keep)) as checkpoints,
     ):
-        abstract = loop.abstract_state(model, config.optimizer, ROWS, mesh, config.loop.mesh.parameters)
+        abstract = abstract_state(model, config.optimizer, ROWS, mesh, config.loop.mesh.parameters)
         restored = checkpoints.restore(abstract.items())
         if restored is None:
-            state = loop.new_state(model, config.optimizer, ROWS, config.seed, abstract)
+            state = new_state(model, config.optimizer, ROWS, config.seed, abstract)
         else:
-            state = loop.TrainState.from_items(restored[1])
+            state = TrainState.from_items(restored[1])
         start = int(state.step)
 
         def batches():
@@ -250,7 +259,7 @@ def test_a_scalar_mix_learns_its_layer(tmp_path, parameters):
 
 def test_an_evaluation_does_not_depend_on_the_seed_but_on_the_batch():
     model = Toy()
-    evaluate = loop.make_evaluate(model)
+    evaluate = make_evaluate(model)
     params, carry = model.init_params(jax.random.key(0)), model.init_carry(ROWS)
     values = [evaluate(params, carry, [make_batch(0)] * n) for n in (1, 1, 2)]
     assert values[0] == values[1]
@@ -262,10 +271,10 @@ def test_a_step_gets_the_dropout_key_of_its_number():
     model, config = Toy(), KEEPING
     mesh = config.loop.mesh.build()
     with jax.set_mesh(mesh):
-        abstract = loop.abstract_state(model, config.optimizer, ROWS, mesh, "replicated")
-        state = loop.new_state(model, config.optimizer, ROWS, 0, abstract)
-        train_step = loop.make_train_step(model, config.optimizer, 1, LAYOUT, abstract)
-        key = loop.Keys.from_seed(0).dropout
+        abstract = abstract_state(model, config.optimizer, ROWS, mesh, "replicated")
+        state = new_state(model, config.optimizer, ROWS, 0, abstract)
+        train_step = make_train_step(model, config.optimizer, 1, LAYOUT, abstract)
+        key = Keys.from_seed(0).dropout
         for step in range(2):
             state, metrics = train_step(state, shard_batch(make_batch(step), LAYOUT, mesh), key)
             assert metrics["noise"] == jax.random.uniform(jax.random.fold_in(key, step))
@@ -273,7 +282,7 @@ def test_a_step_gets_the_dropout_key_of_its_number():
 
 
 def test_the_streams_of_a_seed():
-    keys, other = loop.Keys.from_seed(3), loop.Keys.from_seed(4)
+    keys, other = Keys.from_seed(3), Keys.from_seed(4)
     init, dropout = jax.random.split(jax.random.key(3))
     assert keys.init == init and keys.dropout == dropout
     assert keys.init != other.init and keys.dropout != other.dropout
@@ -286,7 +295,7 @@ def test_predictions_cover_every_row_in_order(mesh_config):
     with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
         batches = (shard_batch(make_batch(step), LAYOUT, mesh) for step in range(3))
         sharded = jax.device_put((params, carry), jax.NamedSharding(mesh, jax.P()))
-        predictions = list(loop.make_predict(model)(*sharded, batches))
+        predictions = list(make_predict(model)(*sharded, batches))
     assert len(predictions) == 3
     for step, found in enumerate(predictions):
         np.testing.assert_array_equal(found["row"], np.arange(ROWS))

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from prelm_jax.errors import InputError
-from prelm_jax.training import loop
 from prelm_jax.training.optimizer import AdamW, decays
 from prelm_jax.training.parameters import path_name
 from prelm_jax.training.sharding import MeshConfig, partition, shard_batch
+from prelm_jax.training.step import Keys, abstract_state, make_evaluate, make_train_step, means, new_state
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 OPTIMIZER = AdamW(learning_rate=3e-3, warmup_steps=4, decay_steps=300, weight_decay=0.01)
@@ -32,15 +32,15 @@ def train(family):
         mesh, model = mesh_config.build(), config.build()
         layout = dict.fromkeys(batch(0), "rows")
         with jax.set_mesh(mesh):
-            abstract = loop.abstract_state(model, optimizer, 8, mesh, mesh_config.parameters)
-            state = loop.new_state(model, optimizer, 8, 0, abstract)
+            abstract = abstract_state(model, optimizer, 8, mesh, mesh_config.parameters)
+            state = new_state(model, optimizer, 8, 0, abstract)
             for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
                 assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
-            step_function = loop.make_train_step(model, optimizer, accumulate, layout, abstract)
+            step_function = make_train_step(model, optimizer, accumulate, layout, abstract)
             losses = []
             for step in range(steps):
                 placed = shard_batch(batch(step), layout, mesh)
-                state, metrics = step_function(state, placed, loop.Keys.from_seed(0).dropout)
+                state, metrics = step_function(state, placed, Keys.from_seed(0).dropout)
                 losses.append(float(metrics["loss"]))
         return np.array(losses), state
 
@@ -132,7 +132,7 @@ def test_an_evaluation_is_one_division_without_dropout(tiny_bert, random_bert_ba
         picked = np.take_along_axis(logits, batch["masked_targets"][..., None], -1)[..., 0]
         total += ((log_normalizer - picked) * batch["masked_weights"]).sum()
         weight += batch["masked_weights"].sum()
-    values = loop.make_evaluate(model)(params, {}, batches)
+    values = make_evaluate(model)(params, {}, batches)
     np.testing.assert_allclose(values["masked_lm_loss"], total / weight, rtol=1e-5)
 
 
@@ -141,7 +141,7 @@ def test_a_batch_without_weight_has_no_loss_and_no_nan(tiny_bert, random_bert_ba
     model = dataclasses.replace(tiny_bert, num_layers=1).build()
     params = jax.jit(model.init_params)(jax.random.key(0))
     losses, metrics, _ = jax.jit(model.loss, static_argnums=4)(params, {}, batch, jax.random.key(1), False)
-    values = loop.means(model, losses | metrics)
+    values = means(model, losses | metrics)
     assert values["next_sentence_loss"] == 0
     assert values["loss"] == values["masked_lm_loss"] > 0
 
@@ -161,7 +161,7 @@ def test_fsdp_needs_a_dimension_that_the_devices_divide(tiny_bert):
     with pytest.raises(
         InputError, match=r"--mesh.parameters: 5 devices divide no dimension of \S+/(kernel|embedding) \("
     ):
-        loop.abstract_state(tiny_bert.build(), OPTIMIZER, 8, mesh_config.build(), "fsdp")
+        abstract_state(tiny_bert.build(), OPTIMIZER, 8, mesh_config.build(), "fsdp")
 
 
 def test_every_parameter_needs_a_rule():
