@@ -375,7 +375,9 @@ def test_chinese(real_data, tmp_path):
     summary = pretrain(run, tmp_path / "run")
     assert summary.unknown_tokens < 0.01
     assert 0 < summary.evaluation["masked_lm_loss"] < np.log(21128) + 0.1
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["masking"]["segmenter"] == "jieba"
+    assert (
+        json.loads((tmp_path / "run" / "run.json").read_text())["identity"]["data"]["masking"]["segmenter"] == "jieba"
+    )
     pieces = "".join(module.show_batch(run, 0)).split()
     assert sum("一" <= piece <= "鿿" for piece in pieces) > 100 and max(map(len, pieces)) < 30
 
