@@ -35,7 +35,7 @@ def demo() -> Run:
         data=_pairs(max_length=64, max_predictions=10),
         optimizer=_adamw(learning_rate=1.5e-3, warmup_steps=100, decay_steps=2400, bias_correction="moments"),
         batch_size=32,
-        loop=LoopConfig(steps=2400, evaluate_every=800, save_every=800, log_every=50),
+        loop=LoopConfig(steps=2400, evaluate_every=400, save_every=800, log_every=50),
     )
 
 

@@ -32,7 +32,7 @@ def demo() -> Run:
         data=StreamsConfig(max_length=20, num_negatives=0),
         optimizer=_adagrad(),
         batch_size=32,
-        loop=LoopConfig(steps=3000, evaluate_every=1000, save_every=1000, log_every=50),
+        loop=LoopConfig(steps=3000, evaluate_every=500, save_every=1000, log_every=50),
     )
 
 

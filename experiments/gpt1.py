@@ -29,7 +29,7 @@ def demo() -> Run:
         data=WindowsConfig(max_length=128),
         optimizer=_adamw(learning_rate=3e-3, warmup_steps=100, decay_steps=2400),
         batch_size=16,
-        loop=LoopConfig(steps=2400, evaluate_every=800, save_every=800, log_every=50),
+        loop=LoopConfig(steps=2400, evaluate_every=400, save_every=800, log_every=50),
     )
 
 
