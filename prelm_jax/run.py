@@ -115,7 +115,7 @@ class RunRecord:
 def config_from_json(cls: type[Config], fields: Mapping[str, object], **classes: type) -> Config:
     """A config dataclass from the JSON object it was written as, nested configs too.
 
-    `classes`: those of the fields whose annotation does not say. Raises TypeError for fields that `cls` does not have.
+    `classes`: the config classes of fields annotated `Any`. Raises TypeError for fields that `cls` does not have.
     """
     hints = typing.get_type_hints(cls) | classes
 

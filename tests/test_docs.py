@@ -31,7 +31,7 @@ by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relat
 
 
 def blocks(text: str, language: str = "") -> Iterator[str]:
-    """The code blocks of a Markdown page in a language; those of the shell have none."""
+    """The code blocks of a Markdown page in a language; shell blocks name none."""
     for found, code in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         if found == language:
             yield code
@@ -109,7 +109,7 @@ def parse(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture(scope="module")
 def options():
-    """Every option of every command, and those of the scripts for TPUs."""
+    """Every option of every command and of the scripts for TPUs."""
     arguments = [name.split() for name in cli.COMMANDS]
     arguments += [["pretrain", name] for name in ("bert:mini", "gpt1:mini", "elmo:small")]
     arguments += [["tokenizer", "train", kind] for kind in KINDS]

@@ -9,7 +9,7 @@ field       name of the text field of JSON lines, Parquet and TFDS; default `tex
 sentences   library or line: how sentences are found (`prelm_jax.corpus.sentences`)
 cleaning    gpt: clean documents as GPT-1 did (`prelm_jax.corpus.cleaning`)
 weight      passes over the training documents of the source: 3 reads it three times, 2.5 twice and then half of its
-            documents, those of the lowest hashes; held-out documents are read once
+            documents, chosen by hash; held-out documents are read once
 
 Files are streamed, one document in memory at a time.
 """

@@ -1,5 +1,6 @@
 """Sources of documents: text files, TensorFlow Datasets, and Python's own documentation."""
 
+import abc
 import dataclasses
 import glob
 import math
@@ -40,7 +41,7 @@ class Part(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class Source(abc.ABC):
     """Files that hold documents, and how to read them."""
 
     spec: Spec
@@ -49,17 +50,17 @@ class Source:
         """The files, in the order in which they are read. Raises InputError if there are none."""
         return [File.at(path) for path in self.paths()]
 
+    @abc.abstractmethod
     def paths(self) -> list[str]:
         """The paths of the files."""
-        raise NotImplementedError
 
     def parts(self, files: list[File]) -> Iterator[Part]:
         """One pass over the source, cut into parts of some 64 MB; a file is in one part."""
         yield Part(self, files)
 
+    @abc.abstractmethod
     def texts(self, part: Part, errors: Errors, advance: Advance) -> Iterator[str]:
-        """The texts of the documents of a part; `advance` is told the bytes of the files that were read."""
-        raise NotImplementedError
+        """The texts of the documents of a part; `advance` is called with the bytes of the files that were read."""
 
 
 def from_spec(spec: Spec) -> Source:

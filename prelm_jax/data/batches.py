@@ -1,5 +1,6 @@
 """What all batches of a token store share."""
 
+import abc
 import functools
 from collections.abc import Mapping
 from typing import Literal
@@ -14,7 +15,7 @@ from prelm_jax.training.contract import Layout
 Role = Literal["pad", "cls", "sep", "mask", "bos", "eos", "unknown"]
 
 
-class StoreBatches:
+class StoreBatches(abc.ABC):
     """`batches[step]` is the batch of a step, a pure function of (seed, step). Steps are endless: epochs reshuffle.
 
     A subclass defines `rows`. Fulfills `training.contract.Batches`.
@@ -33,9 +34,9 @@ class StoreBatches:
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         return self.rows(step, 0, self.batch_size)
 
+    @abc.abstractmethod
     def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """Rows start to stop of the batch of a step, built without the others."""
-        raise NotImplementedError
 
 
 def special_id(tokenizer: Tokenizer, role: Role, user: str) -> int:

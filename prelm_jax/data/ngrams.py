@@ -53,7 +53,7 @@ def trigram_loss(source: TokenSource, vocab_size: int, queries: np.ndarray) -> f
     n = fitted_to.shape[1]
     left_out, asked = np.maximum(counts[:, :n] - 1, 0), counts[:, n:]
 
-    # `fitted` are the probabilities of the tokens that are left out in turn, `result` those of the queries: first the
+    # `fitted`: probabilities of the tokens that are left out in turn; `result`: probabilities of the queries: first the
     # unigram model's (count 4), then mixed with the bigram frequencies (counts 2 and 3), then with the trigram
     # frequencies (counts 0 and 1).
     fitted = (left_out[4] + 1) / (total - 1 + vocab_size)

@@ -63,7 +63,7 @@ class Layout(Generic[Config]):
         require(settings, self.fixed, source)
         if "vocab_size" not in settings:
             raise InputError(f"{source}: no vocab_size")
-        # Other writers leave out keys; the defaults of our configs are those of the format.
+        # Other writers leave out keys; our configs have the defaults of the format.
         build: Callable[..., Config] = self.config_class
         config = build(**{field: settings[key] for field, key in self.settings.items() if key in settings})
         tokenizer = tokenizers.load(directory)

@@ -44,7 +44,7 @@ class Pretrained(abc.ABC, Generic[Config, Vocabulary]):
 def write_embeddings(
     model: Pretrained[Config, Vocabulary], lines: Sequence[str], path: str | os.PathLike, **options: object
 ) -> None:
-    """Embeds lines into an HDF5 file, which appears when it is complete. `options` are those of the model's `embed`.
+    """Embeds lines into an HDF5 file, which appears when it is complete. `options` go to the model's `embed`.
 
     Dataset "i" (from "0") is line i: f32 [L + 1, tokens, D]. Its attribute `tokens` is the JSON list of its tokens.
     """

@@ -95,8 +95,8 @@ class GPT(LanguageModel):
         """[B, padded vocabulary], fp32: logits of the token after `length` tokens, of which these are the last.
 
         The collection `cache` (see `init_cache`) holds keys and values of the last `max_position_embeddings` tokens;
-        those of the new tokens are appended, so apply with `mutable=["cache"]`. Where `length` is less than T, the
-        first T - `length` tokens are padding.
+        new ones are appended, so apply with `mutable=["cache"]`. Where `length` is less than T, the first T - `length`
+        tokens are padding.
         """
         # With a window of 4, the last T = 2 tokens of a text of length 3: positions_T = [1, 2]; the cache then holds
         # positions_S = [-1, 0, 1, 2], and the token at 1 attends to 0 and 1. Negative positions are padding or empty.

@@ -1,4 +1,4 @@
-"""Experiments by name: those of the package, anybody's files, and everything that can be wrong with them."""
+"""Experiments by name: from the package, from anybody's files, and everything that can be wrong with them."""
 
 import os
 import re
