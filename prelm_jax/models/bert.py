@@ -170,8 +170,9 @@ class Bert(LanguageModel):
         """The two losses and their accuracies; the second only if the batch has pairs."""
         last_BTD = self.bert.hidden_states(batch, train)[-1]
         masked_BMD = jnp.take_along_axis(last_BTD, batch["masked_positions"][..., None], 1)
+        logits_BMV = self.masked_lm_logits(masked_BMD)
         # Rows flattened: with M no multiple of 8, a TPU would copy the logits to separate them by rows.
-        logits_GV = self.masked_lm_logits(masked_BMD.reshape(-1, masked_BMD.shape[-1]))
+        logits_GV = logits_BMV.reshape(-1, logits_BMV.shape[-1])
         nll_G, correct_G = cross_entropy(logits_GV, batch["masked_targets"].reshape(-1))
         weights_BM = batch["masked_weights"]
         losses = {"masked_lm_loss": _weighted(nll_G.reshape(weights_BM.shape), weights_BM)}
