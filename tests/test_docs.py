@@ -161,10 +161,10 @@ def test_options_exist(page, options):
 def test_links_and_paths_resolve(page):
     text = page.read_text()
     for link in re.findall(r"\]\(([^)#\s]+)", text):
-        assert "://" in link or link == "docs/demos.svg" or (page.parent / link).exists(), link
+        assert "://" in link or (page.parent / link).exists(), link
     folders = "benchmarks|docs|examples|experiments|prelm_jax|tests|tpu"
     for path in re.findall(rf"(?<![\w/.-])(?:{folders})/[\w./-]*\w", text):
-        assert (ROOT / path).exists() or path == "docs/demos.svg", path
+        assert (ROOT / path).exists(), path
     for script in re.findall(r"`(\w+\.sh)\b", text):
         assert (ROOT / "tpu" / script).exists(), script
 
