@@ -423,7 +423,7 @@ def test_bfloat16_is_close_to_float32(run, uninterrupted, tmp_path):
     for line, exact in zip(metrics(workdir), metrics(uninterrupted), strict=True):
         name = "train/loss" if "train/loss" in line else "evaluation/loss"
         np.testing.assert_allclose(line[name], exact[name], rtol=5e-3)
-        assert line[name] != exact[name]
+        assert line != exact  # Gradient norm or accuracy differ, where losses happen to round alike.
     _, state = newest_checkpoint(workdir)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"float32", "int32"}
 
