@@ -96,7 +96,7 @@ class RunRecord:
     def differences(self, other: "RunRecord") -> list[str]:
         """What decides the bits and differs, as "model.num_layers (2 there, 3 here)"; here is `other`."""
         there, here = (
-            _flatten(record.identity | {"model_type": record.model_type, "optimizer": record.segments[0]["optimizer"]})
+            flatten(record.identity | {"model_type": record.model_type, "optimizer": record.segments[0]["optimizer"]})
             for record in (self, other)
         )
         return [
@@ -127,7 +127,8 @@ def config_from_json(cls: type[Config], fields: Mapping[str, object], **classes:
     return cls(**{name: value(name, field) for name, field in fields.items()})
 
 
-def _flatten(value: object, name: str = "") -> dict[str, object]:
+def flatten(value: object, name: str = "") -> dict[str, object]:
+    """The leaves of nested dicts by dotted names: {"a": {"b": 1}} is {"a.b": 1}."""
     if not isinstance(value, dict):
         return {name: value}
-    return {k: v for key, x in value.items() for k, v in _flatten(x, f"{name}.{key}" if name else key).items()}
+    return {k: v for key, x in value.items() for k, v in flatten(x, f"{name}.{key}" if name else key).items()}
