@@ -134,8 +134,6 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike, step: Step 
 
 def show_batch(run: Run, step: int) -> Iterator[str]:
     """The rows of a step's batch, as text for people. Prepares vocabulary and store as `pretrain` does."""
-    if step < 0:
-        raise InputError(f"--step {step}: steps are counted from 0")
     _, tokenizer, training, _ = prepare(run)
     batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
     yield from run.data.show(batches[step], tokenizer)
