@@ -1,6 +1,7 @@
 """Optimizers and learning rate schedules: configurations that build an optax transformation."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -62,15 +63,22 @@ class AdamW:
             return rate
         return rate * jnp.sqrt(1 - self.b2 ** (step + 1)) / (1 - self.b1 ** (step + 1))
 
-    def build(self) -> optax.GradientTransformation:
-        """The transformation of gradients into updates."""
+    def adam(self) -> tuple[optax.GradientTransformation, ...]:
+        """The transformations that make clipped gradients into updates."""
         adam = optax.scale_by_adam if self.bias_correction == "moments" else scale_by_uncorrected_adam
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip_norm),
+        return (
             adam(b1=self.b1, b2=self.b2, eps=self.eps),
             optax.add_decayed_weights(self.weight_decay, mask=decays),
             optax.scale_by_learning_rate(self._rate),
         )
+
+    def build(self, matrices: Sequence[str]) -> optax.GradientTransformation:
+        """The transformation of gradients into updates, the same for all parameters."""
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), *self.adam())
+
+    def flops(self, params: Params, matrices: Sequence[str], devices: int) -> float:
+        """Matmul FLOPs of an update: none."""
+        return 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +98,18 @@ class Adagrad:
         """The learning rate of a step (counted from 0)."""
         return jnp.full(jnp.shape(step), self.learning_rate, jnp.float32)
 
-    def build(self) -> optax.GradientTransformation:
-        """The transformation of gradients into updates."""
+    def build(self, matrices: Sequence[str]) -> optax.GradientTransformation:
+        """The transformation of gradients into updates, the same for all parameters."""
         return optax.chain(
             optax.scale(self.unroll_steps),
             optax.clip_by_global_norm(self.clip_norm),
             optax.scale_by_rss(self.initial_accumulator, eps=0.0),
             optax.scale_by_learning_rate(self.learning_rate),
         )
+
+    def flops(self, params: Params, matrices: Sequence[str], devices: int) -> float:
+        """Matmul FLOPs of an update: none."""
+        return 0.0
 
 
 def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:

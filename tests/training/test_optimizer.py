@@ -17,7 +17,7 @@ def test_adamw_equals_numpy(bias_correction):
     )
     rng = np.random.default_rng(0)
     params = {"kernel": rng.normal(size=(3, 2)).astype(np.float32), "bias": rng.normal(size=2).astype(np.float32)}
-    optimizer = config.build()
+    optimizer = config.build(())
     state, ours = optimizer.init(params), params
     reference = {name: x.astype(np.float64) for name, x in params.items()}
     m, v = ({name: np.zeros_like(x) for name, x in reference.items()} for _ in range(2))
@@ -46,7 +46,7 @@ def test_adagrad_equals_numpy():
     config = Adagrad(learning_rate=0.2, unroll_steps=20)
     rng = np.random.default_rng(0)
     params = {"kernel": rng.normal(size=(3, 2)).astype(np.float32), "bias": rng.normal(size=2).astype(np.float32)}
-    optimizer = config.build()
+    optimizer = config.build(())
     state, ours = optimizer.init(params), params
     reference = {name: x.astype(np.float64) for name, x in params.items()}
     accumulators = {name: np.ones_like(x) for name, x in reference.items()}
