@@ -86,7 +86,7 @@ class OptimizerConfig(Protocol):
         """The transformation of gradients into updates; `matrices` as declared by the model."""
 
     def flops(self, params: Params, matrices: Sequence[str], devices: int) -> float:
-        """Matmul FLOPs of an update, on all devices of a slice together; those of the model are not among them."""
+        """Matmul FLOPs of an update on each of the devices that share its work; those of the model are not counted."""
 
 
 class Batches(Protocol):

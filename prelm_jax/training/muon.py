@@ -81,12 +81,10 @@ class Muon(AdamW):
         )
 
     def flops(self, params: Params, matrices: Sequence[str], devices: int) -> float:
-        """Matmul FLOPs of an update on all devices together: those of the iterations."""
+        """Matmul FLOPs of an update on the busiest of the devices of a slice: those of the iterations."""
         taken = jax.tree.map(lambda leaf, group: leaf if group == "muon" else None, params, groups(params, matrices))
         stacks = _stacks([leaf.shape for leaf in jax.tree.leaves(taken)])
-        # A device has nothing to do where the matrices of a shape are fewer than the devices, but waits as long.
-        each = [math.ceil(len(members) / devices) * _flops(*shape) for shape, members in stacks.items()]
-        return float(devices * sum(each))
+        return float(sum(math.ceil(len(members) / devices) * _flops(*shape) for shape, members in stacks.items()))
 
 
 def orthogonalize() -> optax.GradientTransformation:

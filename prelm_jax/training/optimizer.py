@@ -1,12 +1,13 @@
 """Optimizers and learning rate schedules: configurations that build an optax transformation."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 from jax.typing import ArrayLike
 
 from prelm_jax.training.contract import Params
@@ -18,6 +19,14 @@ DECAY = (
     (r"(^|/)(kernel|embedding)$", True),
     (r"(^|/)(\w*bias|scale|weights|gamma|transitions)$", False),
 )
+
+# The fraction of the learning rate, from the fraction of the steps that is left.
+DECAYS: dict[str, Callable[[Array], Array]] = {
+    "linear": lambda left: left,
+    "cosine": lambda left: (1 - jnp.cos(jnp.pi * left)) / 2,
+    "trapezoid": lambda left: jnp.minimum(1, 5 * left),
+    "none": jnp.ones_like,
+}
 
 
 def decays(params: Params) -> object:
@@ -31,7 +40,7 @@ class AdamW:
 
     The learning rate decays from `learning_rate` at step 0 to zero at `decay_steps`. While the step is below
     `warmup_steps`, it is learning_rate · step / warmup_steps instead: step 0 changes nothing, and at the end of the
-    warm-up the rate drops a little to the decaying curve.
+    warm-up a linear or cosine rate drops a little to the decaying curve.
     """
 
     learning_rate: float  # The highest learning rate, which the schedule scales.
@@ -46,18 +55,18 @@ class AdamW:
     # eps uncorrected (GPT-1: openai/finetune-transformer-lm, opt.py); "none" (BERT: google-research/bert,
     # optimization.py, AdamWeightDecayOptimizer).
     bias_correction: Literal["moments", "rate", "none"] = "moments"
-    decay: Literal["linear", "cosine"] = "linear"  # Shape of the decay: a line (BERT) or half a cosine (GPT-1).
+    # Shape of the decay to zero: linear (BERT); cosine, half a period (GPT-1); trapezoid, constant but for a line over
+    # the last fifth of decay_steps (Hägele et al. 2024); none, a constant rate while the length is open.
+    decay: Literal["linear", "cosine", "trapezoid", "none"] = "linear"
 
-    def schedule(self, step: ArrayLike) -> jax.Array:
+    def schedule(self, step: ArrayLike) -> Array:
         """The learning rate of a step (counted from 0)."""
         step = jnp.asarray(step, jnp.float32)
-        left = jnp.clip(1 - step / self.decay_steps, 0)
-        if self.decay == "cosine":
-            left = (1 - jnp.cos(jnp.pi * left)) / 2
+        fraction = DECAYS[self.decay](jnp.clip(1 - step / self.decay_steps, 0))
         warming = self.learning_rate * step / max(1, self.warmup_steps)
-        return jnp.where(step < self.warmup_steps, warming, self.learning_rate * left)
+        return jnp.where(step < self.warmup_steps, warming, self.learning_rate * fraction)
 
-    def _rate(self, step: ArrayLike) -> jax.Array:
+    def _rate(self, step: ArrayLike) -> Array:
         rate = self.schedule(step)
         if self.bias_correction != "rate":
             return rate
@@ -77,7 +86,7 @@ class AdamW:
         return optax.chain(optax.clip_by_global_norm(self.clip_norm), *self.adam())
 
     def flops(self, params: Params, matrices: Sequence[str], devices: int) -> float:
-        """Matmul FLOPs of an update: none."""
+        """Matmul FLOPs of an update on a device: none."""
         return 0.0
 
 
@@ -94,7 +103,7 @@ class Adagrad:
     initial_accumulator: float = 1.0  # Where the sums of squared gradients start; higher values slow the first steps.
     clip_norm: float = 10.0  # Largest global norm of that gradient, after accumulation and over all devices.
 
-    def schedule(self, step: ArrayLike) -> jax.Array:
+    def schedule(self, step: ArrayLike) -> Array:
         """The learning rate of a step (counted from 0)."""
         return jnp.full(jnp.shape(step), self.learning_rate, jnp.float32)
 
@@ -108,7 +117,7 @@ class Adagrad:
         )
 
     def flops(self, params: Params, matrices: Sequence[str], devices: int) -> float:
-        """Matmul FLOPs of an update: none."""
+        """Matmul FLOPs of an update on a device: none."""
         return 0.0
 
 

@@ -11,10 +11,11 @@ import pytest
 import tiny
 from test_experiments import EXPERIMENTS, build
 
+from prelm_jax.planning.hlo import COLLECTIVES
 from prelm_jax.pretraining import pretrain
 from prelm_jax.training.muon import Muon, groups, newton_schulz, orthogonalize
 from prelm_jax.training.parameters import path_name
-from prelm_jax.training.sharding import MeshConfig
+from prelm_jax.training.sharding import MeshConfig, state_sharding
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 MUON = Muon(learning_rate=3e-3, matrix_learning_rate=0.02, warmup_steps=4, decay_steps=300, weight_decay=0.01)
@@ -89,6 +90,31 @@ def test_a_step_changes_outputs_equally_at_any_width(ratio):
     assert max(changes) < 1.35 * min(changes)
 
 
+@pytest.mark.parametrize("parameters", ["replicated", "fsdp"])
+def test_each_device_iterates_its_part_of_the_matrices(parameters):
+    """Twelve of a shape on four devices of a slice: three each, in the program and in the formula."""
+    mesh_config = MeshConfig(8, parameters, slices=2)
+    mesh = mesh_config.build()
+    shapes = {f"layer_{i}": {"kernel": (64, 128) if i % 2 else (128, 64)} for i in range(12)}
+    with jax.set_mesh(mesh):
+        arrays = jax.tree.map(
+            lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
+        )
+        shardings = state_sharding(arrays, mesh, parameters)
+        placed = jax.tree.map(lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y), arrays, shardings)
+        step = jax.jit(lambda x: orthogonalize().update(x, optax.EmptyState())[0], out_shardings=shardings)
+        compiled = step.lower(placed).compile()
+    expected = MUON.flops(arrays, (r"layer_\d+/kernel$",), 4)
+    assert expected == 5 * 3 * (4 * 64**2 * 128 + 2 * 64**3)
+    assert expected < compiled.cost_analysis()["flops"] < 1.05 * expected
+    text = compiled.as_text()
+    assert "operand_precision={highest,highest}" in text
+    count = {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES}
+    assert {name: n for name, n in count.items() if n} == {"all-gather": 1} | (
+        {"all-to-all": 1} if parameters == "fsdp" else {}
+    )
+
+
 @pytest.mark.parametrize("reference", EXPERIMENTS)
 def test_every_parameter_of_every_experiment_has_one_optimizer(reference):
     """Muon takes the kernels of numbered layers, and ELMo's of the character encoder; never tables, heads and norms.
@@ -135,8 +161,9 @@ def run(request, tmp_path):
 
 
 @pytest.mark.parametrize("run", ["bert", slow("openai-gpt"), slow("elmo")], indirect=True)
-def test_resumed_equals_uninterrupted(run, tmp_path):
+def test_resumed_equals_uninterrupted(run, tmp_path, capsys):
     pretrain(run, tmp_path / "whole")
+    assert re.search(r"Muon takes \d+\.\d% of a step's matrix products: \d\.\d\d GFLOP", capsys.readouterr().err)
     with tiny.interruption(8, tiny.crash), pytest.raises(tiny.Crash):
         pretrain(run, tmp_path / "parts")
     pretrain(run, tmp_path / "parts")
