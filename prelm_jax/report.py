@@ -4,7 +4,7 @@ import dataclasses
 import math
 import shlex
 import sys
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 from rich.console import Console
@@ -14,7 +14,7 @@ from prelm_jax.corpus.documents import Corpus
 from prelm_jax.corpus.store import Store
 from prelm_jax.formats.base import Format, LoadedModel
 from prelm_jax.run import Run
-from prelm_jax.training.contract import Params
+from prelm_jax.training.contract import Batch, HostBatch, Model, Params
 from prelm_jax.workdir import WorkDir
 
 
@@ -70,8 +70,10 @@ def corpus_table(corpus: Corpus, training: Store, held_out: Store) -> Table:
     return table
 
 
-def print_run_header(run: Run, params: Params, step: int, mesh: jax.sharding.Mesh) -> None:
-    """Says, on process 0, what is about to be trained."""
+def print_run_header(
+    run: Run, model: Model, batch: HostBatch, params: Params, step: int, mesh: jax.sharding.Mesh
+) -> None:
+    """Says, on process 0, what is about to be trained; `batch` is of the shapes that it is trained on."""
     if jax.process_index() != 0:
         return
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -80,6 +82,11 @@ def print_run_header(run: Run, params: Params, step: int, mesh: jax.sharding.Mes
         f"steps {step:,} to {run.loop.steps:,}",
         file=sys.stderr,
     )
+    flops = run.optimizer.flops(params, model.matrices, mesh.shape["data"])
+    if flops:
+        share = flops / (flops + model.flops(cast(Batch, batch)) / mesh.size)
+        name, size = type(run.optimizer).__name__, f"{flops / 1e9:,.2f} GFLOP on each device"
+        print(f"{name} takes {share:.1%} of a step's matrix products: {size}", file=sys.stderr)
     if run.loop.steps > 1 and float(run.optimizer.schedule(run.loop.steps - 1)) == 0:
         print("the learning rate ends at zero: to train for longer, raise --optimizer.decay-steps too", file=sys.stderr)
 
