@@ -57,7 +57,7 @@ Step = Annotated[
     tyro.conf.arg(help="Checkpoint of a work directory: number of its step, best (lowest held-out loss) or newest."),
 ]
 ModelPath = Annotated[AnyPath, Positional, tyro.conf.arg(help="Model directory or work directory.")]
-TextFile = Annotated[Path, Positional, tyro.conf.arg(help="Text file in UTF-8, one text per line.")]
+TextFile = Annotated[Path, Positional, tyro.conf.arg(help="Text file in UTF-8, one text per line; lines end at LF.")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +196,8 @@ def _unknown_option(arguments: Sequence[str], parse: Parse) -> str | None:
         for word in re.findall(r"(?<!\S)--?[a-zA-Z][\w.-]*", line.strip("│ ").partition("  ")[0])
     ]
     for argument in arguments:
+        if argument.startswith("-") and os.path.lexists(argument):
+            return f"{argument} is read as an option: write ./{argument} for the file of that name."
         option = argument.partition("=")[0]
         if re.match(r"--[a-zA-Z]", option) and option.replace("_", "-") not in known:
             if field := next((each for each in known if each.startswith(f"{option}.")), None):
