@@ -56,6 +56,10 @@ def corpus_table(corpus: Corpus, training: Store, held_out: Store) -> Table:
     def lengths(unit: Literal["documents", "sentences"]) -> list[str]:
         return [" / ".join(f"{length:,}" for length in store.length_quantiles(unit)) for store in stores]
 
+    def of_length_one(unit: Literal["documents", "sentences"]) -> list[str]:
+        found = [(store.count_of_length_one(unit), store.manifest[unit]) for store in stores]
+        return [f"{count:,} ({count / max(number, 1):.1%})" for count, number in found]
+
     table = Table("corpus", "training", "held-out", caption="* median / 90 % / 99 % / longest")
     for name in ("documents", "sentences", "words", "tokens", "bytes"):
         table.add_row(name, *(f"{store.manifest[name]:,}" for store in stores))
@@ -64,6 +68,8 @@ def corpus_table(corpus: Corpus, training: Store, held_out: Store) -> Table:
     table.add_row("longest word, characters", *(f"{store.manifest['longest_word']:,}" for store in stores))
     table.add_row("tokens per document*", *lengths("documents"))
     table.add_row("tokens per sentence*", *lengths("sentences"))
+    table.add_row("documents of one sentence", *of_length_one("documents"))
+    table.add_row("sentences of one token", *of_length_one("sentences"))
     table.add_row("empty documents, dropped", *(f"{store.manifest['empty_documents']:,}" for store in stores))
     if corpus.deduplicate:
         table.add_row("duplicates, dropped", f"{corpus.duplicates:,} of both sides", "")
