@@ -14,11 +14,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
-
+from prelm_jax.errors import InputError
 from prelm_jax.run import flatten
 from prelm_jax.workdir import WorkDir
 
@@ -102,13 +98,15 @@ def read_curves(path: str | os.PathLike) -> Curves:
 
 def render(runs: Sequence[Curves]) -> str:
     """The page of one or more runs, as HTML."""
-    held_out = sorted({name for run in runs for name in run.series if name.startswith(HELD_OUT)})
+    if not runs:
+        raise InputError("a report needs a run: give the path of a work directory")
+    held_out = dict.fromkeys(name for run in runs for name in run.series if name.startswith(HELD_OUT))
     buttons = "".join(
         f'<input type="radio" name="axis" id="{axis}"{" checked" if axis == AXES[0] else ""}> '
         f'<label for="{axis}">{axis}</label> '
         for axis in AXES
     )
-    title = f"{runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs"
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     parts = [
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -165,6 +163,11 @@ def _section(title: str, series: Sequence[tuple[str, str]], runs: Sequence[Curve
 
 def _picture(name: str, axis: str, runs: Sequence[Curves]) -> str:
     """SVG of one series of all runs against an axis, with the trivial baselines as dashed lines."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
     style = {"svg.hashsalt": "prelm", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
     with rc_context(style | dict.fromkeys(("text.color", "axes.edgecolor", "xtick.color", "ytick.color"), INK)):
         figure = Figure(figsize=(5, 2.9))
@@ -182,6 +185,7 @@ def _picture(name: str, axis: str, runs: Sequence[Curves]) -> str:
             if math.isfinite(value):
                 axes.axhline(value, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
                 axes.text(1, value, label, transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
+        axes.set_xlim(left=0)
         axes.grid(color=INK, alpha=0.15, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))

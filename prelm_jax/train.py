@@ -7,7 +7,7 @@ from typing import Protocol
 
 import jax
 
-from prelm_jax import report
+from prelm_jax import page, report
 from prelm_jax.data import loader
 from prelm_jax.run import Run, RunRecord
 from prelm_jax.tokenizers.base import Tokenizer
@@ -69,7 +69,11 @@ def train(
 
         done = int(state.step)
         steps = placed_batches(batches, done, settings.steps, mesh)
-        with contextlib.closing(workdir.write_metrics(done, settings.tensorboard)) as writer:
+
+        def redraw() -> None:
+            workdir.write_report(page.render([page.read_curves(workdir.path)]))
+
+        with contextlib.closing(workdir.write_metrics(done, settings.tensorboard, redraw)) as writer:
             if jax.process_index() == 0 and not (known and workdir.read_baselines()):
                 writer.write(done, baseline_metrics(evaluation.baselines()))
             state, values = loop.train(

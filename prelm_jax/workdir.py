@@ -2,6 +2,7 @@
 
 run.json          what the run is (run.RunRecord)
 tokenizer/        as its published format has it
+report.html       the curves of metrics.jsonl, for a browser; redrawn while the run goes on
 metrics.jsonl     one object a line: `step`, and metrics by name; the trivial baselines as `baseline/METRIC/NAME`
 checkpoints/      one directory a step
 profile/          traces, if asked for
@@ -11,6 +12,7 @@ import math
 import os
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -97,9 +99,15 @@ class WorkDir:
         name = "perf/tokens_per_second"
         return statistics.median([line[name] for line in self.read_metrics() if name in line] or [math.nan])
 
-    def write_metrics(self, resume_at: int, tensorboard: bool = False) -> MetricsWriter:
-        """The writer of metrics.jsonl; lines of steps after `resume_at` are dropped."""
-        return MetricsWriter(self.path / "metrics.jsonl", resume_at, tensorboard)
+    def write_metrics(self, resume_at: int, tensorboard: bool, evaluated: Callable[[], None]) -> MetricsWriter:
+        """The writer of metrics.jsonl; see there."""
+        return MetricsWriter(self.path / "metrics.jsonl", resume_at, tensorboard, evaluated)
+
+    def write_report(self, page: str) -> None:
+        """Replaces report.html."""
+        temporary = self.path / "report.tmp"
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(self.path / "report.html")
 
     def open_checkpoints(self, keep: int | None = None) -> Checkpoints:
         """The checkpoints; `keep`: how many of the newest to keep, None: only read."""

@@ -32,6 +32,7 @@ COMMANDS = {
     "experiments": experiments,
     "pretrain": training.pretrain,
     "evaluate": training.evaluate,
+    "report": training.report,
     "export": training.export,
     "prepare": training.prepare,
     "batch": training.batch,

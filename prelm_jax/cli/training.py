@@ -1,4 +1,4 @@
-"""Commands that train, and what comes before and after: pretrain, evaluate, export, prepare, batch, plan."""
+"""Commands that train, and what comes before and after: pretrain, evaluate, report, export, prepare, batch, plan."""
 
 import contextlib
 import itertools
@@ -77,6 +77,24 @@ def export(workdir: Positional[AnyPath], directory: Positional[Path], step: Step
 
     pretraining.export(workdir, directory, step)
     print(f"wrote {directory}")
+
+
+def report(paths: Positional[tuple[AnyPath, ...]], output: Path = Path("report.html")) -> None:
+    """Draw the curves of runs beside their baselines in one HTML page, and list the settings in which they differ.
+
+    A run keeps a page of its own up to date while it trains: report.html in its work directory.
+
+    Args:
+        paths: Work directories; a picture shows all of them.
+        output: HTML file to write.
+    """
+    from prelm_jax.page import read_curves, render
+    from prelm_jax.storage import output_file
+
+    page = render([read_curves(path) for path in paths])
+    with output_file(output) as file:
+        file.write_text(page, encoding="utf-8")
+    print(f"wrote {output}: open it in a browser")
 
 
 def prepare(

@@ -5,7 +5,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -51,10 +51,14 @@ class MetricsWriter:
     """Appends to a file of JSON lines, one object with its `step` a line; to TensorBoard (next to the file) if asked.
 
     Only process 0 writes. Lines of steps after `resume_at` are dropped, because the training will write them again.
+    `evaluated` is called whenever an evaluation is written.
     """
 
-    def __init__(self, path: Path, resume_at: int, tensorboard: bool = False):
+    def __init__(
+        self, path: Path, resume_at: int, tensorboard: bool = False, evaluated: Callable[[], None] = lambda: None
+    ):
         self._file = self._tensorboard = None
+        self._evaluated = evaluated
         if jax.process_index() != 0:
             return
         if tensorboard:
@@ -83,6 +87,12 @@ class MetricsWriter:
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
+
+    def write_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the metrics of an evaluation."""
+        self.write(step, {f"evaluation/{name}": value for name, value in values.items()})
+        if self._file is not None:
+            self._evaluated()
 
     def close(self) -> None:
         """Closes the files."""
@@ -153,7 +163,7 @@ class Report:
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Writes an evaluation."""
-        self._writer.write(step, {f"evaluation/{name}": value for name, value in values.items()})
+        self._writer.write_evaluation(step, values)
         self._progress.say(f"step {step}  held-out  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
 
     def close(self) -> None:

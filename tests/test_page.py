@@ -1,0 +1,109 @@
+"""The report page: every curve and baseline is on it, it loads nothing, and the same metrics give the same bytes."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from prelm_jax import page
+from prelm_jax.cli.main import main
+
+VOID = {"meta", "input", "link", "br"}
+
+
+class Checker(HTMLParser):
+    """Tags that are left open, addresses outside of the page, and the text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.addresses, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in VOID:
+            self.open.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "xlink:href", "action")]
+
+    def handle_startendtag(self, tag, attributes):
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data.strip())
+
+
+def make_run(directory, learning_rate=0.1, evaluations=((10, 3.0), (20, 2.5)), lines=20):
+    directory.mkdir()
+    record = {
+        "model_type": "bert",
+        "identity": {"seed": 0, "model": {"hidden_size": 8, "name": "<b>&"}},
+        "segments": [{"from_step": 0, "optimizer": {"learning_rate": learning_rate}}],
+        "sources": {"corpus": ["c.txt"]},
+        "loop": {"steps": 20},
+        "command": ["pretrain"],
+        "version": "0",
+        "format": 2,
+    }
+    (directory / "run.json").write_text(json.dumps(record))
+    metrics = [{"step": 0, "baseline/masked_lm_loss/unigram": 6.25, "baseline/masked_lm_loss/nothing": "nan"}]
+    for step in range(1, lines + 1):
+        line = {"step": step, "train/loss": 5 - step / 10, "train/tokens_seen": 100 * step, "train/grad_norm": 1.0}
+        metrics.append(line if step == 1 else line | {"perf/seconds_per_step": 30.0})
+    metrics += [{"step": s, "evaluation/loss": x, "evaluation/masked_lm_loss": x} for s, x in evaluations]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    return directory
+
+
+def test_read_curves(tmp_path):
+    run = page.read_curves(make_run(tmp_path / "run"))
+    assert run.series["evaluation/loss"].tolist() == [[10, 3.0], [20, 2.5]]
+    # Half a minute a step; the first step, which has no speed of its own, counts as the others do.
+    np.testing.assert_allclose(run.progress, [(step, 100 * step, step / 2) for step in range(21)])
+    assert run.baselines["masked_lm_loss"]["unigram"] == 6.25
+    assert run.settings["model.hidden_size"] == 8
+
+
+def test_the_page_of_one_run(tmp_path):
+    text = page.render([page.read_curves(make_run(tmp_path / "run"))])
+    checker = Checker(text)
+    assert not checker.open
+    assert all(address.startswith("#") for address in checker.addresses)  # clip paths and markers
+    assert not re.search(r"@import|url\((?!#)|<script", text)
+    for word in ("masked lm loss", "unigram", "steps", "tokens", "minutes", "2.5000", "gradient norm before clipping"):
+        assert word in checker.words
+    assert "<b>" not in text and "&lt;b&gt;&amp;" in text  # the setting's value
+    assert text == page.render([page.read_curves(tmp_path / "run")])
+
+
+def test_several_runs_share_pictures_and_show_what_differs(tmp_path):
+    runs = [page.read_curves(make_run(tmp_path / f"run{i}", 0.1 * (i + 1))) for i in range(12)]
+    text = page.render(runs)
+    assert len(set(re.findall(r"stroke: (#[0-9a-f]{6})", text))) == len(page.COLORS)
+    assert "segments" in text and "hidden_size" not in text
+    assert "The runs have the same settings" in page.render([runs[0], runs[0]])
+
+
+def test_long_runs_are_thinned(tmp_path):
+    points = np.column_stack([np.arange(100_001.0), np.ones(100_001)])
+    thin = page._thinned(points)
+    assert len(thin) == page.POINTS and thin[0, 0] < thin[-1, 0] and (thin[:, 1] == 1).all()
+
+
+@pytest.mark.parametrize("lines", [0, 1])
+def test_a_run_that_has_just_begun(tmp_path, lines):
+    text = page.render([page.read_curves(make_run(tmp_path / "run", evaluations=(), lines=lines))])
+    assert "not evaluated" in text and not Checker(text).open
+
+
+def test_report_command(tmp_path, capsys):
+    make_run(tmp_path / "run")
+    main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "page.html")])
+    assert "2.5000" in (tmp_path / "page.html").read_text()
+    with pytest.raises(SystemExit) as exit:
+        main(["report", str(tmp_path / "none"), "--output", str(tmp_path / "page.html")])
+    assert exit.value.code == 1 and "none" in capsys.readouterr().err
+    assert "2.5000" in (tmp_path / "page.html").read_text()
