@@ -34,8 +34,9 @@ def embed(
         batch_size: ELMo with --state carry: line i continues from line i - BATCH_SIZE. Match the tool you compare with.
     """
     from prelm_jax.inference.base import Pretrained, write_embeddings
-    from prelm_jax.storage import read_lines
+    from prelm_jax.storage import check_apart, read_lines
 
+    check_apart(output, input, model)
     options = {"truncate": truncate, "tokenize": tokenize, "state": state, "batch_size": batch_size}
     given = {name: value for name, value in options.items() if value is not None and value is not False}
     write_embeddings(_load(model, step, Pretrained, "embed"), read_lines(input), output, **given)

@@ -58,7 +58,7 @@ Step = Annotated[
     tyro.conf.arg(help="Checkpoint of a work directory: number of its step, best (lowest held-out loss) or newest."),
 ]
 ModelPath = Annotated[AnyPath, Positional, tyro.conf.arg(help="Model directory or work directory.")]
-TextFile = Annotated[Path, Positional, tyro.conf.arg(help="Text file in UTF-8, one text per line.")]
+TextFile = Annotated[Path, Positional, tyro.conf.arg(help="Text file in UTF-8, one text per line; lines end at LF.")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +214,8 @@ def _option(path: Sequence[str | int], known: Sequence[str]) -> str:
 def _unknown_option(arguments: Sequence[str], known: Sequence[str]) -> str | None:
     """The complaint about the first option that is not known; None if all are."""
     for argument in arguments:
+        if argument.startswith("-") and os.path.lexists(argument):
+            return f"{argument} is read as an option: write ./{argument} for the file of that name."
         option = argument.partition("=")[0]
         if re.match(r"--[a-zA-Z]", option) and option.replace("_", "-") not in known:
             if field := next((each for each in known if each.startswith(f"{option}.")), None):

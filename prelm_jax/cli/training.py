@@ -85,8 +85,6 @@ def prepare(
 ) -> None:
     """Prepare the corpus of an experiment (vocabulary and token store) without training; print its statistics.
 
-    If there is a store already, its checksums are verified.
-
     Args:
         beam: Tokenize with Apache Beam instead of local processes (extra beam). Everything after it goes to Beam, for
             example --beam --runner=FlinkRunner.
@@ -99,7 +97,7 @@ def prepare(
         from prelm_jax.corpus.beam import make_shards_with
 
         make_shards = make_shards_with(list(beam))
-    prepared = pretraining.prepare(run, make_shards, verify=True)
+    prepared = pretraining.prepare(run, make_shards, print_new=False)
     print_table(corpus_table(prepared.corpus, prepared.training, prepared.held_out))
 
 

@@ -131,18 +131,19 @@ def train(
     report = Report(model, writer, peak, start, config.steps, config.log_every)
     tokens_seen = checkpoints.tokens_seen(start)
     pending = evaluation = None
-    with contextlib.closing(report), _Stop() as stop, jax.transfer_guard("disallow"):
+    with contextlib.closing(report), _Stop() as stop:
         for step, batch in batches:
             profile.before(step)
-            tokens = count_tokens(batch)  # A program of its own: done before the step is.
-            state, metrics = train_step(state, batch, dropout_key)
-            done = step + 1
-            profile.after(done)
+            with jax.transfer_guard("disallow"):  # Saving and evaluating copy arrays, a step does not.
+                tokens = count_tokens(batch)  # A program of its own: done before the step is.
+                state, metrics = train_step(state, batch, dropout_key)
+                done = step + 1
+                profile.after(done)
 
-            # The devices work on this step while the host looks at the one before.
-            report.wait(pending)
-            before, tokens_seen = tokens_seen, tokens_seen + int(jax.device_get(tokens)[0])
-            pending = (done, metrics, batch, tokens_seen)
+                # The devices work on this step while the host looks at the one before.
+                report.wait(pending)
+                before, tokens_seen = tokens_seen, tokens_seen + int(jax.device_get(tokens)[0])
+                pending = (done, metrics, batch, tokens_seen)
 
             last, stopping = done == config.steps, stop.at(done)
             words_due = any(before < words * tokens_per_word <= tokens_seen for words in config.keep_at_words)
