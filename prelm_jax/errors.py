@@ -12,8 +12,12 @@ class InputError(Exception):
         super().__init__("".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in message))
 
 
-class Preempted(Exception):
-    """The run received SIGTERM and has saved. The command line exits with 75: the same command resumes."""
+class Preempted(BaseException):
+    """The run ends before its time, and has saved what there was to save: SIGTERM came, for example.
+
+    The command line exits with 75: the same command resumes. Like KeyboardInterrupt it can come at any moment, and no
+    handler of errors must take it for one; so it is not an Exception.
+    """
 
 
 def first_line(error: Exception) -> str:

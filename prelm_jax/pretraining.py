@@ -59,16 +59,25 @@ def prepare(run: Run, make_shards: preparation.MakeShards | None = None, print_n
     return prepared
 
 
-def pretrain(run: Run, workdir: str | os.PathLike) -> Summary:
+def pretrain(run: Run, workdir: str | os.PathLike, take_over: bool = False) -> Summary:
     """Trains a run in a work directory, or resumes it there; returns how it does on held-out text.
+
+    take_over: end the lease of another process on a bucket or a network disk without waiting (lock.py).
 
     Raises InputError for what the user can mend, Preempted when SIGTERM stopped the run after saving.
 
         pretrain(experiments.bert.demo(), "runs/bert-demo")
     """
     directory = WorkDir(workdir)
+    with directory.hold(take_over):
+        return _pretrain(run, directory)
+
+
+def _pretrain(run: Run, directory: WorkDir) -> Summary:
     if run.loop.profile and is_remote(directory.path):
-        raise InputError(f"--profile {run.loop.profile}: traces are written to local directories only: {workdir}")
+        raise InputError(
+            f"--profile {run.loop.profile}: traces are written to local directories only: {directory.path}"
+        )
     corpus, tokenizer, training, held_out = prepare(run)
     run = dataclasses.replace(run, model=_with_vocabulary(run.model, tokenizer))
     model = run.model.build(jnp.dtype(run.precision))

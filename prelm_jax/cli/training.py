@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from prelm_jax.run import Run
 
 
-def pretrain(run: Annotated["Run", EXPERIMENT], workdir: AnyPath = "runs/{name}") -> None:
+def pretrain(run: Annotated["Run", EXPERIMENT], workdir: AnyPath = "runs/{name}", take_over: bool = False) -> None:
     """Train an experiment, or resume it.
 
     Args:
         workdir: Directory of the run, local or gs://…; if it holds a run of the same experiment, that run resumes.
+        take_over: On a bucket or a network disk, end the lease of another process at once; for one that is dead.
     """
     import jax
 
@@ -35,7 +36,7 @@ def pretrain(run: Annotated["Run", EXPERIMENT], workdir: AnyPath = "runs/{name}"
 
     cache_compiled_programs()
     processes.join()
-    summary = pretraining.pretrain(run, workdir)
+    summary = pretraining.pretrain(run, workdir, take_over)
     if jax.process_index() == 0:
         print_table(summary_table(summary))
         print(f"\nThe run is in {workdir}.")
