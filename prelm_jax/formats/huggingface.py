@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from prelm_jax.errors import InputError
-from prelm_jax.formats.base import Format, LoadedModel, abstract_params, require
+from prelm_jax.formats.base import Format, LoadedModel, abstract_params, foreign_weights, require
 from prelm_jax.formats.transfer import rows_of_prefix
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.gpt import GPTConfig
@@ -57,16 +57,26 @@ class Layout(Generic[Config]):
             return f"{theirs}{number}.{self.layer_modules[module]}.{LEAVES[leaf]}"
         return f"{self.modules[module]}.{LEAVES[leaf]}"
 
-    def read(self, directory: Path, settings: Mapping[str, object], tensors: Tensors) -> LoadedModel[Config, Tokenizer]:
-        """The model of a directory with the contents of its config.json and its tensors by name."""
-        source = directory / "config.json"
+    def read(
+        self,
+        directory: Path,
+        settings: Mapping[str, object],
+        tensors: Tensors,
+        settings_file: str = "config.json",
+        lowercase: bool = True,
+    ) -> LoadedModel[Config, Tokenizer]:
+        """The model of a directory with the contents of its file of settings and its tensors by name.
+
+        `lowercase` is for a tokenizer without settings.
+        """
+        source = directory / settings_file
         require(settings, self.fixed, source)
         if "vocab_size" not in settings:
             raise InputError(f"{source}: no vocab_size")
         # Other writers leave out keys; our configs have the defaults of the format.
         build: Callable[..., Config] = self.config_class
         config = build(**{field: settings[key] for field, key in self.settings.items() if key in settings})
-        tokenizer = tokenizers.load(directory)
+        tokenizer = tokenizers.load(directory, lowercase)
         if (size := tokenizer.vocab_size) > config.known_vocab_size:
             raise InputError(f"{source}: vocab_size is {config.vocab_size}, but the tokenizer has {size} tokens")
         missing = set()
@@ -88,7 +98,7 @@ class Layout(Generic[Config]):
             tensor = tensors[name]()
             if tensor.shape != shape:
                 found = f"{directory}: tensor {name} is {list(tensor.shape)}"
-                raise InputError(f"{found}, but config.json asks for {list(shape)}")
+                raise InputError(f"{found}, but {settings_file} asks for {list(shape)}")
             tensor = tensor.astype(np.float32)
             if part is not None:
                 tensor = np.split(tensor, len(self.fused), axis=-1)[part]
@@ -167,13 +177,8 @@ def open_tensors(directory: Path, rename: Callable[[str], str]) -> Tensors:
         files = [single]
     elif index.is_file():
         files = [directory / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    elif (directory / "pytorch_model.bin").is_file():
-        raise InputError(
-            f"{directory}: pytorch_model.bin is a pickle, which is never read; load it with transformers, as the class "
-            "under architectures in config.json, and save_pretrained it as safetensors"
-        )
     else:
-        raise InputError(f"{directory}: no model.safetensors")
+        raise InputError(f"{directory}: no model.safetensors{foreign_weights(directory)}")
     tensors = {}
     for file in files:
         try:

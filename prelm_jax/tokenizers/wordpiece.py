@@ -8,6 +8,7 @@ or has more than 100 characters, is [UNK]. The `tokenizers` library does the wor
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -104,6 +105,11 @@ class WordPiece(CachedEncoder):
 
     def _vocabulary_files(self) -> dict[str, str | bytes]:
         return {"vocab.txt": "".join(f"{token}\n" for token in self.tokens)}
+
+
+def has_capitals(path: Path) -> bool:
+    """Whether a vocab.txt has tokens with capital letters (A-Z) besides "[CLS]" and the like."""
+    return any(re.search("[A-Z]", line) and not re.fullmatch(r"\[.*\]|<.*>", line) for line in read_lines(path))
 
 
 @dataclasses.dataclass(frozen=True)
