@@ -49,7 +49,8 @@ def train(
     settings = run.loop
     mesh = settings.mesh.build()
     run.check_batch_size(mesh.size)
-    model.check(batches[0])
+    example = batches[0]
+    model.check(example)
     workdir.check(record)
     # The trivial baselines of a run are computed once, unless its evaluation changes.
     known = workdir.exists() and workdir.read_record().loop["evaluate_batches"] == settings.evaluate_batches
@@ -61,7 +62,7 @@ def train(
         else:
             state = TrainState.from_items(restored[1])
         workdir.claim(record, tokenizer)
-        report.print_run_header(run, state.params, int(state.step), mesh)
+        report.print_run_header(run, model, example, state.params, int(state.step), mesh)
 
         def evaluate(state: TrainState) -> dict[str, float]:
             return evaluation(state.params, state.carry, mesh)

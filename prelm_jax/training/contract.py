@@ -3,7 +3,7 @@
 Whatever fulfills `Model` can be trained: a pretraining model, or an encoder with a task head.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -82,8 +82,11 @@ class OptimizerConfig(Protocol):
     def schedule(self, step: Array | int) -> Array:
         """The learning rate of a step (counted from 0)."""
 
-    def build(self) -> optax.GradientTransformation:
-        """The transformation of gradients into updates."""
+    def build(self, matrices: Sequence[str]) -> optax.GradientTransformation:
+        """The transformation of gradients into updates; `matrices` as declared by the model."""
+
+    def flops(self, params: Params, matrices: Sequence[str], devices: int) -> float:
+        """Matmul FLOPs of an update on each of the devices that share its work; those of the model are not counted."""
 
 
 class Batches(Protocol):
