@@ -253,6 +253,10 @@ class Checkpoints:
         """Whether this loss is lower than that of every full checkpoint."""
         return evaluation_loss < self._policy.best()[0]
 
+    def evaluated(self, step: int) -> bool:
+        """Whether the model was evaluated at the step of a full checkpoint."""
+        return self._policy.records.get(step, Record()).evaluation_loss is not None
+
     def tokens_seen(self, step: int) -> int:
         """The tokens seen by the training up to a full checkpoint; 0 if there is none of that step."""
         return self._policy.records.get(step, Record()).tokens_seen
