@@ -314,7 +314,7 @@ def delete_and_load_of(directory, step, load):
 
 def test_a_kill_while_a_checkpoint_is_deleted_leaves_no_half_of_it(directory, monkeypatch, capsys):
     def kill(path, *arguments, **options):
-        next(path.rglob("_CHECKPOINT_METADATA")).unlink()
+        (path / "_CHECKPOINT_METADATA").unlink()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, contextlib.closing(Checkpoints(directory, keep=1)) as checkpoints:
