@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from prelm_jax import __version__
+from prelm_jax.bounds import check
 from prelm_jax.cli import models, options, tokenizers, training
 from prelm_jax.cli.experiments import experiments
 from prelm_jax.errors import InputError, Preempted
@@ -60,9 +61,11 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # `prelm … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno not in UNWRITABLE and error.filename is None:
             raise
-        print(f"prelm: cannot write {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        verb = "write" if error.errno in UNWRITABLE else "use"
+        message = InputError(f"cannot {verb} {error.filename or 'a file'}: {error.strerror}")
+        print(f"prelm: {message}", file=sys.stderr)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         print("prelm: interrupted", file=sys.stderr)
@@ -71,6 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _dispatch(arguments: list[str]) -> None:
     """Calls the command that the first argument names, or the first two: `tokenizer train`."""
+    for argument in arguments:
+        check(argument, str, ("the argument",))
     if not arguments or arguments[0] in ("-h", "--help"):
         _print_commands("prelm", COMMANDS)
         return
