@@ -100,7 +100,8 @@ def _only(directory: Path, pattern: str) -> Path:
     files = sorted(directory.glob(pattern))
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "none"
-        raise InputError(f"{directory}: an ELMo has exactly one file {pattern}, but here is {found}")
+        remedy = "; bilm-tf's bin/dump_weights.py writes it" if any(directory.glob("*.index")) else ""
+        raise InputError(f"{directory}: an ELMo has exactly one file {pattern}, but here is {found}{remedy}")
     return files[0]
 
 

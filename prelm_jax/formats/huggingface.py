@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 from prelm_jax.bounds import OutOfBounds, read
 from prelm_jax.errors import InputError
-from prelm_jax.formats.base import Format, LoadedModel, abstract_params, checked, require
+from prelm_jax.formats.base import Format, LoadedModel, abstract_params, checked, foreign_weights, require
 from prelm_jax.formats.transfer import rows_of_prefix
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.gpt import GPTConfig
@@ -59,9 +59,19 @@ class Layout(Generic[Config]):
             return f"{theirs}{number}.{self.layer_modules[module]}.{LEAVES[leaf]}"
         return f"{self.modules[module]}.{LEAVES[leaf]}"
 
-    def read(self, directory: Path, settings: Mapping[str, object], tensors: Tensors) -> LoadedModel[Config, Tokenizer]:
-        """The model of a directory with the contents of its config.json and its tensors by name."""
-        source = directory / "config.json"
+    def read(
+        self,
+        directory: Path,
+        settings: Mapping[str, object],
+        tensors: Tensors,
+        settings_file: str = "config.json",
+        lowercase: bool = True,
+    ) -> LoadedModel[Config, Tokenizer]:
+        """The model of a directory with the contents of its file of settings and its tensors by name.
+
+        `lowercase` is for a tokenizer without settings.
+        """
+        source = directory / settings_file
         require(settings, self.fixed, source)
         if settings.get("vocab_size") is None:
             raise InputError(f"{source}: no vocab_size")
@@ -69,7 +79,7 @@ class Layout(Generic[Config]):
         fields = {field: settings[key] for field, key in self.settings.items() if key in settings}
         config = read(self.config_class, fields, source, keys=self.settings)
         self._check_layers(config.num_layers, tensors, source)
-        tokenizer = tokenizers.load(directory)
+        tokenizer = tokenizers.load(directory, lowercase)
         if (size := tokenizer.vocab_size) > config.known_vocab_size:
             raise InputError(f"{source}: vocab_size is {config.vocab_size}, but the tokenizer has {size} tokens")
         missing = set()
@@ -91,7 +101,7 @@ class Layout(Generic[Config]):
             tensor = tensors[name]()
             if tensor.shape != shape:
                 found = f"{directory}: tensor {name} is {list(tensor.shape)}"
-                raise InputError(f"{found}, but config.json asks for {list(shape)}")
+                raise InputError(f"{found}, but {settings_file} asks for {list(shape)}")
             tensor = checked(tensor, f"{directory}: tensor {name}")
             if part is not None:
                 tensor = np.split(tensor, len(self.fused), axis=-1)[part]
@@ -191,13 +201,8 @@ def open_tensors(directory: Path, rename: Callable[[str], str]) -> Tensors:
         files = [single]
     elif index.is_file():
         files = [directory / name for name in sorted(set(read(Index, read_json(index), index).weight_map.values()))]
-    elif (directory / "pytorch_model.bin").is_file():
-        raise InputError(
-            f"{directory}: pytorch_model.bin is a pickle, which is never read; load it with transformers, as the class "
-            "under architectures in config.json, and save_pretrained it as safetensors"
-        )
     else:
-        raise InputError(f"{directory}: no model.safetensors")
+        raise InputError(f"{directory}: no model.safetensors{foreign_weights(directory)}")
     tensors = {}
     for file in files:
         try:

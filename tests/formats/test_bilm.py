@@ -158,7 +158,10 @@ def test_invalid_files_are_refused(spoiled):
         with pytest.raises(InputError, match=r"elmo_tiny_weights.hdf5: cannot be read as HDF5"):
             read(spoiled)
     weights.unlink()
-    with pytest.raises(InputError, match=r"exactly one file \*weights.hdf5, but here is none"):
+    with pytest.raises(InputError, match=r"exactly one file \*weights.hdf5, but here is none$"):
+        read(spoiled)
+    (spoiled / "model.ckpt-935588.index").touch()
+    with pytest.raises(InputError, match=r"here is none; .*dump_weights.py"):
         read(spoiled)
     shutil.copy(spoiled / "elmo_tiny_options.json", spoiled / "options.json")
     with pytest.raises(InputError, match=r"exactly one file \*options.json, but here is elmo_tiny_options.json, opt"):
