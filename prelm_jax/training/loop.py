@@ -5,7 +5,7 @@ import dataclasses
 import signal
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from prelm_jax.training.contract import Batch, Layout, Model, OptimizerConfig
 from prelm_jax.training.metrics import MetricsWriter, Report, peak_flops
 from prelm_jax.training.sharding import MeshConfig
 from prelm_jax.training.step import Keys, TrainState, make_train_step
+
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,22 +62,42 @@ class TrainingConfig(Protocol):
 
 
 class _Stop:
-    """Whether SIGTERM has come; several processes agree on the step at which to stop."""
+    """Whether SIGTERM has come; several processes agree on the step at which to stop.
+
+    From `begin` on, when there is something to save. Before that SIGTERM does what it does outside of the loop.
+    """
 
     def __enter__(self) -> "_Stop":
-        self._asked = False
+        self._asked = self._interrupting = False
         self._previous = None
-        if jax.process_count() == 1:
-            with contextlib.suppress(ValueError):  # Not in the main thread: the program around it handles signals.
-                self._previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_asked", True))
         return self
+
+    def begin(self) -> None:
+        if self._previous is None and jax.process_count() == 1:
+            with contextlib.suppress(ValueError):  # Not in the main thread: the program around it handles signals.
+                self._previous = signal.signal(signal.SIGTERM, self._handle)
 
     def __exit__(self, *_: object) -> None:
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
 
+    def _handle(self, *_: object) -> None:
+        self._asked = True
+        if self._interrupting:
+            raise Preempted
+
     def at(self, step: int) -> bool:
         return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+
+    def unless_asked(self, compute: Callable[[], Result]) -> Result | None:
+        """The result of `compute`; None if SIGTERM came before its end."""
+        try:
+            self._interrupting = True
+            return None if self._asked else compute()
+        except Preempted:
+            return None
+        finally:
+            self._interrupting = False
 
 
 class _Profile:
@@ -131,7 +153,33 @@ def train(
     report = Report(model, writer, peak, start, config.steps, config.log_every)
     tokens_seen = checkpoints.tokens_seen(start)
     pending = evaluation = None
+
+    def evaluate_and_save(done: int, stopping: bool, keep_due: bool) -> None:
+        """Does what is due after a step. Raises Preempted if SIGTERM came, which can postpone the evaluation."""
+        nonlocal evaluation
+        last = done == config.steps
+        loss, improved, save_due = None, False, last or done % config.save_every == 0
+        if last or done % config.evaluate_every == 0:
+            evaluation = stop.unless_asked(lambda: evaluate(state))
+            if evaluation is None:
+                stopping, save_due = True, False  # It is evaluated, and saved if due, when the run resumes.
+            else:
+                report.evaluation(done, evaluation)
+                loss, improved = evaluation["loss"], checkpoints.improves(evaluation["loss"])
+        record = Record(tokens_seen, loss, scheduled=save_due or improved)
+        if record.scheduled or stopping:
+            checkpoints.save(done, state.items(), record)
+        if keep_due:
+            checkpoints.keep_parameters(done, state.items(), record)
+        report.restart_clock()
+        if stopping and not (last and evaluation):
+            checkpoints.wait()
+            raise Preempted(f"stopped by SIGTERM after step {done}; the same command resumes from there")
+
     with contextlib.closing(report), _Stop() as stop:
+        if start and (start == config.steps or start % config.evaluate_every == 0) and not checkpoints.evaluated(start):
+            stop.begin()
+            evaluate_and_save(start, False, False)
         for step, batch in batches:
             profile.before(step)
             with jax.transfer_guard("disallow"):  # Saving and evaluating copy arrays, a step does not.
@@ -145,28 +193,14 @@ def train(
                 before, tokens_seen = tokens_seen, tokens_seen + int(jax.device_get(tokens)[0])
                 pending = (done, metrics, batch, tokens_seen)
 
-            last, stopping = done == config.steps, stop.at(done)
+            stop.begin()
+            stopping = stop.at(done)
             words_due = any(before < words * tokens_per_word <= tokens_seen for words in config.keep_at_words)
             keep_due = words_due or done in config.keep_at_steps
-            evaluation_due = last or done % config.evaluate_every == 0
-            save_due = last or done % config.save_every == 0
-            if not (keep_due or evaluation_due or save_due or stopping):
-                continue
-
-            report.wait(pending)  # Checks the step: a state with NaNs is never saved.
-            pending, loss, improved = None, None, False
-            if evaluation_due:
-                evaluation = evaluate(state)
-                report.evaluation(done, evaluation)
-                loss, improved = evaluation["loss"], checkpoints.improves(evaluation["loss"])
-            record = Record(tokens_seen, loss, scheduled=save_due or improved)
-            if record.scheduled or stopping:
-                checkpoints.save(done, state.items(), record)
-            if keep_due:
-                checkpoints.keep_parameters(done, state.items(), record)
-            report.restart_clock()
-            if stopping and not last:
-                checkpoints.wait()
-                raise Preempted(f"stopped by SIGTERM after step {done}; the same command resumes from there")
-    checkpoints.wait()
+            evaluation_due = done == config.steps or done % config.evaluate_every == 0
+            if keep_due or evaluation_due or done % config.save_every == 0 or stopping:
+                report.wait(pending)  # Checks the step: a state with NaNs is never saved.
+                pending = None
+                evaluate_and_save(done, stopping, keep_due)
+        checkpoints.wait()
     return state, evaluation
