@@ -161,6 +161,8 @@ def evaluate(
         totals = make_evaluate(model)(replicated, carry, placed(), batches.num_steps)
     values = evaluated_means(model, totals)
     fitted = data.build(training, tokenizer, run.batch_size, run.seed)
+    if rows.num_steps > 1:  # Baselines read the targets before a target, in the batches before, of the same rows.
+        batches = EvaluationBatches(rows, rows.num_rows, sample)
     baselines = data.baselines(fitted, (batches[i] for i in range(len(batches))))
     return Summary(
         values | _derived(data, values, text),
