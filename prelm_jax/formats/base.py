@@ -105,6 +105,17 @@ def abstract_params(config: ModelConfig) -> Params:
     return jax.eval_shape(config.build().init_params, jax.random.key(0))
 
 
+def checked(tensor: np.ndarray, name: str) -> np.ndarray:
+    """A tensor as float32. Raises InputError, naming it, for integers, NaN and infinity."""
+    if tensor.dtype.kind in "biu":
+        raise InputError(f"{name} is of {tensor.dtype}; quantized models are not supported")
+    with np.errstate(over="ignore"):
+        values = tensor.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise InputError(f"{name} has {np.count_nonzero(~np.isfinite(values))} values that are NaN or infinite")
+    return values
+
+
 def require(settings: Mapping[str, object], fixed: Mapping[str, object], source: Path) -> None:
     """Raises InputError if a setting is present and differs from the only supported value."""
     for key, value in fixed.items():
