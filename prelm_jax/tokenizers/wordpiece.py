@@ -148,9 +148,9 @@ class WordPiece(CachedEncoder):
         return {"vocab.txt": "".join(f"{token}\n" for token in self.tokens[: self.known_size])}
 
 
-def has_capitals(path: Path) -> bool:
-    """Whether a vocab.txt has tokens with capital letters (A-Z) besides "[CLS]" and the like."""
-    return any(re.search("[A-Z]", line) and not re.fullmatch(r"\[.*\]|<.*>", line) for line in read_lines(path))
+def has_capitals(tokens: Iterable[str]) -> bool:
+    """Whether a vocabulary has capital letters (A-Z) outside of [CLS], <S> and the like; a lower-cased one has none."""
+    return any(re.search("[A-Z]", token) and not re.fullmatch(r"\[.*\]|<.*>", token) for token in tokens)
 
 
 @dataclasses.dataclass(frozen=True)
