@@ -20,15 +20,15 @@ from prelm_jax.workdir import WorkDir
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """How a model does on held-out text: metrics, the trivial baselines of each, and the rate of unknown tokens.
-
-    `tokens_per_second`: the median speed of its training.
-    """
+    """How a model does on a text: metrics, the trivial baselines of each, and the rate of unknown tokens."""
 
     evaluation: dict[str, float]
     baselines: dict[str, dict[str, float]]
     unknown_tokens: float
-    tokens_per_second: float
+    tokens_per_second: float  # The median speed of its training.
+    step: int  # Of its weights.
+    share: float | None = None  # Fraction of the text that was read; None: the sample that the training evaluates on.
+    targets: dict[str, int] = dataclasses.field(default_factory=dict)  # Number of targets of each metric, if known.
 
 
 def print_table(table: Table, stderr: bool = False) -> None:
@@ -38,10 +38,14 @@ def print_table(table: Table, stderr: bool = False) -> None:
 
 
 def summary_table(summary: Summary) -> Table:
-    """Held-out metrics, each with its trivial baselines."""
-    table = Table("held-out", "model", "baseline")
+    """Metrics of a text, each with its trivial baselines and the number of targets that it was measured on."""
+    text = "sample of the held-out text" if summary.share is None else "all of the text"
+    if summary.share is not None and summary.share < 1:
+        text = f"{summary.share:.2%} of the text"
+    table = Table(f"step {summary.step:,}, {text}", "model", "baseline", "targets")
     for name, value in summary.evaluation.items():
-        table.add_row(_words(name), f"{value:.3f}", _baselines(summary.baselines.get(name, {}), ".3f"))
+        targets = f"{summary.targets[name]:,}" if name in summary.targets else ""
+        table.add_row(_words(name), f"{value:.3f}", _baselines(summary.baselines.get(name, {}), ".3f"), targets)
     table.add_section()
     table.add_row("unknown tokens", f"{summary.unknown_tokens:.2%}", "")
     if not math.isnan(summary.tokens_per_second):  # NaN where training ended before its first measurement.
@@ -56,6 +60,10 @@ def corpus_table(corpus: Corpus, training: Store, held_out: Store) -> Table:
     def lengths(unit: Literal["documents", "sentences"]) -> list[str]:
         return [" / ".join(f"{length:,}" for length in store.length_quantiles(unit)) for store in stores]
 
+    def of_length_one(unit: Literal["documents", "sentences"]) -> list[str]:
+        found = [(store.count_of_length_one(unit), store.manifest[unit]) for store in stores]
+        return [f"{count:,} ({count / max(number, 1):.1%})" for count, number in found]
+
     table = Table("corpus", "training", "held-out", caption="* median / 90 % / 99 % / longest")
     for name in ("documents", "sentences", "words", "tokens", "bytes"):
         table.add_row(name, *(f"{store.manifest[name]:,}" for store in stores))
@@ -64,6 +72,8 @@ def corpus_table(corpus: Corpus, training: Store, held_out: Store) -> Table:
     table.add_row("longest word, characters", *(f"{store.manifest['longest_word']:,}" for store in stores))
     table.add_row("tokens per document*", *lengths("documents"))
     table.add_row("tokens per sentence*", *lengths("sentences"))
+    table.add_row("documents of one sentence", *of_length_one("documents"))
+    table.add_row("sentences of one token", *of_length_one("sentences"))
     table.add_row("empty documents, dropped", *(f"{store.manifest['empty_documents']:,}" for store in stores))
     if corpus.deduplicate:
         table.add_row("duplicates, dropped", f"{corpus.duplicates:,} of both sides", "")

@@ -3,13 +3,12 @@
 import dataclasses
 import json
 import sys
-import typing
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from prelm_jax import __version__
+from prelm_jax.bounds import Fraction, Seed, Size, check, read
 from prelm_jax.corpus.readers import Errors
 from prelm_jax.errors import InputError
 from prelm_jax.training.loop import LoopConfig
@@ -31,21 +30,19 @@ class Run:
     model: Any
     data: Any
     optimizer: Any
-    batch_size: int  # Rows of the global batch, over all devices and micro-batches.
+    batch_size: Size  # Rows of the global batch, over all devices and micro-batches.
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")]
-    held_out: float = 0.01  # Fraction of the documents kept for evaluation, chosen by a hash of their text.
+    held_out: Fraction = 0.01  # Fraction of the documents kept for evaluation, chosen by a hash of their text.
     deduplicate: bool = False  # Drop exact duplicates of documents.
     errors: Errors = "strict"  # Bytes that are not UTF-8: strict refuses the file, replace reads them as U+FFFD.
-    seed: int = 0  # Decides initial values, batches, masks and dropout.
+    seed: Seed = 0  # Decides initial values, batches, masks and dropout.
     precision: Literal["float32", "bfloat16"] = "float32"  # Of activations; parameters and moments stay float32.
-    accumulate: int = 1  # Micro-batches a batch is cut into, one after the other, to save memory.
+    accumulate: Size = 1  # Micro-batches a batch is cut into, one after the other, to save memory.
     # Model directory or work directory whose parameters to start from (continued pretraining).
     init_from: str | None = None
 
     def __post_init__(self):
-        for name in ("batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        check(self)
 
     def check_batch_size(self, devices: int) -> None:
         """Raises InputError where micro-batches and devices do not divide the batch."""
@@ -108,23 +105,13 @@ class RunRecord:
     def run(self, model: type, data: type) -> Run:
         """The run as far as evaluating needs it: without tokenizer (the work directory has it) and optimizer."""
         fields = {**self.identity, **self.sources, "loop": self.loop, "tokenizer": None, "optimizer": None}
-        known = {field.name: fields[field.name] for field in dataclasses.fields(Run)}
-        return config_from_json(Run, known, model=model, data=data)
+        fields |= {"model": self.model(model), "data": read(data, fields.get("data"), "run.json: identity.data")}
+        known = {field.name: fields[field.name] for field in dataclasses.fields(Run) if field.name in fields}
+        return read(Run, known, "run.json")
 
-
-def config_from_json(cls: type[Config], fields: Mapping[str, object], **classes: type) -> Config:
-    """A config dataclass from the JSON object it was written as, nested configs too.
-
-    `classes`: the config classes of fields annotated `Any`. Raises TypeError for fields that `cls` does not have.
-    """
-    hints = typing.get_type_hints(cls) | classes
-
-    def value(name: str, field: object) -> object:
-        if isinstance(field, dict) and dataclasses.is_dataclass(hints.get(name)):
-            return config_from_json(hints[name], field)
-        return tuple(field) if isinstance(field, list) else field
-
-    return cls(**{name: value(name, field) for name, field in fields.items()})
+    def model(self, cls: type[Config]) -> Config:
+        """The config of the model."""
+        return read(cls, self.identity.get("model"), "run.json: identity.model")
 
 
 def _flatten(value: object, name: str = "") -> dict[str, object]:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, TypeVar, cast
 
 import jax
@@ -172,12 +172,15 @@ class Checkpoints:
     keep: number of newest full checkpoints to keep, in addition to the one with the lowest evaluation loss; what
         `keep_parameters` saves is never deleted. None: for reading. A reader never creates, moves or deletes anything,
         so another process may be writing.
+    before_save: called before each save; what it raises prevents the save.
 
         step, items = Checkpoints("run/checkpoints").restore({"params": abstract_params}, step="best")
     """
 
-    def __init__(self, directory: epath.PathLike, keep: int | None = None):
-        self.directory = epath.Path(directory)
+    def __init__(
+        self, directory: epath.PathLike, keep: int | None = None, before_save: Callable[[], None] = lambda: None
+    ):
+        self.directory, self._before_save = epath.Path(directory), before_save
         self._writable, self._policy = keep is not None, _PreservationPolicy(keep)
         self._full = _Directory(self.directory, self._policy, self._writable)
         kept = self.directory.parent / f"{self.directory.name}.kept"
@@ -200,6 +203,7 @@ class Checkpoints:
 
     def _save(self, directory: _Directory, step: int, items: Mapping[str, object], record: Record) -> None:
         path = directory.path / str(step)
+        self._before_save()
         with _writing(path):
             self._saving = (path, directory.save(step, items, record))
 

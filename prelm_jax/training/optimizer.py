@@ -10,6 +10,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
+from prelm_jax.bounds import Epsilon, FractionBelow1, NotNegative, NotNegativeFloat, Positive, PositiveFloat
 from prelm_jax.training.contract import Params
 from prelm_jax.training.parameters import first_match, path_name
 
@@ -43,14 +44,14 @@ class AdamW:
     warm-up a linear or cosine rate drops a little to the decaying curve.
     """
 
-    learning_rate: float  # The highest learning rate, which the schedule scales.
-    warmup_steps: int  # Steps in which the learning rate rises linearly from zero.
-    decay_steps: int  # The step at which the learning rate reaches zero; usually --steps.
-    b1: float = 0.9  # Decay rate of the first moment.
-    b2: float = 0.999  # Decay rate of the second moment; lower it if the loss has spikes.
-    eps: float = 1e-8  # Added to the denominator.
-    weight_decay: float = 0.0  # Decay per step as a multiple of the learning rate; not for biases and norms.
-    clip_norm: float = 1.0  # Largest global norm of the gradient, after accumulation and over all devices.
+    learning_rate: NotNegativeFloat  # The highest learning rate, which the schedule scales.
+    warmup_steps: NotNegative  # Steps in which the learning rate rises linearly from zero.
+    decay_steps: Positive  # The step at which the learning rate reaches zero; usually --steps.
+    b1: FractionBelow1 = 0.9  # Decay rate of the first moment.
+    b2: FractionBelow1 = 0.999  # Decay rate of the second moment; lower it if the loss has spikes.
+    eps: Epsilon = 1e-8  # Added to the denominator.
+    weight_decay: NotNegativeFloat = 0.0  # Decay per step as a multiple of the learning rate; not for biases and norms.
+    clip_norm: PositiveFloat = 1.0  # Largest global norm of the gradient, after accumulation and over all devices.
     # Where Adam's bias correction goes: "moments", as published; "rate", which then scales weight decay too and leaves
     # eps uncorrected (GPT-1: openai/finetune-transformer-lm, opt.py); "none" (BERT: google-research/bert,
     # optimization.py, AdamWeightDecayOptimizer).
@@ -98,10 +99,11 @@ class Adagrad:
     because `initial_accumulator` has a meaning only relative to the size of the gradients.
     """
 
-    learning_rate: float  # The constant learning rate.
-    unroll_steps: int = 1  # The gradient is multiplied by this; usually the length of a row.
-    initial_accumulator: float = 1.0  # Where the sums of squared gradients start; higher values slow the first steps.
-    clip_norm: float = 10.0  # Largest global norm of that gradient, after accumulation and over all devices.
+    learning_rate: NotNegativeFloat  # The constant learning rate.
+    unroll_steps: Positive = 1  # The gradient is multiplied by this; usually the length of a row.
+    # Where the sums of squared gradients start; higher values slow the first steps.
+    initial_accumulator: PositiveFloat = 1.0
+    clip_norm: PositiveFloat = 10.0  # Largest global norm of that gradient, after accumulation and over all devices.
 
     def schedule(self, step: ArrayLike) -> Array:
         """The learning rate of a step (counted from 0)."""

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import prelm_jax
-from prelm_jax.cli import main as module
+from prelm_jax.cli import dispatch
 from prelm_jax.cli.main import main
 from prelm_jax.errors import Preempted
 
@@ -44,7 +44,7 @@ def test_exit_codes(monkeypatch, capsys, error, code, message):
     def command():
         raise error
 
-    monkeypatch.setitem(module.COMMANDS, "experiments", command)
+    monkeypatch.setitem(dispatch.COMMANDS, "experiments", command)
     with pytest.raises(SystemExit) as stopped:
         main(["experiments"])
     assert stopped.value.code == code
@@ -55,7 +55,7 @@ def test_defects_are_not_hidden(monkeypatch):
     def command():
         raise ZeroDivisionError
 
-    monkeypatch.setitem(module.COMMANDS, "experiments", command)
+    monkeypatch.setitem(dispatch.COMMANDS, "experiments", command)
     with pytest.raises(ZeroDivisionError):
         main(["experiments"])
 
