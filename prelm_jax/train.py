@@ -11,10 +11,11 @@ from prelm_jax import report
 from prelm_jax.data import loader
 from prelm_jax.run import Run, RunRecord
 from prelm_jax.tokenizers.base import Tokenizer
-from prelm_jax.training import loop
+from prelm_jax.training import loop, memory
 from prelm_jax.training.contract import Batch, Batches, Model, Params
-from prelm_jax.training.sharding import shard_batch
-from prelm_jax.training.step import TrainState, abstract_state, new_state
+from prelm_jax.training.memory import StepMemory
+from prelm_jax.training.sharding import abstract_batch, shard_batch
+from prelm_jax.training.step import Keys, TrainState, abstract_state, make_train_step, new_state
 from prelm_jax.workdir import WorkDir, baseline_metrics
 
 
@@ -56,24 +57,34 @@ def train(
     known = workdir.exists() and workdir.read_record().loop["evaluate_batches"] == settings.evaluate_batches
     with jax.set_mesh(mesh), contextlib.closing(workdir.open_checkpoints(settings.keep)) as checkpoints:
         abstract = abstract_state(model, run.optimizer, run.batch_size, mesh, settings.mesh.parameters)
-        restored = checkpoints.restore(abstract.items())
-        if restored is None:
-            state = new_state(model, run.optimizer, run.batch_size, run.seed, abstract, start)
-        else:
-            state = TrainState.from_items(restored[1])
+        with memory.explained("the train state", "try --mesh.parameters fsdp or more devices"):
+            restored = checkpoints.restore(abstract.items())
+            if restored is None:
+                state = new_state(model, run.optimizer, run.batch_size, run.seed, abstract, start)
+            else:
+                state = TrainState.from_items(restored[1])
+        arguments = (abstract, abstract_batch(example, batches.layout, mesh), Keys.from_seed(run.seed).dropout)
+
+        def make_step(accumulate: int) -> jax.stages.Wrapped:
+            return make_train_step(model, run.optimizer, accumulate, batches.layout, abstract)
+
+        step_memory = StepMemory(make_step, arguments, run.accumulate, run.batch_size // mesh.size, mesh)
+        done = int(state.step)
+        report.print_run_header(run, model, example, state.params, done, mesh)
+        if done < settings.steps:
+            step_memory.check()
         workdir.claim(record, tokenizer)
-        report.print_run_header(run, model, example, state.params, int(state.step), mesh)
 
         def evaluate(state: TrainState) -> dict[str, float]:
-            return evaluation(state.params, state.carry, mesh)
+            with memory.explained("an evaluation", "lower --batch-size"):
+                return evaluation(state.params, state.carry, mesh)
 
-        done = int(state.step)
         steps = placed_batches(batches, done, settings.steps, mesh)
-        with contextlib.closing(workdir.write_metrics(done, settings.tensorboard)) as writer:
+        with contextlib.closing(workdir.write_metrics(done, settings.tensorboard)) as writer, step_memory:
             if jax.process_index() == 0 and not (known and workdir.read_baselines()):
                 writer.write(done, baseline_metrics(evaluation.baselines()))
             state, values = loop.train(
-                run, model, state, steps, batches.layout, evaluate, checkpoints, writer, workdir.path, tokens_per_word
+                run, model, state, step_memory.step, steps, evaluate, checkpoints, writer, workdir.path, tokens_per_word
             )
         return values or evaluate(state)
 

@@ -3,22 +3,23 @@
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
 from prelm_jax.bounds import Bounds, NotNegative, Positive
 from prelm_jax.errors import Preempted
 from prelm_jax.training.checkpoint import Checkpoints, Record
-from prelm_jax.training.contract import Batch, Layout, Model, OptimizerConfig
+from prelm_jax.training.contract import Batch, Model, OptimizerConfig
 from prelm_jax.training.metrics import MetricsWriter, Report, peak_flops
 from prelm_jax.training.sharding import MeshConfig
-from prelm_jax.training.step import Keys, TrainState, make_train_step
+from prelm_jax.training.step import Keys, TrainState
 
 Result = TypeVar("Result")
 
@@ -122,8 +123,8 @@ def train(
     run: TrainingConfig,
     model: Model,
     state: TrainState,
+    train_step: Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]],
     batches: Iterable[tuple[int, Batch]],
-    layout: Mapping[str, Layout],
     evaluate: Callable[[TrainState], dict[str, float]],
     checkpoints: Checkpoints,
     writer: MetricsWriter,
@@ -135,6 +136,7 @@ def train(
     Returns the last state and its evaluation, or None instead of it if no step was left.
 
     Args:
+        train_step: as `make_train_step` returns it.
         batches: (step, batch on the devices) of each step left.
         evaluate: the means by name over held-out text; the checkpoint with the lowest `loss` is the best.
         checkpoints: where `state` was restored from, unless it is new.
@@ -145,7 +147,6 @@ def train(
         InputError: at the first loss or gradient that is not finite; such a state is never saved.
     """
     config, start = run.loop, int(state.step)
-    train_step = make_train_step(model, run.optimizer, run.accumulate, layout, state)
     count_tokens = jax.jit(model.tokens, out_shardings=P())
     dropout_key = Keys.from_seed(run.seed).dropout
     profile = _Profile(start, config.profile, config.steps, workdir / "profile")
