@@ -24,7 +24,7 @@ from prelm_jax.training.step import Keys, TrainState, make_train_step
 class LoopConfig:
     """How far to train, on which devices, and what to write down; all of it may differ between resumes."""
 
-    steps: int  # Train up to this step, counted from the start; raise it to continue a finished run.
+    steps: int  # Train up to this step, counted from the start; to train past the end of the schedule, use --extend-to.
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     save_every: int = 1000  # Steps between checkpoints; the last step, SIGTERM and a new best evaluation save as well.
     keep: int = 3  # Number of newest checkpoints to keep; the one with the best evaluation is kept in addition.
@@ -104,7 +104,7 @@ def train(
     state: TrainState,
     batches: Iterable[tuple[int, Batch]],
     layout: Mapping[str, Layout],
-    evaluate: Callable[[TrainState], dict[str, float]],
+    evaluate: Callable[[TrainState], dict[str, float]] | None,
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     workdir: Path,
@@ -112,11 +112,12 @@ def train(
 ) -> tuple[TrainState, dict[str, float] | None]:
     """Trains from `state.step` to `run.loop.steps`; resuming gives the same bits as never having stopped.
 
-    Returns the last state and its evaluation, or None instead of it if no step was left.
+    Returns the last state and its evaluation; None instead of it without one.
 
     Args:
         batches: (step, batch on the devices) of each step left.
-        evaluate: the means by name over held-out text; the checkpoint with the lowest `loss` is the best.
+        evaluate: the means by name over held-out text; the checkpoint with the lowest `loss` is the best. None: no
+            evaluation, and so no best checkpoint.
         checkpoints: where `state` was restored from, unless it is new.
         tokens_per_word: tokens per word of the corpus, for `keep_at_words`.
 
@@ -149,14 +150,15 @@ def train(
             last, stopping = done == config.steps, stop.at(done)
             words_due = any(before < words * tokens_per_word <= tokens_seen for words in config.keep_at_words)
             keep_due = words_due or done in config.keep_at_steps
-            evaluation_due = last or done % config.evaluate_every == 0
+            evaluation_due = evaluate is not None and (last or done % config.evaluate_every == 0)
             save_due = last or done % config.save_every == 0
-            if not (keep_due or evaluation_due or save_due or stopping):
+            compiled = done == start + 1  # By this step: the clock of the speed starts after it.
+            if not (compiled or keep_due or evaluation_due or save_due or stopping):
                 continue
 
             report.wait(pending)  # Checks the step: a state with NaNs is never saved.
             pending, loss, improved = None, None, False
-            if evaluation_due:
+            if evaluate is not None and evaluation_due:
                 evaluation = evaluate(state)
                 report.evaluation(done, evaluation)
                 loss, improved = evaluation["loss"], checkpoints.improves(evaluation["loss"])

@@ -46,7 +46,10 @@ def test_tensorboard(tmp_path):
 
 
 def test_the_speed_leaves_out_compilation_evaluations_and_saves(tmp_path, monkeypatch):
-    """Steps of 2 s and 100 tokens, 60 positions of 160 being padding; whatever happens between them takes 1000 s."""
+    """Steps of 2 s and 100 tokens, 60 positions of 160 being padding; whatever happens between them takes 1000 s.
+
+    Also if the clock restarts right before the step whose line is written.
+    """
     now = 0.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     model = types.SimpleNamespace(flops=lambda batch: 500.0)
@@ -55,10 +58,11 @@ def test_the_speed_leaves_out_compilation_evaluations_and_saves(tmp_path, monkey
     with contextlib.closing(MetricsWriter(tmp_path / "metrics.jsonl", 0)) as writer:
         report = Report(model, writer, peak=1000.0, start=0, steps=12, log_every=4)
         for step in range(1, 13):
-            now += 1000 if step in (1, 7) else 2
+            now += 1000 if step == 1 else 2
             report.wait((step, metrics, {}, 100 * step))
-            if step == 6:
+            if step in (1, 6, 11):
                 report.evaluation(step, {"loss": 2.0})
+                now += 1000
                 report.restart_clock()
         report.close()
     logged = [line for line in lines(tmp_path) if "train/loss" in line]
