@@ -5,7 +5,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, NoReturn, cast
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +36,13 @@ EVALUATION_SEED = 0
 
 
 class Prepared(NamedTuple):
-    """A corpus ready for training: its tokenizer, and the token stores of both sides."""
+    """A corpus ready for training: its tokenizer, and the token stores of both sides.
+
+    If there is a validation text, `held_out` is its store, and nothing of the corpus is held out.
+    """
 
     corpus: Corpus
+    validation: Corpus | None
     tokenizer: Tokenizer
     training: Store
     held_out: Store
@@ -46,18 +50,24 @@ class Prepared(NamedTuple):
 
 def prepare(run: Run, make_shards: preparation.MakeShards | None = None, verify: bool = False) -> Prepared:
     """The vocabulary and the token stores of a run, from the cache or made now (see corpus/prepare.py)."""
-    corpus = Corpus(run.corpus, run.held_out, run.deduplicate, run.errors)
+    corpus, validation = _corpora(run)
+    if run.split and next(corpus.documents("training"), None) is None:
+        _refuse_split(run, sum(1 for _ in corpus.documents()), "none is left to train on")
     tokenizer = tokenizers.build(run.tokenizer, corpus)
     new = not preparation.store_path(corpus, tokenizer).exists()
-    stores = preparation.prepare(corpus, tokenizer, make_shards=make_shards, verify=verify)
-    prepared = Prepared(corpus, tokenizer, *stores)
+    training, held_out = preparation.prepare(corpus, tokenizer, make_shards=make_shards, verify=verify)
+    if validation is not None:
+        new = new or not preparation.store_path(validation, tokenizer).exists()
+        _, held_out = preparation.prepare(validation, tokenizer, make_shards=make_shards, verify=verify)
     if new and not verify:  # `prelm prepare` prints them to stdout, new or not.
-        report.print_table(report.corpus_table(corpus, *stores), stderr=True)
-    return prepared
+        report.print_table(report.corpus_table(corpus, training, held_out), stderr=True)
+    return Prepared(corpus, validation, tokenizer, training, held_out)
 
 
-def pretrain(run: Run, workdir: str | os.PathLike) -> Summary:
+def pretrain(run: Run, workdir: str | os.PathLike, extend_to: int | None = None) -> Summary:
     """Trains a run in a work directory, or resumes it there; returns how it does on held-out text.
+
+    extend_to: train on to this step, with the optimizer of `run`, its schedule ending there (see `train.train`).
 
     Raises InputError for what the user can mend, Preempted when SIGTERM stopped the run after saving.
 
@@ -66,12 +76,15 @@ def pretrain(run: Run, workdir: str | os.PathLike) -> Summary:
     directory = WorkDir(workdir)
     if run.loop.profile and is_remote(directory.path):
         raise InputError(f"--profile {run.loop.profile}: traces are written to local directories only: {workdir}")
-    corpus, tokenizer, training, held_out = prepare(run)
+    corpus, validation, tokenizer, training, held_out = prepare(run)
+    if run.split and not held_out.num_documents:
+        _refuse_split(run, training.num_documents, "none is held out for evaluation")
     run = dataclasses.replace(run, model=_with_vocabulary(run.model, tokenizer))
     model = run.model.build(jnp.dtype(run.precision))
     batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
-    evaluation = HeldOut(run, model, tokenizer, batches, held_out)
-    record = RunRecord.from_run(run, corpus.fingerprint, tokenizer.fingerprint)
+    evaluation = HeldOut(run, model, tokenizer, batches, held_out) if held_out.num_documents else None
+    fingerprint = None if validation is None else validation.fingerprint
+    record = RunRecord.from_run(run, corpus.fingerprint, tokenizer.fingerprint, fingerprint)
 
     def continued(fresh: Params) -> Params:
         pretrained = load(str(run.init_from))
@@ -79,7 +92,8 @@ def pretrain(run: Run, workdir: str | os.PathLike) -> Summary:
         return initial_params(pretrained.loaded, format, run.model, fresh, tokenizer)
 
     start = None if run.init_from is None else continued
-    values = train(run, directory, record, tokenizer, model, batches, evaluation, start, training.tokens_per_word)
+    words = training.tokens_per_word
+    values = train(run, directory, record, tokenizer, model, batches, evaluation, start, words, extend_to)
     baselines = directory.read_baselines() or {}
     return Summary(values, baselines, held_out.unknown_rate, directory.tokens_per_second())
 
@@ -105,9 +119,20 @@ def evaluate(
         run = record.run(type(experiment.model), type(experiment.data))
     tokenizer = directory.read_tokenizer()
     run = dataclasses.replace(run, model=_with_vocabulary(run.model, tokenizer))
-    training, held_out = preparation.prepare(Corpus(run.corpus, run.held_out, run.deduplicate, run.errors), tokenizer)
+    own, validation = _corpora(run)
+    training, held_out = preparation.prepare(own, tokenizer)
     if corpus:
-        _, held_out = preparation.prepare(Corpus(corpus, 1.0, run.deduplicate, run.errors), tokenizer)
+        _, held_out = preparation.prepare(_all_of(corpus, run), tokenizer)
+    else:
+        found = {"corpus": own.fingerprint, "validation": None if validation is None else validation.fingerprint}
+        for name, fingerprint in found.items():
+            if fingerprint != record.identity.get(f"{name}_fingerprint"):
+                text = f"the {name} {' '.join(getattr(run, name))} of {directory.path}"
+                raise InputError(f"{text} has changed since: give a text with --corpus")
+        if validation is not None:
+            _, held_out = preparation.prepare(validation, tokenizer)
+    if not held_out.num_documents:
+        raise InputError(f"the run in {directory.path} holds nothing out (--held-out 0): give a text with --corpus")
     model = run.model.build(jnp.dtype(run.precision))
     batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
     evaluation = HeldOut(run, model, tokenizer, batches, held_out)
@@ -136,7 +161,8 @@ def show_batch(run: Run, step: int) -> Iterator[str]:
     """The rows of a step's batch, as text for people. Prepares vocabulary and store as `pretrain` does."""
     if step < 0:
         raise InputError(f"--step {step}: steps are counted from 0")
-    _, tokenizer, training, _ = prepare(run)
+    prepared = prepare(run)
+    tokenizer, training = prepared.tokenizer, prepared.training
     batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
     yield from run.data.show(batches[step], tokenizer)
 
@@ -145,8 +171,6 @@ class HeldOut:
     """Evaluation on a sample of the held-out text: the first `run.loop.evaluate_batches` batches of it."""
 
     def __init__(self, run: Run, model: Model, tokenizer: Tokenizer, training: Batches, store: Store):
-        if store.num_documents == 0:
-            raise InputError("no document is held out for evaluation: raise --held-out")
         self._data: DataConfig[Batches] = run.data
         self._count, self._training, self._store = run.loop.evaluate_batches, training, store
         self._batches = self._data.build(store, tokenizer, run.batch_size, EVALUATION_SEED)
@@ -171,6 +195,31 @@ class HeldOut:
     def _derived(self, values: dict[str, float]) -> dict[str, float]:
         derived = (self._data.derived_metrics(name, value, self._store) for name, value in values.items())
         return {name: value for each in derived for name, value in each.items()}
+
+
+def _corpora(run: Run) -> tuple[Corpus, Corpus | None]:
+    """The corpus of a run, and its validation text if it has one."""
+    corpus = Corpus(run.corpus, run.split, run.deduplicate, run.errors)
+    return corpus, _all_of(run.validation, run) if run.validation else None
+
+
+def _all_of(sources: tuple[str, ...], run: Run) -> Corpus:
+    """A text to evaluate on: all of its documents are on the held-out side."""
+    return Corpus(sources, 1.0, run.deduplicate, run.errors)
+
+
+def _refuse_split(run: Run, documents: int, consequence: str) -> NoReturn:
+    """Raises InputError for a corpus whose documents are all on one side."""
+    sources, others = " ".join(run.corpus), "give a text with --validation, or train on everything with --held-out 0"
+    if documents == 1:
+        raise InputError(
+            f"the corpus {sources} is one document, which --held-out {run.held_out} cannot split: end documents at "
+            f"blank lines, make each line one ({run.corpus[0]},documents=line), {others}"
+        )
+    raise InputError(
+        f"of the {documents:,} documents of the corpus {sources}, {consequence} by --held-out {run.held_out}: choose "
+        f"another fraction, {others}"
+    )
 
 
 def _with_vocabulary(model, tokenizer: Tokenizer):

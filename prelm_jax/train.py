@@ -1,6 +1,8 @@
 """From batches to a trained model in a work directory: what pretraining and fine-tuning share."""
 
+import bisect
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Protocol
@@ -9,6 +11,7 @@ import jax
 
 from prelm_jax import report
 from prelm_jax.data import loader
+from prelm_jax.errors import InputError
 from prelm_jax.run import Run, RunRecord
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training import loop
@@ -35,14 +38,18 @@ def train(
     tokenizer: Tokenizer,
     model: Model,
     batches: Batches,
-    evaluation: Evaluation,
+    evaluation: Evaluation | None,
     start: Callable[[Params], Params] | None = None,
     tokens_per_word: float = 1.0,
+    extend_to: int | None = None,
 ) -> dict[str, float]:
-    """Trains a model up to `run.loop.steps` in a work directory; returns its last evaluation.
+    """Trains a model up to `run.loop.steps` in a work directory; returns its last evaluation, {} without one.
 
     Order of start: the newest checkpoint of the work directory, else `start(fresh parameters)`, else fresh parameters.
     The directory is claimed for the run (`record`, `tokenizer`) when nothing can be refused any more.
+
+    With `extend_to`, a run that has a checkpoint gets a new segment: from there on the optimizer of `run`, its schedule
+    ending at that step. A run with extensions trains up to the end of the last one, whatever `run.loop.steps` says.
 
     Raises InputError for what the user can mend, and Preempted when SIGTERM stopped the run, after saving.
     """
@@ -50,31 +57,71 @@ def train(
     mesh = settings.mesh.build()
     run.check_batch_size(mesh.size)
     model.check(batches[0])
-    workdir.check(record)
+    workdir.check(record, run, extending=extend_to is not None)
+    earlier = workdir.read_record() if workdir.exists() else None
+    if earlier is not None:
+        record = record.resuming(earlier)
     # The trivial baselines of a run are computed once, unless its evaluation changes.
-    known = workdir.exists() and workdir.read_record().loop["evaluate_batches"] == settings.evaluate_batches
+    known = earlier is not None and earlier.loop.get("evaluate_batches") == settings.evaluate_batches
     with jax.set_mesh(mesh), contextlib.closing(workdir.open_checkpoints(settings.keep)) as checkpoints:
         abstract = abstract_state(model, run.optimizer, run.batch_size, mesh, settings.mesh.parameters)
         restored = checkpoints.restore(abstract.items())
+        done = 0 if restored is None else restored[0]
+        if extend_to is not None:
+            if earlier is None or not done:
+                raise InputError(f"--extend-to {extend_to}: {workdir.path} has no checkpoint to train on from")
+            record = record.extended(earlier, done, extend_to, run.optimizer)
+        parts = record.parts(run)
+        run = dataclasses.replace(run, loop=parts[-1].loop)
+        _check_schedule(parts[-1], resuming=earlier is not None)
         if restored is None:
-            state = new_state(model, run.optimizer, run.batch_size, run.seed, abstract, start)
+            state = new_state(model, parts[0].optimizer, run.batch_size, run.seed, abstract, start)
         else:
             state = TrainState.from_items(restored[1])
         workdir.claim(record, tokenizer)
-        report.print_run_header(run, state.params, int(state.step), mesh)
+        report.print_run_header(run, state.params, done, mesh)
 
         def evaluate(state: TrainState) -> dict[str, float]:
-            return evaluation(state.params, state.carry, mesh)
+            return {} if evaluation is None else evaluation(state.params, state.carry, mesh)
 
-        done = int(state.step)
-        steps = placed_batches(batches, done, settings.steps, mesh)
+        values = None
         with contextlib.closing(workdir.write_metrics(done, settings.tensorboard)) as writer:
-            if jax.process_index() == 0 and not (known and workdir.read_baselines()):
+            if evaluation is not None and jax.process_index() == 0 and not (known and workdir.read_baselines()):
                 writer.write(done, baseline_metrics(evaluation.baselines()))
-            state, values = loop.train(
-                run, model, state, steps, batches.layout, evaluate, checkpoints, writer, workdir.path, tokens_per_word
-            )
+            for part in parts:
+                if done >= part.loop.steps:
+                    continue
+                steps = placed_batches(batches, done, part.loop.steps, mesh)
+                state, values = loop.train(
+                    part,
+                    model,
+                    state,
+                    steps,
+                    batches.layout,
+                    None if evaluation is None else evaluate,
+                    checkpoints,
+                    writer,
+                    workdir.path,
+                    tokens_per_word,
+                )
+                done = part.loop.steps
         return values or evaluate(state)
+
+
+def _check_schedule(run: Run, resuming: bool) -> None:
+    """Raises InputError where steps would be trained at a learning rate of zero.
+
+    The last thousandth of them is not looked at: there a cosine is zero in float32.
+    """
+
+    def is_zero(step: int) -> bool:
+        return float(run.optimizer.schedule(step)) == 0
+
+    steps = run.loop.steps
+    if steps > 1 and is_zero(999 * steps // 1000):
+        end = 1 + bisect.bisect_left(range(1, steps), True, key=is_zero)
+        remedy = f"extend the run with --extend-to {steps}" if resuming else "raise --optimizer.decay-steps"
+        raise InputError(f"--steps {steps}: the learning rate is zero from step {end} on; {remedy}")
 
 
 def placed_batches(batches: Batches, start: int, stop: int, mesh: jax.sharding.Mesh) -> Iterator[tuple[int, Batch]]:

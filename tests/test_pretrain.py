@@ -213,11 +213,12 @@ def test_checkpoints_of_any_step(run, uninterrupted, tmp_path):
             rows = slice(model.tokenizer.vocab_size if path_name(path) in tables else None)
             np.testing.assert_array_equal(value[rows], expected[rows])
     card = (exported / "README.md").read_text()
-    assert f"step {KEPT_STEP} of the run" in card and f"Not evaluated up to step {KEPT_STEP}" in card
+    assert f"step {KEPT_STEP} of the run" in card and f"Not evaluated at step {KEPT_STEP}" in card
 
 
 def test_parameters_are_kept_at_steps_and_words(run, uninterrupted):
-    _, tokenizer, training, _ = module.prepare(run)
+    prepared = module.prepare(run)
+    tokenizer, training = prepared.tokenizer, prepared.training
     batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
     model = dataclasses.replace(run.model, vocab_size=tokenizer.vocab_size).build()
     seen = np.cumsum([model.tokens(batches[step])[0] for step in range(run.loop.steps)])
@@ -314,8 +315,47 @@ def test_batch_that_cannot_be_divided(run, tmp_path):
 
 
 def test_nothing_held_out(run, tmp_path):
-    with pytest.raises(InputError, match="raise --held-out"):
-        pretrain(dataclasses.replace(run, held_out=0.0), tmp_path / "run")
+    """Training on everything: no evaluation, no best checkpoint, no figures in the card; other text is evaluated."""
+    workdir, run = tmp_path / "run", dataclasses.replace(run, held_out=0.0)
+    summary = pretrain(run, workdir)
+    assert summary.evaluation == {} and summary.baselines == {}
+    assert {name.partition("/")[0] for line in metrics(workdir) for name in line} == {"step", "train"}
+    with pytest.raises(InputError, match=rf"{workdir} .*--held-out 0.*--corpus"):
+        module.evaluate(workdir)
+    assert module.evaluate(workdir, run.corpus).evaluation["loss"] > 0
+    with pytest.raises(InputError, match=r"no evaluated checkpoint; choose a --step: 10, 12"):
+        module.export(workdir, tmp_path / "best", "best")
+    module.export(workdir, tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "Not evaluated: nothing was held out." in card and "|" not in card
+    assert pretrain(run, workdir).evaluation == {}
+
+
+@bert_else_slow
+def test_a_validation_text(run, corpus, tmp_path):
+    """It is evaluated instead of held-out documents, all the corpus is trained on, and its content is the run's."""
+    text, workdir = tmp_path / "validation.txt", tmp_path / "run"
+    text.write_text(tiny.text(seed=7, documents=20))
+    run = dataclasses.replace(run, validation=(str(text),))
+    prepared = module.prepare(run)
+    assert (prepared.training.num_documents, prepared.held_out.num_documents) == (40, 20)
+    summary = pretrain(run, workdir)
+    evaluated = module.evaluate(workdir)
+    np.testing.assert_allclose(evaluated.evaluation["loss"], summary.evaluation["loss"], rtol=1e-5)
+    assert module.evaluate(workdir, (str(text),)).evaluation == evaluated.evaluation
+    # The fraction held out plays no part.
+    assert pretrain(dataclasses.replace(run, held_out=0.5), workdir).evaluation == summary.evaluation
+    module.export(workdir, tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert f"Validation text (`{text}`), after step 12" in card and "0.0% of its documents held out" in card
+
+    text.write_text(tiny.text(seed=8, documents=20))
+    with pytest.raises(InputError, match=rf"{workdir} holds another run: validation_fingerprint"):
+        pretrain(run, workdir)
+    with pytest.raises(InputError, match=rf"validation {text} .*{workdir}.*--corpus"):
+        module.evaluate(workdir)
+    with pytest.raises(InputError, match=rf"{workdir} holds another run: .*held_out .*validation_fingerprint"):
+        pretrain(dataclasses.replace(run, validation=()), workdir)
 
 
 def test_without_next_sentences(tmp_path):

@@ -1,7 +1,7 @@
 """Optimizers and learning rate schedules: configurations that build an optax transformation."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,10 @@ class AdamW:
         warming = self.learning_rate * step / max(1, self.warmup_steps)
         return jnp.where(step < self.warmup_steps, warming, self.learning_rate * left)
 
+    def ending_at(self, step: int) -> Self:
+        """The same optimizer with a learning rate that reaches zero at a step."""
+        return dataclasses.replace(self, decay_steps=step)
+
     def _rate(self, step: ArrayLike) -> jax.Array:
         rate = self.schedule(step)
         if self.bias_correction != "rate":
@@ -89,6 +93,10 @@ class Adagrad:
     def schedule(self, step: ArrayLike) -> jax.Array:
         """The learning rate of a step (counted from 0)."""
         return jnp.full(jnp.shape(step), self.learning_rate, jnp.float32)
+
+    def ending_at(self, step: int) -> Self:
+        """This optimizer: a constant rate has no end."""
+        return self
 
     def build(self) -> optax.GradientTransformation:
         """The transformation of gradients into updates."""
