@@ -21,7 +21,7 @@ from prelm_jax.formats.transfer import initial_params
 from prelm_jax.loading import load, load_checkpoint
 from prelm_jax.report import Summary
 from prelm_jax.run import Run, RunRecord
-from prelm_jax.storage import is_remote
+from prelm_jax.storage import check_apart, is_remote
 from prelm_jax.tokenizers import build as tokenizers
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.train import placed_batches, train
@@ -48,18 +48,21 @@ class Prepared(NamedTuple):
     held_out: Store
 
 
-def prepare(run: Run, make_shards: preparation.MakeShards | None = None, verify: bool = False) -> Prepared:
-    """The vocabulary and the token stores of a run, from the cache or made now (see corpus/prepare.py)."""
+def prepare(run: Run, make_shards: preparation.MakeShards | None = None, print_new: bool = True) -> Prepared:
+    """The vocabulary and the token stores of a run, from the cache or made now (see corpus/prepare.py).
+
+    print_new: print the statistics of a corpus that was not in the cache.
+    """
     corpus, validation = _corpora(run)
     if run.split and next(corpus.documents("training"), None) is None:
         _refuse_split(run, sum(1 for _ in corpus.documents()), "none is left to train on")
     tokenizer = tokenizers.build(run.tokenizer, corpus)
     new = not preparation.store_path(corpus, tokenizer).exists()
-    training, held_out = preparation.prepare(corpus, tokenizer, make_shards=make_shards, verify=verify)
+    training, held_out = preparation.prepare(corpus, tokenizer, make_shards=make_shards)
     if validation is not None:
         new = new or not preparation.store_path(validation, tokenizer).exists()
-        _, held_out = preparation.prepare(validation, tokenizer, make_shards=make_shards, verify=verify)
-    if new and not verify:  # `prelm prepare` prints them to stdout, new or not.
+        _, held_out = preparation.prepare(validation, tokenizer, make_shards=make_shards)
+    if new and print_new:
         report.print_table(report.corpus_table(corpus, training, held_out), stderr=True)
     return Prepared(corpus, validation, tokenizer, training, held_out)
 
@@ -150,6 +153,7 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike, step: Step 
     """Writes a checkpoint of a work directory as a model directory, in the format that others read."""
     source = WorkDir(workdir)
     record = source.read_record()
+    check_apart(directory, workdir)
     found, model = load_checkpoint(source, step)
     family = find_family(record.model_type, source.path)
     run = record.run(family.model, family.data)
@@ -159,8 +163,6 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike, step: Step 
 
 def show_batch(run: Run, step: int) -> Iterator[str]:
     """The rows of a step's batch, as text for people. Prepares vocabulary and store as `pretrain` does."""
-    if step < 0:
-        raise InputError(f"--step {step}: steps are counted from 0")
     prepared = prepare(run)
     tokenizer, training = prepared.tokenizer, prepared.training
     batches = run.data.build(training, tokenizer, run.batch_size, run.seed)

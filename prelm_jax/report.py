@@ -4,7 +4,7 @@ import dataclasses
 import math
 import shlex
 import sys
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 from rich.console import Console
@@ -14,7 +14,7 @@ from prelm_jax.corpus.documents import Corpus
 from prelm_jax.corpus.store import Store
 from prelm_jax.formats.base import Format, LoadedModel
 from prelm_jax.run import Run, RunRecord
-from prelm_jax.training.contract import Params
+from prelm_jax.training.contract import Batch, HostBatch, Model, Params
 from prelm_jax.workdir import WorkDir
 
 
@@ -59,6 +59,10 @@ def corpus_table(corpus: Corpus, training: Store, held_out: Store) -> Table:
     def lengths(unit: Literal["documents", "sentences"]) -> list[str]:
         return [" / ".join(f"{length:,}" for length in store.length_quantiles(unit)) for store in stores]
 
+    def of_length_one(unit: Literal["documents", "sentences"]) -> list[str]:
+        found = [(store.count_of_length_one(unit), store.manifest[unit]) for store in stores]
+        return [f"{count:,} ({count / max(number, 1):.1%})" for count, number in found]
+
     table = Table("corpus", "training", "held-out", caption="* median / 90 % / 99 % / longest")
     for name in ("documents", "sentences", "words", "tokens", "bytes"):
         table.add_row(name, *(f"{store.manifest[name]:,}" for store in stores))
@@ -67,14 +71,18 @@ def corpus_table(corpus: Corpus, training: Store, held_out: Store) -> Table:
     table.add_row("longest word, characters", *(f"{store.manifest['longest_word']:,}" for store in stores))
     table.add_row("tokens per document*", *lengths("documents"))
     table.add_row("tokens per sentence*", *lengths("sentences"))
+    table.add_row("documents of one sentence", *of_length_one("documents"))
+    table.add_row("sentences of one token", *of_length_one("sentences"))
     table.add_row("empty documents, dropped", *(f"{store.manifest['empty_documents']:,}" for store in stores))
     if corpus.deduplicate:
         table.add_row("duplicates, dropped", f"{corpus.duplicates:,} of both sides", "")
     return table
 
 
-def print_run_header(run: Run, params: Params, step: int, mesh: jax.sharding.Mesh) -> None:
-    """Says, on process 0, what is about to be trained."""
+def print_run_header(
+    run: Run, model: Model, batch: HostBatch, params: Params, step: int, mesh: jax.sharding.Mesh
+) -> None:
+    """Says, on process 0, what is about to be trained; `batch` is of the shapes that it is trained on."""
     if jax.process_index() != 0:
         return
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -83,6 +91,11 @@ def print_run_header(run: Run, params: Params, step: int, mesh: jax.sharding.Mes
         f"steps {step:,} to {run.loop.steps:,}",
         file=sys.stderr,
     )
+    flops = run.optimizer.flops(params, model.matrices, mesh.shape["data"])
+    if flops:
+        share = flops / (flops + model.flops(cast(Batch, batch)) / mesh.size)
+        name, size = type(run.optimizer).__name__, f"{flops / 1e9:,.2f} GFLOP on each device"
+        print(f"{name} takes {share:.1%} of a step's matrix products: {size}", file=sys.stderr)
 
 
 def model_card(workdir: WorkDir, run: Run, step: int, model: LoadedModel, format: Format, name: str) -> str:
@@ -91,7 +104,7 @@ def model_card(workdir: WorkDir, run: Run, step: int, model: LoadedModel, format
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     positions = step * run.batch_size * run.data.max_length
     sources = "\n".join(f"- `{source}`" for source in run.corpus)
-    fingerprint = str(record.identity["corpus_fingerprint"])[:16]
+    fingerprint = str(record.identity.get("corpus_fingerprint"))[:16]
     return f"""---
 library_name: {format.library}
 license: # the license of your corpus and weights, for example apache-2.0

@@ -2,14 +2,14 @@
 
 import dataclasses
 import json
+import math
 import sys
-import typing
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from prelm_jax import __version__
+from prelm_jax.bounds import FractionBelow1, NotNegative, OutOfBounds, Positive, Seed, Size, check, read
 from prelm_jax.corpus.readers import Errors
 from prelm_jax.errors import InputError
 from prelm_jax.training.contract import OptimizerConfig
@@ -33,23 +33,21 @@ class Run:
     model: Any
     data: Any
     optimizer: Any
-    batch_size: int  # Rows of the global batch, over all devices and micro-batches.
+    batch_size: Size  # Rows of the global batch, over all devices and micro-batches.
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")]
     # Fraction of the documents kept for evaluation, chosen by a hash of their text; 0: train on all, evaluate nothing.
-    held_out: float = 0.01
+    held_out: FractionBelow1 = 0.01
     validation: tuple[str, ...] = ()  # Text to evaluate on instead of held-out documents; sources as those of --corpus.
     deduplicate: bool = False  # Drop exact duplicates of documents.
     errors: Errors = "strict"  # Bytes that are not UTF-8: strict refuses the file, replace reads them as U+FFFD.
-    seed: int = 0  # Decides initial values, batches, masks and dropout.
+    seed: Seed = 0  # Decides initial values, batches, masks and dropout.
     precision: Literal["float32", "bfloat16"] = "float32"  # Of activations; parameters and moments stay float32.
-    accumulate: int = 1  # Micro-batches a batch is cut into, one after the other, to save memory.
+    accumulate: Size = 1  # Micro-batches a batch is cut into, one after the other, to save memory.
     # Model directory or work directory whose parameters to start from (continued pretraining).
     init_from: str | None = None
 
     def __post_init__(self):
-        for name in ("batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        check(self)
 
     @property
     def split(self) -> float:
@@ -72,14 +70,15 @@ class Segment:
     An extension also has the step that it trains up to, and the command that asked for it.
     """
 
-    from_step: int
+    from_step: NotNegative
     optimizer: dict[str, object]  # `name` of its class, and its fields
-    to_step: int | None = None
+    to_step: Positive | None = None
     command: list[str] | None = None
 
     def config(self, cls: type[Config]) -> Config:
         """The optimizer, whose class is known."""
-        return config_from_json(cls, {name: value for name, value in self.optimizer.items() if name != "name"})
+        fields = {name: value for name, value in self.optimizer.items() if name != "name"}
+        return read(cls, fields, "run.json: segments")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +98,15 @@ class RunRecord:
     version: str = __version__
     format: int = RECORD_FORMAT
 
+    def check_together(self) -> None:
+        """The first segment begins at step 0; an extension trains past its first step, where the one before ends."""
+        steps = [(segment.from_step, segment.to_step or math.inf) for segment in self.segments]
+        extensions = self.segments[1:]
+        if [first for first, _ in steps[:1]] != [0] or any(each.to_step is None for each in extensions):
+            raise OutOfBounds(("segments",), steps, "must begin at step 0, and extensions must end")
+        if sorted({first for first, _ in steps}) != [first for first, _ in steps] or any(a >= b for a, b in steps):
+            raise OutOfBounds(("segments",), steps, "must follow each other")
+
     @classmethod
     def from_run(
         cls, run: Run, corpus_fingerprint: str, tokenizer_fingerprint: str, validation_fingerprint: str | None = None
@@ -115,13 +123,7 @@ class RunRecord:
         }
         segments = [Segment(0, _with_name(optimizer))]
         record = cls(run.model.model_type, identity, segments, sources, loop, sys.argv[1:])
-        return cls.from_json(json.loads(record.to_json()))
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "RunRecord":
-        """The record that a run.json holds. Raises TypeError or KeyError for one of another form."""
-        segments: Any = [Segment(**segment) for segment in fields["segments"]]
-        return cls(**{**fields, "segments": segments})
+        return read(cls, json.loads(record.to_json()), "run.json")
 
     def to_json(self) -> str:
         """The text of run.json."""
@@ -178,28 +180,18 @@ class RunRecord:
     def run(self, model: type, data: type) -> Run:
         """The run as far as evaluating needs it: without tokenizer (the work directory has it) and optimizer."""
         fields = {**self.identity, **self.sources, "loop": self.loop, "tokenizer": None, "optimizer": None}
+        fields |= {"model": self.model(model), "data": read(data, fields.get("data"), "run.json: identity.data")}
         known = {field.name: fields[field.name] for field in dataclasses.fields(Run) if field.name in fields}
-        return config_from_json(Run, known, model=model, data=data)
+        return read(Run, known, "run.json")
+
+    def model(self, cls: type[Config]) -> Config:
+        """The config of the model."""
+        return read(cls, self.identity.get("model"), "run.json: identity.model")
 
 
 def _with_name(optimizer: Any) -> dict[str, object]:
     """The fields of an optimizer as JSON has them, and the `name` of its class."""
     return {"name": type(optimizer).__name__, **json.loads(json.dumps(dataclasses.asdict(optimizer)))}
-
-
-def config_from_json(cls: type[Config], fields: Mapping[str, object], **classes: type) -> Config:
-    """A config dataclass from the JSON object it was written as, nested configs too.
-
-    `classes`: the config classes of fields annotated `Any`. Raises TypeError for fields that `cls` does not have.
-    """
-    hints = typing.get_type_hints(cls) | classes
-
-    def value(name: str, field: object) -> object:
-        if isinstance(field, dict) and dataclasses.is_dataclass(hints.get(name)):
-            return config_from_json(hints[name], field)
-        return tuple(field) if isinstance(field, list) else field
-
-    return cls(**{name: value(name, field) for name, field in fields.items()})
 
 
 def _completed(there: dict[str, Any], here: dict[str, Any], config: Any) -> dict[str, Any]:

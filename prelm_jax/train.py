@@ -56,7 +56,8 @@ def train(
     settings = run.loop
     mesh = settings.mesh.build()
     run.check_batch_size(mesh.size)
-    model.check(batches[0])
+    example = batches[0]
+    model.check(example)
     workdir.check(record, run, extending=extend_to is not None)
     earlier = workdir.read_record() if workdir.exists() else None
     if earlier is not None:
@@ -79,7 +80,7 @@ def train(
         else:
             state = TrainState.from_items(restored[1])
         workdir.claim(record, tokenizer)
-        report.print_run_header(run, state.params, done, mesh)
+        report.print_run_header(run, model, example, state.params, done, mesh)
 
         def evaluate(state: TrainState) -> dict[str, float]:
             return {} if evaluation is None else evaluation(state.params, state.carry, mesh)

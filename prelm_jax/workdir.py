@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 
+from prelm_jax.bounds import read
 from prelm_jax.errors import InputError
 from prelm_jax.run import READABLE_FORMATS, Run, RunRecord
 from prelm_jax.storage import copy_files, fetched, reachable, read_json
@@ -46,12 +47,10 @@ class WorkDir:
         path = self._record_path
         fields = read_json(path)
         if (format := fields.get("format", 1)) not in READABLE_FORMATS:
-            writer = "a newer" if format > max(READABLE_FORMATS) else "an earlier"
+            newer = isinstance(format, int) and format > max(READABLE_FORMATS)
+            writer = "a newer" if newer else "an earlier"
             raise InputError(f"{path} was written by {writer} version of prelm_jax: use that version to read it")
-        try:
-            return RunRecord.from_json(fields)
-        except (TypeError, KeyError) as error:
-            raise InputError(f"{path} is not the record of a run ({error})") from None
+        return read(RunRecord, fields, path)
 
     def check(self, record: RunRecord, run: Run, extending: bool = False) -> None:
         """Raises InputError where the directory is another run's, naming what differs, or holds unknown checkpoints.

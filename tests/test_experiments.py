@@ -23,6 +23,7 @@ from prelm_jax.families import FAMILIES, find_family
 from prelm_jax.planning.plan import TokenizerOfSize
 from prelm_jax.run import SOURCES, Run
 from prelm_jax.training.contract import Model
+from prelm_jax.training.muon import groups
 from prelm_jax.training.optimizer import decays
 from prelm_jax.training.parameters import path_name
 from prelm_jax.training.sharding import MeshConfig, batch_sharding, partition
@@ -140,11 +141,12 @@ def test_golden(reference):
     ]
     leaves = jax.tree_util.tree_leaves_with_path(params)
     lines.append(f"parameters (vocabulary padded): {sum(leaf.size for _, leaf in leaves):,}")
-    for (path, leaf), decay in zip(leaves, jax.tree.leaves(decays(params)), strict=True):
+    group_of = jax.tree.leaves(groups(params, model.matrices))
+    for (path, leaf), decay, group in zip(leaves, jax.tree.leaves(decays(params)), group_of, strict=True):
         parameter = path_name(path)
         if "layer_" not in parameter or "layer_0/" in parameter or "layer_norm" in parameter.split("/")[0]:
             axes = tuple(partition(parameter, leaf.shape, 4, model.replicated))
-            lines.append(f"{parameter} {list(leaf.shape)} decay={decay} fsdp={axes}")
+            lines.append(f"{parameter} {list(leaf.shape)} decay={decay} muon={group == 'muon'} fsdp={axes}")
     text = "\n".join(lines) + "\n"
     golden = GOLDEN / f"{reference.replace(':', '-')}.txt"
     if os.environ.get("PRELM_UPDATE_GOLDEN"):

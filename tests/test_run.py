@@ -6,10 +6,11 @@ import json
 import pytest
 import tiny
 
+from prelm_jax.bounds import read
 from prelm_jax.data.masking import MaskingConfig
 from prelm_jax.errors import InputError
 from prelm_jax.families import find_family
-from prelm_jax.run import Run, RunRecord, config_from_json
+from prelm_jax.run import Run, RunRecord
 from prelm_jax.training.sharding import MeshConfig
 
 
@@ -22,14 +23,14 @@ def test_a_run_comes_back_from_json(family):
     """All but tokenizer and optimizer, which have other homes: the work directory, and the segments."""
     run = dataclasses.replace(tiny.FAMILIES[family](), accumulate=2, seed=5, precision="bfloat16")
     run = tiny.with_loop(run, keep_at_steps=(3, 7), mesh=MeshConfig(devices=2, parameters="fsdp"))
-    written = RunRecord.from_json(json.loads(record(run).to_json()))
+    written = read(RunRecord, json.loads(record(run).to_json()), "run.json")
     row = find_family(family, "here")
     assert written.run(row.model, row.data) == dataclasses.replace(run, tokenizer=None, optimizer=None)
 
 
 def test_nested_configs_come_back_as_such():
     data = dataclasses.replace(tiny.bert().data, masking=MaskingConfig(whole_word=True))
-    assert config_from_json(type(data), json.loads(json.dumps(dataclasses.asdict(data)))) == data
+    assert read(type(data), json.loads(json.dumps(dataclasses.asdict(data))), "x") == data
 
 
 def test_the_first_segment_holds_the_optimizer():
@@ -69,11 +70,11 @@ def test_what_may_differ_between_resumes():
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("accumulate", -1)])
 def test_sizes_below_one_are_refused(name, value):
-    with pytest.raises(InputError, match=f"--{name.replace('_', '-')} {value}"):
+    with pytest.raises(InputError, match=f"^{name} is {value}"):
         dataclasses.replace(tiny.bert(), **{name: value})
 
 
 @pytest.mark.parametrize("name", ["steps", "save_every", "keep", "evaluate_every", "evaluate_batches", "log_every"])
 def test_loop_settings_below_one_are_refused(name):
-    with pytest.raises(InputError, match=f"--{name.replace('_', '-')} 0"):
+    with pytest.raises(InputError, match=f"^loop.{name} is 0"):
         tiny.with_loop(tiny.bert(), **{name: 0})

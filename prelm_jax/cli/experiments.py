@@ -31,9 +31,11 @@ def experiments(copy: str | None = None) -> None:
     """
     if copy is not None:
         source, target = _shipped_file(copy.removesuffix(".py")), Path(Path(copy).name).with_suffix(".py")
-        if target.exists():
-            raise InputError(f"{target} already exists. Move it, or copy from another directory.")
-        target.write_bytes(source.read_bytes())
+        try:
+            with open(target, "xb") as file:
+                file.write(source.read_bytes())
+        except FileExistsError:
+            raise InputError(f"{target} already exists. Move it, or copy from another directory.") from None
         name = next(iter(docstrings(source)))
         print(f"wrote {target}. Edit it, then: prelm pretrain {target}:{name}")
         return

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from prelm_jax.bounds import NotNegative, Positive
 from prelm_jax.cache import cache_compiled_programs
 from prelm_jax.cli.experiments import EXPERIMENT, load_run
 from prelm_jax.cli.options import AnyPath, Positional, Remainder, Step
@@ -85,8 +86,6 @@ def prepare(
 ) -> None:
     """Prepare the corpus of an experiment (vocabulary and token store) without training; print its statistics.
 
-    If there is a store already, its checksums are verified.
-
     Args:
         beam: Tokenize with Apache Beam instead of local processes (extra beam). Everything after it goes to Beam, for
             example --beam --runner=FlinkRunner.
@@ -99,11 +98,11 @@ def prepare(
         from prelm_jax.corpus.beam import make_shards_with
 
         make_shards = make_shards_with(list(beam))
-    prepared = pretraining.prepare(run, make_shards, verify=True)
+    prepared = pretraining.prepare(run, make_shards, print_new=False)
     print_table(corpus_table(prepared.corpus, prepared.training, prepared.held_out))
 
 
-def batch(run: Annotated["Run", EXPERIMENT], step: int = 0, rows: int = 4) -> None:
+def batch(run: Annotated["Run", EXPERIMENT], step: NotNegative = 0, rows: Positive = 4) -> None:
     """Print a training batch as text, with a marker where a token was replaced or is predicted.
 
     Args:
@@ -116,8 +115,6 @@ def batch(run: Annotated["Run", EXPERIMENT], step: int = 0, rows: int = 4) -> No
     from prelm_jax import pretraining
     from prelm_jax.data.show import MARKER
 
-    if rows < 1:
-        raise InputError(f"--rows {rows}: must be at least 1")
     console = Console()
     for row in itertools.islice(pretraining.show_batch(run, step), rows):
         text = Text(row)

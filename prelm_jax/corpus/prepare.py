@@ -15,9 +15,7 @@ import os
 import re
 import shutil
 import signal
-import uuid
-import zipfile
-import zlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
@@ -26,14 +24,13 @@ from typing import get_args
 
 import numpy as np
 
-from prelm_jax.cache import cache_directory, digest, locked
+from prelm_jax.cache import built, cache_directory, digest, is_intact, locked
 from prelm_jax.corpus import documents, sources
 from prelm_jax.corpus.documents import Corpus, Document, Shard, Side
 from prelm_jax.corpus.sentences import split
-from prelm_jax.corpus.store import COLUMNS, COUNTS, STORE_FORMAT, Store, Writer, spelled
+from prelm_jax.corpus.store import COLUMNS, COUNTS, STORE_FORMAT, DamagedStore, Store, Writer, spelled
 from prelm_jax.errors import InputError, first_line
 from prelm_jax.progress import Advance, Progress
-from prelm_jax.storage import writing
 from prelm_jax.tokenizers.base import Tokenizer
 
 BATCH_CHARACTERS = 1 << 22
@@ -61,27 +58,47 @@ def prepare(
     tokenizer: Tokenizer,
     directory: str | os.PathLike | None = None,
     make_shards: MakeShards | None = None,
-    verify: bool = False,
 ) -> tuple[Store, Store]:
-    """The training and held-out stores of a corpus, made if they do not exist, by one process while others wait.
+    """The training and held-out stores of a corpus. One process makes them if they are missing or damaged; others wait.
 
-    `make_shards`: default `make_shards_locally`. `verify`: check the checksums of existing stores. Raises InputError if
-    the corpus cannot be read or has no tokens.
+    `make_shards`: default `make_shards_locally`. Raises InputError if the corpus cannot be read or has no tokens.
 
         training, held_out = prepare(Corpus(("novels/*.txt",), held_out=0.01), tokenizer)
     """
     target = store_path(corpus, tokenizer, directory)
     partial = partial_path(target)
-    if not target.exists():
+    if (stores := _open(target, corpus, tokenizer)) is None:
         with locked(target):
-            if not target.exists():
+            if (stores := _open(target, corpus, tokenizer, "; making it again")) is None:
                 partial.mkdir(exist_ok=True)
                 (make_shards or make_shards_locally)(corpus, tokenizer, partial)
-                _merge(corpus, tokenizer, partial).rename(target)
-                verify = False
+                made = _merge(corpus, tokenizer, partial)
+                shutil.rmtree(target, ignore_errors=True)  # Damaged.
+                made.rename(target)
+                training, held_out = (Store.open(target / side) for side in SIDES)
+                stores = training, held_out
     shutil.rmtree(partial, ignore_errors=True)
-    training, held_out = (Store.open(target / side, verify) for side in SIDES)
+    return stores
+
+
+def _open(target: Path, corpus: Corpus, tokenizer: Tokenizer, remedy: str | None = None) -> tuple[Store, Store] | None:
+    """Both stores; None where one is missing or damaged, which is said with the remedy."""
+    if not target.exists():
+        return None
+    try:
+        training, held_out = (Store.open(target / side) for side in SIDES)
+        for side, store in zip(SIDES, (training, held_out), strict=True):
+            if any(store.manifest[name] != value for name, value in _origin(corpus, tokenizer, side).items()):
+                raise DamagedStore(f"{target / side} is the store of something else")
+    except DamagedStore as damage:
+        if remedy is not None:
+            print(f"{damage}{remedy}", file=sys.stderr)
+        return None
     return training, held_out
+
+
+def _origin(corpus: Corpus, tokenizer: Tokenizer, side: Side) -> dict[str, str]:
+    return {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint, "side": side}
 
 
 # ---- Shards ----------------------------------------------------------------------------------------------------------
@@ -89,15 +106,9 @@ def prepare(
 
 def make_shard(shard: Shard, corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None:
     """Tokenizes a shard to a file in `directory`, which appears when it is complete."""
-    target, unfinished = _file(shard, directory), directory / f".{shard.name}-{uuid.uuid4().hex}"
     arrays = _tokenize(shard, corpus, tokenizer)
-    with writing(target):
-        try:
-            with open(unfinished, "wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
-            unfinished.replace(target)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    with built(_file(shard, directory)) as unfinished, open(unfinished, "wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def _file(shard: Shard, directory: Path) -> Path:
@@ -113,7 +124,7 @@ def _tokenize(shard: Shard, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, n
     is_open, numbers = tokenizer.open_vocabulary, dict(tokenizer.ids)
     batches: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     for batch in _batches(shard, corpus):
-        sentences = [split(document.text, document.sentences) for document in batch]
+        sentences = [split(document.text, document.sentences, document.language) for document in batch]
         texts = list(itertools.chain.from_iterable(sentences))
         ids, tokens_Y = tokenizer.number_flat(texts, numbers) if is_open else tokenizer.encode_flat(texts)
         ids = ids.astype(_id_dtype(tokenizer))
@@ -194,7 +205,7 @@ def make_shards_locally(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -
         def missing() -> Iterator[Shard]:
             for number, part in enumerate(corpus.parts):
                 for shard in corpus.shards(number, part):
-                    if _file(shard, directory).exists():
+                    if is_intact(_file(shard, directory)):
                         progress.advance(shard.bytes)
                     else:
                         yield shard
@@ -273,17 +284,16 @@ def _merge(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> Path:
     for side, writer in writers.items():
         if tokenizer.open_vocabulary:
             writer.write(spelled(itertools.chain(tokenizer.tokens, new_words)))
-        writer.finish({"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint, "side": side})
+        writer.finish(_origin(corpus, tokenizer, side))
     return target
 
 
 def _read(file: Path) -> dict[str, np.ndarray]:
-    """The arrays of a shard. The format has checksums: damage raises InputError."""
-    try:
-        with open(file, "rb") as content, np.load(content) as arrays:
-            return dict(arrays)
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{file} is damaged ({error}): delete it, and the same command resumes") from None
+    """The arrays of a shard."""
+    if not is_intact(file):
+        raise InputError(f"{file} is damaged: the same command makes it again, and resumes")
+    with open(file, "rb") as content, np.load(content) as arrays:
+        return dict(arrays)
 
 
 def _renumber(shard: dict[str, np.ndarray], numbers: dict[str, int], first: int) -> None:

@@ -51,6 +51,7 @@ class Plan:
     memory_available: float
     compile_seconds: float
     model_flops: float  # Matmul FLOPs by the formula of the model.
+    optimizer_flops: float  # Matmul FLOPs by the formula of the optimizer, in fp32; zero for most.
     compiled_flops: float  # By XLA, each loop counted as often as it runs; without custom kernels.
     bytes_accessed: float  # By XLA, like compiled_flops.
     memory_traffic: float  # The bytes of these that go to and from HBM; the rest stays on the chip between uses.
@@ -162,6 +163,7 @@ class Step:
     batch: dict[str, jax.ShapeDtypeStruct]
     tokens: int  # Padding included.
     flops: float  # By the formula of the model.
+    optimizer_flops: float  # By the formula of the optimizer, on one device.
     compile_seconds: float
 
 
@@ -186,7 +188,8 @@ def compile_step(run: Run, mesh: jax.sharding.Mesh) -> Step:
         except jax.errors.JaxRuntimeError as error:
             raise too_large(error) from None
     seconds = time.perf_counter() - start
-    return Step(compiled, state, batch, int(model.tokens(example)[1]), model.flops(example), seconds)
+    optimizer_flops = run.optimizer.flops(state.params, model.matrices, mesh.shape["data"])
+    return Step(compiled, state, batch, int(model.tokens(example)[1]), model.flops(example), optimizer_flops, seconds)
 
 
 def too_large(error: jax.errors.JaxRuntimeError) -> Exception:
@@ -212,7 +215,8 @@ def analyze(run: Run, topology: str, mesh: jax.sharding.Mesh, progress: Callable
     model_flops = step.flops / mesh.size
     peak = chip.flops if chip else peak_flops(jnp.dtype(run.precision), 1)
     memory_traffic = program.memory_traffic()
-    seconds_by, collectives = {"compute": max(flops, model_flops) / peak}, program.collectives()
+    seconds_by = {"compute": max(flops, model_flops + step.optimizer_flops) / peak}
+    collectives = program.collectives()
     timed: list[tuple[Collective, float | None]] = [(collective, None) for collective in collectives]
     if chip is not None:
         shape = (mesh.size,) if topology == LOCAL else shape_of(topology)
@@ -233,6 +237,7 @@ def analyze(run: Run, topology: str, mesh: jax.sharding.Mesh, progress: Callable
         memory_available=chip.memory if chip else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / mesh.size,
         compile_seconds=step.compile_seconds,
         model_flops=model_flops,
+        optimizer_flops=step.optimizer_flops,
         compiled_flops=flops,
         bytes_accessed=bytes_accessed,
         memory_traffic=memory_traffic,
@@ -284,6 +289,9 @@ def plan_table(plan: Plan) -> Table:
     table.add_section()
     flops = f"{plan.model_flops / 1e12:.2f} TFLOP by the model, {plan.compiled_flops / 1e12:.2f} as compiled"
     table.add_row("compute", flops)
+    if plan.optimizer_flops:
+        share = plan.optimizer_flops / (plan.optimizer_flops + plan.model_flops)
+        table.add_row("  optimizer, in fp32", f"{plan.optimizer_flops / 1e12:.2f} TFLOP, {share:.1%} of the step's")
     table.add_row("bytes accessed", f"{plan.bytes_accessed / 1e9:.1f} GB")
     table.add_row("memory traffic (HBM)", f"{plan.memory_traffic / 1e9:.1f} GB")
     for collective, seconds in plan.collectives:

@@ -17,6 +17,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from prelm_jax.bounds import VocabularySize
 from prelm_jax.cache import digest
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
@@ -111,7 +112,7 @@ class WordPieceConfig:
     """A WordPiece vocabulary, trained on the corpus or loaded."""
 
     # Entries of a trained vocabulary, special tokens included. Several thousand suit a small corpus.
-    vocab_size: int = 30522
+    vocab_size: VocabularySize = 30522
     # Lower-case text and strip accents; turn off where case matters, for names or German. For a trained vocabulary or
     # a lone vocab.txt: a directory has its own setting.
     lowercase: bool = True

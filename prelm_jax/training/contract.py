@@ -3,7 +3,7 @@
 Whatever fulfills `Model` can be trained: a pretraining model, or an encoder with a task head.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeAlias, TypeVar
 
 import numpy as np
@@ -85,8 +85,11 @@ class OptimizerConfig(Protocol):
     def ending_at(self, step: int) -> Self:
         """The same optimizer with a schedule that ends at a step: that of a run of so many steps."""
 
-    def build(self) -> optax.GradientTransformation:
-        """The transformation of gradients into updates."""
+    def build(self, matrices: Sequence[str]) -> optax.GradientTransformation:
+        """The transformation of gradients into updates; `matrices` as declared by the model."""
+
+    def flops(self, params: Params, matrices: Sequence[str], devices: int) -> float:
+        """Matmul FLOPs of an update on each of the devices that share its work; those of the model are not counted."""
 
 
 class Batches(Protocol):

@@ -5,14 +5,15 @@ import dataclasses
 import signal
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
-from prelm_jax.errors import InputError, Preempted
+from prelm_jax.bounds import Bounds, NotNegative, Positive
+from prelm_jax.errors import Preempted
 from prelm_jax.training.checkpoint import Checkpoints, Record
 from prelm_jax.training.contract import Batch, Layout, Model, OptimizerConfig
 from prelm_jax.training.metrics import MetricsWriter, Report, peak_flops
@@ -24,22 +25,20 @@ from prelm_jax.training.step import Keys, TrainState, make_train_step
 class LoopConfig:
     """How far to train, on which devices, and what to write down; all of it may differ between resumes."""
 
-    steps: int  # Train up to this step, counted from the start; to train past the end of the schedule, use --extend-to.
+    # Train up to this step, counted from the start; --extend-to goes past the end of the schedule.
+    steps: Positive
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    save_every: int = 1000  # Steps between checkpoints; the last step, SIGTERM and a new best evaluation save as well.
-    keep: int = 3  # Number of newest checkpoints to keep; the one with the best evaluation is kept in addition.
-    keep_at_steps: tuple[int, ...] = ()  # Keep the parameters after these steps forever (without optimizer state).
-    keep_at_words: tuple[int, ...] = ()  # The same, once this many words of the corpus were seen (a learning curve).
-    evaluate_every: int = 1000  # Steps between evaluations on held-out text; the last step is evaluated as well.
-    evaluate_batches: int = 32  # Number of held-out batches in an evaluation; more for a less noisy loss.
-    log_every: int = 50  # Steps between lines of metrics.jsonl and of the terminal.
+    # Steps between checkpoints; the last step, SIGTERM and a new best evaluation save as well.
+    save_every: Positive = 1000
+    keep: Positive = 3  # Number of newest checkpoints to keep; the one with the best evaluation is kept in addition.
+    keep_at_steps: tuple[Positive, ...] = ()  # Keep the parameters after these steps forever (without optimizer state).
+    # The same, once this many words of the corpus were seen (a learning curve).
+    keep_at_words: tuple[Annotated[int, Bounds(1, 2**53)], ...] = ()
+    evaluate_every: Positive = 1000  # Steps between evaluations on held-out text; the last step is evaluated as well.
+    evaluate_batches: Positive = 32  # Number of held-out batches in an evaluation; more for a less noisy loss.
+    log_every: Positive = 50  # Steps between lines of metrics.jsonl and of the terminal.
     tensorboard: bool = False  # Also write the metrics for TensorBoard.
-    profile: int = 0  # Write a profiler trace of this many steps, from the 11th on, to profile/.
-
-    def __post_init__(self):
-        for name in ("steps", "save_every", "keep", "evaluate_every", "evaluate_batches", "log_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+    profile: NotNegative = 0  # Write a profiler trace of this many steps, from the 11th on, to profile/.
 
 
 class TrainingConfig(Protocol):
@@ -134,18 +133,19 @@ def train(
     report = Report(model, writer, peak, start, config.steps, config.log_every)
     tokens_seen = checkpoints.tokens_seen(start)
     pending = evaluation = None
-    with contextlib.closing(report), _Stop() as stop, jax.transfer_guard("disallow"):
+    with contextlib.closing(report), _Stop() as stop:
         for step, batch in batches:
             profile.before(step)
-            tokens = count_tokens(batch)  # A program of its own: done before the step is.
-            state, metrics = train_step(state, batch, dropout_key)
-            done = step + 1
-            profile.after(done)
+            with jax.transfer_guard("disallow"):  # Saving and evaluating copy arrays, a step does not.
+                tokens = count_tokens(batch)  # A program of its own: done before the step is.
+                state, metrics = train_step(state, batch, dropout_key)
+                done = step + 1
+                profile.after(done)
 
-            # The devices work on this step while the host looks at the one before.
-            report.wait(pending)
-            before, tokens_seen = tokens_seen, tokens_seen + int(jax.device_get(tokens)[0])
-            pending = (done, metrics, batch, tokens_seen)
+                # The devices work on this step while the host looks at the one before.
+                report.wait(pending)
+                before, tokens_seen = tokens_seen, tokens_seen + int(jax.device_get(tokens)[0])
+                pending = (done, metrics, batch, tokens_seen)
 
             last, stopping = done == config.steps, stop.at(done)
             words_due = any(before < words * tokens_per_word <= tokens_seen for words in config.keep_at_words)

@@ -22,6 +22,10 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+def cells(planned):
+    return [cell for column in plan_table(planned).columns for cell in column.cells]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_plan_for_this_machine(family):
     run = dataclasses.replace(
@@ -38,8 +42,10 @@ def test_plan_for_this_machine(family):
     assert 0.5 < planned.compiled_flops / planned.model_flops < 4
     assert planned.seconds * planned.tokens_per_second == pytest.approx(planned.tokens)
     assert planned.collectives[0][0].kind == "all-reduce"
-    cells = [cell for column in plan_table(planned).columns for cell in column.cells]
-    assert f"{run.batch_size} rows, {planned.tokens} tokens" in cells
+    assert f"{run.batch_size} rows, {planned.tokens} tokens" in cells(planned)
+    assert planned.optimizer_flops == 0
+    with_muon = dataclasses.replace(planned, model_flops=6e12, optimizer_flops=2e12)
+    assert any("2.00 TFLOP" in cell and "25.0%" in cell for cell in cells(with_muon))
 
 
 def test_largest_batch_that_fits(monkeypatch):

@@ -224,6 +224,21 @@ def test_resumed_equals_uninterrupted(uninterrupted, tmp_path, interruptions, si
     assert lines(tmp_path / "run") == lines(uninterrupted)
 
 
+def test_saving_and_evaluating_may_copy_arrays(tmp_path, monkeypatch):
+    """On a GPU, Orbax copies arrays to the host in ways that the steps' transfer guard refuses."""
+    copied = []
+
+    def copy(*names):
+        copied.extend(names)
+        return float(jnp.ones(()))  # from host to device, which a CPU refuses too
+
+    save = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda self, *arguments: (copy("save"), save(self, *arguments)))
+    config = dataclasses.replace(KEEPING, loop=LoopConfig(steps=2, mesh=MeshConfig(devices=1)))
+    train(tmp_path, config, lambda step: copy("evaluation"))
+    assert copied == ["evaluation", "save"]
+
+
 def test_settings_below_one_are_refused():
     for name in ("steps", "save_every", "keep", "evaluate_every", "evaluate_batches", "log_every"):
         with pytest.raises(InputError, match=f"--{name.replace('_', '-')} 0: "):
