@@ -74,7 +74,7 @@ def train(
             record = record.extended(earlier, done, extend_to, run.optimizer)
         parts = record.parts(run)
         run = dataclasses.replace(run, loop=parts[-1].loop)
-        _check_schedule(parts[-1], resuming=earlier is not None)
+        check_schedule(parts[-1], resuming=earlier is not None)
         if restored is None:
             state = new_state(model, parts[0].optimizer, run.batch_size, run.seed, abstract, start)
         else:
@@ -109,7 +109,7 @@ def train(
         return values or evaluate(state)
 
 
-def _check_schedule(run: Run, resuming: bool) -> None:
+def check_schedule(run: Run, resuming: bool) -> None:
     """Raises InputError where steps would be trained at a learning rate of zero.
 
     The last thousandth of them is not looked at: there a cosine is zero in float32.
