@@ -123,6 +123,7 @@ def _decode(line: bytes) -> dict[str, float]:
     metrics = json.loads(line.decode())
     if not isinstance(metrics, dict) or type(metrics.get("step")) is not int or metrics["step"] < 0:
         raise ValueError
+    "".join(metrics).encode()  # A lone surrogate in a name could not be printed.
     return {name: _number(value) for name, value in metrics.items()}
 
 
