@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -24,7 +23,7 @@ from prelm_jax.bounds import VocabularySize
 from prelm_jax.cache import digest
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
-from prelm_jax.storage import prefix_errors, read_lines
+from prelm_jax.storage import prefix_errors
 from prelm_jax.tokenizers.added_tokens import AddedToken
 from prelm_jax.tokenizers.cached_encoder import CachedEncoder
 from prelm_jax.tokenizers.saved import SETTINGS, TOKENIZER, SavedTokenizer, read_vocab

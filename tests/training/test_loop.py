@@ -246,6 +246,28 @@ def test_settings_below_one_are_refused():
             LoopConfig(**{"steps": 1, name: 0})
 
 
+def test_the_speed_is_that_of_the_steps_alone(tmp_path, monkeypatch):
+    """Steps of 2 s; compilation, an evaluation and a save take 1000 s each, and a save comes every other step."""
+    now = 0.0
+
+    def wait(seconds):
+        nonlocal now
+        now += seconds
+
+    def evaluate(step):
+        wait(1000)
+        return float(step)
+
+    save = Checkpoints.save
+    monkeypatch.setattr("prelm_jax.training.metrics.time.perf_counter", lambda: now)
+    monkeypatch.setattr("prelm_jax.training.loop.peak_flops", lambda *_: 1.0)
+    monkeypatch.setattr(Checkpoints, "save", lambda *arguments: (wait(1000), save(*arguments)))
+    settings = LoopConfig(steps=12, mesh=MeshConfig(devices=1), save_every=2, evaluate_every=4, log_every=4)
+    train(tmp_path, Config(settings), evaluate, interrupt=lambda step: wait(2 if step else 1000))
+    written = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [line["perf/seconds_per_step"] for line in written if "train/loss" in line] == [2, 2, 2]
+
+
 # Training a head
 
 
