@@ -18,6 +18,7 @@ from prelm_jax.formats.tensorflow import open_checkpoint
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.storage import read_json
 from prelm_jax.tokenizers.base import Tokenizer
+from prelm_jax.tokenizers.saved import read_vocab
 from prelm_jax.tokenizers.wordpiece import has_capitals
 
 LAYOUT = huggingface.Layout(
@@ -84,8 +85,7 @@ def read(directory: Path) -> LoadedModel[BertConfig, Tokenizer]:
     elif len(checkpoints) == 1:
         variables = open_checkpoint(checkpoints[0])
         tensors = dict(_original_tensor(name, variable) for name, variable in variables.items())
-        # The authors' programs are told by a flag. A lower-cased vocabulary has no capital letters.
-        lowercase = not has_capitals(directory / "vocab.txt")
+        lowercase = not has_capitals(read_vocab(directory / "vocab.txt"))  # The authors' programs are told by a flag.
     else:
         found = ", ".join(file.name for file in checkpoints) or "none"
         complaint = f"{settings_file} needs exactly one checkpoint (NAME.index) beside it, but here is {found}"

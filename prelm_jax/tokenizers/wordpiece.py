@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -24,7 +23,7 @@ from prelm_jax.bounds import VocabularySize
 from prelm_jax.cache import digest
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
-from prelm_jax.storage import prefix_errors, read_lines
+from prelm_jax.storage import prefix_errors
 from prelm_jax.tokenizers.added_tokens import AddedToken
 from prelm_jax.tokenizers.cached_encoder import CachedEncoder
 from prelm_jax.tokenizers.saved import SETTINGS, TOKENIZER, SavedTokenizer, read_vocab
@@ -148,9 +147,9 @@ class WordPiece(CachedEncoder):
         return {"vocab.txt": "".join(f"{token}\n" for token in self.tokens[: self.known_size])}
 
 
-def has_capitals(path: Path) -> bool:
-    """Whether a vocab.txt has tokens with capital letters (A-Z) besides "[CLS]" and the like."""
-    return any(re.search("[A-Z]", line) and not re.fullmatch(r"\[.*\]|<.*>", line) for line in read_lines(path))
+def has_capitals(tokens: Iterable[str]) -> bool:
+    """Whether a vocabulary has capital letters (A-Z) outside of [CLS], <S> and the like; a lower-cased one has none."""
+    return any(re.search("[A-Z]", token) and not re.fullmatch(r"\[.*\]|<.*>", token) for token in tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,22 +3,23 @@
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
 from prelm_jax.bounds import Bounds, NotNegative, Positive
 from prelm_jax.errors import Preempted
 from prelm_jax.training.checkpoint import Checkpoints, Record
-from prelm_jax.training.contract import Batch, Layout, Model, OptimizerConfig
+from prelm_jax.training.contract import Batch, Model, OptimizerConfig
 from prelm_jax.training.metrics import MetricsWriter, Report, peak_flops
 from prelm_jax.training.sharding import MeshConfig
-from prelm_jax.training.step import Keys, TrainState, make_train_step
+from prelm_jax.training.step import Keys, TrainState
 
 Result = TypeVar("Result")
 
@@ -27,7 +28,8 @@ Result = TypeVar("Result")
 class LoopConfig:
     """How far to train, on which devices, and what to write down; all of it may differ between resumes."""
 
-    steps: Positive  # Train up to this step, counted from the start; raise it to continue a finished run.
+    # Train up to this step, counted from the start; --extend-to goes past the end of the schedule.
+    steps: Positive
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     # Steps between checkpoints; the last step, SIGTERM and a new best evaluation save as well.
     save_every: Positive = 1000
@@ -122,9 +124,9 @@ def train(
     run: TrainingConfig,
     model: Model,
     state: TrainState,
+    train_step: Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]],
     batches: Iterable[tuple[int, Batch]],
-    layout: Mapping[str, Layout],
-    evaluate: Callable[[TrainState], dict[str, float]],
+    evaluate: Callable[[TrainState], dict[str, float]] | None,
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     workdir: Path,
@@ -132,11 +134,13 @@ def train(
 ) -> tuple[TrainState, dict[str, float] | None]:
     """Trains from `state.step` to `run.loop.steps`; resuming gives the same bits as never having stopped.
 
-    Returns the last state and its evaluation, or None instead of it if no step was left.
+    Returns the last state and its evaluation; None instead of it without one.
 
     Args:
+        train_step: as `make_train_step` returns it.
         batches: (step, batch on the devices) of each step left.
-        evaluate: the means by name over held-out text; the checkpoint with the lowest `loss` is the best.
+        evaluate: the means by name over held-out text; the checkpoint with the lowest `loss` is the best. None: no
+            evaluation, and so no best checkpoint.
         checkpoints: where `state` was restored from, unless it is new.
         tokens_per_word: tokens per word of the corpus, for `keep_at_words`.
 
@@ -145,7 +149,6 @@ def train(
         InputError: at the first loss or gradient that is not finite; such a state is never saved.
     """
     config, start = run.loop, int(state.step)
-    train_step = make_train_step(model, run.optimizer, run.accumulate, layout, state)
     count_tokens = jax.jit(model.tokens, out_shardings=P())
     dropout_key = Keys.from_seed(run.seed).dropout
     profile = _Profile(start, config.profile, config.steps, workdir / "profile")
@@ -154,15 +157,18 @@ def train(
     tokens_seen = checkpoints.tokens_seen(start)
     pending = evaluation = None
 
+    def evaluates(done: int) -> bool:
+        return evaluate is not None and (done == config.steps or done % config.evaluate_every == 0)
+
     def evaluate_and_save(done: int, stopping: bool, keep_due: bool) -> None:
         """Does what is due after a step. Raises Preempted if SIGTERM came, which can postpone the evaluation."""
         nonlocal evaluation
         last = done == config.steps
-        loss, improved, save_due = None, False, last or done % config.save_every == 0
-        if last or done % config.evaluate_every == 0:
+        loss, improved, postponed, save_due = None, False, False, last or done % config.save_every == 0
+        if evaluate is not None and evaluates(done):
             evaluation = stop.unless_asked(lambda: evaluate(state))
-            if evaluation is None:
-                stopping, save_due = True, False  # It is evaluated, and saved if due, when the run resumes.
+            if evaluation is None:  # The step is evaluated, and saved if that is due, when the run resumes.
+                stopping, postponed, save_due = True, True, False
             else:
                 report.evaluation(done, evaluation)
                 loss, improved = evaluation["loss"], checkpoints.improves(evaluation["loss"])
@@ -172,12 +178,12 @@ def train(
         if keep_due:
             checkpoints.keep_parameters(done, state.items(), record)
         report.restart_clock()
-        if stopping and not (last and evaluation):
+        if stopping and (postponed or not last):
             checkpoints.wait()
             raise Preempted(f"stopped by SIGTERM after step {done}; the same command resumes from there")
 
     with contextlib.closing(report), _Stop() as stop:
-        if start and (start == config.steps or start % config.evaluate_every == 0) and not checkpoints.evaluated(start):
+        if start and evaluates(start) and not checkpoints.evaluated(start):
             stop.begin()
             evaluate_and_save(start, False, False)
         for step, batch in batches:
@@ -197,8 +203,9 @@ def train(
             stopping = stop.at(done)
             words_due = any(before < words * tokens_per_word <= tokens_seen for words in config.keep_at_words)
             keep_due = words_due or done in config.keep_at_steps
-            evaluation_due = done == config.steps or done % config.evaluate_every == 0
-            if keep_due or evaluation_due or done % config.save_every == 0 or stopping:
+            save_due = done == config.steps or done % config.save_every == 0
+            compiled = done == start + 1  # By this step: the clock of the speed starts after it.
+            if compiled or keep_due or evaluates(done) or save_due or stopping:
                 report.wait(pending)  # Checks the step: a state with NaNs is never saved.
                 pending = None
                 evaluate_and_save(done, stopping, keep_due)

@@ -132,7 +132,10 @@ def test_config_json_may_stand_beside_the_checkpoint(published, tmp_path):
         (lambda d: (d / "vocab.txt").unlink(), ["vocab.txt"]),
         (lambda d: (d / "bert_config.json").unlink(), ["bert_model.ckpt.index", "bert_config.json"]),
         (lambda d: (d / "bert_config.json").write_text(json.dumps(CONFIG | {"hidden_size": 36})), ["bert_config.json"]),
-        (lambda d: (d / "bert_config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 3})), ["layer.2"]),
+        (
+            lambda d: (d / "bert_config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 3})),
+            ["num_hidden_layers"],
+        ),
     ],
 )
 def test_incomplete_directories_are_refused(change, complaints, published, tmp_path):
