@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from prelm_jax.errors import InputError, Preempted, first_line
-from prelm_jax.storage import is_shared
+from prelm_jax.storage import is_remote, is_shared
 
 RENEW_SECONDS = 20.0
 STALE_SECONDS = 90.0
@@ -147,6 +147,7 @@ class Files:
         import fsspec
 
         directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
         self._files, self._root = fsspec.url_to_fs(str(directory))
 
     def numbers(self) -> list[int]:
@@ -173,8 +174,12 @@ class Files:
             return None
 
     def write(self, number: int, content: bytes) -> None:
-        with self._files.open(self._path(number), "wb") as file:
-            file.write(content)
+        if is_remote(self._directory):
+            self._files.pipe_file(self._path(number), content)
+            return
+        unfinished = self._directory / f".{number}"  # On a disk a reader could see half of it.
+        unfinished.write_bytes(content)
+        unfinished.replace(self._directory / str(number))
 
     def delete(self, number: int) -> None:
         with contextlib.suppress(FileNotFoundError):

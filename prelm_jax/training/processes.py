@@ -12,8 +12,10 @@ before JAX connects, because JAX aborts every process without naming the missing
 stay open: a process that dies closes its own, and process 0 tells the others, which cannot go on without it.
 """
 
+import atexit
 import contextlib
 import os
+import signal
 import socket
 import sys
 import threading
@@ -48,8 +50,8 @@ def joined() -> Iterator[None]:
         peers.wait()
         code = 1
         raise
-    except BaseException:  # Preempted, KeyboardInterrupt.
-        code = STOPPED
+    except BaseException as error:
+        code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else STOPPED
         raise
     finally:
         peers.end(code)
@@ -69,8 +71,10 @@ def join() -> "Peers":
         elif address is not None or index is not None:
             raise ValueError
         if address is not None or "JAX_NUM_PROCESSES" in os.environ:
-            # Without a roll call, JAX itself notices the death of a process, by its heartbeat.
-            heartbeat = 100 if address is not None else 25
+            # Without a roll call JAX itself notices the death of a process, by its heartbeat, and aborts. With one it
+            # must not: the connections tell, and name the process.
+            jax.config.update("jax_enable_recoverability", peers.connected)
+            heartbeat = 100 if peers.connected else 25
             jax.distributed.initialize(
                 address,
                 count,
@@ -112,30 +116,47 @@ class Peers:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def connected(self) -> bool:
+        """Whether there are others, and connections to them."""
+        return bool(self._connections)
+
     def wait(self) -> None:
         """Gives the threads time to end this process, if another one has died."""
-        if self._threads:
+        if self.connected:
             self._ended.wait(3)
 
     def end(self, code: int) -> None:
         """Says goodbye: this process ends now, with an exit code."""
         self._ended.set()
+        if code and self.connected:
+            # JAX would wait for all processes, and abort those that process 0 does not wait for.
+            atexit.register(self._leave, code)
         self._tell(self._index, code)
         for connection in self._connections.values():
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_WR)
+
+    def _leave(self, code: int) -> None:
+        deadline = time.monotonic() + GRACE_SECONDS + 2
+        for thread in self._threads if self._index == 0 else ():
+            thread.join(max(0, deadline - time.monotonic()))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
     def _listen(self, other: int, connection: socket.socket) -> None:
         """Reads messages up to the end of the other process."""
         with contextlib.suppress(OSError, ValueError), connection.makefile() as messages:
             for message in messages:
                 number, code = map(int, message.split())
-                self._leave_with(number, code)
+                self._end_with(number, code)
                 if number == other:
+                    connection.recv(1)  # Up to its very end.
                     return
-        self._leave_with(other, DIED)
+        self._end_with(other, DIED)
 
-    def _leave_with(self, other: int, code: int) -> None:
+    def _end_with(self, other: int, code: int) -> None:
         """Ends this process, because another one has ended before its time."""
         if code == 0 or self._ended.is_set():
             return
