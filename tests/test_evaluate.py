@@ -1,4 +1,4 @@
-"""`evaluate` scores all of a text exactly once: equal on any batch size and devices, and to counts by PyTorch and NumPy."""
+"""`evaluate` scores all of a text once: equal on any batch size and devices, and to counts by PyTorch and NumPy."""
 
 import contextlib
 import dataclasses
