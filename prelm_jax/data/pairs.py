@@ -19,10 +19,11 @@ Divergences from that reference:
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
+from prelm_jax.bounds import Bounds, Fraction, Length, OutOfBounds, Positive
 from prelm_jax.corpus.store import Store
 from prelm_jax.data.baselines import Baselines, pair_baselines, perplexity
 from prelm_jax.data.batches import StoreBatches, special_id
@@ -42,21 +43,19 @@ _FEWEST_CHOICES = 64  # among which a random second segment is drawn
 class PairsConfig:
     """Sentence pairs `[CLS] A [SEP] B [SEP]`, or single segments `[CLS] A [SEP]` without `next_sentence`."""
 
-    max_length: int = 128  # Tokens per row (T), special tokens included; at most the model's number of positions.
-    max_predictions: int = 20  # Masked tokens per row (M) at most; about masking.probability × max_length.
+    # Tokens per row (T), special tokens included; at most the model's number of positions.
+    max_length: Annotated[Length, Bounds(8)] = 128
+    max_predictions: Positive = 20  # Masked tokens per row (M) at most; about masking.probability × max_length.
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     # Fraction of examples that are cut to a random length, so that the model also sees short inputs (original: 0.1).
-    short_sequence_probability: float = 0.0
+    short_sequence_probability: Fraction = 0.0
     next_sentence: bool = True  # Predict whether B follows A; turn it off for corpora of single sentences.
 
-    def __post_init__(self):
-        if not 8 <= self.max_length < 2**16:
-            raise InputError(f"data.max_length is {self.max_length}: give a number of tokens from 8 to 65535")
-        if not 1 <= self.max_predictions <= self.max_length:
-            raise InputError(f"data.max_predictions is {self.max_predictions}: give 1 to max_length, {self.max_length}")
-        if not 0 <= self.short_sequence_probability <= 1:
-            given = self.short_sequence_probability
-            raise InputError(f"data.short_sequence_probability is {given}: give a number from 0 to 1")
+    def check_together(self) -> None:
+        """Raises OutOfBounds for more predictions than tokens."""
+        if self.max_predictions > self.max_length:
+            rule = f"must be at most max_length, {self.max_length}"
+            raise OutOfBounds(("max_predictions",), self.max_predictions, rule)
 
     def build(self, store: Store, tokenizer: Tokenizer, batch_size: int, seed: int) -> "PairBatches":
         """The batches of a run. Raises InputError for a tokenizer without BERT's special tokens or an unfit corpus."""

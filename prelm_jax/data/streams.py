@@ -33,6 +33,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
+from prelm_jax.bounds import Length, NotNegative
 from prelm_jax.corpus.store import Store
 from prelm_jax.data.baselines import Baselines, perplexity, stream_baselines
 from prelm_jax.data.batches import StoreBatches, special_id
@@ -55,16 +56,10 @@ EPOCHS_KEPT = 2  # a step may read the end of one epoch and the beginning of the
 class StreamsConfig:
     """Continuous streams of sentences for a bidirectional language model of words."""
 
-    max_length: int = 20  # Words per row (T): backpropagation through time is truncated there.
-    num_negatives: int = 8192  # Words drawn for the sampled softmax of each direction; 0 for the full softmax.
+    max_length: Length = 20  # Words per row (T): backpropagation through time is truncated there.
+    num_negatives: NotNegative = 8192  # Words drawn for the sampled softmax of each direction; 0 for the full softmax.
     # Give each direction its own random order of sentences, as the original does: more distinct words, slower steps.
     independent_directions: bool = False
-
-    def __post_init__(self):
-        if not 1 <= self.max_length < 2**16:
-            raise InputError(f"data.max_length is {self.max_length}: give a number of words from 1 to 65535")
-        if self.num_negatives < 0:
-            raise InputError(f"data.num_negatives is {self.num_negatives}: give 0 or more")
 
     def build(self, store: Store, tokenizer: Tokenizer, batch_size: int, seed: int) -> "StreamBatches":
         """The batches of a run. Raises InputError for an empty store, or one whose tokens are not words."""

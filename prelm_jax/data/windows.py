@@ -14,9 +14,11 @@ the text of two books as if it were one, which is not known of the original.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
+from prelm_jax.bounds import Bounds, Length
 from prelm_jax.corpus.store import Store
 from prelm_jax.data.baselines import Baselines, bits_per_byte, perplexity, window_baselines
 from prelm_jax.data.batches import StoreBatches
@@ -32,13 +34,9 @@ from prelm_jax.training.contract import HostBatch
 class WindowsConfig:
     """Windows of contiguous text for a language model that reads from left to right."""
 
-    max_length: int = 512  # Tokens per row (T), at most the model's number of positions.
+    max_length: Annotated[Length, Bounds(2)] = 512  # Tokens per row (T), at most the model's number of positions.
     # Let tokens of a shared window attend to the documents before their own, and count positions through all of them.
     across_documents: bool = False
-
-    def __post_init__(self):
-        if not 2 <= self.max_length < 2**16:
-            raise InputError(f"data.max_length is {self.max_length}: give a number of tokens from 2 to 65535")
 
     def build(self, store: Store, tokenizer: Tokenizer, batch_size: int, seed: int) -> "WindowBatches":
         """The batches of a run. Raises InputError if the store does not fill one window."""

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from prelm_jax.bounds import Size
 from prelm_jax.models.attention import attention_mask
 from prelm_jax.models.cross_entropy import accurate_sum, cross_entropy, tied_logits
 from prelm_jax.models.language_model import LanguageModel
@@ -39,9 +40,9 @@ class BertConfig(TransformerConfig):
     """BERT's sizes; the defaults are BERT-base."""
 
     model_type: ClassVar[str] = "bert"
-    intermediate_size: int = 3072  # Width of the feed-forward blocks; the paper uses 4 · hidden_size.
-    type_vocab_size: int = 2  # Token types: 0 for text A, 1 for text B.
-    embedding_size: int | None = None  # Width of the embeddings, projected to hidden_size; None: hidden_size itself.
+    intermediate_size: Size = 3072  # Width of the feed-forward blocks; the paper uses 4 · hidden_size.
+    type_vocab_size: Size = 2  # Token types: 0 for text A, 1 for text B.
+    embedding_size: Size | None = None  # Width of the embeddings, projected to hidden_size; None: hidden_size itself.
 
     def build(self, dtype: jnp.dtype = jnp.float32) -> "Bert":
         """The pretraining model, computing in `dtype`."""

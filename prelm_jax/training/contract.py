@@ -3,8 +3,8 @@
 Whatever fulfills `Model` can be trained: a pretraining model, or an encoder with a task head.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeAlias, TypeVar
 
 import numpy as np
 import optax
@@ -82,8 +82,14 @@ class OptimizerConfig(Protocol):
     def schedule(self, step: Array | int) -> Array:
         """The learning rate of a step (counted from 0)."""
 
-    def build(self) -> optax.GradientTransformation:
-        """The transformation of gradients into updates."""
+    def ending_at(self, step: int) -> Self:
+        """The same optimizer with a schedule that ends at a step: that of a run of so many steps."""
+
+    def build(self, matrices: Sequence[str]) -> optax.GradientTransformation:
+        """The transformation of gradients into updates; `matrices` as declared by the model."""
+
+    def flops(self, params: Params, matrices: Sequence[str], devices: int) -> float:
+        """Matmul FLOPs of an update on each of the devices that share its work; those of the model are not counted."""
 
 
 class Batches(Protocol):

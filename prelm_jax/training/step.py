@@ -103,7 +103,8 @@ def make_init(model: Model, optimizer: OptimizerConfig, batch_size: int, abstrac
 
 
 def _with_params(model: Model, optimizer: OptimizerConfig, batch_size: int, params: Params) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.build().init(params), model.init_carry(batch_size))
+    opt_state = optimizer.build(model.matrices).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, model.init_carry(batch_size))
 
 
 def make_train_step(
@@ -114,7 +115,7 @@ def make_train_step(
     The batch is split into `accumulate` micro-batches, whose sums are divided by the weight of the whole batch, so that
     every token weighs the same with any split and mesh. Metrics stay on the device: means by name, and `tokens` [2].
     """
-    transformation = optimizer.build()
+    transformation = optimizer.build(model.matrices)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
     def objective(params: Params, carry: Params, batch: Batch, weights: dict[str, Array], key: Array):

@@ -132,8 +132,8 @@ def train(workdir, config, evaluate=lambda step: float(step), interrupt=None):
                 config,
                 model,
                 state,
+                make_train_step(model, config.optimizer, config.accumulate, LAYOUT, abstract),
                 batches(),
-                LAYOUT,
                 lambda state: {"loss": evaluate(int(jax.device_get(state.step)))},
                 checkpoints,
                 writer,
@@ -225,10 +225,47 @@ def test_resumed_equals_uninterrupted(uninterrupted, tmp_path, interruptions, si
     assert lines(tmp_path / "run") == lines(uninterrupted)
 
 
+def test_saving_and_evaluating_may_copy_arrays(tmp_path, monkeypatch):
+    """On a GPU, Orbax copies arrays to the host in ways that the steps' transfer guard refuses."""
+    copied = []
+
+    def copy(*names):
+        copied.extend(names)
+        return float(jnp.ones(()))  # from host to device, which a CPU refuses too
+
+    save = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda self, *arguments: (copy("save"), save(self, *arguments)))
+    config = dataclasses.replace(KEEPING, loop=LoopConfig(steps=2, mesh=MeshConfig(devices=1)))
+    train(tmp_path, config, lambda step: copy("evaluation"))
+    assert copied == ["evaluation", "save"]
+
+
 def test_settings_below_one_are_refused():
     for name in ("steps", "save_every", "keep", "evaluate_every", "evaluate_batches", "log_every"):
         with pytest.raises(InputError, match=f"--{name.replace('_', '-')} 0: "):
             LoopConfig(**{"steps": 1, name: 0})
+
+
+def test_the_speed_is_that_of_the_steps_alone(tmp_path, monkeypatch):
+    """Steps of 2 s; compilation, an evaluation and a save take 1000 s each, and a save comes every other step."""
+    now = 0.0
+
+    def wait(seconds):
+        nonlocal now
+        now += seconds
+
+    def evaluate(step):
+        wait(1000)
+        return float(step)
+
+    save = Checkpoints.save
+    monkeypatch.setattr("prelm_jax.training.metrics.time.perf_counter", lambda: now)
+    monkeypatch.setattr("prelm_jax.training.loop.peak_flops", lambda *_: 1.0)
+    monkeypatch.setattr(Checkpoints, "save", lambda *arguments: (wait(1000), save(*arguments)))
+    settings = LoopConfig(steps=12, mesh=MeshConfig(devices=1), save_every=2, evaluate_every=4, log_every=4)
+    train(tmp_path, Config(settings), evaluate, interrupt=lambda step: wait(2 if step else 1000))
+    written = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [line["perf/seconds_per_step"] for line in written if "train/loss" in line] == [2, 2, 2]
 
 
 # Training a head

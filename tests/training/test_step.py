@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from prelm_jax.errors import InputError
+from prelm_jax.training.muon import Muon
 from prelm_jax.training.optimizer import AdamW, decays
 from prelm_jax.training.parameters import path_name
 from prelm_jax.training.sharding import MeshConfig, partition, shard_batch
@@ -22,6 +23,7 @@ from prelm_jax.training.step import (
 )
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
+MUON = Muon(learning_rate=3e-3, matrix_learning_rate=0.02, warmup_steps=4, decay_steps=300, weight_decay=0.01)
 OPTIMIZER = AdamW(learning_rate=3e-3, warmup_steps=4, decay_steps=300, weight_decay=0.01)
 
 
@@ -93,6 +95,15 @@ def test_losses_do_not_depend_on_the_mesh(train, family, one_device, mesh_config
     assert kernel.addressable_shards[0].data.size * parameter_shards == kernel.size
     for moment in moments:
         assert moment.addressable_shards[0].data.size * moment_shards == moment.size
+
+
+@pytest.mark.parametrize("family", ["bert"], indirect=True)
+def test_losses_with_muon_do_not_depend_on_the_mesh(train):
+    """Each device of a slice iterates some of the matrices; test_muon.py tries other meshes and families."""
+    expected, _ = train(20, MeshConfig(devices=1), optimizer=MUON)
+    losses, _ = train(20, MeshConfig(8, "fsdp", slices=2), optimizer=MUON)
+    np.testing.assert_allclose(losses[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
 
 def test_accumulated_micro_batches_equal_one_batch(train, family):
