@@ -93,7 +93,7 @@ def test_evaluate(folder, capsys, fails):
     evaluate = ["evaluate", f"{folder}/run", "--mesh.devices", "1"]
     main(evaluate)
     held_out = capsys.readouterr().out
-    assert "step 3, all of the text" in held_out and re.search(r"masked lm loss .* [\d,]+ │\n", held_out)
+    assert "step 3, all of the text" in held_out and re.search(r"masked lm loss .* [\d,]+ +│\n", held_out)
     main([*evaluate, "--step", "3", "--batch-size", "3"])
     assert capsys.readouterr().out == held_out
     main([*evaluate, "--corpus", f"{folder}/corpus.txt"])
