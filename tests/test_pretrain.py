@@ -88,6 +88,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(run, uninterrupted, tmp_path
     with interruption(7, terminate), pytest.raises(Preempted, match="stopped by SIGTERM after step 8"):
         pretrain(run, workdir)
     assert (workdir / "checkpoints" / "8").is_dir()
+    module.export(workdir, tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "step 8 of the run" in card and "Not evaluated at step 8." in card and "|" not in card
     pretrain(run, workdir)
     assert_same_bits(workdir, uninterrupted)
 
@@ -334,6 +337,13 @@ def test_checkpoints_of_any_step(run, uninterrupted, tmp_path):
             np.testing.assert_array_equal(value[rows], expected[rows])
     card = (exported / "README.md").read_text()
     assert f"step {KEPT_STEP} of the run" in card and f"Not evaluated at step {KEPT_STEP}" in card
+    module.export(uninterrupted, exported, "best")
+    card, evaluated = (
+        (exported / "README.md").read_text(),
+        {line["step"]: line["evaluation/loss"] for line in metrics(uninterrupted) if "evaluation/loss" in line},
+    )
+    best = min(evaluated, key=evaluated.get)
+    assert f"step {best} of the run" in card and f"after step {best}:" in card and f"{evaluated[best]:.4f}" in card
 
 
 def test_parameters_are_kept_at_steps_and_words(run, uninterrupted):
