@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from prelm_jax.run import Run
 
 
-def pretrain(run: Annotated["Run", EXPERIMENT], workdir: AnyPath = "runs/{name}", extend_to: int | None = None) -> None:
+def pretrain(
+    run: Annotated["Run", EXPERIMENT], workdir: AnyPath = "runs/{name}", extend_to: Positive | None = None
+) -> None:
     """Train an experiment, or resume it.
 
     Args:
