@@ -15,8 +15,9 @@ from prelm_jax.workdir import WorkDir
 def load(path: str | os.PathLike, step: Step = "newest") -> Pretrained:
     """A pretrained model, on the first device.
 
-    path: a model directory (Hugging Face's for BERT and GPT-1, OpenAI's for GPT-1, bilm-tf's for ELMo), or a work
-    directory, whose checkpoint of `step` is taken: a step number, "newest", or "best" (lowest held-out loss).
+    path: a model directory (Hugging Face's for BERT and GPT-1, Google's for BERT, OpenAI's for GPT-1, bilm-tf's for
+    ELMo), or a work directory, whose checkpoint of `step` is taken: a step number, "newest", or "best" (lowest
+    held-out loss).
 
     Raises InputError where there is none, naming what is missing.
 

@@ -20,15 +20,15 @@ from prelm_jax.workdir import WorkDir
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """How a model does on held-out text: metrics, the trivial baselines of each, and the rate of unknown tokens.
-
-    `tokens_per_second`: the median speed of its training.
-    """
+    """How a model does on a text: metrics, the trivial baselines of each, and the rate of unknown tokens."""
 
     evaluation: dict[str, float]
     baselines: dict[str, dict[str, float]]
     unknown_tokens: float
-    tokens_per_second: float
+    tokens_per_second: float  # The median speed of its training.
+    step: int  # Of its weights.
+    share: float | None = None  # Fraction of the text that was read; None: the sample that the training evaluates on.
+    targets: dict[str, int] = dataclasses.field(default_factory=dict)  # Number of targets of each metric, if known.
 
 
 def print_table(table: Table, stderr: bool = False) -> None:
@@ -38,10 +38,14 @@ def print_table(table: Table, stderr: bool = False) -> None:
 
 
 def summary_table(summary: Summary) -> Table:
-    """Held-out metrics, each with its trivial baselines."""
-    table = Table("held-out", "model", "baseline")
+    """Metrics of a text, each with its trivial baselines and the number of targets that it was measured on."""
+    text = "sample of the held-out text" if summary.share is None else "all of the text"
+    if summary.share is not None and summary.share < 1:
+        text = f"{summary.share:.2%} of the text"
+    table = Table(f"step {summary.step:,}, {text}", "model", "baseline", "targets")
     for name, value in summary.evaluation.items():
-        table.add_row(_words(name), f"{value:.3f}", _baselines(summary.baselines.get(name, {}), ".3f"))
+        targets = f"{summary.targets[name]:,}" if name in summary.targets else ""
+        table.add_row(_words(name), f"{value:.3f}", _baselines(summary.baselines.get(name, {}), ".3f"), targets)
     table.add_section()
     if summary.evaluation:
         table.add_row("unknown tokens", f"{summary.unknown_tokens:.2%}", "")

@@ -5,16 +5,20 @@ tokenizer/        as its published format has it
 metrics.jsonl     one object a line: `step`, and metrics by name; the trivial baselines as `baseline/METRIC/NAME`
 checkpoints/      one directory a step
 profile/          traces, if asked for
+lock, lease/      who writes here (lock.py)
 """
 
+import contextlib
 import math
 import os
 import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
+from prelm_jax import lock
 from prelm_jax.bounds import read
 from prelm_jax.errors import InputError
 from prelm_jax.run import READABLE_FORMATS, Run, RunRecord
@@ -33,6 +37,19 @@ class WorkDir:
 
     def __init__(self, path: str | os.PathLike):
         self.path = reachable(path)
+        self._check_hold: lock.Check = lambda: None
+
+    @contextlib.contextmanager
+    def hold(self, take_over: bool = False) -> Iterator[None]:
+        """Keeps other runs out of the directory; process 0 does. InputError if one is in progress here (lock.held).
+
+        Inside of the block a save raises Preempted if another process has taken over.
+        """
+        if jax.process_index() != 0:
+            yield
+            return
+        with lock.held(self.path, take_over) as self._check_hold:
+            yield
 
     def exists(self) -> bool:
         """Whether a run has claimed the directory."""
@@ -108,7 +125,7 @@ class WorkDir:
 
     def open_checkpoints(self, keep: int | None = None) -> Checkpoints:
         """The checkpoints; `keep`: how many of the newest to keep, None: only read."""
-        return Checkpoints(self.path / "checkpoints", keep)
+        return Checkpoints(self.path / "checkpoints", keep, before_save=self._check_hold)
 
     def read_params(self, abstract_params: Params, step: Step) -> tuple[int, Params]:
         """(step, parameters) of a checkpoint, on the first device; InputError where there is none."""

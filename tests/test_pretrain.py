@@ -35,6 +35,7 @@ from prelm_jax.training.parameters import path_name
 from prelm_jax.training.sharding import MeshConfig
 from prelm_jax.workdir import WorkDir
 
+evaluate = functools.partial(module.evaluate, devices=1)
 pytestmark = pytest.mark.usefixtures("shared_programs")
 # For tests of what all families share.
 bert_else_slow = pytest.mark.parametrize(
@@ -296,17 +297,18 @@ def test_a_cosine_that_rounds_to_zero_has_not_ended():
     check_schedule(tiny.with_loop(run, steps=100_000), resuming=False)
 
 
+@bert_else_slow
 def test_evaluate_a_work_directory(run, uninterrupted, tmp_path):
-    """The same figures as at the end of the training, at any time and under any seed; other text has others."""
-    summary = module.evaluate(uninterrupted)
+    """Close to the sample at the end of the training, the same under any seed; other text has other figures."""
+    summary = evaluate(uninterrupted)
     last = metrics(uninterrupted)[-1]
-    np.testing.assert_allclose(summary.evaluation["loss"], last["evaluation/loss"], rtol=1e-5)
+    np.testing.assert_allclose(summary.evaluation["loss"], last["evaluation/loss"], rtol=0.02)
     shutil.copytree(uninterrupted, tmp_path / "seeded")
     tiny.change_seed(tmp_path / "seeded")
-    assert module.evaluate(tmp_path / "seeded").evaluation == summary.evaluation
+    assert evaluate(tmp_path / "seeded").evaluation == summary.evaluation
     other = tmp_path / "other.txt"
     other.write_text(tiny.text(seed=5))
-    assert module.evaluate(uninterrupted, (str(other),)).evaluation != summary.evaluation
+    assert evaluate(uninterrupted, (str(other),)).evaluation != summary.evaluation
 
 
 def test_checkpoints_of_any_step(run, uninterrupted, tmp_path):
@@ -321,9 +323,9 @@ def test_checkpoints_of_any_step(run, uninterrupted, tmp_path):
     params = {step: load(workdir, step).params for step in (KEPT_STEP, 10, 12, "best", "newest")}
     for step, same in ((10, "best"), (12, "newest")):
         jax.tree.map(np.testing.assert_array_equal, params[step], params[same])
-    losses = [module.evaluate(workdir, step=step).evaluation["loss"] for step in (KEPT_STEP, "best", "newest")]
+    losses = [evaluate(workdir, step=step).evaluation["loss"] for step in (KEPT_STEP, "best", "newest")]
     assert losses == sorted(set(losses), reverse=True)
-    assert module.evaluate(workdir, step=10).evaluation["loss"] == losses[1]
+    assert evaluate(workdir, step=10).evaluation["loss"] == losses[1]
     with pytest.raises(InputError, match=rf"{workdir}\S+: no checkpoint of step 4; .* 10 \(best\), 12"):
         load(workdir, 4)
 
@@ -519,7 +521,7 @@ def test_bits_per_byte_are_those_of_the_text(corpus, tmp_path):
 
     other = tmp_path / "other.txt"
     other.write_text("\n\n".join(["The cat sees ☃ in the house."] * 30))
-    assert module.evaluate(tmp_path / "run", (str(other),)).unknown_tokens == 1 / 8
+    assert evaluate(tmp_path / "run", (str(other),)).unknown_tokens == 1 / 8
 
 
 def test_chinese(real_data, tmp_path):
@@ -583,7 +585,7 @@ def test_elmo_learns_thirty_words(tmp_path):
         loop=dataclasses.replace(tiny.elmo().loop, steps=300, evaluate_every=300, save_every=300),
     )
     pretrain(run, tmp_path / "run")
-    assert module.evaluate(tmp_path / "run", run.corpus).evaluation["perplexity"] < 20
+    assert evaluate(tmp_path / "run", run.corpus).evaluation["perplexity"] < 20
 
 
 def test_bfloat16_is_close_to_float32(run, uninterrupted, tmp_path):

@@ -21,13 +21,17 @@ if TYPE_CHECKING:
 
 
 def pretrain(
-    run: Annotated["Run", EXPERIMENT], workdir: AnyPath = "runs/{name}", extend_to: Positive | None = None
+    run: Annotated["Run", EXPERIMENT],
+    workdir: AnyPath = "runs/{name}",
+    extend_to: Positive | None = None,
+    take_over: bool = False,
 ) -> None:
     """Train an experiment, or resume it.
 
     Args:
         workdir: Directory of the run, local or gs://…; if it holds a run of the same experiment, that run resumes.
         extend_to: Train a run on to this step: from its newest checkpoint, on the schedule of a run of so many steps.
+        take_over: On a bucket or a network disk, end the lease of another process at once; for one that is dead.
     """
     import jax
 
@@ -38,7 +42,7 @@ def pretrain(
 
     cache_compiled_programs()
     processes.join()
-    summary = pretraining.pretrain(run, workdir, extend_to)
+    summary = pretraining.pretrain(run, workdir, extend_to, take_over)
     if jax.process_index() == 0:
         print_table(summary_table(summary))
         print(f"\nThe run is in {workdir}. To train it for longer, add --extend-to STEP to the command.")
@@ -48,14 +52,23 @@ def pretrain(
 
 
 def evaluate(
-    model: Positional[str], workdir: AnyPath | None = None, corpus: tuple[str, ...] = (), step: Step = "newest"
+    model: Positional[str],
+    workdir: AnyPath | None = None,
+    corpus: tuple[str, ...] = (),
+    step: Step = "newest",
+    sample: float = 1.0,
+    batch_size: int | None = None,
+    devices: Annotated[int | None, tyro.conf.arg(name="mesh.devices")] = None,
 ) -> None:
-    """Evaluate a run on its held-out text, or on another corpus.
+    """Evaluate a run on its held-out text, or on another corpus; each target is scored exactly once.
 
     Args:
         model: Work directory of a run; or, for a model defined outside of the package, its experiment FILE.py:NAME.
         workdir: Work directory of the run; only if the first argument is an experiment.
-        corpus: Sources of text to evaluate on, all of it; if unset, the held-out side of the run's own corpus.
+        corpus: Sources of text to evaluate on; if unset, the held-out side of the run's own corpus.
+        sample: Fraction of the text to read, spread over it; less than 1 if all of it takes too long.
+        batch_size: Rows at once; lower it if memory runs out (the result stays the same). The run's own if unset.
+        devices: Number of devices; all there are if unset.
     """
     from prelm_jax import pretraining
     from prelm_jax.report import print_table, summary_table
@@ -66,7 +79,8 @@ def evaluate(
     elif ":" in model and not is_remote(model):
         raise InputError(f"evaluate {model}: --workdir must be given, the directory of that experiment's run.")
     cache_compiled_programs()
-    print_table(summary_table(pretraining.evaluate(workdir or model, corpus, step, experiment)))
+    summary = pretraining.evaluate(workdir or model, corpus, step, experiment, sample, batch_size, devices)
+    print_table(summary_table(summary))
 
 
 def export(workdir: Positional[AnyPath], directory: Positional[Path], step: Step = "newest") -> None:

@@ -145,7 +145,7 @@ def test_fingerprints_distinguish_vocabularies():
     ("content", "message"),
     [
         ("<S>\n</S>\n<UNK>\na\n\nb\n", "{path}:5 is blank"),
-        ("<S>\n</S>\n<UNK>\na\nb\na\n", "{path}: the vocabulary holds 'a' more than once"),
+        ("<S>\n</S>\n<UNK>\na\nb\na\n", "{path}:4 holds 'a', as line 6 does"),
         ("a\n<S>\n</S>\n<UNK>\n", "{path}: the vocabulary begins with a <S> </S>, "),
         ("", "{path}: the vocabulary begins with , "),
     ],
