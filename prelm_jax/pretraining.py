@@ -106,9 +106,9 @@ def _pretrain(run: Run, directory: WorkDir, extend_to: int | None) -> Summary:
 
     start = None if run.init_from is None else continued
     words = training.tokens_per_word
-    values = train(run, directory, record, tokenizer, model, batches, evaluation, start, words, extend_to)
+    step, values = train(run, directory, record, tokenizer, model, batches, evaluation, start, words, extend_to)
     baselines = directory.read_baselines() or {}
-    return Summary(values, baselines, held_out.unknown_rate, directory.tokens_per_second(), run.loop.steps)
+    return Summary(values, baselines, held_out.unknown_rate, directory.tokens_per_second(), step)
 
 
 def evaluate(

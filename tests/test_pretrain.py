@@ -268,7 +268,7 @@ def test_a_killed_extension_resumes_by_either_command(planned, extended, tmp_pat
         pretrain(planned, workdir)
     pretrain(planned, workdir, extend_to=17)
     assert [segment.from_step for segment in WorkDir(workdir).read_record().segments] == [0, 12]
-    pretrain(with_rate(planned), workdir, extend_to=21)
+    assert pretrain(with_rate(planned), workdir, extend_to=21).step == 21
     assert_same_bits(workdir, extended)
 
 
@@ -446,13 +446,14 @@ def test_batch_that_cannot_be_divided(run, tmp_path):
         pretrain(changed, tmp_path / "run")
 
 
+@bert_else_slow
 def test_nothing_held_out(run, tmp_path):
     """Training on everything: no evaluation, no best checkpoint, no figures in the card; other text is evaluated."""
     workdir, run = tmp_path / "run", dataclasses.replace(run, held_out=0.0)
     summary = pretrain(run, workdir)
     assert summary.evaluation == {} and summary.baselines == {}
     assert {name.partition("/")[0] for line in metrics(workdir) for name in line} == {"step", "train"}
-    with pytest.raises(InputError, match=rf"{workdir} .*--held-out 0.*--corpus"):
+    with pytest.raises(InputError, match=rf"{workdir} holds nothing out.*--corpus"):
         module.evaluate(workdir)
     assert module.evaluate(workdir, run.corpus).evaluation["loss"] > 0
     with pytest.raises(InputError, match=r"no evaluated checkpoint; choose a --step: 10, 12"):
@@ -473,7 +474,6 @@ def test_a_validation_text(run, corpus, tmp_path):
     assert (prepared.training.num_documents, prepared.held_out.num_documents) == (40, 20)
     summary = pretrain(run, workdir)
     evaluated = module.evaluate(workdir)
-    np.testing.assert_allclose(evaluated.evaluation["loss"], summary.evaluation["loss"], rtol=1e-5)
     assert module.evaluate(workdir, (str(text),)).evaluation == evaluated.evaluation
     # The fraction held out plays no part.
     assert pretrain(dataclasses.replace(run, held_out=0.5), workdir).evaluation == summary.evaluation
