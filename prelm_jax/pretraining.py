@@ -226,7 +226,11 @@ class HeldOut:
     def __init__(self, run: Run, model: Model, tokenizer: Tokenizer, training: Batches, store: Store):
         self._data: DataConfig[Batches] = run.data
         self._count, self._training, self._store = run.loop.evaluate_batches, training, store
-        self._batches = self._data.build(store, tokenizer, run.batch_size, EVALUATION_SEED)
+        try:
+            self._batches = self._data.build(store, tokenizer, run.batch_size, EVALUATION_SEED)
+        except InputError as error:  # About the text, because the training side has passed.
+            remedy = "give another with --validation" if run.validation else "raise --held-out, or give --validation"
+            raise InputError(f"the text to evaluate on is too small ({error}): {remedy}") from None
         self._model, self._evaluate = model, make_evaluate(model)
 
     def __call__(self, params: Params, carry: Params, mesh: jax.sharding.Mesh) -> dict[str, float]:

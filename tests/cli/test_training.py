@@ -216,6 +216,14 @@ def test_a_corpus_that_the_fraction_held_out_does_not_split(fails, tmp_path, exp
     assert not (tmp_path / "run").exists()
 
 
+def test_a_text_to_evaluate_on_that_is_too_small(folder, fails, tmp_path):
+    """A message of the batches says which side it is about, and which option gives another."""
+    (tmp_path / "one.txt").write_text("A cat sees a hen. The dog sees a cow.")
+    options = ("--validation", tmp_path / "one.txt", "--workdir", tmp_path / "run")
+    message = fails("pretrain", f"{folder}/tiny.py:tiny", *options)
+    assert "the text to evaluate on" in message and "1 documents" in message and "another with --validation" in message
+
+
 def test_a_corpus_of_one_document_that_is_cut(folder, fails, tmp_path, capsys):
     """What the message proposes works: lines as documents, a validation text, everything to train on."""
     (tmp_path / "text.txt").write_text("\n".join((folder / "corpus.txt").read_text().split("\n\n")[0].split("\n") * 5))
