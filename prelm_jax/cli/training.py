@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def pretrain(
     run: Annotated["Run", EXPERIMENT],
     workdir: AnyPath = "runs/{name}",
-    extend_to: int | None = None,
+    extend_to: Positive | None = None,
     take_over: bool = False,
 ) -> None:
     """Train an experiment, or resume it.
