@@ -1,8 +1,9 @@
 """Commands that use a pretrained model: embed, score, fill, generate."""
 
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
+from prelm_jax.bounds import Bounds, Fraction, NotNegative, NotNegativeFloat, Positive, Seed
 from prelm_jax.cache import cache_compiled_programs
 from prelm_jax.cli.options import ModelPath, Positional, Step, TextFile
 from prelm_jax.errors import InputError
@@ -17,7 +18,7 @@ def embed(
     truncate: bool = False,
     tokenize: bool = False,
     state: Literal["zero", "warm", "carry"] | None = None,
-    batch_size: int | None = None,
+    batch_size: Positive | None = None,
     step: Step = "newest",
 ) -> None:
     """Write the hidden states of each line of a text file to an HDF5 file.
@@ -53,7 +54,7 @@ def score(model: ModelPath, input: TextFile, step: Step = "newest") -> None:
         print(f"{log_probability:.6f}\t{tokens}")
 
 
-def fill(model: ModelPath, text: Positional[str], top_k: int = 5, step: Step = "newest") -> None:
+def fill(model: ModelPath, text: Positional[str], top_k: Positive = 5, step: Step = "newest") -> None:
     """Print the likeliest tokens for each [MASK] of a text, with their probabilities (BERT).
 
     Args:
@@ -69,11 +70,11 @@ def fill(model: ModelPath, text: Positional[str], top_k: int = 5, step: Step = "
 def generate(
     model: ModelPath,
     prompt: str,
-    max_tokens: int = 100,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    seed: int = 0,
+    max_tokens: NotNegative = 100,
+    temperature: NotNegativeFloat = 1.0,
+    top_k: Positive | None = None,
+    top_p: Annotated[Fraction, Bounds(above=0)] = 1.0,
+    seed: Seed = 0,
     step: Step = "newest",
 ) -> None:
     """Continue a prompt, and print both (GPT).

@@ -27,6 +27,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from prelm_jax.bounds import Fraction, check
 from prelm_jax.cache import cached, cached_file, digest
 from prelm_jax.corpus import cleaning, sources
 from prelm_jax.corpus.readers import Errors, File, endings
@@ -80,13 +81,12 @@ class Corpus:
     """
 
     sources: tuple[str, ...]
-    held_out: float = 0.0
+    held_out: Fraction = 0.0
     deduplicate: bool = False
     errors: Errors = "strict"
 
     def __post_init__(self):
-        if not 0 <= self.held_out <= 1:
-            raise InputError(f"held_out is a fraction of the documents, from 0 to 1, not {self.held_out}")
+        check(self)
         parse(self.sources)
 
     def documents(self, side: Side | None = None, description: str | None = None) -> Iterator[Document]:

@@ -6,10 +6,11 @@ every word.
 
 Divergence: the original was trained on tokenized text ("do n't"). Such text is read unchanged with `tokenize=False`,
 which splits at white space only. With `tokenize=True` words are found as for BERT and GPT-1 here, but keep case and
-accents: punctuation marks and CJK ideographs are words of their own ("don't" is three), control characters are dropped.
-The `tokenizers` library does the work.
+accents: punctuation marks and CJK ideographs are words of their own ("don't" is three), control characters are dropped,
+but for the joiners that spell words (U+200C and U+200D). The `tokenizers` library does the work.
 """
 
+import codecs
 import dataclasses
 import itertools
 import json
@@ -17,23 +18,27 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from tokenizers import normalizers, pre_tokenizers
 
+from prelm_jax.bounds import Bounds, Positive, VocabularySize
 from prelm_jax.cache import digest
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
-from prelm_jax.storage import opened, prefix_errors, read_json, read_lines
+from prelm_jax.storage import opened, prefix_errors, read_json
 from prelm_jax.tokenizers.base import Tokenizer, write_files
+from prelm_jax.tokenizers.cached_encoder import keeping_joiners
 from prelm_jax.tokenizers.characters import BEGIN_SENTENCE, END_SENTENCE
+from prelm_jax.tokenizers.saved import read_vocab
 from prelm_jax.tokenizers.training import train_once, training_texts
 
 UNKNOWN = "<UNK>"
 ROLES = {"bos": BEGIN_SENTENCE, "eos": END_SENTENCE, "unk": UNKNOWN}
 SPECIAL_TOKENS = tuple(ROLES.values())
 SETTINGS = "tokenizer_config.json"
-VERSION = 1  # Raise it when the same corpus would give another vocabulary.
+VERSION = 2  # Raise it when the same corpus would give another vocabulary.
 CACHED_CHUNKS = 1 << 20
 
 
@@ -57,21 +62,22 @@ class WordVocabulary(Tokenizer):
             raise InputError(f"the vocabulary begins with {' '.join(tokens[:3])}, not with {' '.join(SPECIAL_TOKENS)}")
         super().__init__(tokens, ROLES)
         self.tokenize = tokenize
-        self.fingerprint = digest(["words", tokens, tokenize])
+        # Earlier versions dropped the joiners inside of words when they tokenized.
+        self.fingerprint = digest(["words", tokens, "with joiners" if tokenize else False])
         self._split = Splitter(tokenize)
 
     @staticmethod
     def at(path: Path) -> bool:
         """Whether a `vocab.txt` is a vocabulary of words: its first three lines are the special tokens."""
         with opened(path) as file:
-            return {file.readline().strip() for _ in SPECIAL_TOKENS} == {token.encode() for token in SPECIAL_TOKENS}
+            lines = [file.readline() for _ in SPECIAL_TOKENS]
+        lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
+        return {line.strip() for line in lines} == {token.encode() for token in SPECIAL_TOKENS}
 
     @classmethod
     def from_vocab(cls, path: str | os.PathLike, tokenize: bool = False) -> "WordVocabulary":
         """Reads a `vocab.txt`: UTF-8, a word per line, the line number (from 0) its id."""
-        words = [line.strip() for line in read_lines(path)]
-        if "" in words:
-            raise InputError(f"{path}:{words.index('') + 1} is blank: a vocabulary has a word on every line")
+        words = [word.strip() for word in read_vocab(path)]
         with prefix_errors(path):
             return cls(words, tokenize)
 
@@ -123,7 +129,8 @@ class Splitter:
 
     def __init__(self, tokenize: bool):
         self._tokenize = tokenize
-        self._normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+        clean = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+        self._normalizer = normalizers.Sequence(keeping_joiners(clean))
         self._pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         self._known: dict[str, list[str]] = {}
 
@@ -146,17 +153,13 @@ class WordVocabularyConfig:
     """A vocabulary of whole words (ELMo), the most frequent ones of the corpus or loaded."""
 
     # Entries of a trained vocabulary at most, special tokens included. It sets the cost of the softmax.
-    vocab_size: int = 793_471
+    vocab_size: Annotated[VocabularySize, Bounds(len(SPECIAL_TOKENS) + 1)] = 793_471
     # Leave out words that occur less often: the model learns <UNK> from them. 1 or 2 suit a tiny corpus.
-    min_count: int = 3
+    min_count: Positive = 3
     # Split at punctuation, not only at white space; turn off for a corpus that is tokenized already. For a trained
     # vocabulary or a lone vocab.txt: a directory has its own setting.
     tokenize: bool = True
     path: str | None = None  # Load this directory or vocab.txt instead of training.
-
-    def __post_init__(self):
-        if self.vocab_size <= len(SPECIAL_TOKENS):
-            raise InputError(f"tokenizer.vocab_size is {self.vocab_size}: give more than {len(SPECIAL_TOKENS)}")
 
     @property
     def expected_vocab_size(self) -> int:
@@ -179,13 +182,16 @@ class WordVocabularyConfig:
 
 
 def count(corpus: Corpus, tokenize: bool) -> Counter[str]:
-    """The number of occurrences of each word in the training side of a corpus. Memory holds every distinct word."""
+    """The number of occurrences of each word in the training side of a corpus. Memory holds every distinct word.
+
+    Words of more than 100 characters, of which the model reads half, are left out.
+    """
     chunks: Counter[str] = Counter()
-    for text in training_texts(corpus, "counting words"):
+    split = Splitter(tokenize)
+    for text in training_texts(corpus, "counting words", split):
         chunks.update(text.split())
     if not tokenize:
         return chunks
-    split = Splitter(tokenize)
     counts: Counter[str] = Counter()
     for chunk, n in chunks.items():
         for word in split(chunk):

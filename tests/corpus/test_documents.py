@@ -180,7 +180,7 @@ def test_fingerprints_are_those_of_earlier_versions(write):
 
 @pytest.mark.parametrize("held_out", [-0.1, 1.5, float("nan")])
 def test_held_out_is_a_fraction(held_out):
-    with pytest.raises(InputError, match=f"held_out .* {held_out}"):
+    with pytest.raises(InputError, match=f"held_out is (?i:{held_out})"):
         Corpus(("python-docs",), held_out)
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prelm_jax.bounds import check
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.corpus.prepare import prepare
 from prelm_jax.corpus.sentences import split
@@ -144,7 +145,7 @@ def test_fingerprints_distinguish_vocabularies():
     ("content", "message"),
     [
         ("<S>\n</S>\n<UNK>\na\n\nb\n", "{path}:5 is blank"),
-        ("<S>\n</S>\n<UNK>\na\nb\na\n", "{path}: the vocabulary holds 'a' more than once"),
+        ("<S>\n</S>\n<UNK>\na\nb\na\n", "{path}:4 holds 'a', as line 6 does"),
         ("a\n<S>\n</S>\n<UNK>\n", "{path}: the vocabulary begins with a <S> </S>, "),
         ("", "{path}: the vocabulary begins with , "),
     ],
@@ -205,7 +206,7 @@ def test_a_corpus_of_rare_words_is_refused(corpus):
 
 @pytest.mark.parametrize("size", [0, 3])
 def test_a_size_without_words_is_refused(size):
-    assert error_of(WordVocabularyConfig, size).startswith(f"tokenizer.vocab_size is {size}")
+    assert error_of(check, WordVocabularyConfig(size)).startswith(f"vocab_size is {size}")
 
 
 def test_a_given_vocabulary_must_be_sorted_by_count(tmp_path):
