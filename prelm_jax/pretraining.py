@@ -192,10 +192,10 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike, step: Step 
     """Writes a checkpoint of a work directory as a model directory, in the format that others read."""
     source = WorkDir(workdir)
     record = source.read_record()
-    check_apart(directory, workdir)
-    found, model = load_checkpoint(source, step)
     family = find_family(record.model_type, source.path)
     run = record.run(family.model, family.data)
+    check_apart(directory, workdir, *filter(None, [run.init_from]))
+    found, model = load_checkpoint(source, step)
     card = report.model_card(source, run, found, model.loaded, family.format, Path(directory).name)
     save(model.loaded, family.format, directory, card)
 

@@ -48,6 +48,8 @@ def test_prepare_prints_statistics_of_the_corpus(folder, tmp_path, capsys):
     main(["prepare", *(argument for argument in arguments)])
     table = capsys.readouterr().out
     assert table in printed
+    assert re.search(r"documents of one sentence\W+1 \(\d\.\d%\)", table)
+    assert re.search(r"sentences of one token\W+0 \(0\.0%\)", table)
     main(["prepare", *arguments, "--errors", "replace", "--held-out", "0.5"])  # A new store: printed once, too.
     assert "documents" not in capsys.readouterr().err
     counts = next(line for line in table.splitlines() if re.match(r"\W*documents\b", line))
@@ -58,16 +60,19 @@ def test_prepare_prints_statistics_of_the_corpus(folder, tmp_path, capsys):
     assert "duplicates" not in capsys.readouterr().err
 
 
-def test_prepare_finds_damage(folder, tmp_path, fails, monkeypatch):
-    """A training looks at sizes alone; preparing again reads it all."""
+def test_damage_of_the_cache_is_mended(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PRELM_CACHE", str(tmp_path))
     main(["prepare", f"{folder}/tiny.py:tiny"])
     (ids,) = tmp_path.glob("stores/*/training/ids")
-    content = bytearray(ids.read_bytes())
-    content[0] ^= 1
-    ids.write_bytes(content)
-    message = fails("prepare", f"{folder}/tiny.py:tiny")
-    assert f"{ids} is damaged" in message and f"delete {ids.parents[1]}" in message
+    (vocabulary,) = tmp_path.glob("vocabularies/*.txt")
+    contents = {path: path.read_bytes() for path in (ids, vocabulary)}
+    printed = capsys.readouterr().out
+    ids.write_bytes(bytes([contents[ids][0] ^ 1]) + contents[ids][1:])
+    vocabulary.write_bytes(contents[vocabulary].replace(b'"the"', b'"teh"'))
+    main(["prepare", f"{folder}/tiny.py:tiny"])
+    out, err = capsys.readouterr()
+    assert f"{ids} is damaged" in err and out == printed
+    assert contents == {path: path.read_bytes() for path in contents}
 
 
 @pytest.mark.parametrize("experiment", ["bert", "gpt", "elmo"])
@@ -292,6 +297,9 @@ def test_work_directories_that_cannot_be_used(folder, fails, tmp_path, monkeypat
     assert f"cannot write {file}" in fails("pretrain", tiny, "--workdir", file)
     assert "cannot write" in fails("pretrain", tiny, "--workdir", file / "run")
     assert "cannot write" in fails("export", folder / "run", file / "model")
+    for inside in ("model", "checkpoints/model", "checkpoints/3", "."):
+        assert f"{folder}/run" in fails("export", folder / "run", folder / "run" / inside)
+    assert not (folder / "run/model").exists() and not (folder / "run/checkpoints/model").exists()
 
     def refuse(path, *arguments):
         raise PermissionError(13, "Permission denied", str(path))
