@@ -5,11 +5,13 @@ class InputError(Exception):
     """A file, option or value from the user is not usable. The message is one line: what, where, what to do.
 
     The command line prints the message and exits with 1. Programs that use the library may catch it.
-    Control characters and surrogates, of names from files for example, are escaped.
+    Control characters and surrogates, of names from files for example, are escaped. The middle of a very long message
+    is left out.
     """
 
     def __init__(self, message: str):
-        super().__init__("".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in message))
+        line = "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in message)
+        super().__init__(line if len(line) <= 2000 else f"{line[:1000]} … {line[-1000:]}")
 
 
 class Preempted(BaseException):

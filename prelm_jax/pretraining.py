@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +38,13 @@ EVALUATION_SEED = 0
 
 
 class Prepared(NamedTuple):
-    """A corpus ready for training: its tokenizer, and the token stores of both sides."""
+    """A corpus ready for training: its tokenizer, and the token stores of both sides.
+
+    If there is a validation text, `held_out` is its store, and nothing of the corpus is held out.
+    """
 
     corpus: Corpus
+    validation: Corpus | None
     tokenizer: Tokenizer
     training: Store
     held_out: Store
@@ -51,19 +55,24 @@ def prepare(run: Run, make_shards: preparation.MakeShards | None = None, print_n
 
     print_new: print the statistics of a corpus that was not in the cache.
     """
-    corpus = Corpus(run.corpus, run.held_out, run.deduplicate, run.errors)
+    corpus, validation = _corpora(run)
+    if run.split and next(corpus.documents("training"), None) is None:
+        _refuse_split(run, sum(1 for _ in corpus.documents()), "none is left to train on")
     tokenizer = tokenizers.build(run.tokenizer, corpus)
     new = not preparation.store_path(corpus, tokenizer).exists()
-    stores = preparation.prepare(corpus, tokenizer, make_shards=make_shards)
-    prepared = Prepared(corpus, tokenizer, *stores)
+    training, held_out = preparation.prepare(corpus, tokenizer, make_shards=make_shards)
+    if validation is not None:
+        new = new or not preparation.store_path(validation, tokenizer).exists()
+        _, held_out = preparation.prepare(validation, tokenizer, make_shards=make_shards)
     if new and print_new:
-        report.print_table(report.corpus_table(corpus, *stores), stderr=True)
-    return prepared
+        report.print_table(report.corpus_table(corpus, training, held_out), stderr=True)
+    return Prepared(corpus, validation, tokenizer, training, held_out)
 
 
-def pretrain(run: Run, workdir: str | os.PathLike, take_over: bool = False) -> Summary:
+def pretrain(run: Run, workdir: str | os.PathLike, extend_to: int | None = None, take_over: bool = False) -> Summary:
     """Trains a run in a work directory, or resumes it there; returns how it does on held-out text.
 
+    extend_to: train on to this step, with the optimizer of `run`, its schedule ending there (see `train.train`).
     take_over: end the lease of another process on a bucket or a network disk without waiting (lock.py).
 
     Raises InputError for what the user can mend, Preempted when SIGTERM stopped the run after saving.
@@ -72,20 +81,23 @@ def pretrain(run: Run, workdir: str | os.PathLike, take_over: bool = False) -> S
     """
     directory = WorkDir(workdir)
     with directory.hold(take_over):
-        return _pretrain(run, directory)
+        return _pretrain(run, directory, extend_to)
 
 
-def _pretrain(run: Run, directory: WorkDir) -> Summary:
+def _pretrain(run: Run, directory: WorkDir, extend_to: int | None) -> Summary:
     if run.loop.profile and is_remote(directory.path):
         raise InputError(
             f"--profile {run.loop.profile}: traces are written to local directories only: {directory.path}"
         )
-    corpus, tokenizer, training, held_out = prepare(run)
+    corpus, validation, tokenizer, training, held_out = prepare(run)
+    if run.split and not held_out.num_documents:
+        _refuse_split(run, training.num_documents, "none is held out for evaluation")
     run = dataclasses.replace(run, model=_with_vocabulary(run.model, tokenizer))
     model = run.model.build(jnp.dtype(run.precision))
     batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
-    evaluation = HeldOut(run, model, tokenizer, batches, held_out)
-    record = RunRecord.from_run(run, corpus.fingerprint, tokenizer.fingerprint)
+    evaluation = HeldOut(run, model, tokenizer, batches, held_out) if held_out.num_documents else None
+    fingerprint = None if validation is None else validation.fingerprint
+    record = RunRecord.from_run(run, corpus.fingerprint, tokenizer.fingerprint, fingerprint)
 
     def continued(fresh: Params) -> Params:
         pretrained = load(str(run.init_from))
@@ -93,7 +105,8 @@ def _pretrain(run: Run, directory: WorkDir) -> Summary:
         return initial_params(pretrained.loaded, format, run.model, fresh, tokenizer)
 
     start = None if run.init_from is None else continued
-    values = train(run, directory, record, tokenizer, model, batches, evaluation, start, training.tokens_per_word)
+    words = training.tokens_per_word
+    values = train(run, directory, record, tokenizer, model, batches, evaluation, start, words, extend_to)
     baselines = directory.read_baselines() or {}
     return Summary(values, baselines, held_out.unknown_rate, directory.tokens_per_second(), run.loop.steps)
 
@@ -136,11 +149,23 @@ def evaluate(
         run = record.run(type(experiment.model), type(experiment.data))
     tokenizer = directory.read_tokenizer()
     run = dataclasses.replace(run, model=_with_vocabulary(run.model, tokenizer))
-    training, text = preparation.prepare(Corpus(run.corpus, run.held_out, run.deduplicate, run.errors), tokenizer)
+    own, validation = _corpora(run)
+    training, text = preparation.prepare(own, tokenizer)
     if corpus:
-        _, text = preparation.prepare(Corpus(corpus, 1.0, run.deduplicate, run.errors), tokenizer)
-    if text.num_documents == 0:
-        raise InputError("no document is held out" if not corpus else f"{', '.join(corpus)}: no text to evaluate on")
+        _, text = preparation.prepare(_all_of(corpus, run), tokenizer)
+    else:
+        found = {"corpus": own.fingerprint, "validation": None if validation is None else validation.fingerprint}
+        for name, fingerprint in found.items():
+            if fingerprint != record.identity.get(f"{name}_fingerprint"):
+                sources = " ".join(getattr(run, name))
+                raise InputError(
+                    f"the {name} {sources} of {directory.path} has changed since: give a text with --corpus"
+                )
+        if validation is not None:
+            _, text = preparation.prepare(validation, tokenizer)
+    if not text.num_documents:
+        reason = f"{' '.join(corpus)} is empty" if corpus else f"the run in {directory.path} holds nothing out"
+        raise InputError(f"there is no text to evaluate on ({reason}): give one with --corpus")
     data: DataConfig[Batches] = run.data
     rows = data.evaluation(text, tokenizer)
     model = run.model.build(jnp.dtype(run.precision))
@@ -161,6 +186,8 @@ def evaluate(
         totals = make_evaluate(model)(replicated, carry, placed(), batches.num_steps)
     values = evaluated_means(model, totals)
     fitted = data.build(training, tokenizer, run.batch_size, run.seed)
+    if rows.num_steps > 1:  # Baselines read the targets before a target, in the batches before, of the same rows.
+        batches = EvaluationBatches(rows, rows.num_rows, sample)
     baselines = data.baselines(fitted, (batches[i] for i in range(len(batches))))
     return Summary(
         values | _derived(data, values, text),
@@ -187,7 +214,8 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike, step: Step 
 
 def show_batch(run: Run, step: int) -> Iterator[str]:
     """The rows of a step's batch, as text for people. Prepares vocabulary and store as `pretrain` does."""
-    _, tokenizer, training, _ = prepare(run)
+    prepared = prepare(run)
+    tokenizer, training = prepared.tokenizer, prepared.training
     batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
     yield from run.data.show(batches[step], tokenizer)
 
@@ -196,8 +224,6 @@ class HeldOut:
     """Evaluation on a sample of the held-out text: its first `run.loop.evaluate_batches` batches, as in training."""
 
     def __init__(self, run: Run, model: Model, tokenizer: Tokenizer, training: Batches, store: Store):
-        if store.num_documents == 0:
-            raise InputError("no document is held out for evaluation: raise --held-out")
         self._data: DataConfig[Batches] = run.data
         self._count, self._training, self._store = run.loop.evaluate_batches, training, store
         self._batches = self._data.build(store, tokenizer, run.batch_size, EVALUATION_SEED)
@@ -229,6 +255,31 @@ def _with_derived(
 def _derived(data: DataConfig[Batches], values: dict[str, float], store: Store) -> dict[str, float]:
     derived = (data.derived_metrics(name, value, store) for name, value in values.items())
     return {name: value for each in derived for name, value in each.items()}
+
+
+def _corpora(run: Run) -> tuple[Corpus, Corpus | None]:
+    """The corpus of a run, and its validation text if it has one."""
+    corpus = Corpus(run.corpus, run.split, run.deduplicate, run.errors)
+    return corpus, _all_of(run.validation, run) if run.validation else None
+
+
+def _all_of(sources: tuple[str, ...], run: Run) -> Corpus:
+    """A text to evaluate on: all of its documents are on the held-out side."""
+    return Corpus(sources, 1.0, run.deduplicate, run.errors)
+
+
+def _refuse_split(run: Run, documents: int, consequence: str) -> NoReturn:
+    """Raises InputError for a corpus whose documents are all on one side."""
+    sources, others = " ".join(run.corpus), "give a text with --validation, or train on everything with --held-out 0"
+    if documents == 1:
+        raise InputError(
+            f"the corpus {sources} is one document, which --held-out {run.held_out} cannot split: end documents at "
+            f"blank lines, make each line one ({run.corpus[0]},documents=line), {others}"
+        )
+    raise InputError(
+        f"of the {documents:,} documents of the corpus {sources}, {consequence} by --held-out {run.held_out}: choose "
+        f"another fraction, {others}"
+    )
 
 
 def _with_vocabulary(model, tokenizer: Tokenizer):

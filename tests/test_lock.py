@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -41,16 +42,17 @@ with held(Path(sys.argv[1])):
     sys.stdin.read()
 """
 
-# Workers as the tokenizer has them, and one by fork and exec; they end when their standard input does.
+# With a worker as the tokenizer has them, whose number it prints, and one that ends when its standard input does.
 HOLD_WITH_WORKERS = """
-import subprocess, sys
+import os, subprocess, sys
 from pathlib import Path
 import loky
 from prelm_jax.lock import held
 with held(Path(sys.argv[1])):
-    loky.ProcessPoolExecutor(1, timeout=60).submit(int).result()
+    worker = loky.ProcessPoolExecutor(1).submit(os.getpid).result()
     subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"])
     print("ready", flush=True)
+    print(worker, flush=True)
     sys.stdin.read()
 """
 
@@ -82,10 +84,15 @@ def test_a_killed_holder_keeps_nothing_though_its_workers_live(tmp_path):
     with another_process(HOLD_WITH_WORKERS, tmp_path) as holder:
         with pytest.raises(InputError, match=f"process {holder.pid} "), held(tmp_path):
             pass
+        worker = int(holder.stdout.readline())
         holder.kill()
         holder.wait()
-        with held(tmp_path):
-            pass
+        try:
+            os.kill(worker, 0)  # It lives.
+            with held(tmp_path):
+                pass
+        finally:
+            os.kill(worker, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("parts", [("file",), ("file", "run")])

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable
 
 from prelm_jax import __version__
+from prelm_jax.bounds import check
 from prelm_jax.cli import models, options, tokenizers, training
 from prelm_jax.cli.experiments import experiments
 from prelm_jax.errors import InputError
@@ -29,6 +30,8 @@ COMMANDS = {
 
 def dispatch(arguments: list[str]) -> None:
     """Calls the command that the first argument names, or the first two: `tokenizer train`."""
+    for argument in arguments:
+        check(argument, str, ("the argument",))
     if not arguments or arguments[0] in ("-h", "--help"):
         _print_commands("prelm", COMMANDS)
         return

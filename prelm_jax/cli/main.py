@@ -46,9 +46,11 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # `prelm … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno not in UNWRITABLE and error.filename is None:
             raise
-        print(f"prelm: cannot write {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        verb = "write" if error.errno in UNWRITABLE else "use"
+        message = InputError(f"cannot {verb} {error.filename or 'a file'}: {error.strerror}")
+        print(f"prelm: {message}", file=sys.stderr)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         print("prelm: interrupted", file=sys.stderr)

@@ -20,11 +20,17 @@ if TYPE_CHECKING:
     from prelm_jax.run import Run
 
 
-def pretrain(run: Annotated["Run", EXPERIMENT], workdir: AnyPath = "runs/{name}", take_over: bool = False) -> None:
+def pretrain(
+    run: Annotated["Run", EXPERIMENT],
+    workdir: AnyPath = "runs/{name}",
+    extend_to: int | None = None,
+    take_over: bool = False,
+) -> None:
     """Train an experiment, or resume it.
 
     Args:
         workdir: Directory of the run, local or gs://…; if it holds a run of the same experiment, that run resumes.
+        extend_to: Train a run on to this step: from its newest checkpoint, on the schedule of a run of so many steps.
         take_over: On a bucket or a network disk, end the lease of another process at once; for one that is dead.
     """
     import jax
@@ -36,10 +42,10 @@ def pretrain(run: Annotated["Run", EXPERIMENT], workdir: AnyPath = "runs/{name}"
 
     cache_compiled_programs()
     processes.join()
-    summary = pretraining.pretrain(run, workdir, take_over)
+    summary = pretraining.pretrain(run, workdir, extend_to, take_over)
     if jax.process_index() == 0:
         print_table(summary_table(summary))
-        print(f"\nThe run is in {workdir}.")
+        print(f"\nThe run is in {workdir}. To train it for longer, add --extend-to STEP to the command.")
         with contextlib.suppress(InputError):  # A family from outside of the package has no example, and no format.
             example = find_family(run.model.model_type, workdir).example
             print(f"Next:\n  prelm export {workdir} DIRECTORY\n  {example.format(workdir)}")

@@ -1,5 +1,6 @@
 """What all trained vocabularies share: their text, their alphabet and their cache."""
 
+import copy
 import functools
 import itertools
 import json
@@ -68,6 +69,7 @@ class _LongWords:
 
 def words_of(pipeline: tokenizers.Tokenizer) -> Split:
     """The function that finds the words of a pipeline in a text."""
+    pipeline = copy.deepcopy(pipeline)  # The library locks a pipeline while it trains it.
 
     def split(text: str) -> list[str]:
         normal = pipeline.normalizer.normalize_str(text)

@@ -4,7 +4,7 @@ Whatever fulfills `Model` can be trained: a pretraining model, or an encoder wit
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeAlias, TypeVar
 
 import numpy as np
 import optax
@@ -81,6 +81,9 @@ class OptimizerConfig(Protocol):
 
     def schedule(self, step: Array | int) -> Array:
         """The learning rate of a step (counted from 0)."""
+
+    def ending_at(self, step: int) -> Self:
+        """The same optimizer with a schedule that ends at a step: that of a run of so many steps."""
 
     def build(self, matrices: Sequence[str]) -> optax.GradientTransformation:
         """The transformation of gradients into updates; `matrices` as declared by the model."""

@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec as P
 from prelm_jax.training.contract import Batch, Layout, Model, OptimizerConfig, Params, Predictor, Sums
 from prelm_jax.training.sharding import Tree, state_sharding
 
-
 Totals = dict[str, tuple[float, float]]  # by name a sum and its weight, as `Sums`, on the host
 
 
