@@ -107,9 +107,9 @@ def _pretrain(run: Run, directory: WorkDir, extend_to: int | None) -> Summary:
 
     start = None if run.init_from is None else continued
     words = training.tokens_per_word
-    values = train(run, directory, record, tokenizer, model, batches, evaluation, start, words, extend_to)
+    step, values = train(run, directory, record, tokenizer, model, batches, evaluation, start, words, extend_to)
     baselines = directory.read_baselines() or {}
-    return Summary(values, baselines, held_out.unknown_rate, directory.tokens_per_second(), run.loop.steps)
+    return Summary(values, baselines, held_out.unknown_rate, directory.tokens_per_second(), step)
 
 
 def evaluate(
@@ -192,10 +192,10 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike, step: Step 
     """Writes a checkpoint of a work directory as a model directory, in the format that others read."""
     source = WorkDir(workdir)
     record = source.read_record()
-    check_apart(directory, workdir)
-    found, model = load_checkpoint(source, step)
     family = find_family(record.model_type, source.path)
     run = record.run(family.model, family.data)
+    check_apart(directory, workdir, *filter(None, [run.init_from]))
+    found, model = load_checkpoint(source, step)
     card = report.model_card(source, run, found, model.loaded, family.format, Path(directory).name)
     save(model.loaded, family.format, directory, card)
 
@@ -214,7 +214,11 @@ class HeldOut:
     def __init__(self, run: Run, model: Model, tokenizer: Tokenizer, training: Batches, store: Store):
         self._data: DataConfig[Batches] = run.data
         self._count, self._training, self._store = run.loop.evaluate_batches, training, store
-        self._batches = self._data.build(store, tokenizer, run.batch_size, EVALUATION_SEED)
+        try:
+            self._batches = self._data.build(store, tokenizer, run.batch_size, EVALUATION_SEED)
+        except InputError as error:  # About the text, because the training side has passed.
+            remedy = "give another with --validation" if run.validation else "raise --held-out, or give --validation"
+            raise InputError(f"the text to evaluate on is too small ({error}): {remedy}") from None
         self._model, self._evaluate = model, make_evaluate(model)
 
     def __call__(self, params: Params, carry: Params, mesh: jax.sharding.Mesh) -> dict[str, float]:

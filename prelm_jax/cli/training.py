@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def pretrain(
     run: Annotated["Run", EXPERIMENT],
     workdir: AnyPath = "runs/{name}",
-    extend_to: int | None = None,
+    extend_to: Positive | None = None,
     take_over: bool = False,
 ) -> None:
     """Train an experiment, or resume it.
@@ -41,14 +41,14 @@ def pretrain(
     from prelm_jax.training import processes
 
     cache_compiled_programs()
-    processes.join()
-    summary = pretraining.pretrain(run, workdir, extend_to, take_over)
-    if jax.process_index() == 0:
-        print_table(summary_table(summary))
-        print(f"\nThe run is in {workdir}. To train it for longer, add --extend-to STEP to the command.")
-        with contextlib.suppress(InputError):  # A family from outside of the package has no example, and no format.
-            example = find_family(run.model.model_type, workdir).example
-            print(f"Next:\n  prelm export {workdir} DIRECTORY\n  {example.format(workdir)}")
+    with processes.joined():
+        summary = pretraining.pretrain(run, workdir, extend_to, take_over)
+        if jax.process_index() == 0:
+            print_table(summary_table(summary))
+            print(f"\nThe run is in {workdir}. To train it for longer, add --extend-to STEP to the command.")
+            with contextlib.suppress(InputError):  # A family from outside of the package has no example, and no format.
+                example = find_family(run.model.model_type, workdir).example
+                print(f"Next:\n  prelm export {workdir} DIRECTORY\n  {example.format(workdir)}")
 
 
 def evaluate(

@@ -28,8 +28,7 @@ Result = TypeVar("Result")
 class LoopConfig:
     """How far to train, on which devices, and what to write down; all of it may differ between resumes."""
 
-    # Train up to this step, counted from the start; --extend-to goes past the end of the schedule.
-    steps: Positive
+    steps: Positive  # Train up to this step, counted from the start; --extend-to goes past the end of the schedule.
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     # Steps between checkpoints; the last step, SIGTERM and a new best evaluation save as well.
     save_every: Positive = 1000
