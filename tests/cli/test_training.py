@@ -104,7 +104,7 @@ def test_evaluate(folder, capsys, fails):
     main([*evaluate, "--corpus", f"{folder}/corpus.txt"])
     assert capsys.readouterr().out != held_out
     main([*evaluate, "--sample", "0.3"])
-    assert re.search(r"step 3, 3\d\.\d\d% of the text", capsys.readouterr().out)
+    assert re.search(r"step 3, [23]\d\.\d\d% of the text", capsys.readouterr().out)
     for option, value in (("--sample", "0"), ("--batch-size", "0"), ("--mesh.devices", "9")):
         assert f"{option} {value}" in fails(*evaluate, option, value)
 
