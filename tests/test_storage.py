@@ -100,8 +100,8 @@ def test_write_errors_name_the_file(tmp_path):
 
 def test_an_output_file_appears_when_it_is_complete(tmp_path):
     output = tmp_path / "output"
-    for failure in (None, KeyboardInterrupt, InputError):
-        with contextlib.suppress(KeyboardInterrupt, InputError), output_file(output) as unfinished:
+    for failure in (None, KeyboardInterrupt, ValueError):
+        with contextlib.suppress(KeyboardInterrupt, ValueError), output_file(output) as unfinished:
             unfinished.write_text(f"{failure}")
             assert unfinished.parent == tmp_path and unfinished != output
             if failure is not None:
