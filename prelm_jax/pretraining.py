@@ -81,15 +81,13 @@ def pretrain(run: Run, workdir: str | os.PathLike, extend_to: int | None = None,
         pretrain(experiments.bert.demo(), "runs/bert-demo")
     """
     directory = WorkDir(workdir)
+    if run.loop.profile and is_remote(directory.path):
+        raise InputError(f"--profile {run.loop.profile}: traces are written to local directories only: {workdir}")
     with directory.hold(take_over):
         return _pretrain(run, directory, extend_to)
 
 
 def _pretrain(run: Run, directory: WorkDir, extend_to: int | None) -> Summary:
-    if run.loop.profile and is_remote(directory.path):
-        raise InputError(
-            f"--profile {run.loop.profile}: traces are written to local directories only: {directory.path}"
-        )
     corpus, validation, tokenizer, training, held_out = prepare(run)
     if run.split and not held_out.num_documents:
         _refuse_split(run, training.num_documents, "none is held out for evaluation")

@@ -74,14 +74,14 @@ def test_embed_never_replaces_its_inputs_or_a_device(folder, fails, tmp_path):
 def test_a_byte_order_mark_and_carriage_returns_are_no_tokens(folder, tmp_path, capsys):
     (tmp_path / "plain.txt").write_bytes(b"cat sees\n\na dog\n")
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfcat sees\r\n\r\na dog\r\n")
-    for model in ("model", "gpt-model", "elmo-model"):
+    for model in ("run", "gpt", "elmo"):
         printed, tokens = [], []
         for name in ("plain", "marked"):
             main(["embed", f"{folder}/{model}", f"{tmp_path}/{name}.txt", f"{tmp_path}/vectors.hdf5"])
             with h5py.File(tmp_path / "vectors.hdf5") as file:
                 tokens.append([file[str(i)].attrs["tokens"] for i in range(3)])
             main(["score", f"{folder}/{model}", f"{tmp_path}/{name}.txt"])
-            main(["tokenize", f"{folder}/{model}", f"{tmp_path}/{name}.txt"])
+            main(["tokenize", f"{folder}/{model}/tokenizer", f"{tmp_path}/{name}.txt"])
             printed.append(capsys.readouterr().out)
         assert tokens[0] == tokens[1] and printed[0] == printed[1]
 
