@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -17,7 +18,7 @@ from prelm_jax.corpus.store import Store
 from prelm_jax.errors import InputError
 from prelm_jax.families import find_family
 from prelm_jax.formats.base import save
-from prelm_jax.formats.transfer import initial_params
+from prelm_jax.formats.transfer import initial_params, positions_note
 from prelm_jax.loading import load, load_checkpoint
 from prelm_jax.report import Summary
 from prelm_jax.run import Run, RunRecord
@@ -76,6 +77,8 @@ def pretrain(run: Run, workdir: str | os.PathLike) -> Summary:
     def continued(fresh: Params) -> Params:
         pretrained = load(str(run.init_from))
         format = find_family(pretrained.config.model_type, run.init_from).format
+        if jax.process_index() == 0 and (note := positions_note(pretrained.config, run.model)):
+            print(note, file=sys.stderr)
         return initial_params(pretrained.loaded, format, run.model, fresh, tokenizer)
 
     start = None if run.init_from is None else continued

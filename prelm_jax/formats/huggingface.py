@@ -57,8 +57,13 @@ class Layout(Generic[Config]):
             return f"{theirs}{number}.{self.layer_modules[module]}.{LEAVES[leaf]}"
         return f"{self.modules[module]}.{LEAVES[leaf]}"
 
-    def read(self, directory: Path, settings: Mapping[str, object], tensors: Tensors) -> LoadedModel[Config, Tokenizer]:
-        """The model of a directory with the contents of its config.json and its tensors by name."""
+    def read(
+        self, directory: Path, settings: Mapping[str, object], tensors: Tensors, lowercase: bool
+    ) -> LoadedModel[Config, Tokenizer]:
+        """The model of a directory with the contents of its config.json and its tensors by name.
+
+        `lowercase`: whether the tokenizer lower-cases if its files do not say.
+        """
         source = directory / "config.json"
         require(settings, self.fixed, source)
         if "vocab_size" not in settings:
@@ -66,7 +71,7 @@ class Layout(Generic[Config]):
         # Other writers leave out keys; our configs have the defaults of the format.
         build: Callable[..., Config] = self.config_class
         config = build(**{field: settings[key] for field, key in self.settings.items() if key in settings})
-        tokenizer = tokenizers.load(directory)
+        tokenizer = tokenizers.load(directory, lowercase)
         if (size := tokenizer.vocab_size) > config.known_vocab_size:
             raise InputError(f"{source}: vocab_size is {config.vocab_size}, but the tokenizer has {size} tokens")
         missing = set()
@@ -134,7 +139,7 @@ class Layout(Generic[Config]):
         model.tokenizer.save(directory, model_max_length=model.config.max_position_embeddings)
 
     def format(
-        self, read: Callable[[Path], LoadedModel[Config, Tokenizer]], task: str, example: str
+        self, read: Callable[[Path, bool], LoadedModel[Config, Tokenizer]], task: str, example: str
     ) -> Format[Config, Tokenizer]:
         """The format; `task` and `example` are those of a pipeline of transformers."""
         code = f'from transformers import pipeline\n\npipeline("{task}", model="{{name}}")("{example}")'
@@ -147,7 +152,8 @@ class Layout(Generic[Config]):
             settings_file="config.json",
             settings_key="model_type",
             vocabulary_tables=self.vocabulary_tables,
-            may_differ=frozenset({*dropouts, "vocab_size", "initializer_range"}),
+            position_tables=frozenset({"position_embeddings/embedding"}),
+            may_differ=frozenset({*dropouts, "vocab_size", "max_position_embeddings", "initializer_range"}),
             rows_to_copy=rows_of_prefix,
         )
 

@@ -57,15 +57,15 @@ LAYOUT = huggingface.Layout(
 )
 
 
-def read(directory: Path) -> LoadedModel[BertConfig, Tokenizer]:
-    """The model in a directory."""
+def read(directory: Path, lowercase: bool = True) -> LoadedModel[BertConfig, Tokenizer]:
+    """The model in a directory. `lowercase`: whether a vocab.txt without settings lower-cases."""
     tensors = huggingface.open_tensors(directory, _current_name)
     bias, copy = "cls.predictions.bias", "cls.predictions.decoder.bias"
     if bias not in tensors and copy in tensors:
         tensors[bias] = tensors[copy]  # Some writers keep only this copy.
     words = "bert.embeddings.word_embeddings.weight"
     huggingface.require_tied(tensors, "cls.predictions.decoder.weight", words, directory)
-    return LAYOUT.read(directory, read_json(directory / "config.json"), tensors)
+    return LAYOUT.read(directory, read_json(directory / "config.json"), tensors, lowercase)
 
 
 def _current_name(name: str) -> str:
