@@ -220,7 +220,7 @@ def main(settings: Settings) -> None:
     harness.limit_threads(settings.threads)
     warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
     record = {"machine": harness.machine(), "settings": dataclasses.asdict(settings) | {"json": None}, "flop": FLOP}
-    harness.introduce(record["machine"])
+    harness.print_machine(record["machine"])
     device = harness.torch_device()
     measures = {"layer": measure_layer, "step": measure_step}
     record["results"] = {part: measures[part](settings, device) for part in settings.parts}

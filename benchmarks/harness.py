@@ -136,10 +136,11 @@ def to_torch(arrays: dict[str, np.ndarray], device: Any) -> dict[str, Any]:
 def matmuls(dtype: str, device: Any) -> tuple[float, Contenders]:
     """Square matrix products that show the peak: the FLOPs of one, and the contenders that compute it."""
     n = 2048 if jax.default_backend() == "cpu" else 8192
-    x, matmul = jnp.ones((n, n), dtype), jax.jit(jnp.matmul)
+    # Random operands: on a GPU, a product of constants draws less power and shows a peak that no model reaches.
+    x, matmul = jax.random.normal(jax.random.key(0), (n, n), dtype), jax.jit(jnp.matmul)
     contenders = {"matmul, JAX": lambda: float(matmul(x, x)[0, 0])}
     if device is not None:
-        y = torch.ones((n, n), dtype=getattr(torch, dtype), device=device)
+        y = torch.randn((n, n), dtype=getattr(torch, dtype), device=device)
         contenders["matmul, PyTorch"] = lambda: (y @ y)[0, 0].item()
     return 2.0 * n**3, contenders
 

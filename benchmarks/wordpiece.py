@@ -36,7 +36,7 @@ def blocks(spec: str) -> Iterator[tuple[list[str], int]]:
     """The sentences of a corpus in blocks of about BLOCK_BYTES, and the bytes of each block."""
     texts, size = [], 0
     for document in Corpus((spec,)).documents():
-        sentences = split(document.text, document.sentences)
+        sentences = split(document.text, document.sentences, document.language)
         texts += sentences
         size += sum(len(sentence.encode()) for sentence in sentences)
         if size >= BLOCK_BYTES:

@@ -11,13 +11,14 @@ Reference: google-research/electra. Divergence: the norm of the embeddings is sh
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
+from prelm_jax.bounds import Bounds, NotNegativeFloat, Size
 from prelm_jax.corpus.store import Store
 from prelm_jax.data.masking import MaskingConfig
 from prelm_jax.data.pairs import PairsConfig
@@ -37,10 +38,10 @@ class ElectraConfig(BertConfig):
     """The discriminator's sizes, and those in which the generator differs."""
 
     model_type: ClassVar[str] = "electra"
-    generator_hidden_size: int = 64  # Width of the generator's hidden states.
-    generator_num_heads: int = 1  # Attention heads of the generator.
-    generator_num_layers: int = 12  # Layers of the generator; 0: it knows the frequencies of tokens alone.
-    replaced_token_weight: float = 50.0  # Weight of the discriminator's loss; the generator's has 1.
+    generator_hidden_size: Size = 64  # Width of the generator's hidden states.
+    generator_num_heads: Size = 1  # Attention heads of the generator.
+    generator_num_layers: Annotated[int, Bounds(0, 512)] = 12  # Its layers; 0: it only knows how frequent tokens are.
+    replaced_token_weight: NotNegativeFloat = 50.0  # Weight of the discriminator's loss; the generator's has 1.
 
     def build(self, dtype: jnp.dtype = jnp.float32) -> "Electra":
         """The pretraining model, computing in `dtype`."""
@@ -53,7 +54,9 @@ class ElectraConfig(BertConfig):
         width = self.generator_hidden_size
         sizes = {"hidden_size": width, "intermediate_size": 4 * width, "embedding_size": self.embedding_width}
         sizes |= {"num_heads": self.generator_num_heads, "num_layers": self.generator_num_layers}
-        return BertConfig(**shared | sizes)
+        generator = BertConfig(**shared | sizes)
+        generator.check_together()
+        return generator
 
 
 class Electra(LanguageModel):
@@ -96,7 +99,6 @@ class Electra(LanguageModel):
         last_BTD = self.discriminator.hidden_states({**batch, "tokens": corrupted_BT}, train)[-1]
         logits_BT = self.replaced_token(gelu(self.replaced_token_transform(last_BTD)))[..., 0].astype(jnp.float32)
         right_BT = ((logits_BT > 0) == (replaced_BT > 0)).astype(jnp.float32)
-
         masked, real_BT = weights_BM.sum(), (batch["segments"] != 0).astype(jnp.float32)
 
         def over_tokens(x_BT: Array) -> tuple[Array, Array]:
@@ -110,9 +112,8 @@ class Electra(LanguageModel):
 
     def create_parameters(self) -> None:
         one = jnp.zeros((1, 1), jnp.int32)
-        batch = dict.fromkeys(("tokens", "token_types", "positions", "segments"), one)
-        batch |= dict.fromkeys(("masked_positions", "masked_targets"), one)
-        self.losses({**batch, "masked_weights": one.astype(jnp.float32)}, {}, train=False)
+        keys = ("tokens", "token_types", "positions", "segments", "masked_positions", "masked_targets")
+        self.losses({**dict.fromkeys(keys, one), "masked_weights": one.astype(jnp.float32)}, {}, train=False)
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         """The weight of each loss, from the batch alone."""
@@ -140,8 +141,7 @@ class ElectraDataConfig(PairsConfig):
     def derived_metrics(self, name: str, value: float, store: Store) -> dict[str, float]:
         """Of the rate of replaced tokens its entropy (nats): the loss of a discriminator that knows nothing else."""
         if name == "replaced_rate":
-            parts = (p * math.log(p) for p in (value, 1 - value) if p > 0)
-            return {"constant_rate_loss": -sum(parts)}
+            return {"constant_rate_loss": -sum(p * math.log(p) for p in (value, 1 - value) if p > 0)}
         return super().derived_metrics(name, value, store)
 
 

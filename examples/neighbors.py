@@ -46,7 +46,7 @@ def main(
     """
     loaded = prelm_jax.load(model)
     documents = Corpus(corpus).documents()
-    texts = (text for document in documents for text in split(document.text, document.sentences))
+    texts = (text for document in documents for text in split(document.text, document.sentences, document.language))
     found = itertools.islice((" ".join(text.split()) for text in texts if word in text.lower().split()), uses)
     others, table = zip(*vectors(loaded, list(found), word), strict=True)
     for sentence, vector in vectors(loaded, list(sentences), word):

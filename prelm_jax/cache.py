@@ -1,4 +1,7 @@
-"""The cache directory: files that are built once and reused, under names made of digests."""
+"""The cache directory: files that are built once and reused, under names made of digests.
+
+A cached file has its checksum beside it. One that is damaged is built again.
+"""
 
 import contextlib
 import fcntl
@@ -8,11 +11,13 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from prelm_jax.storage import opened, output_file
+
 
 def cache_directory() -> Path:
-    """The directory of cached files: $PRELM_CACHE, else `prelm_jax` in the user's cache directory."""
-    if "PRELM_CACHE" in os.environ:
-        return Path(os.environ["PRELM_CACHE"]).expanduser()
+    """The directory of cached files: $PRELM_CACHE if not empty, else `prelm_jax` in the user's cache directory."""
+    if directory := os.environ.get("PRELM_CACHE"):
+        return Path(directory).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prelm_jax"
 
 
@@ -28,18 +33,44 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def built(path: Path) -> Iterator[Path]:
+    """A temporary file to write, which becomes `path` when the block ends, with its checksum in `path`.sha256."""
+    with output_file(path) as unfinished:
+        yield unfinished
+        with output_file(_checksum_path(path)) as checksum:
+            checksum.write_bytes(_checksum(unfinished, path.name))
+
+
+def is_intact(path: Path) -> bool:
+    """Whether `path` holds what was built there; InputError if it cannot be read."""
+    if not (path.exists() and _checksum_path(path).exists()):
+        return False
+    with opened(_checksum_path(path)) as recorded:
+        return recorded.read() == _checksum(path, path.name)
+
+
+def _checksum_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _checksum(path: Path, name: str) -> bytes:
+    """The SHA-256 of a file, as `sha256sum -c` reads it."""
+    with opened(path) as file:
+        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n".encode()
+
+
 def cached_file(kind: str, name: str, build: Callable[[Path], object]) -> Path:
-    """The path of the file `name` in the cache's directory `kind`. If it is missing, `build` writes it.
+    """The path of the file `name` in the cache's directory `kind`. If it is missing or damaged, `build` writes it.
 
     The file appears under its name when it is complete.
     """
     path = cache_directory() / kind / name
-    if not path.exists():
+    if not is_intact(path):
         with locked(path):
-            if not path.exists():
-                unfinished = path.with_name(f".{name}.unfinished")
-                build(unfinished)
-                unfinished.replace(path)
+            if not is_intact(path):
+                with built(path) as unfinished:
+                    build(unfinished)
     return path
 
 

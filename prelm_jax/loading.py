@@ -7,8 +7,7 @@ from prelm_jax.errors import InputError
 from prelm_jax.families import find_family
 from prelm_jax.formats.base import LoadedModel, abstract_params, find_model_type
 from prelm_jax.inference.base import Pretrained
-from prelm_jax.run import config_from_json
-from prelm_jax.storage import is_remote, prefix_errors
+from prelm_jax.storage import is_remote
 from prelm_jax.training.checkpoint import Step
 from prelm_jax.workdir import WorkDir
 
@@ -16,9 +15,10 @@ from prelm_jax.workdir import WorkDir
 def load(path: str | os.PathLike, step: Step = "newest", lowercase: bool = True) -> Pretrained:
     """A pretrained model, on the first device.
 
-    path: a model directory (Hugging Face's for BERT and GPT-1, OpenAI's for GPT-1, bilm-tf's for ELMo), or a work
-    directory, whose checkpoint of `step` is taken: a step number, "newest", or "best" (lowest held-out loss).
-    lowercase: whether text is lower-cased for a vocab.txt without tokenizer_config.json, as transformers assumes.
+    path: a model directory (Hugging Face's for BERT and GPT-1, Google's for BERT, OpenAI's for GPT-1, bilm-tf's for
+    ELMo), or a work directory, whose checkpoint of `step` is taken: a step number, "newest", or "best" (lowest
+    held-out loss). lowercase: whether text is lower-cased for a vocab.txt without tokenizer_config.json, as
+    transformers assumes.
 
     Raises InputError where there is none, naming what is missing.
 
@@ -40,12 +40,7 @@ def load(path: str | os.PathLike, step: Step = "newest", lowercase: bool = True)
 def load_checkpoint(workdir: WorkDir, step: Step = "newest") -> tuple[int, Pretrained]:
     """The step and the model of a checkpoint in a work directory."""
     record = workdir.read_record()
-    source = workdir.path / "run.json"
-    family = find_family(record.model_type, source)
-    try:
-        with prefix_errors(source):
-            config = config_from_json(family.model, record.identity["model"])
-    except TypeError as error:
-        raise InputError(f"{source}: not the fields of a {family.model.__name__} ({error})") from None
+    family = find_family(record.model_type, workdir.path / "run.json")
+    config = record.model(family.model)
     found, params = workdir.read_params(abstract_params(config), step)
     return found, family.pretrained(LoadedModel(config, params, workdir.read_tokenizer()))

@@ -1,4 +1,4 @@
-"""Files and directories, local or in a bucket (gs://…): reading with one-line errors, and copying."""
+"""Files and directories, local or in a bucket (gs://…): reading and writing with one-line errors, and copying."""
 
 import contextlib
 import gzip
@@ -6,7 +6,11 @@ import io
 import json
 import lzma
 import os
+import re
+import shutil
+import stat
 import tempfile
+import uuid
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +24,36 @@ from prelm_jax.errors import InputError, first_line
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether the path is in a bucket, where files can be neither memory-mapped nor appended to."""
     return "://" in str(path)
+
+
+NETWORK_FILE_SYSTEMS = {
+    *("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "smb3", "smbfs"),
+}
+
+
+def is_shared(path: Path) -> bool:
+    """Whether other machines may write there: a bucket or a network disk."""
+    if is_remote(path):
+        return True
+    kind = _file_system(path, _read_mounts())
+    return kind in NETWORK_FILE_SYSTEMS or kind.startswith("fuse.")  # Such as sshfs and gcsfuse.
+
+
+def _file_system(path: Path, mounts: str) -> str:
+    """The type of the file system that holds a path, as /proc/mounts has it; "" if it does not say."""
+    found, length, path = "", -1, path.resolve()
+    for _, point, kind, *_ in map(str.split, mounts.splitlines()):
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), point)  # A space is \040.
+        if path.is_relative_to(point) and len(point) >= length:
+            found, length = kind, len(point)
+    return found
+
+
+def _read_mounts() -> str:
+    try:
+        return Path("/proc/self/mounts").read_text(errors="replace")
+    except OSError:  # Not Linux.
+        return ""
 
 
 def reachable(path: str | os.PathLike) -> Path:
@@ -87,9 +121,9 @@ def decode_utf8(path: str | os.PathLike, offset: int, data: bytes, remedy: str =
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The text of a UTF-8 file, line ends unchanged."""
+    """The text of a UTF-8 file without its byte order mark, line ends unchanged."""
     with opened(path) as file:
-        return decode_utf8(path, 0, file.read())
+        return decode_utf8(path, 0, file.read()).removeprefix("\ufeff")
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:
@@ -113,6 +147,90 @@ def read_json(path: str | os.PathLike, kind: type[dict] | type[list] = dict) -> 
     return value
 
 
+# ---- Writing ---------------------------------------------------------------------------------------------------------
+
+
+def kind_of_file(path: str | os.PathLike) -> str:
+    """What stands at a path, links followed: "file", "directory", "pipe", "socket" or "device"; "" for nothing.
+
+    Raises InputError if this user may not know.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except PermissionError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (OSError, ValueError):
+        return ""
+    kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "device")
+
+
+def check_apart(output: str | os.PathLike, *inputs: str | os.PathLike) -> None:
+    """Raises InputError if an output is one of the inputs, or in a directory that is one; links are followed."""
+    real = _real(output)
+    for source in (Path(path) for path in inputs if not is_remote(path)):
+        files = source.rglob("*") if source.is_dir() else [source]
+        same = real.exists() and any(file.exists() and file.samefile(real) for file in files)
+        if same or real.is_relative_to(_real(source)):
+            raise InputError(f"{output} would be written over the input {source}, or into it: give another output")
+
+
+@contextlib.contextmanager
+def output_file(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary file to write, which replaces `path` when the block ends; an error leaves `path` as it was.
+
+    A link is followed. Raises InputError if `path` is a directory, a device or a pipe, or is in no directory. OSErrors
+    in the block name `path`.
+    """
+    target = _real(path)
+    if (kind := kind_of_file(path)) not in ("file", ""):
+        raise InputError(f"{path} is a {kind}: give the name of a file to write")
+    if not target.parent.is_dir():
+        raise InputError(f"{path}: there is no directory {target.parent}")
+    temporary = _beside(target)
+    try:
+        with writing(path, temporary):
+            yield temporary
+            temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def output_directory(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary directory to fill with files, which move to `path` when the block ends.
+
+    Raises InputError at once if `path` exists and is not an empty directory.
+    """
+    target = _real(path)
+    if (kind := kind_of_file(path)) not in ("directory", ""):
+        raise InputError(f"{path} is a {kind}: give the name of a directory to write")
+    if kind and any(target.iterdir()):
+        raise InputError(f"{path} is not empty: give another directory")
+    temporary = _beside(target)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"cannot create {path}: {error.strerror}") from None
+    try:
+        yield temporary
+        target.mkdir(exist_ok=True)
+        for file in sorted(temporary.iterdir()):
+            file.replace(target / file.name)
+    finally:
+        shutil.rmtree(temporary)
+
+
+def _real(path: str | os.PathLike) -> Path:
+    """The absolute path, links followed. (`Path.resolve` raises for links in a circle.)"""
+    return Path(os.path.realpath(path))
+
+
+def _beside(path: Path) -> Path:
+    """A name in the same directory that nobody else has."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+
+
 # ---- Errors that name the file ---------------------------------------------------------------------------------------
 
 
@@ -126,9 +244,10 @@ def prefix_errors(path: str | os.PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Adds the file name to OSErrors raised in the block: write() reports a full disk without it."""
+def writing(path: str | os.PathLike, temporary: str | os.PathLike | None = None) -> Iterator[None]:
+    """Names the file in OSErrors raised in the block that name none, as of a full disk, or its temporary file."""
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+        named = None if temporary is not None and error.filename == os.fspath(temporary) else error.filename
+        raise OSError(error.errno, error.strerror, named or os.fspath(path)) from None

@@ -16,7 +16,8 @@ import pytest
 from prelm_jax.cli import main as cli
 from prelm_jax.cli.experiments import shipped_files
 from prelm_jax.cli.tokenizers import KINDS
-from prelm_jax.corpus import spec
+from prelm_jax.corpus import readers, spec
+from prelm_jax.corpus.sentences import LANGUAGES
 from prelm_jax.errors import InputError
 from prelm_jax.storage import is_remote
 
@@ -153,7 +154,11 @@ def test_options_exist(page, options):
         for name in re.findall(r"(?<![\w.-])--[a-z][\w.-]*", code):
             if "_" not in name and not name.endswith((".", "…")):  # with _, another code base's
                 assert name in options, code
-        if re.fullmatch(r"\.[a-z0-9-]+", code) and code not in {".gz", ".xz", ".zst", ".jsonl", ".parquet"}:
+        if re.fullmatch(r"\.[a-z0-9-]+", code) and code not in {
+            *readers.KINDS,
+            *readers.FOREIGN,
+            *readers.DECOMPRESSORS,
+        }:
             assert any(name.endswith(code) for name in options), code
 
 
@@ -193,6 +198,14 @@ def test_table_of_spec_options(page):
     for name, values in rows:
         if name in choices:
             assert re.findall(r"`([\w-]+)`", values) == list(get_args(choices[name]))
+
+
+def test_languages_of_sentences():
+    """docs/corpora.md names each with its code."""
+    found = re.findall(
+        r"(?:([A-Z][a-z]+)\s\(`([a-z]{2})`\)|`([a-z]{2})` \(([A-Z][a-z]+)\))", (ROOT / "docs/corpora.md").read_text()
+    )
+    assert {code or other: name or another for name, code, other, another in found} == LANGUAGES
 
 
 def test_table_of_extras():

@@ -23,9 +23,10 @@ from prelm_jax.families import FAMILIES, find_family
 from prelm_jax.planning.plan import TokenizerOfSize
 from prelm_jax.run import SOURCES, Run
 from prelm_jax.training.contract import Model
+from prelm_jax.training.muon import groups
 from prelm_jax.training.optimizer import decays
 from prelm_jax.training.parameters import path_name
-from prelm_jax.training.sharding import MeshConfig, batch_sharding, partition
+from prelm_jax.training.sharding import MeshConfig, abstract_batch, partition
 from prelm_jax.training.step import abstract_state, make_train_step
 
 ROOT = Path(__file__).parents[1]
@@ -75,10 +76,7 @@ def test_one_step_lowers_on_four_devices(reference):
     mesh = MeshConfig(devices=4).build()
     with jax.set_mesh(mesh):
         state = abstract_state(model, run.optimizer, run.batch_size, mesh, "fsdp")
-        batch = {
-            key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(batches.layout[key], x.shape, mesh))
-            for key, x in example.items()
-        }
+        batch = abstract_batch(example, batches.layout, mesh)
         step = make_train_step(model, run.optimizer, run.accumulate, batches.layout, state)
         new_state, metrics = step.eval_shape(state, batch, jax.random.key(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
@@ -117,14 +115,14 @@ def test_a_family_from_outside_trains_resumes_and_is_evaluated(tmp_path, capsys)
     tiny.assert_same_bits(parts, whole, experiment)
 
     capsys.readouterr()
-    main(["evaluate", reference, "--workdir", str(whole)])
+    main(["evaluate", reference, "--workdir", str(whole), "--mesh.devices", "1"])
     printed = capsys.readouterr().out
     tiny.change_seed(parts)
-    first, second = (pretraining.evaluate(workdir, experiment=experiment) for workdir in (whole, parts))
+    first, second = (pretraining.evaluate(workdir, experiment=experiment, devices=1) for workdir in (whole, parts))
     assert first.evaluation == second.evaluation
     last = tiny.metrics(whole)[-1]
     for name in ("loss", "masked_lm_loss", "replaced_token_loss", "replaced_rate"):
-        np.testing.assert_allclose(first.evaluation[name], last[f"evaluation/{name}"], rtol=1e-5)
+        np.testing.assert_allclose(first.evaluation[name], last[f"evaluation/{name}"], rtol=0.1)  # A sample.
         assert f" {first.evaluation[name]:.3f} " in printed
 
 
@@ -140,11 +138,12 @@ def test_golden(reference):
     ]
     leaves = jax.tree_util.tree_leaves_with_path(params)
     lines.append(f"parameters (vocabulary padded): {sum(leaf.size for _, leaf in leaves):,}")
-    for (path, leaf), decay in zip(leaves, jax.tree.leaves(decays(params)), strict=True):
+    group_of = jax.tree.leaves(groups(params, model.matrices))
+    for (path, leaf), decay, group in zip(leaves, jax.tree.leaves(decays(params)), group_of, strict=True):
         parameter = path_name(path)
         if "layer_" not in parameter or "layer_0/" in parameter or "layer_norm" in parameter.split("/")[0]:
             axes = tuple(partition(parameter, leaf.shape, 4, model.replicated))
-            lines.append(f"{parameter} {list(leaf.shape)} decay={decay} fsdp={axes}")
+            lines.append(f"{parameter} {list(leaf.shape)} decay={decay} muon={group == 'muon'} fsdp={axes}")
     text = "\n".join(lines) + "\n"
     golden = GOLDEN / f"{reference.replace(':', '-')}.txt"
     if os.environ.get("PRELM_UPDATE_GOLDEN"):

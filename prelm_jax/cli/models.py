@@ -1,8 +1,9 @@
 """Commands that use a pretrained model: embed, score, fill, generate."""
 
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
+from prelm_jax.bounds import Bounds, Fraction, NotNegative, NotNegativeFloat, Positive, Seed
 from prelm_jax.cache import cache_compiled_programs
 from prelm_jax.cli.options import ModelPath, Positional, Step, TextFile
 from prelm_jax.errors import InputError
@@ -17,7 +18,7 @@ def embed(
     truncate: bool = False,
     tokenize: bool = False,
     state: Literal["zero", "warm", "carry"] | None = None,
-    batch_size: int | None = None,
+    batch_size: Positive | None = None,
     cased: bool = False,
     step: Step = "newest",
 ) -> None:
@@ -35,8 +36,9 @@ def embed(
         cased: Keep capitals. Only for a model directory whose tokenizer has no do_lower_case, such as a lone vocab.txt.
     """
     from prelm_jax.inference.base import Pretrained, write_embeddings
-    from prelm_jax.storage import read_lines
+    from prelm_jax.storage import check_apart, read_lines
 
+    check_apart(output, input, model)
     options = {"truncate": truncate, "tokenize": tokenize, "state": state, "batch_size": batch_size}
     given = {name: value for name, value in options.items() if value is not None and value is not False}
     write_embeddings(_load(model, step, Pretrained, "embed", cased), read_lines(input), output, **given)
@@ -57,7 +59,9 @@ def score(model: ModelPath, input: TextFile, cased: bool = False, step: Step = "
         print(f"{log_probability:.6f}\t{tokens}")
 
 
-def fill(model: ModelPath, text: Positional[str], top_k: int = 5, cased: bool = False, step: Step = "newest") -> None:
+def fill(
+    model: ModelPath, text: Positional[str], top_k: Positive = 5, cased: bool = False, step: Step = "newest"
+) -> None:
     """Print the likeliest tokens for each [MASK] of a text, with their probabilities (BERT).
 
     Args:
@@ -74,11 +78,11 @@ def fill(model: ModelPath, text: Positional[str], top_k: int = 5, cased: bool = 
 def generate(
     model: ModelPath,
     prompt: str,
-    max_tokens: int = 100,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    seed: int = 0,
+    max_tokens: NotNegative = 100,
+    temperature: NotNegativeFloat = 1.0,
+    top_k: Positive | None = None,
+    top_p: Annotated[Fraction, Bounds(above=0)] = 1.0,
+    seed: Seed = 0,
     step: Step = "newest",
 ) -> None:
     """Continue a prompt, and print both (GPT).

@@ -21,6 +21,7 @@ from typing import Annotated, Literal, TypeVar
 
 import tyro
 
+from prelm_jax.bounds import OutOfBounds, check
 from prelm_jax.errors import InputError
 
 Positional = tyro.conf.Positional
@@ -57,7 +58,7 @@ Step = Annotated[
     tyro.conf.arg(help="Checkpoint of a work directory: number of its step, best (lowest held-out loss) or newest."),
 ]
 ModelPath = Annotated[AnyPath, Positional, tyro.conf.arg(help="Model directory or work directory.")]
-TextFile = Annotated[Path, Positional, tyro.conf.arg(help="Text file in UTF-8, one text per line.")]
+TextFile = Annotated[Path, Positional, tyro.conf.arg(help="Text file in UTF-8, one text per line; lines end at LF.")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +126,12 @@ def call(command: Callable[..., None], arguments: Sequence[str], program: str) -
         finally:
             if choice is not None and chosen is None:
                 print(choice.catalog())
-    bound, complaint = _captured(parse, arguments)
+    try:
+        bound, complaint = _captured(parse, arguments)
+    except OutOfBounds as error:
+        raise InputError(f"{_option(error.path, _known_options(parse))} {error.shown}: {error.rule}") from None
     if bound is None:
-        reason = _unknown_option(arguments, parse) or _one_line(complaint)
+        reason = _unknown_option(arguments, _known_options(parse)) or _one_line(complaint)
         raise InputError(f"{reason} {program} --help lists the options.")
     bound(**remainders)
 
@@ -163,6 +167,9 @@ def _interface(command: Callable[..., None], choice: Choice | None, chosen: Chos
     """
 
     def bind(**values: object) -> Bound:
+        for parameter in inspect.signature(command).parameters.values():
+            path = () if _metadata(parameter, Choice) else (parameter.name,)
+            check(values.get(parameter.name, parameter.default), parameter.annotation, path)
         return functools.partial(command, **values)
 
     name = chosen.name if chosen is not None else choice.placeholder if choice is not None else ""
@@ -186,16 +193,29 @@ def _interface(command: Callable[..., None], choice: Choice | None, chosen: Chos
     return bind
 
 
-def _unknown_option(arguments: Sequence[str], parse: Parse) -> str | None:
-    """The complaint about the first option that the help does not list; None if it lists all of them."""
+def _known_options(parse: Parse) -> list[str]:
+    """The options that the help lists."""
     _, text = _captured(parse, ["--help"])
-    known = [
+    return [
         word
         for line in text.splitlines()
         if line.startswith("│ -")
         for word in re.findall(r"(?<!\S)--?[a-zA-Z][\w.-]*", line.strip("│ ").partition("  ")[0])
     ]
+
+
+def _option(path: Sequence[str | int], known: Sequence[str]) -> str:
+    """The option that sets the field at a path: --mesh.devices for loop.mesh.devices, where `loop` has no prefix."""
+    names = [str(name).replace("_", "-") for name in path if isinstance(name, str)]
+    options = ["--" + ".".join(names[i:]) for i in range(len(names))]
+    return next((option for option in options if option in known), ".".join(map(str, path)))
+
+
+def _unknown_option(arguments: Sequence[str], known: Sequence[str]) -> str | None:
+    """The complaint about the first option that is not known; None if all are."""
     for argument in arguments:
+        if argument.startswith("-") and os.path.lexists(argument):
+            return f"{argument} is read as an option: write ./{argument} for the file of that name."
         option = argument.partition("=")[0]
         if re.match(r"--[a-zA-Z]", option) and option.replace("_", "-") not in known:
             if field := next((each for each in known if each.startswith(f"{option}.")), None):

@@ -64,14 +64,16 @@ def train(config: Annotated["TokenizerConfig", KIND], directory: Positional[Path
     """Train a tokenizer on a corpus and write its files.
 
     Args:
-        directory: Directory to write, in the format that `transformers` reads (words: a vocab.txt).
+        directory: New or empty directory to write, in the format that `transformers` reads (words: a vocab.txt).
         corpus: Sources of text: python-docs, or paths, globs and tfds: names, each with its options.
     """
     from prelm_jax.corpus.documents import Corpus
+    from prelm_jax.storage import output_directory
     from prelm_jax.tokenizers.build import build
 
-    tokenizer = build(config, Corpus(corpus))
-    tokenizer.save(directory)
+    with output_directory(directory) as written:
+        tokenizer = build(config, Corpus(corpus))
+        tokenizer.save(written)
     print(f"wrote {directory}: {tokenizer.vocab_size:,} tokens")
 
 

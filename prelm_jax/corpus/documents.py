@@ -2,11 +2,12 @@
 
 A SPEC (`prelm_jax.corpus.spec`) is `python-docs` (the documentation inside every Python), a path or glob of files of
 plain text, JSON lines (.jsonl) or Parquet, or `tfds:name/config[:split]`; text and JSON lines may be compressed (.gz,
-.xz, .zst). Options follow after commas: `novels/*.txt.xz,documents=file,sentences=line`.
+.bz2, .xz, .zst). Options follow after commas: `novels/*.txt.xz,documents=file,sentences=line`.
 
 documents   blank-line, file or line: where a document of a text file ends (the end of a file always ends one)
 field       name of the text field of JSON lines, Parquet and TFDS; default `text`
 sentences   library or line: how sentences are found (`prelm_jax.corpus.sentences`)
+language    code of the language whose rules the library follows; default `en`
 cleaning    gpt: clean documents as GPT-1 did (`prelm_jax.corpus.cleaning`)
 weight      passes over the training documents of the source: 3 reads it three times, 2.5 twice and then half of its
             documents, chosen by hash; held-out documents are read once
@@ -26,6 +27,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from prelm_jax.bounds import Fraction, check
 from prelm_jax.cache import cached, cached_file, digest
 from prelm_jax.corpus import cleaning, sources
 from prelm_jax.corpus.readers import Errors, File, endings
@@ -42,11 +44,12 @@ SHARD_CHARACTERS = 1 << 23
 
 
 class Document(NamedTuple):
-    r"""One document. Lines of `text` end at \n; `original` is the text before cleaning; `sentences`: how to split."""
+    r"""One document. Lines of `text` end at \n; `original` is the text before cleaning; the rest says how to split."""
 
     text: str
     original: str
     sentences: Splitting
+    language: str
     side: Side
 
 
@@ -78,13 +81,12 @@ class Corpus:
     """
 
     sources: tuple[str, ...]
-    held_out: float = 0.0
+    held_out: Fraction = 0.0
     deduplicate: bool = False
     errors: Errors = "strict"
 
     def __post_init__(self):
-        if not 0 <= self.held_out <= 1:
-            raise InputError(f"held_out is a fraction of the documents, from 0 to 1, not {self.held_out}")
+        check(self)
         parse(self.sources)
 
     def documents(self, side: Side | None = None, description: str | None = None) -> Iterator[Document]:
@@ -108,11 +110,11 @@ class Corpus:
         text = cleaning.clean(original) if spec.cleaning == "gpt" else original
         hash, threshold = _hash(text), int(self.held_out * 2**64)
         if hash < threshold:
-            return Document(text, original, spec.sentences, "held_out") if repetition == 0 else None
-        # Hashes of the training side are uniform between the threshold and 2**64: the last pass keeps the lowest.
-        if hash - threshold < (spec.weight - repetition) * (2**64 - threshold):
-            return Document(text, original, spec.sentences, "training")
-        return None
+            side, kept = "held_out", repetition == 0
+        else:
+            # Hashes of the training side are uniform between the threshold and 2**64: the last pass keeps the lowest.
+            side, kept = "training", hash - threshold < (spec.weight - repetition) * (2**64 - threshold)
+        return Document(text, original, spec.sentences, spec.language, side) if kept else None
 
     def shards(self, number: int, part: Part) -> Iterator[Shard]:
         """The documents of part `number`, in shards that end with the document that reaches SHARD_CHARACTERS."""
@@ -164,7 +166,7 @@ class Corpus:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the contents of the files, the options and the held-out fraction; not of file names.
 
-        Hashes of contents are memoized in the cache directory by path, size and modification time.
+        Hashes of contents are memoized in the cache directory by path, size and times of change.
         """
         contents = [[source.spec.identity(), _contents_digest(files)] for source, files in self._files]
         return digest([VERSION, self.held_out, self.deduplicate, self.errors, contents])
@@ -207,7 +209,7 @@ def _hash(text: str) -> int:
 
 def _contents_digest(files: list[File]) -> str:
     """SHA-256 (hex) of the contents of files and of the endings that decide how they are read."""
-    states = [(os.path.abspath(file.path), file.size, file.modified) for file in files]
+    states = [(os.path.abspath(file.path), *file[1:]) for file in files]
     contents = cached("contents", digest(states), lambda: digest(list(map(_content_digest, files))))
     return digest([[endings(file.path) for file in files], contents])
 

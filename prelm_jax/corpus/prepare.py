@@ -8,16 +8,19 @@ corpus, except for an open vocabulary, whose distinct words are all in memory.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
 import os
+import pickle
 import re
 import shutil
 import signal
-import uuid
-import zipfile
-import zlib
+import sys
+import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
@@ -26,14 +29,13 @@ from typing import get_args
 
 import numpy as np
 
-from prelm_jax.cache import cache_directory, digest, locked
+from prelm_jax.cache import built, cache_directory, digest, is_intact, locked
 from prelm_jax.corpus import documents, sources
 from prelm_jax.corpus.documents import Corpus, Document, Shard, Side
 from prelm_jax.corpus.sentences import split
-from prelm_jax.corpus.store import COLUMNS, COUNTS, STORE_FORMAT, Store, Writer, spelled
+from prelm_jax.corpus.store import COLUMNS, COUNTS, STORE_FORMAT, DamagedStore, Store, Writer, spelled
 from prelm_jax.errors import InputError, first_line
 from prelm_jax.progress import Advance, Progress
-from prelm_jax.storage import writing
 from prelm_jax.tokenizers.base import Tokenizer
 
 BATCH_CHARACTERS = 1 << 22
@@ -61,27 +63,47 @@ def prepare(
     tokenizer: Tokenizer,
     directory: str | os.PathLike | None = None,
     make_shards: MakeShards | None = None,
-    verify: bool = False,
 ) -> tuple[Store, Store]:
-    """The training and held-out stores of a corpus, made if they do not exist, by one process while others wait.
+    """The training and held-out stores of a corpus. One process makes them if they are missing or damaged; others wait.
 
-    `make_shards`: default `make_shards_locally`. `verify`: check the checksums of existing stores. Raises InputError if
-    the corpus cannot be read or has no tokens.
+    `make_shards`: default `make_shards_locally`. Raises InputError if the corpus cannot be read or has no tokens.
 
         training, held_out = prepare(Corpus(("novels/*.txt",), held_out=0.01), tokenizer)
     """
     target = store_path(corpus, tokenizer, directory)
     partial = partial_path(target)
-    if not target.exists():
+    if (stores := _open(target, corpus, tokenizer)) is None:
         with locked(target):
-            if not target.exists():
+            if (stores := _open(target, corpus, tokenizer, "; making it again")) is None:
                 partial.mkdir(exist_ok=True)
                 (make_shards or make_shards_locally)(corpus, tokenizer, partial)
-                _merge(corpus, tokenizer, partial).rename(target)
-                verify = False
+                made = _merge(corpus, tokenizer, partial)
+                shutil.rmtree(target, ignore_errors=True)  # Damaged.
+                made.rename(target)
+                training, held_out = (Store.open(target / side) for side in SIDES)
+                stores = training, held_out
     shutil.rmtree(partial, ignore_errors=True)
-    training, held_out = (Store.open(target / side, verify) for side in SIDES)
+    return stores
+
+
+def _open(target: Path, corpus: Corpus, tokenizer: Tokenizer, remedy: str | None = None) -> tuple[Store, Store] | None:
+    """Both stores; None where one is missing or damaged, which is said with the remedy."""
+    if not target.exists():
+        return None
+    try:
+        training, held_out = (Store.open(target / side) for side in SIDES)
+        for side, store in zip(SIDES, (training, held_out), strict=True):
+            if any(store.manifest[name] != value for name, value in _origin(corpus, tokenizer, side).items()):
+                raise DamagedStore(f"{target / side} is the store of something else")
+    except DamagedStore as damage:
+        if remedy is not None:
+            print(f"{damage}{remedy}", file=sys.stderr)
+        return None
     return training, held_out
+
+
+def _origin(corpus: Corpus, tokenizer: Tokenizer, side: Side) -> dict[str, str]:
+    return {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint, "side": side}
 
 
 # ---- Shards ----------------------------------------------------------------------------------------------------------
@@ -89,15 +111,9 @@ def prepare(
 
 def make_shard(shard: Shard, corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None:
     """Tokenizes a shard to a file in `directory`, which appears when it is complete."""
-    target, unfinished = _file(shard, directory), directory / f".{shard.name}-{uuid.uuid4().hex}"
     arrays = _tokenize(shard, corpus, tokenizer)
-    with writing(target):
-        try:
-            with open(unfinished, "wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
-            unfinished.replace(target)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    with built(_file(shard, directory)) as unfinished, open(unfinished, "wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def _file(shard: Shard, directory: Path) -> Path:
@@ -113,7 +129,7 @@ def _tokenize(shard: Shard, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, n
     is_open, numbers = tokenizer.open_vocabulary, dict(tokenizer.ids)
     batches: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     for batch in _batches(shard, corpus):
-        sentences = [split(document.text, document.sentences) for document in batch]
+        sentences = [split(document.text, document.sentences, document.language) for document in batch]
         texts = list(itertools.chain.from_iterable(sentences))
         ids, tokens_Y = tokenizer.number_flat(texts, numbers) if is_open else tokenizer.encode_flat(texts)
         ids = ids.astype(_id_dtype(tokenizer))
@@ -194,7 +210,7 @@ def make_shards_locally(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -
         def missing() -> Iterator[Shard]:
             for number, part in enumerate(corpus.parts):
                 for shard in corpus.shards(number, part):
-                    if _file(shard, directory).exists():
+                    if is_intact(_file(shard, directory)):
                         progress.advance(shard.bytes)
                     else:
                         yield shard
@@ -210,40 +226,55 @@ def make_shards_locally(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -
 
 
 def _in_processes(make: Callable[[Shard], None], shards: Iterable[Shard], advance: Advance) -> None:
-    import loky  # Here: a small corpus needs no workers.
+    import cloudpickle  # Here: a small corpus needs no workers.
+    import loky
 
-    workers = loky.cpu_count()
-    # Idle workers exit after the timeout, so none stays for long when this process is killed.
-    executor = loky.ProcessPoolExecutor(workers, timeout=60, initializer=_initialize_worker, initargs=(make,))
     running: dict[futures.Future, float] = {}
+    workers = loky.cpu_count()
+    with contextlib.ExitStack() as stack:
+        # The workers read `make` from a file: loky hands over what it is given through a pipe whose reading end it
+        # keeps open, and would wait forever if a worker dies before it has read more than the pipe holds.
+        file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="prelm-"))
+        file.write(cloudpickle.dumps(make))
+        file.flush()
+        arguments = (file.name, os.getpid())
+        executor = loky.ProcessPoolExecutor(workers, initializer=_initialize_worker, initargs=arguments)
+        stack.callback(executor.shutdown, kill_workers=True)
 
-    def wait(number: int) -> None:
-        """Until at most `number` shards are being made."""
-        while len(running) > number:
-            for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
-                future.result()
-                advance(running.pop(future))
+        def wait(number: int) -> None:
+            """Until at most `number` shards are being made."""
+            while len(running) > number:
+                for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
+                    future.result()
+                    advance(running.pop(future))
 
-    try:
-        for shard in shards:
-            running[executor.submit(_make_in_worker, shard)] = shard.bytes
-            wait(workers)
-        wait(0)
-    except BrokenProcessPool as error:
-        reason = f"probably out of memory: {first_line(error)}"
-        raise InputError(f"a tokenizer worker died ({reason}): the same command resumes") from None
-    finally:
-        executor.shutdown(kill_workers=True)
+        try:
+            for shard in shards:
+                running[executor.submit(_make_in_worker, shard)] = shard.bytes
+                wait(workers)
+            wait(0)
+        except BrokenProcessPool as error:
+            reason = f"probably out of memory: {first_line(error)}"
+            raise InputError(f"a tokenizer worker died ({reason}): the same command resumes") from None
 
 
 _make_shard: Callable[[Shard], None]  # In a worker.
 
 
-def _initialize_worker(make: Callable[[Shard], None]) -> None:
+def _initialize_worker(file: str, parent: int) -> None:
     global _make_shard
-    _make_shard = make
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # There is a worker for each core.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent process stops the workers.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # The parent process stops the workers.
+    _make_shard = pickle.loads(Path(file).read_bytes())
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent has ended, however that came."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _make_in_worker(shard: Shard) -> None:
@@ -273,17 +304,16 @@ def _merge(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> Path:
     for side, writer in writers.items():
         if tokenizer.open_vocabulary:
             writer.write(spelled(itertools.chain(tokenizer.tokens, new_words)))
-        writer.finish({"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint, "side": side})
+        writer.finish(_origin(corpus, tokenizer, side))
     return target
 
 
 def _read(file: Path) -> dict[str, np.ndarray]:
-    """The arrays of a shard. The format has checksums: damage raises InputError."""
-    try:
-        with open(file, "rb") as content, np.load(content) as arrays:
-            return dict(arrays)
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{file} is damaged ({error}): delete it, and the same command resumes") from None
+    """The arrays of a shard."""
+    if not is_intact(file):
+        raise InputError(f"{file} is damaged: the same command makes it again, and resumes")
+    with open(file, "rb") as content, np.load(content) as arrays:
+        return dict(arrays)
 
 
 def _renumber(shard: dict[str, np.ndarray], numbers: dict[str, int], first: int) -> None:

@@ -1,15 +1,18 @@
-r"""Files to documents: plain text, JSON lines and Parquet; text may be compressed (.gz, .xz, .zst).
+r"""Files to documents: plain text, JSON lines and Parquet; text may be compressed (.gz, .bz2, .xz, .zst).
 
-Files are streamed, one document in memory at a time. Lines end at \n, \r\n or \r (a file may come from any system) and
-at \n in the documents. Errors name the file and the byte, line or row.
+The name of a file says how it is read. Names that promise another format are refused, and so is content that is not
+text. Files are streamed, one document in memory at a time. Lines end at \n, \r\n or \r (a file may come from any
+system) and at \n in the documents. Errors name the file and the byte, line or row.
 """
 
+import bz2
+import codecs
 import gzip
 import json
 import lzma
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Literal, NamedTuple
 
 import zstandard
@@ -21,33 +24,75 @@ from prelm_jax.storage import decode_utf8, opened
 Errors = Literal["strict", "replace"]  # Bytes that are not UTF-8: an error, or U+FFFD.
 
 CHUNK_BYTES = 1 << 20
-DECOMPRESSORS = {".gz": gzip.open, ".xz": lzma.open}
+
+# ---- Formats by name -------------------------------------------------------------------------------------------------
+
+JSON_LINES, PARQUET = ".jsonl", ".parquet"
+KINDS = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".jsonlines", ".jl", ".json"), JSON_LINES),
+    **dict.fromkeys((".parquet", ".pq"), PARQUET),
+}
+_TABLE = "write its texts as JSON lines"
+_DOCUMENT = "save it as plain text"
+_ARCHIVE = "unpack it"
+# What to do about formats that are not read. Names that are not here are those of plain text.
+FOREIGN = {
+    **dict.fromkeys((".csv", ".tsv", ".xls", ".xlsx", ".ods", ".arrow", ".feather", ".orc", ".avro"), _TABLE),
+    **dict.fromkeys((".tfrecord", ".tfrecords", ".db", ".sqlite", ".sqlite3", ".h5", ".hdf5"), _TABLE),
+    **dict.fromkeys((".npy", ".npz", ".pkl", ".pickle", ".pt", ".bin", ".safetensors", ".msgpack"), _TABLE),
+    **dict.fromkeys((".html", ".htm", ".xhtml", ".xml", ".pdf", ".ps", ".rtf", ".epub", ".djvu"), _DOCUMENT),
+    **dict.fromkeys((".doc", ".docx", ".odt", ".ppt", ".pptx", ".odp", ".ipynb"), _DOCUMENT),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".lzma", ".lz4", ".z", ".br"), _ARCHIVE),
+}
 
 
 def endings(path: str) -> tuple[str | None, str | None]:
-    """The endings of a name that decide how it is read.
+    """How the name of a file says that it is read: the kind (None: plain text) and the compression.
 
-    Example: `endings("a.jsonl.gz") == (".jsonl", ".gz")`, `endings("a.parquet") == (".parquet", None)`.
+    Example: `endings("a.ndjson.gz") == (".jsonl", ".gz")`, `endings("a.parquet") == (".parquet", None)`.
     """
-    kind, compression = re.findall(r"(\.jsonl|\.parquet)?(\.gz|\.xz|\.zst)?\Z", path)[0]
-    return kind or None, compression or None
+    stem, compression = _without_compression(path)
+    return KINDS.get(os.path.splitext(stem)[1].lower()), compression
+
+
+def check_name(path: str) -> None:
+    """Raises InputError for a name that promises a format that is not read."""
+    ending = os.path.splitext(_without_compression(path)[0])[1].lower()
+    if ending in FOREIGN:
+        raise InputError(
+            f"{path}: {ending} files are not read: {FOREIGN[ending]} (docs/corpora.md), or name it .txt if it is text"
+        )
+
+
+def _without_compression(path: str) -> tuple[str, str | None]:
+    stem, ending = os.path.splitext(path)
+    return (stem, ending.lower()) if ending.lower() in DECOMPRESSORS else (path, None)
 
 
 class File(NamedTuple):
-    """A file as it was when the corpus was opened; `modified` in nanoseconds."""
+    """A file as it was when the corpus was opened.
+
+    Times are in nanoseconds: of the last change of the content, which programs can set, and of the file's entry, which
+    they cannot.
+    """
 
     path: str
     size: int
     modified: int
+    changed: int
 
     @classmethod
     def at(cls, path: str) -> "File":
-        stat = os.stat(path)
-        return cls(path, stat.st_size, stat.st_mtime_ns)
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from None
+        return cls(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
     def check(self) -> None:
         """Raises InputError if the file has changed: its content would no longer match the corpus fingerprint."""
-        if File.at(self.path) != self:
+        now = File.at(self.path)
+        if (now.size, now.modified) != (self.size, self.modified):
             raise InputError(f"{self.path} was changed while it was in use: run again when it is complete")
 
 
@@ -55,27 +100,79 @@ class File(NamedTuple):
 
 
 def _chunks(file: File, advance: Advance) -> Iterator[bytes]:
-    """The decompressed content of a file."""
+    """The decompressed content of a text file. Raises InputError for content that is not text."""
     compression = endings(file.path)[1]
     with opened(file.path) as raw:
-        if compression == ".zst":
-            chunks = _zstandard_chunks(raw)
-        else:
-            content = DECOMPRESSORS[compression](raw) if compression else raw
-            chunks = iter(lambda: content.read(CHUNK_BYTES), b"")
-        position = 0
-        for chunk in chunks:
+        if compression and file.size == 0:
+            raise EOFError("it is empty")
+        position = offset = 0
+        for chunk in filter(None, DECOMPRESSORS[compression](raw)):
             file.check()
+            if offset == 0:
+                _check_beginning(file.path, chunk, compression is not None)
+            if (null := chunk.find(0)) >= 0:
+                raise InputError(
+                    f"{file.path} has a NUL at byte {offset + null}, so it is not text in UTF-8: convert it from its "
+                    "format (UTF-16: iconv -f UTF-16 -t UTF-8), or delete stray NULs (tr -d '\\000')"
+                )
             yield chunk
+            offset += len(chunk)
             advance(raw.tell() - position)
             position = raw.tell()
         file.check()
 
 
+def _read(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
+    return iter(lambda: file.read(CHUNK_BYTES), b"")
+
+
+def _gzip_chunks(file: IO[bytes]) -> Iterator[bytes]:
+    return _read(gzip.GzipFile(fileobj=file))  # Unlike Python's readers of the other formats, it checks all streams.
+
+
+def _bzip2_chunks(file: IO[bytes]) -> Iterator[bytes]:
+    return _streams(file, bz2.BZ2Decompressor, padding=1)
+
+
+def _xz_chunks(file: IO[bytes]) -> Iterator[bytes]:
+    return _streams(file, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), padding=4)
+
+
+def _streams(
+    file: IO[bytes], new: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor], padding: int
+) -> Iterator[bytes]:
+    """The content of all streams of a file, each of which may be followed by NULs, a multiple of `padding`.
+
+    Python's own readers ignore a damaged stream after the first.
+    """
+    stream, nulls = new(), 0
+    for chunk in _read(file):
+        while chunk:
+            if stream is None:
+                rest = chunk.lstrip(b"\0")
+                nulls, chunk = nulls + len(chunk) - len(rest), rest
+                if not chunk:
+                    break
+                if nulls % padding:
+                    raise EOFError(f"{nulls} NULs between its streams")
+                stream, nulls = new(), 0
+            try:
+                yield stream.decompress(chunk, CHUNK_BYTES)
+                while not (stream.eof or stream.needs_input):
+                    yield stream.decompress(b"", CHUNK_BYTES)
+            except OSError as error:  # bz2's error for damage; `opened` would take it for one of the disk.
+                raise EOFError(error) from None
+            chunk = stream.unused_data
+            if stream.eof:
+                stream = None
+    if stream or nulls % padding:
+        raise EOFError("it is truncated")
+
+
 def _zstandard_chunks(file: IO[bytes]) -> Iterator[bytes]:
     """The frames of a .zst file. The library's own reader takes a truncated file for a complete one."""
     frame = None
-    while chunk := file.read(CHUNK_BYTES):
+    for chunk in _read(file):
         while chunk:
             frame = frame or zstandard.ZstdDecompressor().decompressobj()
             try:
@@ -87,7 +184,47 @@ def _zstandard_chunks(file: IO[bytes]) -> Iterator[bytes]:
             if frame.eof:
                 frame = None
     if frame:
-        raise EOFError("the file is truncated")
+        raise EOFError("it is truncated")
+
+
+DECOMPRESSORS: dict[str | None, Callable[[IO[bytes]], Iterator[bytes]]] = {
+    None: _read,
+    ".gz": _gzip_chunks,
+    ".bz2": _bzip2_chunks,
+    ".xz": _xz_chunks,
+    ".zst": _zstandard_chunks,
+}
+
+# What begins with these bytes, and what to do about it.
+_UNPACK, _UTF8 = "unpack it", "convert it: iconv -t UTF-8 -f"
+SIGNATURES = {
+    rb"\x1f\x8b": ("compressed", "end its name with .gz"),
+    rb"BZh[1-9]1AY&SY": ("compressed", "end its name with .bz2"),
+    rb"\xfd7zXZ\0": ("compressed", "end its name with .xz"),
+    rb"\x28\xb5\x2f\xfd": ("compressed", "end its name with .zst"),
+    rb"\x04\x22\x4d\x18": ("compressed (lz4)", _UNPACK),
+    rb"PK\x03\x04": ("a zip archive or an office document", f"{_UNPACK}, or save it as plain text"),
+    rb"7z\xbc\xaf|Rar!|.{257}ustar": ("an archive", _UNPACK),
+    rb"PAR1": ("a Parquet file", "end its name with .parquet"),
+    rb"%PDF-|%!PS|\{\\rtf|\xd0\xcf\x11\xe0": ("a formatted document", _DOCUMENT),
+    rb"\xff\xfe\0\0|\0\0\xfe\xff": ("in UTF-32", f"{_UTF8} UTF-32"),
+    rb"\xff\xfe|\xfe\xff": ("in UTF-16", f"{_UTF8} UTF-16"),
+}
+
+
+def _check_beginning(path: str, head: bytes, unpacked: bool) -> None:
+    """Raises InputError for a known signature, and where more than a tenth of the characters are not UTF-8."""
+    for signature, (what, remedy) in SIGNATURES.items():
+        if re.match(signature, head, re.DOTALL):
+            if unpacked and remedy.startswith("end its name"):
+                remedy = _UNPACK
+            raise InputError(f"{path} is {what}, not plain text: {remedy}")
+    # The last character may be cut.
+    text = codecs.getincrementaldecoder("utf-8")("replace").decode(head)
+    if (text.count("\ufffd") - head.count("\ufffd".encode())) * 10 > len(text):
+        raise InputError(
+            f"{path} is binary, or text in another encoding: unpack it, or convert it (iconv -f ENCODING -t UTF-8)"
+        )
 
 
 def _lines(file: File, advance: Advance) -> Iterator[tuple[int, bytes]]:
@@ -148,7 +285,16 @@ def json_texts(file: File, field: str, errors: Errors, advance: Advance) -> Iter
                 text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             text.encode()  # JSON can spell a lone surrogate, UTF-8 cannot.
         except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
-            raise InputError(f"{file.path}:{number} is no JSON object with a string `{field}`: correct it") from None
+            begins = decoded.strip()
+            if offset == 0 and (begins[0] == "[" or (begins[0] == "{" and begins[-1] != "}")):
+                raise InputError(
+                    f"{file.path}:{number} begins one JSON value, instead of an object a line: write its texts as JSON "
+                    "lines (docs/corpora.md)"
+                ) from None
+            raise InputError(
+                f"{file.path}:{number} is no JSON object with a string `{field}`: correct it, or name another field "
+                "with field="
+            ) from None
         yield from as_document(text)
 
 
@@ -159,7 +305,7 @@ def parquet_texts(file: File, field: str, errors: Errors, advance: Advance) -> I
 
     with opened(file.path) as raw:
         try:
-            table = pyarrow.parquet.ParquetFile(raw)
+            table = pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True)
             schema = table.schema_arrow
             if field not in schema.names:
                 raise InputError(f"{file.path} has no column `{field}`, only {', '.join(schema.names)}")
@@ -178,5 +324,7 @@ def parquet_texts(file: File, field: str, errors: Errors, advance: Advance) -> I
                         raise InputError(f"{file.path}: row {row} has no `{field}`: fill it or leave the row out")
                     yield from as_document(decode(f"{file.path}, row {row},", 0, data.as_py(), errors))
                 advance(file.size / table.num_row_groups)
-        except pyarrow.ArrowInvalid as error:
+        except (pyarrow.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno:  # Of the disk; pyarrow's own are about the content.
+                raise
             raise InputError(f"{file.path} is damaged ({first_line(error)}): copy or download it again") from None

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prelm_jax.corpus import python_docs, tfds
-from prelm_jax.corpus.readers import Errors, File, endings, json_texts, parquet_texts, plain_texts
+from prelm_jax.corpus import python_docs, readers, tfds
+from prelm_jax.corpus.readers import Errors, File
 from prelm_jax.corpus.spec import Spec
 from prelm_jax.errors import InputError
 from prelm_jax.progress import Advance
-from prelm_jax.storage import is_remote
+from prelm_jax.storage import is_remote, kind_of_file
 
 PART_BYTES = 1 << 26
 
@@ -89,13 +89,13 @@ class TextFiles(Source):
 
     def texts(self, part: Part, errors: Errors, advance: Advance) -> Iterator[str]:
         for file in part.files:
-            kind = endings(file.path)[0]
-            if kind == ".jsonl":
-                yield from json_texts(file, self.spec.field, errors, advance)
-            elif kind == ".parquet":
-                yield from parquet_texts(file, self.spec.field, errors, advance)
+            kind = readers.endings(file.path)[0]
+            if kind == readers.JSON_LINES:
+                yield from readers.json_texts(file, self.spec.field, errors, advance)
+            elif kind == readers.PARQUET:
+                yield from readers.parquet_texts(file, self.spec.field, errors, advance)
             else:
-                yield from plain_texts(file, self.spec.documents, errors, advance)
+                yield from readers.plain_texts(file, self.spec.documents, errors, advance)
 
 
 class TFDS(Source):
@@ -136,10 +136,26 @@ def _matching_files(location: str) -> list[str]:
     path = os.path.expanduser(location)
     if os.path.isdir(path):
         raise InputError(f"{location} is a directory: give its files, for example {os.path.join(location, '*.txt')}")
-    if os.path.exists(path):
-        return [path]
-    if not glob.has_magic(path):
+    if os.path.lexists(path):
+        matches = [path]
+    elif not glob.has_magic(path):
         raise InputError(f"there is no file {location}: give a path, a glob, python-docs or tfds:name")
-    if matches := sorted(filter(os.path.isfile, glob.glob(path, recursive=True))):
-        return matches
-    raise InputError(f"no file matches {location}: give the files of your text with --corpus")
+    else:
+        matches = sorted(match for match in glob.glob(path, recursive=True) if not os.path.isdir(match))
+    if not matches:
+        raise InputError(f"no file matches {location}: give the files of your text with --corpus")
+    for match in matches:
+        _check_file(match)
+    return matches
+
+
+def _check_file(path: str) -> None:
+    """Raises InputError for what cannot be read several times, and for names of formats that are not read."""
+    kind = kind_of_file(path)
+    if kind == "pipe":
+        raise InputError(f"{path} is a pipe, which can be read once, and a corpus is read again: write it to a file")
+    if not kind:
+        raise InputError(f"{path} is a link to a file that does not exist: mend it or leave it out")
+    if kind != "file":
+        raise InputError(f"{path} is a {kind}: give a file")
+    readers.check_name(path)

@@ -19,6 +19,7 @@ The documents [[5, 6] [7]] [[8]] of ids are `ids` 5 6 7 8, `sentence_offsets` 0 
 Y sentences, W distinct words. Flat arrays of tokens have none.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -32,10 +33,10 @@ import numpy as np
 
 from prelm_jax.cache import digest
 from prelm_jax.errors import InputError
-from prelm_jax.storage import writing
+from prelm_jax.storage import opened, writing
 from prelm_jax.tokenizers.characters import Spellings
 
-STORE_FORMAT = 4  # Raise it when the arrays or the manifest change.
+STORE_FORMAT = 5  # Raise it when the arrays or the manifest change.
 CHUNK_ITEMS = 1 << 24  # Counted in memory at once.
 ARRAYS = ("ids", "sentence_offsets", "document_offsets", "document_bytes")
 WORD_ARRAYS = ("word_bytes", "word_offsets")
@@ -43,6 +44,10 @@ WORD_ARRAYS = ("word_bytes", "word_offsets")
 COLUMNS = ("ids", "sentence_lengths", "document_lengths", "document_bytes")
 COUNTS = ("words", "unknown_tokens", "empty_documents", "longest_word")
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
+
+
+class DamagedStore(InputError):
+    """A token store that is not whole; one that this user may not read is another InputError."""
 
 
 class Store:
@@ -58,6 +63,8 @@ class Store:
         corpus, tokenizer, side           fingerprints, and "training" or "held_out"
         format                            STORE_FORMAT
         lengths, dtypes, checksums        of each array; checksums are SHA-256 (hex)
+
+    and in the file `checksum`, of all the rest.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], manifest: dict):
@@ -122,6 +129,12 @@ class Store:
             counts = found
         return np.searchsorted(np.cumsum(counts), np.ceil(np.array(QUANTILES) * number)).tolist()
 
+    def count_of_length_one(self, unit: Literal["documents", "sentences"]) -> int:
+        """How many documents have one sentence, or sentences one token."""
+        offsets = self.document_offsets if unit == "documents" else self.sentence_offsets
+        starts = range(0, len(offsets) - 1, CHUNK_ITEMS)
+        return sum(int((np.diff(offsets[start : start + CHUNK_ITEMS + 1]) == 1).sum()) for start in starts)
+
     @classmethod
     def from_documents(cls, documents: Iterable[Sequence[Sequence[int]]], words: Iterable[str] | None = None) -> Self:
         """A store in memory, from documents of sentences of ids; `words` spells the ids of an open vocabulary.
@@ -145,30 +158,40 @@ class Store:
         return cls(arrays, {"words": 0, "empty_documents": len(documents) - len(kept), "checksums": checksums})
 
     @classmethod
-    def open(cls, directory: str | os.PathLike, verify: bool = False) -> Self:
-        """Memory-maps a store. Raises InputError if it is incomplete: sizes differ, or with `verify` checksums."""
+    def open(cls, directory: str | os.PathLike) -> Self:
+        """Memory-maps a store after its checksums were verified, a second or less for each GB.
+
+        Raises DamagedStore if something is missing or differs.
+        """
         directory = Path(directory)
-        again = f"delete {directory.parent} and run again"
-        try:
-            manifest = json.loads((directory / "manifest.json").read_bytes())
-            lengths, dtypes, checksums = manifest["lengths"], manifest["dtypes"], manifest["checksums"]
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{directory} is not a complete token store ({error!r}): {again}") from None
-        if manifest.get("format") != STORE_FORMAT:
-            raise InputError(f"{directory} is a token store of another version of prelm_jax: {again}")
+        manifest = _read_manifest(directory / "manifest.json")
         arrays = {}
-        for name in (*ARRAYS, *(name for name in WORD_ARRAYS if name in lengths)):
-            path, dtype = directory / name, np.dtype(dtypes[name])
-            size = path.stat().st_size if path.exists() else 0
-            if size != lengths[name] * dtype.itemsize:
-                raise InputError(f"{path} has {size} bytes, not {lengths[name] * dtype.itemsize}: {again}")
-            if verify:
-                with open(path, "rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != checksums[name]:
-                        raise InputError(f"{path} is damaged (its checksum differs): {again}")
-            # An empty file cannot be mapped.
-            arrays[name] = np.asarray(np.memmap(path, dtype, "r")) if size else np.empty(0, dtype)
+        for name, length in manifest["lengths"].items():
+            path, dtype = directory / name, np.dtype(manifest["dtypes"][name])
+            size = path.stat().st_size if path.is_file() else 0
+            if size != length * dtype.itemsize:
+                raise DamagedStore(f"{path} has {size} bytes, not {length * dtype.itemsize}")
+            if size == 0:  # An empty file cannot be mapped.
+                arrays[name] = np.empty(0, dtype)
+                continue
+            with opened(path) as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != manifest["checksums"][name]:
+                    raise DamagedStore(f"{path} is damaged (its checksum differs)")
+            arrays[name] = np.asarray(np.memmap(path, dtype, "r"))
         return cls(arrays, manifest)
+
+
+def _read_manifest(path: Path) -> dict:
+    """The manifest as it was written, without its checksum."""
+    if not path.is_file():
+        raise DamagedStore(f"{path} is missing")
+    with opened(path) as file:
+        content = file.read()
+    with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        manifest = json.loads(content)
+        if manifest.pop("checksum") == digest(manifest) and manifest["format"] == STORE_FORMAT:
+            return manifest
+    raise DamagedStore(f"{path} is damaged, or of another version of prelm_jax")
 
 
 def spelled(words: Iterable[str]) -> dict[str, np.ndarray]:
@@ -228,6 +251,7 @@ class Writer:
         checksums = {name: checksum.hexdigest() for name, checksum in self.checksums.items()}
         dtypes = {name: dtype.str for name, dtype in self.dtypes.items()}
         arrays = {"lengths": self.lengths, "dtypes": dtypes, "checksums": checksums}
+        manifest = {"format": STORE_FORMAT, **origin, **self.counts, **arrays}
         path = self.directory / "manifest.json"
         with writing(path):
-            path.write_text(json.dumps({"format": STORE_FORMAT, **origin, **self.counts, **arrays}, indent=2) + "\n")
+            path.write_text(json.dumps({**manifest, "checksum": digest(manifest)}, indent=2) + "\n")

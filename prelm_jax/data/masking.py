@@ -10,10 +10,11 @@ before the special token.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
+from prelm_jax.bounds import Bounds, Fraction, OutOfBounds
 from prelm_jax.data.batches import special_id
 from prelm_jax.data.randomness import bits, key, random_uint32
 from prelm_jax.errors import InputError
@@ -28,21 +29,20 @@ _LARGEST = np.uint32(2**32 - 1)
 class MaskingConfig:
     """Selects `probability` × length tokens to predict and replaces most of them."""
 
-    probability: float = 0.15  # Fraction of a sequence's tokens to predict; special tokens count towards its length.
-    mask: float = 0.8  # Fraction of the predicted tokens that the model reads as [MASK].
-    random: float = 0.1  # Fraction that it reads as a random token; the rest is left as it is.
+    # Fraction of a sequence's tokens to predict; special tokens count towards its length.
+    probability: Annotated[Fraction, Bounds(above=0)] = 0.15
+    mask: Fraction = 0.8  # Fraction of the predicted tokens that the model reads as [MASK].
+    random: Fraction = 0.1  # Fraction that it reads as a random token; the rest is left as it is.
     whole_word: bool = False  # Predict all subwords of a word or none (needs a vocabulary with subwords).
     # Word segmenter for Chinese, where every character is a token (needs whole_word and the extra "chinese").
     segmenter: Literal["jieba"] | None = None
 
-    def __post_init__(self):
-        if not 0 < self.probability <= 1:
-            raise InputError(f"masking.probability is {self.probability}: give a number above 0 and up to 1")
-        if min(self.mask, self.random) < 0 or self.mask + self.random > 1:
-            given = f"masking.mask is {self.mask} and masking.random {self.random}"
-            raise InputError(f"{given}: give two numbers of 0 or more that add up to 1 or less")
+    def check_together(self) -> None:
+        """Raises OutOfBounds for fractions of more than all, and for a segmenter without whole words."""
+        if self.mask + self.random > 1:
+            raise OutOfBounds(("random",), self.random, f"must be at most 1 in sum with mask, {self.mask}")
         if self.segmenter is not None and not self.whole_word:
-            raise InputError(f"masking.segmenter is {self.segmenter}, for whole words only: turn masking.whole_word on")
+            raise OutOfBounds(("segmenter",), self.segmenter, "is for whole words: turn whole_word on")
 
     def build(self, tokenizer: Tokenizer, max_predictions: int, seed: int) -> "Masking":
         """The masking of a run, for at most `max_predictions` (M) tokens a row."""

@@ -8,7 +8,6 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Generic
 
 import h5py
@@ -17,6 +16,7 @@ import numpy as np
 from prelm_jax.errors import InputError
 from prelm_jax.formats.base import Config, LoadedModel, Vocabulary
 from prelm_jax.progress import Progress
+from prelm_jax.storage import output_file
 
 Embeddings = Iterator[tuple[list[str], np.ndarray]]  # For each text its tokens and its [L + 1, tokens, D].
 
@@ -46,22 +46,21 @@ def write_embeddings(
 ) -> None:
     """Embeds lines into an HDF5 file, which appears when it is complete. `options` go to the model's `embed`.
 
+    Raises InputError if `path` is a directory, a device or a pipe.
+
     Dataset "i" (from "0") is line i: f32 [L + 1, tokens, D]. Its attribute `tokens` is the JSON list of its tokens.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: there is no directory {path.parent}")
     embed: Callable[..., Embeddings] = model.embed
     for name in options:
         if name not in inspect.signature(embed).parameters:
             raise InputError(f"--{name.replace('_', '-')}: {model.config.model_type} has no such option; leave it out")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with h5py.File(temporary, "w") as file, Progress("embed", len(lines), "lines") as progress:
-            for i, (tokens, hidden) in enumerate(embed(lines, **options)):
-                dataset = file.create_dataset(str(i), data=hidden)
-                dataset.attrs["tokens"] = json.dumps(tokens, ensure_ascii=False)
-                progress.advance(1)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        output_file(path) as unfinished,
+        open(unfinished, "wb+", buffering=0) as raw,  # On a full disk HDF5's own files crash, Python's raise.
+        h5py.File(raw, "w") as file,
+        Progress("embed", len(lines), "lines") as progress,
+    ):
+        for i, (tokens, hidden) in enumerate(embed(lines, **options)):
+            dataset = file.create_dataset(str(i), data=hidden)
+            dataset.attrs["tokens"] = json.dumps(tokens, ensure_ascii=False)
+            progress.advance(1)

@@ -10,7 +10,7 @@ Reference: allenai/bilm-tf, bilm/training.py. Divergences:
 
 import dataclasses
 from functools import partial
-from typing import ClassVar, Literal, cast
+from typing import Annotated, ClassVar, Literal, cast
 
 import flax.linen as nn
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from prelm_jax.errors import InputError
+from prelm_jax.bounds import Bounds, FractionBelow1, Layers, OutOfBounds, PositiveFloat, Size
 from prelm_jax.models.character_cnn import CharacterCNN
 from prelm_jax.models.cross_entropy import log_expected_count, sampled_nll, tied_cross_entropy, tied_logits
 from prelm_jax.models.language_model import LanguageModel, LanguageModelConfig
@@ -31,31 +31,31 @@ States = dict[str, dict[str, State]]  # by direction and layer: {"forward": {"la
 
 DIRECTIONS = ("forward", "backward")
 
+Filter = tuple[Annotated[int, Bounds(1, MAX_CHARACTERS)], Size]
+
 
 @dataclasses.dataclass(frozen=True)
 class ELMoConfig(LanguageModelConfig):
     """ELMo's sizes; the defaults are the original."""
 
     model_type: ClassVar[str] = "elmo"
-    character_embedding_size: int = 16  # Width of a character's vector.
+    character_embedding_size: Size = 16  # Width of a character's vector.
     # Convolutions over the characters of a word, as pairs of width (in characters) and number of filters.
-    filters: tuple[tuple[int, int], ...] = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
+    filters: tuple[Filter, ...] = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
     activation: Literal["relu", "tanh"] = "relu"  # Applied to the convolutions' maxima.
-    num_highways: int = 2  # Highway layers between the convolutions and the projection.
-    projection_size: int = 512  # Width of an encoded word and of an LSTM's output; hidden states have twice that.
-    hidden_size: int = 4096  # Width of an LSTM's cell.
-    num_layers: int = 2  # LSTM layers in each direction.
-    cell_clip: float = 3.0  # Bound on the absolute value of an LSTM's cell.
-    projection_clip: float = 3.0  # Bound on the absolute value of an LSTM's output.
+    num_highways: Annotated[int, Bounds(0, 512)] = 2  # Highway layers between the convolutions and the projection.
+    projection_size: Size = 512  # Width of an encoded word and of an LSTM's output; hidden states have twice that.
+    hidden_size: Size = 4096  # Width of an LSTM's cell.
+    num_layers: Layers = 2  # LSTM layers in each direction.
+    cell_clip: PositiveFloat = 3.0  # Bound on the absolute value of an LSTM's cell.
+    projection_clip: PositiveFloat = 3.0  # Bound on the absolute value of an LSTM's output.
     use_skip_connections: bool = True  # Add the input of every LSTM layer but the first to its output.
-    dropout: float = 0.1  # Dropout before each LSTM layer and before the softmax.
+    dropout: FractionBelow1 = 0.1  # Dropout before each LSTM layer and before the softmax.
 
-    def __post_init__(self):
-        # From JSON they are lists, which would not equal the tuples of an otherwise equal configuration.
-        object.__setattr__(self, "filters", tuple((width, number) for width, number in self.filters))
-        widest = max(width for width, _ in self.filters)
-        if widest > MAX_CHARACTERS:
-            raise InputError(f"--model.filters: {widest} characters are wider than a word, which has {MAX_CHARACTERS}")
+    def check_together(self) -> None:
+        """Raises OutOfBounds if there are no filters."""
+        if not self.filters:
+            raise OutOfBounds(("filters",), self.filters, "must be one pair or more")
 
     def build(self, dtype: jnp.dtype = jnp.float32) -> "ELMo":
         """The pretraining model, computing in `dtype`."""

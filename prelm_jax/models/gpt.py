@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from prelm_jax.bounds import Epsilon, FractionBelow1
 from prelm_jax.models.attention import Mask, attention_mask
 from prelm_jax.models.cross_entropy import tied_cross_entropy, tied_logits
 from prelm_jax.models.language_model import LanguageModel
@@ -32,8 +33,8 @@ class GPTConfig(TransformerConfig):
     """
 
     model_type: ClassVar[str] = "openai-gpt"
-    layer_norm_eps: float = 1e-5  # Added to the variance in every layer norm.
-    embedding_dropout: float = 0.1  # Dropout on the sum of token and position embeddings.
+    layer_norm_eps: Epsilon = 1e-5  # Added to the variance in every layer norm.
+    embedding_dropout: FractionBelow1 = 0.1  # Dropout on the sum of token and position embeddings.
 
     def build(self, dtype: jnp.dtype = jnp.float32) -> "GPT":
         """The pretraining model, computing in `dtype`."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from prelm_jax.bounds import VocabularySize
 from prelm_jax.training.contract import Batch, Params, Sums
 
 SAMPLE = 1  # Folded into the key of a step for whatever samples inside a loss; dropout uses the key itself.
@@ -17,7 +18,8 @@ SAMPLE = 1  # Folded into the key of a step for whatever samples inside a loss; 
 class LanguageModelConfig:
     """The base of every family's configuration."""
 
-    vocab_size: int | None = None  # Tokens of the vocabulary, without padding; None: as many as the tokenizer has.
+    # Tokens of the vocabulary, without padding; None: as many as the tokenizer has.
+    vocab_size: VocabularySize | None = None
 
     @property
     def known_vocab_size(self) -> int:

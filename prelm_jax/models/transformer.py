@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from prelm_jax.errors import InputError
+from prelm_jax.bounds import Epsilon, FractionBelow1, Layers, NotNegativeFloat, OutOfBounds, Size
 from prelm_jax.models.attention import Mask, MergeHeads, SplitHeads, attention
 from prelm_jax.models.language_model import LanguageModelConfig
 from prelm_jax.models.layers import Dense, Dropout, LayerNorm
@@ -18,19 +18,19 @@ from prelm_jax.models.layers import Dense, Dropout, LayerNorm
 class TransformerConfig(LanguageModelConfig):
     """The sizes that BERT and GPT share."""
 
-    hidden_size: int = 768  # Width of the hidden states; a multiple of num_heads.
-    num_layers: int = 12  # Transformer layers.
-    num_heads: int = 12  # Attention heads per layer; the papers use hidden_size / 64.
-    max_position_embeddings: int = 512  # Longest sequence that the model can read, in tokens.
-    hidden_dropout: float = 0.1  # Dropout on the output of each attention and feed-forward block.
-    attention_dropout: float = 0.1  # Dropout on the attention weights; 0 lets a TPU use its attention kernel.
-    layer_norm_eps: float = 1e-12  # Added to the variance in every layer norm.
-    initializer_range: float = 0.02  # Standard deviation of the initial weights.
+    hidden_size: Size = 768  # Width of the hidden states; a multiple of num_heads.
+    num_layers: Layers = 12  # Transformer layers.
+    num_heads: Size = 12  # Attention heads per layer; the papers use hidden_size / 64.
+    max_position_embeddings: Size = 512  # Longest sequence that the model can read, in tokens.
+    hidden_dropout: FractionBelow1 = 0.1  # Dropout on the output of each attention and feed-forward block.
+    attention_dropout: FractionBelow1 = 0.1  # Dropout on the attention weights; 0 lets a TPU use its attention kernel.
+    layer_norm_eps: Epsilon = 1e-12  # Added to the variance in every layer norm.
+    initializer_range: NotNegativeFloat = 0.02  # Standard deviation of the initial weights.
 
-    def __post_init__(self):
-        heads, width = self.num_heads, self.hidden_size
-        if width % heads:
-            raise InputError(f"--model.num-heads {heads} does not divide --model.hidden-size {width}")
+    def check_together(self) -> None:
+        """Raises OutOfBounds if the heads do not divide the width."""
+        if self.hidden_size % self.num_heads:
+            raise OutOfBounds(("num_heads",), self.num_heads, f"must divide the hidden size, {self.hidden_size}")
 
 
 class Attention(nn.Module):

@@ -20,6 +20,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from prelm_jax.bounds import NotNegative
 from prelm_jax.cache import digest
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
@@ -126,12 +127,8 @@ class BPEConfig:
     """GPT-1's BPE vocabulary, trained on the corpus or loaded."""
 
     # Merges to train; the vocabulary has the characters in addition. A few thousand suit a small corpus.
-    num_merges: int = 40000
+    num_merges: NotNegative = 40000
     path: str | None = None  # Load this directory, vocab.json or merges.txt instead of training.
-
-    def __post_init__(self):
-        if self.num_merges < 0:
-            raise InputError(f"tokenizer.num_merges is {self.num_merges}: give 0 or more")
 
     @property
     def expected_vocab_size(self) -> int:

@@ -23,6 +23,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
+from prelm_jax.bounds import VocabularySize
 from prelm_jax.cache import digest
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
@@ -122,7 +123,7 @@ class SentencePieceConfig:
     """A SentencePiece vocabulary, trained on the corpus or loaded."""
 
     # Entries of a trained vocabulary, special tokens included. Several thousand suit a small corpus.
-    vocab_size: int = 30522
+    vocab_size: VocabularySize = 30522
     model_type: Literal["unigram", "bpe"] = "unigram"  # Training algorithm: unigram language model or merged pairs.
     lowercase: bool = True  # Lower-case text; turn off where case matters. A loaded tokenizer has its own setting.
     special_tokens: Literal["bert", "gpt"] = "bert"  # The model to train: BERT has five special tokens, GPT <unk> only.

@@ -10,6 +10,7 @@ library does the work.
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterable
 from functools import partial
 from typing import Self
@@ -18,6 +19,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from prelm_jax.bounds import VocabularySize
 from prelm_jax.cache import digest
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
@@ -147,12 +149,17 @@ class WordPiece(CachedEncoder):
         return {"vocab.txt": "".join(f"{token}\n" for token in self.tokens[: self.known_size])}
 
 
+def has_capitals(tokens: Iterable[str]) -> bool:
+    """Whether a vocabulary has capital letters (A-Z) outside of [CLS], <S> and the like; a lower-cased one has none."""
+    return any(re.search("[A-Z]", token) and not re.fullmatch(r"\[.*\]|<.*>", token) for token in tokens)
+
+
 @dataclasses.dataclass(frozen=True)
 class WordPieceConfig:
     """A WordPiece vocabulary, trained on the corpus or loaded."""
 
     # Entries of a trained vocabulary, special tokens included. Several thousand suit a small corpus.
-    vocab_size: int = 30522
+    vocab_size: VocabularySize = 30522
     # Lower-case text; turn off where case matters, for names or German. For a trained vocabulary or a lone vocab.txt: a
     # directory has its own setting.
     lowercase: bool = True

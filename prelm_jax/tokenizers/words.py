@@ -18,10 +18,12 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from tokenizers import normalizers, pre_tokenizers
 
+from prelm_jax.bounds import Bounds, Positive, VocabularySize
 from prelm_jax.cache import digest
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
@@ -151,17 +153,13 @@ class WordVocabularyConfig:
     """A vocabulary of whole words (ELMo), the most frequent ones of the corpus or loaded."""
 
     # Entries of a trained vocabulary at most, special tokens included. It sets the cost of the softmax.
-    vocab_size: int = 793_471
+    vocab_size: Annotated[VocabularySize, Bounds(len(SPECIAL_TOKENS) + 1)] = 793_471
     # Leave out words that occur less often: the model learns <UNK> from them. 1 or 2 suit a tiny corpus.
-    min_count: int = 3
+    min_count: Positive = 3
     # Split at punctuation, not only at white space; turn off for a corpus that is tokenized already. For a trained
     # vocabulary or a lone vocab.txt: a directory has its own setting.
     tokenize: bool = True
     path: str | None = None  # Load this directory or vocab.txt instead of training.
-
-    def __post_init__(self):
-        if self.vocab_size <= len(SPECIAL_TOKENS):
-            raise InputError(f"tokenizer.vocab_size is {self.vocab_size}: give more than {len(SPECIAL_TOKENS)}")
 
     @property
     def expected_vocab_size(self) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from prelm_jax.bounds import Size
 from prelm_jax.errors import InputError
 from prelm_jax.training.contract import HostBatch, Layout
 from prelm_jax.training.parameters import first_match, path_name
@@ -34,11 +35,11 @@ RULES = (
 class MeshConfig:
     """The devices to train on, and how the train state is spread over them."""
 
-    devices: int | None = None  # Number of devices; all there are if unset.
+    devices: Size | None = None  # Number of devices; all there are if unset.
     # Where parameters and optimizer moments live: "replicated", a copy of both on every device; "zero1", sharded
     # moments (ZeRO stage 1, Rajbhandari et al. 2020); "fsdp", both sharded, for models too large for one device.
     parameters: Literal["replicated", "zero1", "fsdp"] = "replicated"
-    slices: int = 1  # Number of TPU slices; parameters are replicated across slices.
+    slices: Size = 1  # Number of TPU slices; parameters are replicated across slices.
 
     def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
         """The mesh over the first `devices` of the given devices, by default of all there are.
@@ -49,7 +50,7 @@ class MeshConfig:
             jax.devices() if devices is None else devices,
             key=lambda device: (_slice(device) or 0, device.process_index, device.id),
         )
-        if self.devices is not None and not 1 <= self.devices <= len(devices):
+        if self.devices is not None and self.devices > len(devices):
             raise InputError(f"--mesh.devices {self.devices}: there are {len(devices)} devices")
         if jax.process_count() > 1 and self.devices not in (None, len(devices)):
             raise InputError(f"--mesh.devices {self.devices}: several processes use all of their {len(devices)}")
@@ -57,7 +58,7 @@ class MeshConfig:
         slices = {_slice(device) for device in devices}
         if slices != {None} and len(slices) != self.slices:
             raise InputError(f"--mesh.slices {self.slices}: the devices are in {len(slices)} slices")
-        if self.slices < 1 or len(devices) % self.slices:
+        if len(devices) % self.slices:
             raise InputError(f"--mesh.slices {self.slices}: does not divide {len(devices)} devices")
         # Auto axes: Flax Linen does not work with the Explicit axes that make_mesh would choose.
         grid, axes = np.array(devices).reshape(self.slices, -1), ("slice", "data")
@@ -104,6 +105,16 @@ def batch_sharding(layout: Layout, shape: tuple[int, ...], mesh: jax.sharding.Me
     """The sharding of one key of a batch; `shared` keys are sharded only if the devices divide their first axis."""
     sharded = layout == "rows" or (layout == "shared" and shape[0] % mesh.size == 0)
     return NamedSharding(mesh, ROWS if sharded else P())
+
+
+def abstract_batch(
+    batch: HostBatch, layout: Mapping[str, Layout], mesh: jax.sharding.Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A global batch as jax.ShapeDtypeStructs, sharded as on the devices."""
+    return {
+        key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(layout[key], x.shape, mesh))
+        for key, x in batch.items()
+    }
 
 
 def shard_batch(batch: HostBatch, layout: Mapping[str, Layout], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:

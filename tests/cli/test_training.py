@@ -88,14 +88,20 @@ def test_batch(folder, capsys, monkeypatch, tmp_path, experiment):
     assert not list(tmp_path.iterdir())
 
 
-def test_evaluate(folder, capsys):
-    main(["evaluate", f"{folder}/run"])
+def test_evaluate(folder, capsys, fails):
+    """The step of the weights, the part of the text and the number of targets stand beside the figures."""
+    evaluate = ["evaluate", f"{folder}/run", "--mesh.devices", "1"]
+    main(evaluate)
     held_out = capsys.readouterr().out
-    assert "masked lm loss" in held_out
-    main(["evaluate", f"{folder}/run", "--step", "3"])
+    assert "step 3, all of the text" in held_out and re.search(r"masked lm loss .* [\d,]+ │\n", held_out)
+    main([*evaluate, "--step", "3", "--batch-size", "3"])
     assert capsys.readouterr().out == held_out
-    main(["evaluate", f"{folder}/run", "--corpus", f"{folder}/corpus.txt"])
+    main([*evaluate, "--corpus", f"{folder}/corpus.txt"])
     assert capsys.readouterr().out != held_out
+    main([*evaluate, "--sample", "0.3"])
+    assert re.search(r"step 3, 3\d\.\d\d% of the text", capsys.readouterr().out)
+    for option, value in (("--sample", "0"), ("--batch-size", "0"), ("--mesh.devices", "9")):
+        assert f"{option} {value}" in fails(*evaluate, option, value)
 
 
 def test_evaluate_by_experiment(folder, capsys, fails):
@@ -129,8 +135,8 @@ def test_steps_reach_evaluate_and_export(folder, monkeypatch, word, step):
         with pytest.raises(SystemExit):
             main([*arguments, *option])
     assert received == [
-        ("somewhere", (), step, None),
-        ("somewhere", ("a", "b"), step, tiny.bert()),
+        ("somewhere", (), step, None, 1.0, None, None),
+        ("somewhere", ("a", "b"), step, tiny.bert(), 1.0, None, None),
         ("gs://somewhere", Path("there"), step),
     ]
 
@@ -216,7 +222,7 @@ def test_numbers_that_do_not_fit_each_other(folder, fails, tmp_path):
     assert "--batch-size 6" in message and "4 devices" in message and "multiple of 4" in message
     message = pretrain("--accumulate", 3)
     assert "--batch-size 8" in message and "3 micro-batches (--accumulate)" in message
-    assert "--model.num-heads 3 does not divide --model.hidden-size 16" in pretrain("--model.num-heads", 3)
+    assert "--model.num-heads 3: must divide the hidden size, 16" in pretrain("--model.num-heads", 3)
     assert not (tmp_path / "run").exists(), "nothing is left behind"
 
 

@@ -25,7 +25,7 @@ from prelm_jax.tokenizers.wordpiece import SPECIAL_TOKENS, WordPiece
 from prelm_jax.tokenizers.words import WordVocabulary
 
 TOKENIZER = WordPiece([*SPECIAL_TOKENS, *"abcdefghijklmnopqrstuvwxyz.!", *(f"##{letter}" for letter in "abcdefgh")])
-TEXT = "A cab. A bed!\nI faced a cab\n\nZebra x\n\n\x00\x07\n\nBad. \x00. Dad.\n\nfeed bead\nEgg"
+TEXT = "A cab. A bed!\nI faced a cab\n\nZebra x\n\n\x01\x07\n\nBad. \x01. Dad.\n\nfeed bead\nEgg"
 
 
 @pytest.fixture
@@ -59,7 +59,10 @@ def expected_documents(corpus: Corpus, side: str) -> list[tuple[list[list[int]],
     """The documents of a side and their bytes, tokenized one sentence at a time."""
     found = []
     for document in corpus.documents(side):
-        sentences = [TOKENIZER.encode_batch([sentence])[0] for sentence in split(document.text, document.sentences)]
+        sentences = [
+            TOKENIZER.encode_batch([sentence])[0]
+            for sentence in split(document.text, document.sentences, document.language)
+        ]
         if sentences := [ids for ids in sentences if ids]:
             found.append((sentences, len(document.text.encode())))
     return found
@@ -90,7 +93,7 @@ def test_prepared_stores_hold_the_corpus(corpus, tmp_path, monkeypatch, batch_ch
             "tokens": len(flat),
             "bytes": sum(size for _, size in expected),
             "words": sum(
-                len(document.text.split()) for document in corpus.documents(side) if "\x00\x07" not in document.text
+                len(document.text.split()) for document in corpus.documents(side) if "\x01\x07" not in document.text
             ),
             "unknown_tokens": flat.count(TOKENIZER.unknown_id),
             "longest_word": max(len(word) for document in corpus.documents(side) for word in document.text.split()),
@@ -171,6 +174,15 @@ def test_existing_stores_are_not_made_again(corpus, monkeypatch):
     assert [store.fingerprint for store in first] == [store.fingerprint for store in second]
 
 
+def test_the_language_reaches_the_sentences(tmp_path):
+    (tmp_path / "a.txt").write_text("Am 3. Mai kam Dr. Bach. Er schlief.")
+    counts = {}
+    for language in ("en", "de"):
+        store, _ = prepare(Corpus((f"{tmp_path}/a.txt,language={language}",)), TOKENIZER, tmp_path)
+        counts[language] = store.num_sentences
+    assert counts == {"en": 3, "de": 2}
+
+
 def test_fingerprints_differ(corpus, tmp_path):
     cased = WordPiece(TOKENIZER.tokens, lowercase=False)
     stores = [*prepare(corpus, TOKENIZER), *prepare(corpus, cased), *prepare(Corpus(corpus.sources, 1.0), TOKENIZER)]
@@ -189,7 +201,7 @@ def test_a_side_may_be_empty(corpus, held_out, empty):
 @pytest.mark.parametrize(
     ("content", "lack"),
     [
-        ("\x00\n\n\x07\x07", "no tokens: nothing in it is text to the tokenizer"),
+        ("\x01\n\n\x07\x07", "no tokens: nothing in it is text to the tokenizer"),
         (" \n\n\t", "no text: give files with text in them"),
         ("", "no text: give files with text in them"),
     ],
@@ -237,7 +249,7 @@ def test_the_tokenizer_gets_a_batch_at_a_time(tmp_path, monkeypatch):
     ("content", "tokens"),
     [
         ("a" * 1_000_000, {"[UNK]"}),
-        ("a\x00b \x01 c\x7f", {"a", "##b", "c"}),
+        ("a\x02b \x01 c\x7f", {"a", "##b", "c"}),
         ("a [MASK] [PAD]", {"a", "[UNK]", "m", "##a", "p", "##d"}),
     ],
     ids=["a word of a million characters", "control characters", "names of special tokens"],
@@ -305,7 +317,7 @@ def test_shards_left_by_a_kill_are_removed(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip"])
-def test_a_damaged_shard_is_named(corpus, tmp_path, damage, small_shards):
+def test_a_damaged_shard_is_named_and_made_again(corpus, tmp_path, damage, small_shards):
     def make_and_damage(*arguments):
         make_shards_locally(*arguments)
         file = min(arguments[-1].glob("*.npz"))
@@ -313,13 +325,60 @@ def test_a_damaged_shard_is_named(corpus, tmp_path, damage, small_shards):
         content[content.index(b"ids.npy") + 120] ^= 1
         file.write_bytes(content if damage == "flip" else content[:-1])
 
-    with pytest.raises(InputError, match=r"000000-000000\.npz is damaged \("):
+    with pytest.raises(InputError, match=r"000000-000000\.npz is damaged: the same command"):
         prepare(corpus, TOKENIZER, tmp_path / "cache", make_and_damage)
-    (file,) = (tmp_path / "cache").rglob("000000-000000.npz")
-    file.unlink()
     prepare(corpus, TOKENIZER, tmp_path / "cache")
     prepare(corpus, TOKENIZER, tmp_path / "undisturbed")
     assert files(tmp_path / "cache") == files(tmp_path / "undisturbed")
+
+
+@settings(deadline=None, max_examples=25)
+@given(data=st.data())
+def test_a_damaged_store_is_made_again(tmp_path_factory, data):
+    """Whatever happens to one of its files: it is cut, longer, overwritten, deleted, or swapped with another."""
+    directory = tmp_path_factory.mktemp("damaged")
+    (directory / "a.txt").write_text(TEXT)
+    corpus = Corpus((f"{directory}/a.txt",), held_out=0.4)
+    prepare(corpus, TOKENIZER, directory)
+    before = files(directory)
+    target = store_path(corpus, TOKENIZER, directory)
+    paths = sorted(path for path in target.rglob("*") if path.is_file())
+    path = data.draw(st.sampled_from(paths))
+    content = path.read_bytes()
+    position = data.draw(st.integers(0, len(content)))
+    damage = data.draw(st.sampled_from(["cut", "longer", "overwritten", "deleted", "a directory", "swapped", "sides"]))
+    if damage == "sides":
+        (target / "training").rename(target / "other")
+        (target / "held_out").rename(target / "training")
+        (target / "other").rename(target / "held_out")
+    elif damage == "swapped":
+        other = data.draw(st.sampled_from(paths))
+        path.write_bytes(other.read_bytes())
+        other.write_bytes(content)
+    elif damage in ("deleted", "a directory"):
+        path.unlink()
+        if damage == "a directory":
+            path.mkdir()
+    else:
+        extra = data.draw(st.binary(min_size=1, max_size=9))
+        kept = {"cut": position, "longer": len(content), "overwritten": position}[damage]
+        rest = content[position + len(extra) :] if damage == "overwritten" else b""
+        path.write_bytes(content[:kept] + (extra if damage != "cut" else b"") + rest)
+    stores = prepare(corpus, TOKENIZER, directory)
+    assert files(directory) == before
+    assert [store.manifest["side"] for store in stores] == list(SIDES)
+
+
+def test_a_store_is_damaged_while_it_is_read(corpus, tmp_path, capsys):
+    """Who reads keeps what was mapped; the next one is told."""
+    training, _ = prepare(corpus, TOKENIZER, tmp_path)
+    ids = training.ids.tolist()
+    path = store_path(corpus, TOKENIZER, tmp_path) / "held_out" / "ids"
+    path.write_bytes(b"")
+    capsys.readouterr()
+    prepare(corpus, TOKENIZER, tmp_path)
+    assert f"{path} has 0 bytes" in capsys.readouterr().err
+    assert training.ids.tolist() == ids
 
 
 @pytest.mark.parametrize("shard_characters", [1 << 20, 1 << 10], ids=["a shard", "the store"])

@@ -19,6 +19,9 @@ from prelm_jax.errors import InputError
         ("a,b=1/c.txt,documents=line", Spec("a,b=1/c.txt", documents="line")),  # Options hold no slash.
         ("x=1.txt", Spec("x=1.txt")),
         ("./field=x", Spec("./field=x")),
+        ("a[,]b=1.txt", Spec("a[,]b=1.txt")),
+        ("a.txt,language=de,weight=2", Spec("a.txt", language="de", weight=2)),
+        ("a.json,field=body", Spec("a.json", field="body")),
     ],
 )
 def test_location_and_options(item, spec):
@@ -46,7 +49,15 @@ def test_an_option_without_a_source_is_refused(option):
     [
         ("a.txt,document=file", ["document:", *OPTIONS]),
         ("a.txt,documents=page", ["documents", "blank-line, file, line", "page"]),
+        ("a.txt,b=c.txt", ["b:", "[,]"]),
         ("a.txt,sentences=", ["sentences", "library, line", "nothing"]),
+        *(
+            (f"a.txt,language={language}", ["am, ar, bg,", "did you mean de?"])
+            for language in ("DE", "de-AT", "german")
+        ),
+        ("a.txt,language=xx", ["am, ar, bg,", "not xx; leave it out"]),
+        ("a.txt,language=", ["nothing"]),
+        ("a.txt,language=de,sentences=line", ["language="]),
         ("a.txt,cleaning=bert", ["cleaning", "none, gpt", "bert"]),
         ("python-docs,documents=line", ["documents="]),
         ("a.jsonl.gz,documents=line", ["documents="]),

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from prelm_jax.bounds import check
 from prelm_jax.corpus.store import Store
 from prelm_jax.data.baselines import length_only_accuracy
 from prelm_jax.data.masking import MaskingConfig
@@ -292,6 +293,7 @@ def test_length_only_accuracy_detects_lengths_that_give_the_label_away():
         "segments": (column < first + second + 3).astype(np.int32),
         "token_types": ((column >= first + 2) & (column < first + second + 3)).astype(np.int32),
         "next_sentence_labels": labels,
+        "next_sentence_weights": np.ones_like(labels),
     }
     # 6 of the 20 lengths of a label tell it; for the others one can only guess.
     assert abs(length_only_accuracy(*halves(batch)) - (6 + 14 / 2) / 20) < 0.04
@@ -366,16 +368,16 @@ def test_shown_rows_hold_all_of_the_batch(next_sentence):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length": 7}, "data.max_length is 7: .* 8 to 65535"),
-        ({"max_length": 10**6}, "data.max_length is 1000000"),
-        ({"max_predictions": 0}, "data.max_predictions is 0"),
-        ({"max_predictions": 200}, "data.max_predictions is 200: .*128"),
-        ({"short_sequence_probability": 1.1}, "data.short_sequence_probability is 1.1"),
+        ({"max_length": 7}, "max_length is 7: .* 8"),
+        ({"max_length": 10**6}, "max_length is 1000000: .* 65535"),
+        ({"max_predictions": 0}, "max_predictions is 0"),
+        ({"max_predictions": 200}, "max_predictions is 200: .*128"),
+        ({"short_sequence_probability": 1.1}, "short_sequence_probability is 1.1"),
     ],
 )
 def test_impossible_options(options, message):
     with pytest.raises(InputError, match=message):
-        PairsConfig(**options)
+        check(PairsConfig(**options))
 
 
 @pytest.mark.parametrize("sizes", [[[3, 4, 5]], [[3], [4], [5]], []])

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prelm_jax.bounds import check
 from prelm_jax.corpus.store import Store
-from prelm_jax.data.ngrams import trigram_loss
+from prelm_jax.data.ngrams import trigram_nll
 from prelm_jax.data.randomness import bits, key, permute, uniform
 from prelm_jax.data.streams import StreamsConfig, bucket, log_uniform
 from prelm_jax.errors import InputError
@@ -362,7 +363,8 @@ def test_baselines(independent):
         unigram = -np.mean([np.log((counts[target] + 1) / total) for *_, target in trigrams])
         store = Store.from_documents([sentence] for sentence in reading)
         assert result[f"{direction}_loss"]["unigram"] == pytest.approx(unigram)
-        assert result[f"{direction}_loss"]["trigram"] == trigram_loss(store, V, np.array(trigrams).T)
+        trigram = trigram_nll(store, V, np.array(trigrams).T).mean()
+        assert result[f"{direction}_loss"]["trigram"] == pytest.approx(trigram, rel=1e-12)
         assert result[f"{direction}_loss"]["trigram"] < 0.7 * unigram
 
 
@@ -428,10 +430,10 @@ def complaint(call, *arguments, **options) -> str:
 
 
 def test_impossible_options():
-    for length in (0, -3, 2**16):
-        message = complaint(StreamsConfig, max_length=length)
-        assert f"data.max_length is {length}:" in message and "1 to 65535" in message
-    assert "data.num_negatives is -1:" in complaint(StreamsConfig, num_negatives=-1)
+    for length, bound in ((0, 1), (-3, 1), (2**16, 65535)):
+        message = complaint(check, StreamsConfig(max_length=length))
+        assert f"max_length is {length}:" in message and str(bound) in message
+    assert "num_negatives is -1:" in complaint(check, StreamsConfig(num_negatives=-1))
 
 
 @pytest.mark.parametrize("number", [20, 8192])

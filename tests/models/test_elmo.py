@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from prelm_jax.bounds import check, read
 from prelm_jax.errors import InputError
 from prelm_jax.formats.base import abstract_params
 from prelm_jax.models import layers
@@ -451,9 +452,11 @@ def test_a_batch_that_does_not_fit_the_model_is_refused():
 
 
 def test_filters_are_tuples_and_fit_into_a_word():
-    assert ELMoConfig(filters=[[1, 32], [7, 8]]) == ELMoConfig(filters=((1, 32), (7, 8)))
-    with pytest.raises(InputError, match=r"--model.filters: 51 characters are wider than a word, which has 50"):
-        ELMoConfig(filters=((3, 4), (51, 4)))
+    assert read(ELMoConfig, {"filters": [[1, 32], [7, 8]]}, "x") == ELMoConfig(filters=((1, 32), (7, 8)))
+    with pytest.raises(InputError, match=r"filters\.1\.0 is 51: must be at most 50"):
+        check(ELMoConfig(filters=((3, 4), (51, 4))))
+    with pytest.raises(InputError, match=r"^filters is "):
+        check(ELMoConfig(filters=()))
 
 
 def test_words_are_counted_once_for_both_directions():

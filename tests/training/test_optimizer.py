@@ -1,5 +1,7 @@
 """Optimizers equal ten lines of NumPy, schedules their values at named steps; what decays."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -17,7 +19,7 @@ def test_adamw_equals_numpy(bias_correction):
     )
     rng = np.random.default_rng(0)
     params = {"kernel": rng.normal(size=(3, 2)).astype(np.float32), "bias": rng.normal(size=2).astype(np.float32)}
-    optimizer = config.build()
+    optimizer = config.build(())
     state, ours = optimizer.init(params), params
     reference = {name: x.astype(np.float64) for name, x in params.items()}
     m, v = ({name: np.zeros_like(x) for name, x in reference.items()} for _ in range(2))
@@ -46,7 +48,7 @@ def test_adagrad_equals_numpy():
     config = Adagrad(learning_rate=0.2, unroll_steps=20)
     rng = np.random.default_rng(0)
     params = {"kernel": rng.normal(size=(3, 2)).astype(np.float32), "bias": rng.normal(size=2).astype(np.float32)}
-    optimizer = config.build()
+    optimizer = config.build(())
     state, ours = optimizer.init(params), params
     reference = {name: x.astype(np.float64) for name, x in params.items()}
     accumulators = {name: np.ones_like(x) for name, x in reference.items()}
@@ -79,6 +81,15 @@ def test_cosine_at_named_steps():
     expected = {0: 0.0, 1000: 1.25e-4, 2000: 2.4975e-4, 50_000: 1.25e-4, 75_000: 3.6612e-5, 100_000: 0, 110_000: 0}
     for step, rate in expected.items():
         np.testing.assert_allclose(schedule(step), rate, rtol=1e-4, atol=1e-12)
+
+
+def test_trapezoid_and_no_decay_at_named_steps():
+    """Constant from the end of the warm-up; the trapezoid falls over the last fifth of its steps."""
+    constant = AdamW(learning_rate=1e-3, warmup_steps=10, decay_steps=100, decay="none")
+    trapezoid = dataclasses.replace(constant, decay="trapezoid")
+    for step, rate in {0: 0.0, 5: 5e-4, 10: 1e-3, 79: 1e-3, 80: 1e-3, 90: 5e-4, 99: 5e-5, 100: 0, 120: 0}.items():
+        np.testing.assert_allclose(trapezoid.schedule(step), rate, rtol=1e-5, atol=1e-10)
+        np.testing.assert_allclose(constant.schedule(step), rate if step < 10 else 1e-3, rtol=1e-5)
 
 
 def test_what_decays(tiny_bert):

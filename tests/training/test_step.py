@@ -8,12 +8,22 @@ import numpy as np
 import pytest
 
 from prelm_jax.errors import InputError
+from prelm_jax.training.muon import Muon
 from prelm_jax.training.optimizer import AdamW, decays
 from prelm_jax.training.parameters import path_name
 from prelm_jax.training.sharding import MeshConfig, partition, shard_batch
-from prelm_jax.training.step import Keys, abstract_state, make_evaluate, make_train_step, means, new_state
+from prelm_jax.training.step import (
+    Keys,
+    abstract_state,
+    evaluated_means,
+    make_evaluate,
+    make_train_step,
+    means,
+    new_state,
+)
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
+MUON = Muon(learning_rate=3e-3, matrix_learning_rate=0.02, warmup_steps=4, decay_steps=300, weight_decay=0.01)
 OPTIMIZER = AdamW(learning_rate=3e-3, warmup_steps=4, decay_steps=300, weight_decay=0.01)
 
 
@@ -87,6 +97,15 @@ def test_losses_do_not_depend_on_the_mesh(train, family, one_device, mesh_config
         assert moment.addressable_shards[0].data.size * moment_shards == moment.size
 
 
+@pytest.mark.parametrize("family", ["bert"], indirect=True)
+def test_losses_with_muon_do_not_depend_on_the_mesh(train):
+    """Each device of a slice iterates some of the matrices; test_muon.py tries other meshes and families."""
+    expected, _ = train(20, MeshConfig(devices=1), optimizer=MUON)
+    losses, _ = train(20, MeshConfig(8, "fsdp", slices=2), optimizer=MUON)
+    np.testing.assert_allclose(losses[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+
+
 def test_accumulated_micro_batches_equal_one_batch(train, family):
     """Rows have unequal weights: a mean of means would differ."""
     config = without_dropout(family[0])
@@ -132,7 +151,7 @@ def test_an_evaluation_is_one_division_without_dropout(tiny_bert, random_bert_ba
         picked = np.take_along_axis(logits, batch["masked_targets"][..., None], -1)[..., 0]
         total += ((log_normalizer - picked) * batch["masked_weights"]).sum()
         weight += batch["masked_weights"].sum()
-    values = make_evaluate(model)(params, {}, batches)
+    values = evaluated_means(model, make_evaluate(model)(params, {}, batches))
     np.testing.assert_allclose(values["masked_lm_loss"], total / weight, rtol=1e-5)
 
 
