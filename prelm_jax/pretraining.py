@@ -28,10 +28,11 @@ from prelm_jax.storage import check_apart, is_remote
 from prelm_jax.tokenizers import build as tokenizers
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.train import placed_batches, train
+from prelm_jax.training import memory
 from prelm_jax.training.checkpoint import Step
 from prelm_jax.training.contract import Batch, Batches, DataConfig, Model, Params
 from prelm_jax.training.sharding import MeshConfig
-from prelm_jax.training.step import evaluated_means, fresh_carry, make_evaluate
+from prelm_jax.training.step import Totals, evaluated_means, fresh_carry, make_evaluate
 from prelm_jax.workdir import WorkDir
 
 # The held-out batches are the same in every run, whatever its seed.
@@ -109,9 +110,9 @@ def _pretrain(run: Run, directory: WorkDir, extend_to: int | None) -> Summary:
 
     start = None if run.init_from is None else continued
     words = training.tokens_per_word
-    values = train(run, directory, record, tokenizer, model, batches, evaluation, start, words, extend_to)
+    step, values = train(run, directory, record, tokenizer, model, batches, evaluation, start, words, extend_to)
     baselines = directory.read_baselines() or {}
-    return Summary(values, baselines, held_out.unknown_rate, directory.tokens_per_second(), run.loop.steps)
+    return Summary(values, baselines, held_out.unknown_rate, directory.tokens_per_second(), step)
 
 
 def evaluate(
@@ -134,10 +135,6 @@ def evaluate(
         batch_size: rows on all devices at once; the run's own if None.
         devices: number of devices; all there are if None.
     """
-    if not 0 < sample <= 1:
-        raise InputError(f"--sample {sample}: must be above 0 and at most 1")
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"--batch-size {batch_size}: must be at least 1")
     directory = WorkDir(workdir)
     record = directory.read_record()
     if experiment is None:
@@ -177,16 +174,7 @@ def evaluate(
     batches = EvaluationBatches(rows, rows_per_device * mesh.size, sample)
 
     found, params = directory.read_params(abstract_params(run.model), step)
-    with jax.set_mesh(mesh), Progress("evaluate", len(batches), "batches") as progress:
-
-        def placed() -> Iterator[Batch]:
-            for _, batch in placed_batches(batches, 0, len(batches), mesh):
-                yield batch
-                progress.advance(1)
-
-        replicated = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-        carry = fresh_carry(model, batches.batch_size, mesh)
-        totals = make_evaluate(model)(replicated, carry, placed(), batches.num_steps)
+    totals = _evaluate_batches(model, params, batches, mesh)
     values = evaluated_means(model, totals)
     fitted = data.build(training, tokenizer, run.batch_size, run.seed)
     if rows.num_steps > 1:  # Baselines read the targets before a target, in the batches before, of the same rows.
@@ -207,10 +195,10 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike, step: Step 
     """Writes a checkpoint of a work directory as a model directory, in the format that others read."""
     source = WorkDir(workdir)
     record = source.read_record()
-    check_apart(directory, workdir)
-    found, model = load_checkpoint(source, step)
     family = find_family(record.model_type, source.path)
     run = record.run(family.model, family.data)
+    check_apart(directory, workdir, *filter(None, [run.init_from]))
+    found, model = load_checkpoint(source, step)
     card = report.model_card(source, run, found, model.loaded, family.format, Path(directory).name)
     save(model.loaded, family.format, directory, card)
 
@@ -229,7 +217,11 @@ class HeldOut:
     def __init__(self, run: Run, model: Model, tokenizer: Tokenizer, training: Batches, store: Store):
         self._data: DataConfig[Batches] = run.data
         self._count, self._training, self._store = run.loop.evaluate_batches, training, store
-        self._batches = self._data.build(store, tokenizer, run.batch_size, EVALUATION_SEED)
+        try:
+            self._batches = self._data.build(store, tokenizer, run.batch_size, EVALUATION_SEED)
+        except InputError as error:  # About the text, because the training side has passed.
+            remedy = "give another with --validation" if run.validation else "raise --held-out, or give --validation"
+            raise InputError(f"the text to evaluate on is too small ({error}): {remedy}") from None
         self._model, self._evaluate = model, make_evaluate(model)
 
     def __call__(self, params: Params, carry: Params, mesh: jax.sharding.Mesh) -> dict[str, float]:
@@ -242,6 +234,21 @@ class HeldOut:
         """metric -> trivial baseline, fitted on the training side -> value."""
         batches = (self._batches[i] for i in range(self._count))
         return _with_derived(self._data, self._data.baselines(self._training, batches), self._store)
+
+
+def _evaluate_batches(model: Model, params: Params, batches: EvaluationBatches, mesh: jax.sharding.Mesh) -> Totals:
+    """The sums and weights of all losses and metrics over all batches; shows the progress."""
+    explained = memory.explained("an evaluation", "lower --batch-size")
+    with jax.set_mesh(mesh), explained, Progress("evaluate", len(batches), "batches") as progress:
+
+        def placed() -> Iterator[Batch]:
+            for _, batch in placed_batches(batches, 0, len(batches), mesh):
+                yield batch
+                progress.advance(1)
+
+        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        carry = fresh_carry(model, batches.batch_size, mesh)
+        return make_evaluate(model)(params, carry, placed(), batches.num_steps)
 
 
 def _with_derived(

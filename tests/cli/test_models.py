@@ -1,6 +1,7 @@
 """embed, score, fill, generate: of a work directory and of a model directory."""
 
 import json
+import os
 import re
 import shutil
 
@@ -41,6 +42,53 @@ def test_fill_score_embed_tokenize(folder, model, tmp_path, capsys):
     main(["tokenize", str(tokenizer), f"{folder}/lines.txt"])
     ids = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert ids[1] == [] and len(ids[0]) == len(tokens) - 2
+
+
+def test_embed_never_replaces_its_inputs_or_a_device(folder, fails, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    lines = tmp_path / "lines.txt"
+    lines.write_text("The old cat")
+    (tmp_path / "hard.txt").hardlink_to(lines)
+    (tmp_path / "soft.txt").symlink_to(lines)
+    (tmp_path / "weights").hardlink_to(tmp_path / "model/model.safetensors")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    names = [
+        "lines.txt",
+        "hard.txt",
+        "soft.txt",
+        "model",
+        "model/config.json",
+        "model/new.hdf5",
+        "weights",
+        "model/../lines.txt",
+    ]
+    for output in (
+        *(tmp_path / name for name in names),
+        "/dev/null",
+        "/dev/full",
+        tmp_path,
+        tmp_path / "none/vectors.hdf5",
+    ):
+        assert f"{output}" in fails("embed", tmp_path / "model", lines, output)
+    os.mkfifo(tmp_path / "pipe")
+    assert " is a pipe" in fails("embed", tmp_path / "model", lines, tmp_path / "pipe")
+    (tmp_path / "pipe").unlink()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_byte_order_mark_and_carriage_returns_are_no_tokens(folder, tmp_path, capsys):
+    (tmp_path / "plain.txt").write_bytes(b"cat sees\n\na dog\n")
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfcat sees\r\n\r\na dog\r\n")
+    for model in ("model", "gpt-model", "elmo-model"):
+        printed, tokens = [], []
+        for name in ("plain", "marked"):
+            main(["embed", f"{folder}/{model}", f"{tmp_path}/{name}.txt", f"{tmp_path}/vectors.hdf5"])
+            with h5py.File(tmp_path / "vectors.hdf5") as file:
+                tokens.append([file[str(i)].attrs["tokens"] for i in range(3)])
+            main(["score", f"{folder}/{model}", f"{tmp_path}/{name}.txt"])
+            main(["tokenize", f"{folder}/{model}", f"{tmp_path}/{name}.txt"])
+            printed.append(capsys.readouterr().out)
+        assert tokens[0] == tokens[1] and printed[0] == printed[1]
 
 
 def test_generate(folder, capsys):
