@@ -95,9 +95,15 @@ class WorkDir:
         temporary.replace(self._record_path)
 
     def read_tokenizer(self) -> Tokenizer:
-        """The tokenizer of the run."""
+        """The tokenizer of the run; InputError where its files were changed."""
         with fetched(self.path / "tokenizer") as directory:
-            return load_tokenizer(directory)
+            tokenizer = load_tokenizer(directory)
+        if self.read_record().identity.get("tokenizer_fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
+            raise InputError(
+                f"{self.path / 'tokenizer'} is damaged or not the tokenizer of this run: restore its files, or repeat "
+                "the prelm pretrain that wrote them"
+            )
+        return tokenizer
 
     def read_metrics(self) -> list[dict[str, float]]:
         """The lines of metrics.jsonl, oldest first; torn and foreign ones are left out."""

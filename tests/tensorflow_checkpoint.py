@@ -1,5 +1,6 @@
 """Writes TensorFlow checkpoints as TensorFlow does, byte for byte, or with fields forged under valid checksums."""
 
+import re
 import struct
 from pathlib import Path
 
@@ -105,3 +106,25 @@ def write(prefix: Path, variables: dict[str, np.ndarray], num_shards: int = 1, p
     for shard, content in enumerate(data):
         prefix.with_name(f"{prefix.name}.data-{shard:05d}-of-{num_shards:05d}").write_bytes(content)
     prefix.with_name(f"{prefix.name}.index").write_bytes(index(entries, per_block))
+
+
+# BERT
+
+KERNELS = re.compile(r"(dense|query|key|value)\.weight$")
+
+
+def original_name(name: str) -> str:
+    """The name in google-research/bert of a tensor of transformers."""
+    name = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    name = name.replace("_embeddings.weight", "_embeddings").replace("encoder.layer.", "encoder.layer_")
+    name = name.replace("predictions.bias", "predictions.output_bias").replace("ship.weight", "ship.output_weights")
+    return KERNELS.sub(r"\1.kernel", name.replace("ship.bias", "ship.output_bias")).replace(".", "/")
+
+
+def original_variables(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of a BertForPreTraining of transformers as a checkpoint of google-research/bert has them."""
+    return {
+        original_name(name): np.ascontiguousarray(array.T if KERNELS.search(name) else array)
+        for name, array in tensors.items()
+        if not name.startswith("cls.predictions.decoder")
+    }

@@ -399,8 +399,8 @@ def with_two_entries_more(exported, folder) -> str:
     return str(folder / "vocab.json")
 
 
-def test_continued_pretraining(run, uninterrupted, tmp_path):
-    """Starts where the model stands, from a work directory or a model directory, with a larger vocabulary too."""
+def test_continued_pretraining(run, uninterrupted, tmp_path, capsys):
+    """Starts where the model stands, from a work directory or a model directory, with more tokens and positions too."""
     directory = tmp_path / "exported"
     module.export(uninterrupted, directory)
     # A warmup begins at zero, so one step changes nothing.
@@ -412,7 +412,10 @@ def test_continued_pretraining(run, uninterrupted, tmp_path):
         "seed": 3,
     }
     vocabulary = type(run.tokenizer)(path=with_two_entries_more(directory, tmp_path))
-    pretrain(dataclasses.replace(run, tokenizer=vocabulary, **fields), tmp_path / "larger")
+    format = find_family(run.model.model_type, directory).format
+    model = dataclasses.replace(run.model, **({"max_position_embeddings": 40} if format.position_tables else {}))
+    pretrain(dataclasses.replace(run, tokenizer=vocabulary, model=model, **fields), tmp_path / "larger")
+    assert ("the model has 32 positions" in capsys.readouterr().err) == bool(format.position_tables)
     pretrain(dataclasses.replace(run, **{**fields, "init_from": str(uninterrupted)}), tmp_path / "same")
     old, larger, same = load(uninterrupted), load(tmp_path / "larger"), load(tmp_path / "same")
     missing = load(directory).missing  # What the published format has no place for begins afresh.
@@ -422,8 +425,8 @@ def test_continued_pretraining(run, uninterrupted, tmp_path):
     for (path, there), from_directory, from_run in zip(
         jax.tree_util.tree_leaves_with_path(old.params), *leaves, strict=True
     ):
-        is_vocabulary = path_name(path) in find_family(run.model.model_type, directory).format.vocabulary_tables
-        rows = slice(size) if is_vocabulary else slice(None)
+        is_vocabulary = path_name(path) in format.vocabulary_tables
+        rows = slice(size) if is_vocabulary else slice(32 if path_name(path) in format.position_tables else None)
         np.testing.assert_array_equal(from_run[rows], there[rows])
         if path_name(path) not in missing:
             np.testing.assert_array_equal(from_directory[rows], there[rows])

@@ -31,6 +31,13 @@ def test_what_was_claimed_is_read(workdir):
     assert workdir.read_tokenizer().fingerprint == TOKENIZER.fingerprint
 
 
+def test_a_tokenizer_that_was_changed_is_refused(workdir):
+    path = workdir.path / "tokenizer" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"a"', '"b"'))
+    with pytest.raises(InputError, match=rf"{path.parent} is .*not the tokenizer of this run"):
+        workdir.read_tokenizer()
+
+
 def test_nothing_is_claimed_by_checking(tmp_path):
     workdir = WorkDir(tmp_path / "run")
     workdir.check(record(), tiny.bert())

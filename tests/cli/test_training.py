@@ -40,7 +40,7 @@ def test_the_default_work_directory(folder, tmp_path, monkeypatch, capsys):
 
 def test_prepare_prints_statistics_of_the_corpus(folder, tmp_path, capsys):
     """A training that prepares prints the same, once."""
-    (tmp_path / "corpus.txt").write_text((folder / "corpus.txt").read_text() + "\n\n" + "A dog. " * 20)
+    (tmp_path / "corpus.txt").write_text((folder / "corpus.txt").read_text() + "\n\n" + "A dog. " * 20 + "\n\na")
     sources = [f"{tmp_path}/corpus.txt", f"{folder}/corpus.txt"]
     arguments = [f"{folder}/tiny.py:tiny", "--corpus", *sources, "--deduplicate", "--steps", "1"]
     main(["pretrain", *arguments, "--workdir", f"{tmp_path}/run"])
@@ -48,26 +48,32 @@ def test_prepare_prints_statistics_of_the_corpus(folder, tmp_path, capsys):
     main(["prepare", *(argument for argument in arguments)])
     table = capsys.readouterr().out
     assert table in printed
+    for name in ("documents of one sentence", "sentences of one token"):
+        (row,) = [line for line in table.splitlines() if name in line]
+        assert sum(map(int, re.findall(r"(\d+) \(\d+\.\d%\)", row))) == 1
     main(["prepare", *arguments, "--errors", "replace", "--held-out", "0.5"])  # A new store: printed once, too.
     assert "documents" not in capsys.readouterr().err
     counts = next(line for line in table.splitlines() if re.match(r"\W*documents\b", line))
     documents = len((folder / "corpus.txt").read_text().split("\n\n"))
-    assert sum(map(int, re.findall(r"\d+", counts))) == documents + 1
+    assert sum(map(int, re.findall(r"\d+", counts))) == documents + 2
     assert re.search(rf"\bduplicates\b.*\b{documents}\b", table)
     main(["pretrain", *arguments, "--workdir", f"{tmp_path}/run"])
     assert "duplicates" not in capsys.readouterr().err
 
 
-def test_prepare_finds_damage(folder, tmp_path, fails, monkeypatch):
-    """A training looks at sizes alone; preparing again reads it all."""
+def test_damage_of_the_cache_is_mended(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PRELM_CACHE", str(tmp_path))
     main(["prepare", f"{folder}/tiny.py:tiny"])
     (ids,) = tmp_path.glob("stores/*/training/ids")
-    content = bytearray(ids.read_bytes())
-    content[0] ^= 1
-    ids.write_bytes(content)
-    message = fails("prepare", f"{folder}/tiny.py:tiny")
-    assert f"{ids} is damaged" in message and f"delete {ids.parents[1]}" in message
+    (vocabulary,) = tmp_path.glob("vocabularies/*.txt")
+    contents = {path: path.read_bytes() for path in (ids, vocabulary)}
+    printed = capsys.readouterr().out
+    ids.write_bytes(bytes([contents[ids][0] ^ 1]) + contents[ids][1:])
+    vocabulary.write_bytes(contents[vocabulary].replace(b'"the"', b'"teh"'))
+    main(["prepare", f"{folder}/tiny.py:tiny"])
+    out, err = capsys.readouterr()
+    assert f"{ids} is damaged" in err and out == printed
+    assert contents == {path: path.read_bytes() for path in contents}
 
 
 @pytest.mark.parametrize("experiment", ["bert", "gpt", "elmo"])
@@ -93,13 +99,13 @@ def test_evaluate(folder, capsys, fails):
     evaluate = ["evaluate", f"{folder}/run", "--mesh.devices", "1"]
     main(evaluate)
     held_out = capsys.readouterr().out
-    assert "step 3, all of the text" in held_out and re.search(r"masked lm loss .* [\d,]+ │\n", held_out)
+    assert "step 3, all of the text" in held_out and re.search(r"masked lm loss .* [\d,]+ +│\n", held_out)
     main([*evaluate, "--step", "3", "--batch-size", "3"])
     assert capsys.readouterr().out == held_out
     main([*evaluate, "--corpus", f"{folder}/corpus.txt"])
     assert capsys.readouterr().out != held_out
     main([*evaluate, "--sample", "0.3"])
-    assert re.search(r"step 3, 3\d\.\d\d% of the text", capsys.readouterr().out)
+    assert re.search(r"step 3, [23]\d\.\d\d% of the text", capsys.readouterr().out)
     for option, value in (("--sample", "0"), ("--batch-size", "0"), ("--mesh.devices", "9")):
         assert f"{option} {value}" in fails(*evaluate, option, value)
 
@@ -298,6 +304,9 @@ def test_work_directories_that_cannot_be_used(folder, fails, tmp_path, monkeypat
     assert f"cannot write {file}" in fails("pretrain", tiny, "--workdir", file)
     assert "cannot write" in fails("pretrain", tiny, "--workdir", file / "run")
     assert "cannot write" in fails("export", folder / "run", file / "model")
+    for inside in ("model", "checkpoints/model", "checkpoints/3", "."):
+        assert f"{folder}/run" in fails("export", folder / "run", folder / "run" / inside)
+    assert not (folder / "run/model").exists() and not (folder / "run/checkpoints/model").exists()
 
     def refuse(path, *arguments):
         raise PermissionError(13, "Permission denied", str(path))

@@ -1,7 +1,6 @@
 """TensorFlow checkpoints: the table, the variables, the checksum, and BERT as its authors published it."""
 
 import json
-import re
 import shutil
 import tracemalloc
 
@@ -14,7 +13,21 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_directories import BERT_SIZES, VOCABULARY, assert_params_equal
-from tensorflow_checkpoint import MAGIC, block, checksummed, crc32c, entry, header, index, masked, table, varint, write
+from tensorflow_checkpoint import (
+    MAGIC,
+    block,
+    checksummed,
+    crc32c,
+    entry,
+    header,
+    index,
+    masked,
+    original_name,
+    original_variables,
+    table,
+    varint,
+    write,
+)
 
 from prelm_jax.cli.main import main
 from prelm_jax.errors import InputError
@@ -23,29 +36,13 @@ from prelm_jax.formats.huggingface_bert import read
 from prelm_jax.formats.tensorflow import masked_crc32c, open_checkpoint
 from prelm_jax.loading import load
 
-KERNELS = re.compile(r"(dense|query|key|value)\.weight$")
 SLOTS = ("adam_m", "adam_v")
 CONFIG = {"hidden_act": "gelu", "directionality": "bidi", "pooler_type": "first_token_transform", **BERT_SIZES}
 
 
-def original_name(name: str) -> str:
-    """The name in google-research/bert of a tensor of transformers."""
-    name = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-    name = name.replace("_embeddings.weight", "_embeddings").replace("encoder.layer.", "encoder.layer_")
-    name = name.replace("predictions.bias", "predictions.output_bias").replace("ship.weight", "ship.output_weights")
-    return KERNELS.sub(r"\1.kernel", name.replace("ship.bias", "ship.output_bias")).replace(".", "/")
-
-
-def original_shapes(model) -> dict[str, torch.Tensor]:
-    """The tensors of a BertForPreTraining of transformers, by their names, in the shapes of google-research/bert."""
-    tensors = model.state_dict().items()
-    tensors = {name: value for name, value in tensors if not name.startswith("cls.predictions.decoder")}
-    return {name: value.T if KERNELS.search(name) else value for name, value in tensors.items()}
-
-
-def original_variables(model) -> dict[str, np.ndarray]:
-    """The variables of a BertForPreTraining of transformers as a checkpoint of google-research/bert has them."""
-    return {original_name(name): value.numpy().copy("C") for name, value in original_shapes(model).items()}
+def arrays(model) -> dict[str, np.ndarray]:
+    """The state of a model of transformers."""
+    return {name: value.numpy() for name, value in model.state_dict().items()}
 
 
 def publish(directory, variables, config=CONFIG, vocabulary=VOCABULARY, **options):
@@ -59,7 +56,7 @@ def publish(directory, variables, config=CONFIG, vocabulary=VOCABULARY, **option
 
 @pytest.fixture(scope="module")
 def variables(bert_reference):
-    return original_variables(bert_reference)
+    return original_variables(arrays(bert_reference))
 
 
 @pytest.fixture(scope="module")
@@ -182,14 +179,17 @@ def test_a_published_checkpoint(real_data):
     directory = real_data / "fixtures/keras-bert-toy-checkpoint"
     sizes = {key: value for key, value in json.loads((directory / "bert_config.json").read_text()).items()}
     reference = transformers.BertForPreTraining(transformers.BertConfig(**sizes)).eval()
-    shapes = {name: tuple(value.shape) for name, value in original_shapes(reference).items()}
-    size = {original_name(name) + slot: np.prod(shape) for name, shape in shapes.items() for slot in ("", "/m", "/v")}
+    shapes = {name: array.shape for name, array in original_variables(arrays(reference)).items()}
+    size = {name + slot: np.prod(shape) for name, shape in shapes.items() for slot in ("", "/m", "/v")}
     numbers = np.fromfile(directory / "bert_model.ckpt.data-00000-of-00001", "<f4")
     *parts, step = np.split(numbers, np.cumsum([size[name] for name in sorted(size)]))
     assert step.size == 2
-    arrays = dict(zip(sorted(size), parts, strict=True))
-    state = {name: torch.tensor(arrays[original_name(name)].reshape(shape)) for name, shape in shapes.items()}
-    state = {name: value.T if KERNELS.search(name) else value for name, value in state.items()}
+    variables = dict(zip(sorted(size), parts, strict=True))
+    state = {}
+    for name in arrays(reference):
+        if (original := original_name(name)) in shapes:
+            array = variables[original].reshape(shapes[original])
+            state[name] = torch.tensor(array.T if original.endswith("/kernel") else array)
     reference.load_state_dict(state, strict=False)
     model = load(directory)
     (table,) = (value for name, value in state.items() if "word_embeddings" in name)
