@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -18,7 +19,7 @@ from prelm_jax.data.evaluation import EvaluationBatches
 from prelm_jax.errors import InputError
 from prelm_jax.families import find_family
 from prelm_jax.formats.base import abstract_params, save
-from prelm_jax.formats.transfer import initial_params
+from prelm_jax.formats.transfer import initial_params, positions_note
 from prelm_jax.loading import load, load_checkpoint
 from prelm_jax.progress import Progress
 from prelm_jax.report import Summary
@@ -101,6 +102,8 @@ def _pretrain(run: Run, directory: WorkDir, extend_to: int | None) -> Summary:
     def continued(fresh: Params) -> Params:
         pretrained = load(str(run.init_from))
         format = find_family(pretrained.config.model_type, run.init_from).format
+        if jax.process_index() == 0 and (note := positions_note(pretrained.config, run.model)):
+            print(note, file=sys.stderr)
         return initial_params(pretrained.loaded, format, run.model, fresh, tokenizer)
 
     start = None if run.init_from is None else continued
