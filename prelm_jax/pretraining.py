@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -18,7 +19,7 @@ from prelm_jax.data.evaluation import EvaluationBatches
 from prelm_jax.errors import InputError
 from prelm_jax.families import find_family
 from prelm_jax.formats.base import abstract_params, save
-from prelm_jax.formats.transfer import initial_params
+from prelm_jax.formats.transfer import initial_params, positions_note
 from prelm_jax.loading import load, load_checkpoint
 from prelm_jax.progress import Progress
 from prelm_jax.report import Summary
@@ -27,10 +28,11 @@ from prelm_jax.storage import check_apart, is_remote
 from prelm_jax.tokenizers import build as tokenizers
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.train import placed_batches, train
+from prelm_jax.training import memory
 from prelm_jax.training.checkpoint import Step
 from prelm_jax.training.contract import Batch, Batches, DataConfig, Model, Params
 from prelm_jax.training.sharding import MeshConfig
-from prelm_jax.training.step import evaluated_means, fresh_carry, make_evaluate
+from prelm_jax.training.step import Totals, evaluated_means, fresh_carry, make_evaluate
 from prelm_jax.workdir import WorkDir
 
 # The held-out batches are the same in every run, whatever its seed.
@@ -80,15 +82,13 @@ def pretrain(run: Run, workdir: str | os.PathLike, extend_to: int | None = None,
         pretrain(experiments.bert.demo(), "runs/bert-demo")
     """
     directory = WorkDir(workdir)
+    if run.loop.profile and is_remote(directory.path):
+        raise InputError(f"--profile {run.loop.profile}: traces are written to local directories only: {workdir}")
     with directory.hold(take_over):
         return _pretrain(run, directory, extend_to)
 
 
 def _pretrain(run: Run, directory: WorkDir, extend_to: int | None) -> Summary:
-    if run.loop.profile and is_remote(directory.path):
-        raise InputError(
-            f"--profile {run.loop.profile}: traces are written to local directories only: {directory.path}"
-        )
     corpus, validation, tokenizer, training, held_out = prepare(run)
     if run.split and not held_out.num_documents:
         _refuse_split(run, training.num_documents, "none is held out for evaluation")
@@ -102,13 +102,15 @@ def _pretrain(run: Run, directory: WorkDir, extend_to: int | None) -> Summary:
     def continued(fresh: Params) -> Params:
         pretrained = load(str(run.init_from))
         format = find_family(pretrained.config.model_type, run.init_from).format
+        if jax.process_index() == 0 and (note := positions_note(pretrained.config, run.model)):
+            print(note, file=sys.stderr)
         return initial_params(pretrained.loaded, format, run.model, fresh, tokenizer)
 
     start = None if run.init_from is None else continued
     words = training.tokens_per_word
-    values = train(run, directory, record, tokenizer, model, batches, evaluation, start, words, extend_to)
+    step, values = train(run, directory, record, tokenizer, model, batches, evaluation, start, words, extend_to)
     baselines = directory.read_baselines() or {}
-    return Summary(values, baselines, held_out.unknown_rate, directory.tokens_per_second(), run.loop.steps)
+    return Summary(values, baselines, held_out.unknown_rate, directory.tokens_per_second(), step)
 
 
 def evaluate(
@@ -131,10 +133,6 @@ def evaluate(
         batch_size: rows on all devices at once; the run's own if None.
         devices: number of devices; all there are if None.
     """
-    if not 0 < sample <= 1:
-        raise InputError(f"--sample {sample}: must be above 0 and at most 1")
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"--batch-size {batch_size}: must be at least 1")
     directory = WorkDir(workdir)
     record = directory.read_record()
     if experiment is None:
@@ -174,16 +172,7 @@ def evaluate(
     batches = EvaluationBatches(rows, rows_per_device * mesh.size, sample)
 
     found, params = directory.read_params(abstract_params(run.model), step)
-    with jax.set_mesh(mesh), Progress("evaluate", len(batches), "batches") as progress:
-
-        def placed() -> Iterator[Batch]:
-            for _, batch in placed_batches(batches, 0, len(batches), mesh):
-                yield batch
-                progress.advance(1)
-
-        replicated = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-        carry = fresh_carry(model, batches.batch_size, mesh)
-        totals = make_evaluate(model)(replicated, carry, placed(), batches.num_steps)
+    totals = _evaluate_batches(model, params, batches, mesh)
     values = evaluated_means(model, totals)
     fitted = data.build(training, tokenizer, run.batch_size, run.seed)
     if rows.num_steps > 1:  # Baselines read the targets before a target, in the batches before, of the same rows.
@@ -204,10 +193,10 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike, step: Step 
     """Writes a checkpoint of a work directory as a model directory, in the format that others read."""
     source = WorkDir(workdir)
     record = source.read_record()
-    check_apart(directory, workdir)
-    found, model = load_checkpoint(source, step)
     family = find_family(record.model_type, source.path)
     run = record.run(family.model, family.data)
+    check_apart(directory, workdir, *filter(None, [run.init_from]))
+    found, model = load_checkpoint(source, step)
     card = report.model_card(source, run, found, model.loaded, family.format, Path(directory).name)
     save(model.loaded, family.format, directory, card)
 
@@ -226,7 +215,11 @@ class HeldOut:
     def __init__(self, run: Run, model: Model, tokenizer: Tokenizer, training: Batches, store: Store):
         self._data: DataConfig[Batches] = run.data
         self._count, self._training, self._store = run.loop.evaluate_batches, training, store
-        self._batches = self._data.build(store, tokenizer, run.batch_size, EVALUATION_SEED)
+        try:
+            self._batches = self._data.build(store, tokenizer, run.batch_size, EVALUATION_SEED)
+        except InputError as error:  # About the text, because the training side has passed.
+            remedy = "give another with --validation" if run.validation else "raise --held-out, or give --validation"
+            raise InputError(f"the text to evaluate on is too small ({error}): {remedy}") from None
         self._model, self._evaluate = model, make_evaluate(model)
 
     def __call__(self, params: Params, carry: Params, mesh: jax.sharding.Mesh) -> dict[str, float]:
@@ -239,6 +232,21 @@ class HeldOut:
         """metric -> trivial baseline, fitted on the training side -> value."""
         batches = (self._batches[i] for i in range(self._count))
         return _with_derived(self._data, self._data.baselines(self._training, batches), self._store)
+
+
+def _evaluate_batches(model: Model, params: Params, batches: EvaluationBatches, mesh: jax.sharding.Mesh) -> Totals:
+    """The sums and weights of all losses and metrics over all batches; shows the progress."""
+    explained = memory.explained("an evaluation", "lower --batch-size")
+    with jax.set_mesh(mesh), explained, Progress("evaluate", len(batches), "batches") as progress:
+
+        def placed() -> Iterator[Batch]:
+            for _, batch in placed_batches(batches, 0, len(batches), mesh):
+                yield batch
+                progress.advance(1)
+
+        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        carry = fresh_carry(model, batches.batch_size, mesh)
+        return make_evaluate(model)(params, carry, placed(), batches.num_steps)
 
 
 def _with_derived(

@@ -42,15 +42,15 @@ def summary_table(summary: Summary) -> Table:
     text = "sample of the held-out text" if summary.share is None else "all of the text"
     if summary.share is not None and summary.share < 1:
         text = f"{summary.share:.2%} of the text"
-    table = Table(f"step {summary.step:,}, {text}", "model", "baseline", "targets")
+    if not summary.evaluation:
+        text = "not evaluated: nothing is held out"
+    table = Table(f"step {summary.step:,}, {text}", "model", "baseline", *(["targets"] if summary.targets else []))
     for name, value in summary.evaluation.items():
-        targets = f"{summary.targets[name]:,}" if name in summary.targets else ""
-        table.add_row(_words(name), f"{value:.3f}", _baselines(summary.baselines.get(name, {}), ".3f"), targets)
+        targets = [f"{summary.targets[name]:,}"] if name in summary.targets else []
+        table.add_row(_words(name), f"{value:.3f}", _baselines(summary.baselines.get(name, {}), ".3f"), *targets)
     table.add_section()
     if summary.evaluation:
         table.add_row("unknown tokens", f"{summary.unknown_tokens:.2%}", "")
-    else:
-        table.add_row("nothing is held out", "not evaluated", "")
     if not math.isnan(summary.tokens_per_second):  # NaN where training ended before its first measurement.
         table.add_row("training, tokens/s", f"{summary.tokens_per_second:,.0f}", "")
     return table

@@ -43,8 +43,10 @@ def train(
     start: Callable[[Params], Params] | None = None,
     tokens_per_word: float = 1.0,
     extend_to: int | None = None,
-) -> dict[str, float]:
-    """Trains a model up to `run.loop.steps` in a work directory; returns its last evaluation, {} without one.
+) -> tuple[int, dict[str, float]]:
+    """Trains a model up to `run.loop.steps` in a work directory; returns its last step and its evaluation there.
+
+    Without an `evaluation`, these metrics are {}.
 
     Order of start: the newest checkpoint of the work directory, else `start(fresh parameters)`, else fresh parameters.
     The directory is claimed for the run (`record`, `tokenizer`) when nothing can be refused any more.
@@ -71,8 +73,8 @@ def train(
             restored = checkpoints.restore(abstract.items())
         done = 0 if restored is None else restored[0]
         if extend_to is not None:
-            if earlier is None or not done:
-                raise InputError(f"--extend-to {extend_to}: {workdir.path} has no checkpoint to train on from")
+            if earlier is None:
+                raise InputError(f"--extend-to {extend_to}: {workdir.path} holds no run to train on")
             record = record.extended(earlier, done, extend_to, run.optimizer)
         parts = record.parts(run)
         run = dataclasses.replace(run, loop=parts[-1].loop)
@@ -115,8 +117,8 @@ def train(
                         tokens_per_word,
                     )
         if evaluation is None:
-            return {}
-        return values or evaluate(state)
+            return int(state.step), {}
+        return int(state.step), values or evaluate(state)
 
 
 def check_schedule(run: Run, resuming: bool) -> None:

@@ -32,7 +32,7 @@ STEPS_OF_A_LIFE = 8
 HANGS_AFTER = 300.0  # Seconds.
 
 FILL, SCORE = ["fill", "WORKDIR", "the [MASK] sees a dog"], ["score", "WORKDIR", "TEXT"]
-SLOW_DECAY = ["--optimizer.decay-steps", "100000"]  # Every step changes the parameters.
+SLOW_DECAY = ["--optimizer.decay-steps", "10000000"]  # Every step changes the parameters.
 
 # Kind of run: experiment, its options, devices, and the command of a reader besides `evaluate`.
 KINDS = {

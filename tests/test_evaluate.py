@@ -1,4 +1,4 @@
-"""`evaluate` scores all of a text exactly once: equal on any batch size and devices, and to counts by PyTorch and NumPy."""
+"""`evaluate` scores all of a text once: equal on any batch size and devices, and to counts by PyTorch and NumPy."""
 
 import contextlib
 import dataclasses
@@ -40,7 +40,8 @@ def texts(tmp_path_factory):
 def workdir(family, texts, tmp_path_factory):
     """A run of seed 0 whose checkpoint, of step 2, has random parameters; not to be changed."""
     run = dataclasses.replace(tiny.FAMILIES[family](), corpus=(f"{texts}/corpus.txt",))
-    corpus, tokenizer, *_ = pretraining.prepare(run)
+    prepared = pretraining.prepare(run)
+    corpus, tokenizer = prepared.corpus, prepared.tokenizer
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=tokenizer.vocab_size))
     workdir = WorkDir(tmp_path_factory.mktemp("runs") / family)
     workdir.claim(RunRecord.from_run(run, corpus.fingerprint, tokenizer.fingerprint), tokenizer)
@@ -93,7 +94,7 @@ def test_a_sample_is_a_part_and_says_so(workdir, texts, expected):
     assert found.evaluation["loss"] == pytest.approx(expected.evaluation["loss"], rel=0.1)
     assert found.baselines != expected.baselines
     for sample in (0.0, -1.0, 1.5, float("nan")):
-        with pytest.raises(InputError, match=rf"--sample {sample}: "):
+        with pytest.raises(InputError, match=rf"sample is {sample}: ".replace("nan", "NaN")):
             evaluate(workdir, sample=sample)
 
 

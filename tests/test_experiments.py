@@ -122,7 +122,7 @@ def test_a_family_from_outside_trains_resumes_and_is_evaluated(tmp_path, capsys)
     assert first.evaluation == second.evaluation
     last = tiny.metrics(whole)[-1]
     for name in ("loss", "masked_lm_loss", "replaced_token_loss", "replaced_rate"):
-        np.testing.assert_allclose(first.evaluation[name], last[f"evaluation/{name}"], rtol=0.1)  # A sample.
+        np.testing.assert_allclose(first.evaluation[name], last[f"evaluation/{name}"], rtol=0.25)  # A sample.
         assert f" {first.evaluation[name]:.3f} " in printed
 
 

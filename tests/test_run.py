@@ -61,6 +61,51 @@ def test_other_text_or_vocabulary_is_named_by_fingerprint():
     ]
 
 
+def test_fields_that_are_younger_than_a_record():
+    """A record without them is one of their defaults: it is read, and compared, as if it had them."""
+    run = dataclasses.replace(tiny.bert(), data=dataclasses.replace(tiny.bert().data, masking=MaskingConfig()))
+    old = json.loads(record(run).to_json()) | {"format": 2}
+    del old["sources"]["validation"], old["identity"]["validation_fingerprint"], old["identity"]["accumulate"]
+    del old["identity"]["data"]["masking"]["random"], old["segments"][0]["optimizer"]["decay"]
+    old["segments"] = [{"from_step": 0, "optimizer": old["segments"][0]["optimizer"]}]
+    del old["loop"]["tensorboard"], old["identity"]["model"]["initializer_range"]
+    there = read(RunRecord, old, "run.json")
+    assert there.differences(record(run), run) == []
+    assert there.run(type(run.model), type(run.data)) == dataclasses.replace(run, tokenizer=None, optimizer=None)
+    changed = dataclasses.replace(
+        run, accumulate=2, data=dataclasses.replace(run.data, masking=MaskingConfig(0.2, random=0))
+    )
+    assert there.differences(record(changed), changed) == [
+        "accumulate (1 there, 2 here)",
+        "data.masking.probability (0.15 there, 0.2 here)",
+        "data.masking.random (0.1 there, 0 here)",
+    ]
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        [],
+        [{"from_step": 3, "optimizer": {}}],
+        [{"from_step": 0, "optimizer": {}}, {"from_step": 5, "optimizer": {}}],
+        [{"from_step": 0, "optimizer": {}}, {"from_step": 5, "optimizer": {}, "to_step": 5}],
+        [{"from_step": 0, "optimizer": {}}] + 2 * [{"from_step": 5, "optimizer": {}, "to_step": 9}],
+        [{"from_step": 0, "optimizer": 3}],
+        [3],
+        3,
+    ],
+)
+def test_segments_that_no_run_has(segments):
+    fields = json.loads(record(tiny.bert()).to_json()) | {"segments": segments}
+    with pytest.raises(InputError, match=r"run\.json: segments"):
+        read(RunRecord, fields, "run.json")
+
+
+def test_a_validation_text_replaces_the_fraction_held_out():
+    run = dataclasses.replace(tiny.bert(), validation=("v.txt",), held_out=0.5)
+    assert run.split == 0 and record(run).identity["held_out"] == 0
+
+
 def test_what_may_differ_between_resumes():
     """The loop, and where text and vocabulary were found."""
     run = tiny.with_loop(tiny.bert(), steps=99, save_every=1, mesh=MeshConfig(devices=4), keep_at_words=(5,))

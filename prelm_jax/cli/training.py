@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from prelm_jax.bounds import NotNegative, Positive
+from prelm_jax.bounds import Bounds, Fraction, NotNegative, Positive, Size
 from prelm_jax.cache import cache_compiled_programs
 from prelm_jax.cli.experiments import EXPERIMENT, load_run
 from prelm_jax.cli.options import AnyPath, Positional, Remainder, Step
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def pretrain(
     run: Annotated["Run", EXPERIMENT],
     workdir: AnyPath = "runs/{name}",
-    extend_to: int | None = None,
+    extend_to: Positive | None = None,
     take_over: bool = False,
 ) -> None:
     """Train an experiment, or resume it.
@@ -41,14 +41,14 @@ def pretrain(
     from prelm_jax.training import processes
 
     cache_compiled_programs()
-    processes.join()
-    summary = pretraining.pretrain(run, workdir, extend_to, take_over)
-    if jax.process_index() == 0:
-        print_table(summary_table(summary))
-        print(f"\nThe run is in {workdir}. To train it for longer, add --extend-to STEP to the command.")
-        with contextlib.suppress(InputError):  # A family from outside of the package has no example, and no format.
-            example = find_family(run.model.model_type, workdir).example
-            print(f"Next:\n  prelm export {workdir} DIRECTORY\n  {example.format(workdir)}")
+    with processes.joined():
+        summary = pretraining.pretrain(run, workdir, extend_to, take_over)
+        if jax.process_index() == 0:
+            print_table(summary_table(summary))
+            print(f"\nThe run is in {workdir}. To train it for longer, add --extend-to STEP to the command.")
+            with contextlib.suppress(InputError):  # A family from outside of the package has no example, and no format.
+                example = find_family(run.model.model_type, workdir).example
+                print(f"Next:\n  prelm export {workdir} DIRECTORY\n  {example.format(workdir)}")
 
 
 def evaluate(
@@ -56,9 +56,9 @@ def evaluate(
     workdir: AnyPath | None = None,
     corpus: tuple[str, ...] = (),
     step: Step = "newest",
-    sample: float = 1.0,
-    batch_size: int | None = None,
-    devices: Annotated[int | None, tyro.conf.arg(name="mesh.devices")] = None,
+    sample: Annotated[Fraction, Bounds(above=0)] = 1.0,
+    batch_size: Size | None = None,
+    devices: Annotated[Size | None, tyro.conf.arg(name="mesh.devices")] = None,
 ) -> None:
     """Evaluate a run on its held-out text, or on another corpus; each target is scored exactly once.
 

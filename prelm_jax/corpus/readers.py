@@ -213,7 +213,7 @@ SIGNATURES = {
 
 
 def _check_beginning(path: str, head: bytes, unpacked: bool) -> None:
-    """Raises InputError for a known signature, and where more than a tenth of the characters are not UTF-8."""
+    """Raises InputError for a known signature, and where a tenth of the characters are not UTF-8."""
     for signature, (what, remedy) in SIGNATURES.items():
         if re.match(signature, head, re.DOTALL):
             if unpacked and remedy.startswith("end its name"):
@@ -221,7 +221,8 @@ def _check_beginning(path: str, head: bytes, unpacked: bool) -> None:
             raise InputError(f"{path} is {what}, not plain text: {remedy}")
     # The last character may be cut.
     text = codecs.getincrementaldecoder("utf-8")("replace").decode(head)
-    if (text.count("\ufffd") - head.count("\ufffd".encode())) * 10 > len(text):
+    replaced = text.count("\ufffd") - head.count("\ufffd".encode())
+    if replaced > max(4, len(text) / 10):  # A few bytes of a short file may be mistakes.
         raise InputError(
             f"{path} is binary, or text in another encoding: unpack it, or convert it (iconv -f ENCODING -t UTF-8)"
         )

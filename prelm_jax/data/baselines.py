@@ -40,13 +40,13 @@ class _TargetCounts:
 
     def unigram_loss(self) -> float:
         smoothed_V = self.counts_V + 1
-        return float(np.log(smoothed_V.sum()) - self._mean(np.log(smoothed_V) @ self.targets_V))
+        return float(np.log(smoothed_V.sum())) - self._mean(float(np.log(smoothed_V) @ self.targets_V))
 
     def most_frequent(self) -> dict[str, float]:
-        return {"most frequent token": self._mean(self.targets_V[self.counts_V.argmax()])}
+        return {"most frequent token": self._mean(float(self.targets_V[self.counts_V.argmax()]))}
 
     def _mean(self, total: float) -> float:
-        return float(total / self.targets_V.sum()) if self.targets_V.any() else math.nan
+        return total / int(self.targets_V.sum()) if self.targets_V.any() else math.nan
 
 
 class _Trigrams:

@@ -1,10 +1,14 @@
 """Batches of a text that is evaluated: each row once, in order, whatever the batch size."""
 
 from collections.abc import Mapping
+from typing import Annotated
 
 import numpy as np
 
+from prelm_jax.bounds import Bounds, Fraction, check
 from prelm_jax.training.contract import EvaluationRows, Layout
+
+Sample = Annotated[Fraction, Bounds(above=0)]
 
 
 class EvaluationBatches:
@@ -12,15 +16,18 @@ class EvaluationBatches:
 
     `num_steps` consecutive batches hold the parts of the same rows: the carry of a model starts afresh after them.
 
-    sample: fraction of the text to read, spread over it: of rows in one part every so many, else the first parts of all
-        rows. `share` is the fraction that is read, at least one row or part.
+    Rows 0 to 4 in two parts, batch size 4:
 
-        rows 0 to 4 in two parts, batch size 4     batch 0 1 2 3 has
-            rows                                         0-3 0-3 4 4 (4, and three of zeros)
-            part                                         0   1   0 1
+        batch    0    1    2            3
+        rows     0-3  0-3  4 and zeros  4 and zeros
+        part     0    1    0            1
+
+    sample: fraction of the text to read, spread over it: of rows in one part some, evenly spaced; else of all rows the
+        first parts. `share` is the fraction that is read: at least one row or part. Raises OutOfBounds.
     """
 
     def __init__(self, rows: EvaluationRows, batch_size: int, sample: float = 1.0):
+        check(sample, Sample, ("sample",))
         self.batch_size = batch_size
         self._rows, self._num_rows, self.num_steps = rows, rows.num_rows, rows.num_steps
         if self.num_steps > 1:

@@ -88,7 +88,10 @@ class Segments(NamedTuple):
 
 
 class PairBatches(StoreBatches):
-    """Batches of sentence pairs; the end of `examples` lists their keys. `examples_per_epoch` is the number of anchors."""
+    """Batches of sentence pairs; the end of `examples` lists their keys.
+
+    `examples_per_epoch` is the number of anchors.
+    """
 
     def __init__(self, config: PairsConfig, store: Store, tokenizer: Tokenizer, batch_size: int, seed: int):
         super().__init__(store, tokenizer.vocab_size, batch_size)

@@ -146,7 +146,18 @@ def _local_chunks(vocab_size: int, arguments: Arguments, differentiate: bool) ->
         flat = values.reshape(tokens, *values.shape[2:])
         return jnp.pad(flat, [(0, padding)] + [(0, 0)] * (flat.ndim - 1)).reshape(chunks, -1, *flat.shape[1:])
 
-    def chunk(totals: tuple, values: tuple[Array, Array, Array]) -> tuple[tuple, Array | tuple[Array, Array]]:
+    values = (split(x_BTD), split(targets_BT), split(weights_BT))
+    if not differentiate:
+
+        def weighted(values: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+            x_GD, targets_G, weights_G = values
+            nll_G, correct_G = cross_entropy(tied_logits(x_GD, table, vocab_size, bias_V), targets_G)
+            return nll_G * weights_G, correct_G * weights_G
+
+        nll, correct = jax.lax.map(weighted, values)
+        return (accurate_sum(nll), accurate_sum(correct)), ()
+
+    def chunk(totals: tuple, values: tuple[Array, Array, Array]) -> tuple[tuple, Array]:
         (loss, correct), gradients = totals
         x_GD, targets_G, weights_G = values
         logits_GV = tied_logits(x_GD, table, vocab_size, bias_V)
@@ -156,8 +167,6 @@ def _local_chunks(vocab_size: int, arguments: Arguments, differentiate: bool) ->
         total_G = exp_GV.sum(-1)
         picked_G = jnp.take_along_axis(logits_GV, targets_G[:, None], 1)[:, 0]
         nll_G, correct_G = highest_G + jnp.log(total_G) - picked_G, (picked_G == highest_G).astype(jnp.float32)
-        if not differentiate:
-            return totals, (nll_G * weights_G, correct_G * weights_G)
         sums = (loss + (nll_G * weights_G).sum(), correct + (correct_G * weights_G).sum())
         # The gradient of a logit is weight · (exp / total - hit). Its factor weight / total belongs to a whole row, so
         # it is left out here and multiplied in where a row has D columns instead of V.
@@ -173,9 +182,6 @@ def _local_chunks(vocab_size: int, arguments: Arguments, differentiate: bool) ->
         return (sums, jax.tree.map(jnp.add, gradients, (dtable_VD, dbias_V))), dx_GD.astype(x_GD.dtype)
 
     zero = jnp.zeros(())
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape), (table_VD, bias_V)) if differentiate else None
-    values = (split(x_BTD), split(targets_BT), split(weights_BT))
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape), (table_VD, bias_V))
     (sums, gradients), dx = jax.lax.scan(chunk, ((zero, zero), start), values)
-    if not differentiate:
-        return jax.tree.map(accurate_sum, dx), ()
     return sums, (dx.reshape(-1, x_BTD.shape[-1])[:tokens].reshape(x_BTD.shape), *gradients)

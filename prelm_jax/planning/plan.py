@@ -46,6 +46,7 @@ class Plan:
     compile_seconds: float
     model_flops: float  # Matmul FLOPs by the formula of the model.
     optimizer_flops: float  # Matmul FLOPs by the formula of the optimizer, in fp32; zero for most.
+    optimizer_seconds: float  # A part of the compute in `seconds_by`.
     compiled_flops: float  # By XLA, each loop counted as often as it runs; without custom kernels.
     bytes_accessed: float  # By XLA, like compiled_flops.
     memory_traffic: float  # The bytes of these that go to and from HBM; the rest stays on the chip between uses.
@@ -185,7 +186,9 @@ def analyze(run: Run, topology: str, mesh: jax.sharding.Mesh, progress: Callable
     model_flops = step.flops / mesh.size
     peak = chip.flops if chip else peak_flops(jnp.dtype(run.precision), 1)
     memory_traffic = program.memory_traffic()
-    seconds_by = {"compute": max(flops, model_flops + step.optimizer_flops) / peak}
+    optimizer_flops = step.optimizer_flops  # XLA counts a product in fp32 like one in bf16.
+    optimizer_seconds = optimizer_flops / (chip.fp32_flops if chip else peak)
+    seconds_by = {"compute": max(flops - optimizer_flops, model_flops) / peak + optimizer_seconds}
     collectives = program.collectives()
     timed: list[tuple[Collective, float | None]] = [(collective, None) for collective in collectives]
     if chip is not None:
@@ -206,7 +209,8 @@ def analyze(run: Run, topology: str, mesh: jax.sharding.Mesh, progress: Callable
         memory_available=chip.memory if chip else memory.host_memory() / mesh.size,
         compile_seconds=step.compile_seconds,
         model_flops=model_flops,
-        optimizer_flops=step.optimizer_flops,
+        optimizer_flops=optimizer_flops,
+        optimizer_seconds=optimizer_seconds,
         compiled_flops=flops,
         bytes_accessed=bytes_accessed,
         memory_traffic=memory_traffic,
@@ -259,8 +263,9 @@ def plan_table(plan: Plan) -> Table:
     flops = f"{plan.model_flops / 1e12:.2f} TFLOP by the model, {plan.compiled_flops / 1e12:.2f} as compiled"
     table.add_row("compute", flops)
     if plan.optimizer_flops:
-        share = plan.optimizer_flops / (plan.optimizer_flops + plan.model_flops)
-        table.add_row("  optimizer, in fp32", f"{plan.optimizer_flops / 1e12:.2f} TFLOP, {share:.1%} of the step's")
+        share = plan.optimizer_seconds / plan.seconds_by["compute"]
+        work = f"{plan.optimizer_flops / 1e12:.2f} TFLOP, {plan.optimizer_seconds * 1e3:.1f} ms"
+        table.add_row("  optimizer, in fp32", f"{work}: {share:.1%} of the time to compute")
     table.add_row("bytes accessed", f"{plan.bytes_accessed / 1e9:.1f} GB")
     table.add_row("memory traffic (HBM)", f"{plan.memory_traffic / 1e9:.1f} GB")
     for collective, seconds in plan.collectives:

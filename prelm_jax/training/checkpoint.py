@@ -75,12 +75,12 @@ def _writing(path: epath.Path) -> Iterator[None]:
 class _Directory:
     """The checkpoints `<path>/<step>`. The directory is created by the first save.
 
-    It is listed each time, and read file by file: a trainer may save and delete while others read. Only saving and
-    deleting is left to Orbax's Checkpointer, which cannot list a directory with a damaged checkpoint in it.
+    It is listed each time, and read file by file: a trainer may save and delete while others read. Only saving is left
+    to Orbax's Checkpointer, which cannot list a directory with a damaged checkpoint in it.
     """
 
-    def __init__(self, path: epath.Path, policy: "_PreservationPolicy | None"):
-        self.path, self._policy = path, policy
+    def __init__(self, path: epath.Path):
+        self.path = path
         self._checkpointer = None
 
     @property
@@ -118,7 +118,7 @@ class _Directory:
                 except _Damaged as error:
                     print(f"{error}: moved to {self.put_aside(known, str(error))}", file=sys.stderr)
             self._checkpointer = ocp.training.Checkpointer(
-                self.path if is_remote(self.path) else self.path.absolute(), preservation_policy=self._policy
+                self.path if is_remote(self.path) else self.path.absolute(), cleanup_tmp_directories=True
             )
         sums = {item: checksums_by_name(tree) for item, tree in items.items()}
         metadata: dict = {"format": FORMAT, "checksums": sums, "record": dataclasses.asdict(record)}
@@ -162,6 +162,19 @@ class _Directory:
         multihost_utils.sync_global_devices("put aside")  # Nobody lists the directory earlier.
         return aside / str(step)
 
+    def delete(self, step: int) -> None:
+        """Deletes a checkpoint. It disappears as a whole: Orbax would delete its files one by one."""
+        if jax.process_index() != 0:
+            return
+        path = doomed = self.path / str(step)
+        with contextlib.suppress(FileNotFoundError):
+            if is_remote(path):
+                (path / "commit_success.txt").unlink()
+            else:
+                # A name of Orbax's: it removes what is left of it after a kill.
+                doomed = path.rename(self.path / f"{step}.orbax-checkpoint-tmp-deleted")
+            doomed.rmtree()
+
     def close(self) -> None:
         if self._checkpointer is not None:
             with contextlib.suppress(Exception):  # It raises again what a failed save has raised before.
@@ -180,15 +193,14 @@ class _PreservationPolicy:
         losses = [(x.evaluation_loss, step) for step, x in self.records.items() if x.evaluation_loss is not None]
         return min(losses, default=(math.inf, -1))
 
-    def should_preserve(self, checkpoints: Sequence[ocp.training.CheckpointMetadata], **_: object) -> Sequence[bool]:
-        """For each checkpoint, oldest first, whether it is kept. Orbax asks at each save."""
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        if self._keep is None:
-            return [True] * len(steps)
+    def superfluous(self, steps: Sequence[int]) -> list[int]:
+        """The steps, oldest first, that need not be kept."""
+        if self._keep is None or not steps:
+            return []
         scheduled = [step for step in steps if self.records.get(step, Record()).scheduled]
         kept = {*scheduled[-self._keep :], steps[-1], self.best()[1]}
         self.records = {step: record for step, record in self.records.items() if step in kept}
-        return [step in kept for step in steps]
+        return [step for step in steps if step not in kept]
 
 
 class Checkpoints:
@@ -207,9 +219,9 @@ class Checkpoints:
     ):
         self.directory, self._before_save = epath.Path(directory), before_save
         self._writable, self._policy = keep is not None, _PreservationPolicy(keep)
-        self._full = _Directory(self.directory, self._policy)
+        self._full = _Directory(self.directory)
         kept = self.directory.parent / f"{self.directory.name}.kept"
-        self._kept = _Directory(kept, None)
+        self._kept = _Directory(kept)
         self._saving = None
         self._read_records()
 
@@ -242,6 +254,8 @@ class Checkpoints:
             (path, saving), self._saving = self._saving, None
             with _writing(path):
                 saving.result()
+                for step in self._policy.superfluous(self._full.steps):
+                    self._full.delete(step)
 
     def close(self) -> None:
         """Waits, and releases what Orbax holds."""

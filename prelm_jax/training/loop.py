@@ -28,8 +28,7 @@ Result = TypeVar("Result")
 class LoopConfig:
     """How far to train, on which devices, and what to write down; all of it may differ between resumes."""
 
-    # Train up to this step, counted from the start; --extend-to goes past the end of the schedule.
-    steps: Positive
+    steps: Positive  # Train up to this step, counted from the start; --extend-to goes past the end of the schedule.
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     # Steps between checkpoints; the last step, SIGTERM and a new best evaluation save as well.
     save_every: Positive = 1000
@@ -38,7 +37,8 @@ class LoopConfig:
     # The same, once this many words of the corpus were seen (a learning curve).
     keep_at_words: tuple[Annotated[int, Bounds(1, 2**53)], ...] = ()
     evaluate_every: Positive = 1000  # Steps between evaluations on held-out text; the last step is evaluated as well.
-    evaluate_batches: Positive = 32  # Number of held-out batches in an evaluation; more for a less noisy loss.
+    # Number of held-out batches that an evaluation during training samples; `prelm evaluate` reads all of the text.
+    evaluate_batches: Positive = 32
     log_every: Positive = 50  # Steps between lines of metrics.jsonl and of the terminal.
     tensorboard: bool = False  # Also write the metrics for TensorBoard.
     profile: NotNegative = 0  # Write a profiler trace of this many steps, from the 11th on, to profile/.

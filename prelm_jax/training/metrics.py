@@ -191,7 +191,7 @@ class Report:
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Writes an evaluation."""
         self._writer.write(step, {f"evaluation/{name}": value for name, value in values.items()})
-        self._progress.say(f"step {step}  held-out  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        self._progress.say(f"step {step}  held-out sample  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
 
     def close(self) -> None:
         self._progress.close(complete=False)

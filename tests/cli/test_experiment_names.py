@@ -53,6 +53,9 @@ def test_copy(tmp_path, monkeypatch, capsys, fails):
     for name in ("bert.py", "bert"):
         assert "bert.py already exists" in fails("experiments", "--copy", name)
     assert (tmp_path / "bert.py").read_text() == "mine = 1\n"
+    (tmp_path / "gpt1.py").symlink_to("elsewhere.py")
+    assert "gpt1.py already exists" in fails("experiments", "--copy", "gpt1.py")
+    assert not (tmp_path / "elsewhere.py").exists()
     assert "Did you mean elmo?" in fails("experiments", "--copy", "elmoo.py")
 
 

@@ -1,6 +1,8 @@
 """SPECs: locations, options and errors."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.corpus.spec import OPTIONS, Spec, parse
@@ -80,6 +82,22 @@ def test_errors_name_the_item_and_the_option(item, names):
     message = str(error.value)
     assert message.startswith(f"{item}: ") and "\n" not in message
     assert all(name in message for name in names)
+
+
+TEXTS = st.one_of(st.text(), st.sampled_from([*OPTIONS, "line", "de", "gpt", "2", "1e18", "-1", "a.txt", "./", "[,]"]))
+
+
+@given(st.lists(st.one_of(TEXTS, st.sampled_from(",=,=")), min_size=1, max_size=8).map("".join))
+def test_any_text_is_a_spec_or_refused(item):
+    """In one line, before any file is read; a location that comes back is read as itself."""
+    try:
+        (spec,) = parse([item])
+    except InputError as error:
+        assert item in str(error)
+    else:
+        assert 0 < spec.weight <= 1000 and item.startswith(spec.location)
+        assert item == spec.location or item[len(spec.location)] == ","
+        assert parse([spec.location]) == [Spec(spec.location)]
 
 
 def test_a_corpus_has_sources():

@@ -45,8 +45,9 @@ def test_plan_for_this_machine(family):
     assert planned.collectives[0][0].kind == "all-reduce"
     assert f"{run.batch_size} rows, {planned.tokens} tokens" in cells(planned)
     assert planned.optimizer_flops == 0
-    with_muon = dataclasses.replace(planned, model_flops=6e12, optimizer_flops=2e12)
-    assert any("2.00 TFLOP" in cell and "25.0%" in cell for cell in cells(with_muon))
+    muon = {"optimizer_flops": 2e12, "optimizer_seconds": 0.012, "seconds_by": {"compute": 0.048}}
+    expected = "2.00 TFLOP, 12.0 ms: 25.0% of the time to compute"
+    assert expected in cells(dataclasses.replace(planned, **muon))
 
 
 def test_largest_batch_that_fits(monkeypatch):

@@ -312,6 +312,22 @@ def delete_and_load_of(directory, step, load):
     return delete_and_load
 
 
+def test_a_kill_while_a_checkpoint_is_deleted_leaves_no_half_of_it(directory, monkeypatch, capsys):
+    def kill(path, *arguments, **options):
+        (path / "_CHECKPOINT_METADATA").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, contextlib.closing(Checkpoints(directory, keep=1)) as checkpoints:
+        patch.setattr(type(checkpoints.directory), "rmtree", kill)
+        checkpoints.save(4, items(4))
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.wait()
+    assert len(list(directory.glob("*deleted"))) == 1
+    assert restore(directory)[0] == 4
+    assert save(directory, 1, (5, None, True)) == [5]  # Nothing else is left.
+    assert capsys.readouterr().err == ""
+
+
 def test_a_reader_waits_for_the_end_of_a_deletion(directory, monkeypatch, capsys):
     """Half of the files are gone, and the directory follows a moment later."""
     (directory / "3" / "_CHECKPOINT_METADATA").unlink()
