@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -18,7 +19,7 @@ from prelm_jax.data.evaluation import EvaluationBatches
 from prelm_jax.errors import InputError
 from prelm_jax.families import find_family
 from prelm_jax.formats.base import abstract_params, save
-from prelm_jax.formats.transfer import initial_params
+from prelm_jax.formats.transfer import initial_params, positions_note
 from prelm_jax.loading import load, load_checkpoint
 from prelm_jax.progress import Progress
 from prelm_jax.report import Summary
@@ -81,15 +82,13 @@ def pretrain(run: Run, workdir: str | os.PathLike, extend_to: int | None = None,
         pretrain(experiments.bert.demo(), "runs/bert-demo")
     """
     directory = WorkDir(workdir)
+    if run.loop.profile and is_remote(directory.path):
+        raise InputError(f"--profile {run.loop.profile}: traces are written to local directories only: {workdir}")
     with directory.hold(take_over):
         return _pretrain(run, directory, extend_to)
 
 
 def _pretrain(run: Run, directory: WorkDir, extend_to: int | None) -> Summary:
-    if run.loop.profile and is_remote(directory.path):
-        raise InputError(
-            f"--profile {run.loop.profile}: traces are written to local directories only: {directory.path}"
-        )
     corpus, validation, tokenizer, training, held_out = prepare(run)
     if run.split and not held_out.num_documents:
         _refuse_split(run, training.num_documents, "none is held out for evaluation")
@@ -103,6 +102,8 @@ def _pretrain(run: Run, directory: WorkDir, extend_to: int | None) -> Summary:
     def continued(fresh: Params) -> Params:
         pretrained = load(str(run.init_from))
         format = find_family(pretrained.config.model_type, run.init_from).format
+        if jax.process_index() == 0 and (note := positions_note(pretrained.config, run.model)):
+            print(note, file=sys.stderr)
         return initial_params(pretrained.loaded, format, run.model, fresh, tokenizer)
 
     start = None if run.init_from is None else continued

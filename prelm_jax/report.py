@@ -44,10 +44,10 @@ def summary_table(summary: Summary) -> Table:
         text = f"{summary.share:.2%} of the text"
     if not summary.evaluation:
         text = "not evaluated: nothing is held out"
-    table = Table(f"step {summary.step:,}, {text}", "model", "baseline", "targets")
+    table = Table(f"step {summary.step:,}, {text}", "model", "baseline", *(["targets"] if summary.targets else []))
     for name, value in summary.evaluation.items():
-        targets = f"{summary.targets[name]:,}" if name in summary.targets else ""
-        table.add_row(_words(name), f"{value:.3f}", _baselines(summary.baselines.get(name, {}), ".3f"), targets)
+        targets = [f"{summary.targets[name]:,}"] if name in summary.targets else []
+        table.add_row(_words(name), f"{value:.3f}", _baselines(summary.baselines.get(name, {}), ".3f"), *targets)
     table.add_section()
     if summary.evaluation:
         table.add_row("unknown tokens", f"{summary.unknown_tokens:.2%}", "")

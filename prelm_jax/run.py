@@ -160,6 +160,8 @@ class RunRecord:
         segment = Segment(step, _with_name(optimizer.ending_at(to_step)), to_step, self.command)
         last, segments = earlier.segments[-1], earlier.segments
         if (last.to_step, last.optimizer) != (to_step, segment.optimizer):
+            if not step:
+                raise InputError(f"--extend-to {to_step}: the run has no checkpoint yet to train on from")
             if to_step <= step:
                 raise InputError(f"--extend-to {to_step}: the run is at step {step} already; give a later step")
             segments = [*(each for each in segments if each.from_step < step), segment]

@@ -73,8 +73,8 @@ def train(
             restored = checkpoints.restore(abstract.items())
         done = 0 if restored is None else restored[0]
         if extend_to is not None:
-            if earlier is None or not done:
-                raise InputError(f"--extend-to {extend_to}: {workdir.path} has no checkpoint to train on from")
+            if earlier is None:
+                raise InputError(f"--extend-to {extend_to}: {workdir.path} holds no run to train on")
             record = record.extended(earlier, done, extend_to, run.optimizer)
         parts = record.parts(run)
         run = dataclasses.replace(run, loop=parts[-1].loop)

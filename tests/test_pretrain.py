@@ -30,7 +30,7 @@ from prelm_jax.models.elmo import ELMoConfig
 from prelm_jax.pretraining import Run, pretrain
 from prelm_jax.tokenizers.words import WordVocabularyConfig
 from prelm_jax.train import check_schedule
-from prelm_jax.training.optimizer import Adagrad
+from prelm_jax.training.optimizer import Adagrad, AdamW
 from prelm_jax.training.parameters import path_name
 from prelm_jax.training.sharding import MeshConfig
 from prelm_jax.workdir import WorkDir
@@ -185,7 +185,11 @@ def test_finished_run_is_summed_up_again(run, uninterrupted):
 @pytest.fixture(scope="module")
 def planned(run) -> Run:
     """The run with a schedule that ends with its twelve steps; ELMo's has no end."""
-    return dataclasses.replace(run, optimizer=run.optimizer.ending_at(12))
+    return dataclasses.replace(run, optimizer=until(run.optimizer, 12))
+
+
+def until(optimizer, step: int):
+    return dataclasses.replace(optimizer, decay_steps=step) if isinstance(optimizer, AdamW) else optimizer
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +216,7 @@ def test_an_extension_has_the_schedule_of_a_longer_run(planned, extended):
     """The record says so, each step has the rate of its segment, and the last one is not at zero."""
     first, second, third = WorkDir(extended).read_record().segments
     assert [(each.from_step, each.to_step) for each in (first, second, third)] == [(0, None), (12, 17), (17, 21)]
-    optimizers = [planned.optimizer, planned.optimizer.ending_at(17), with_rate(planned).optimizer.ending_at(21)]
+    optimizers = [planned.optimizer, until(planned.optimizer, 17), until(with_rate(planned).optimizer, 21)]
     for segment, optimizer in zip((first, second, third), optimizers, strict=True):
         assert segment.optimizer == {"name": type(optimizer).__name__, **dataclasses.asdict(optimizer)}
     for step, rate in rates(extended).items():
@@ -278,7 +282,7 @@ def test_only_an_extension_extends(planned, extended, tmp_path):
     shutil.copytree(extended, workdir)
     with pytest.raises(InputError, match="--extend-to 21: the run is at step 21 already"):
         pretrain(planned, workdir, extend_to=21)
-    with pytest.raises(InputError, match=rf"--extend-to 20: {tmp_path}/run has no checkpoint"):
+    with pytest.raises(InputError, match=rf"--extend-to 20: {tmp_path}/run holds no run"):
         pretrain(planned, tmp_path / "run", extend_to=20)
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match=r"optimizer.learning_rate \(.* there, 0.002 here\).*--extend-to"):
@@ -288,6 +292,9 @@ def test_only_an_extension_extends(planned, extended, tmp_path):
         pretrain(dataclasses.replace(planned, optimizer=other.optimizer), workdir, extend_to=30)
     pretrain(tiny.with_loop(planned, steps=40), workdir)
     assert max(line["step"] for line in metrics(workdir)) == 21
+    shutil.rmtree(workdir / "checkpoints")
+    with pytest.raises(InputError, match="--extend-to 30: the run has no checkpoint"):
+        pretrain(planned, workdir, extend_to=30)
 
 
 def test_a_cosine_that_rounds_to_zero_has_not_ended():
@@ -392,8 +399,8 @@ def with_two_entries_more(exported, folder) -> str:
     return str(folder / "vocab.json")
 
 
-def test_continued_pretraining(run, uninterrupted, tmp_path):
-    """Starts where the model stands, from a work directory or a model directory, with a larger vocabulary too."""
+def test_continued_pretraining(run, uninterrupted, tmp_path, capsys):
+    """Starts where the model stands, from a work directory or a model directory, with more tokens and positions too."""
     directory = tmp_path / "exported"
     module.export(uninterrupted, directory)
     # A warmup begins at zero, so one step changes nothing.
@@ -405,7 +412,10 @@ def test_continued_pretraining(run, uninterrupted, tmp_path):
         "seed": 3,
     }
     vocabulary = type(run.tokenizer)(path=with_two_entries_more(directory, tmp_path))
-    pretrain(dataclasses.replace(run, tokenizer=vocabulary, **fields), tmp_path / "larger")
+    format = find_family(run.model.model_type, directory).format
+    model = dataclasses.replace(run.model, **({"max_position_embeddings": 40} if format.position_tables else {}))
+    pretrain(dataclasses.replace(run, tokenizer=vocabulary, model=model, **fields), tmp_path / "larger")
+    assert ("the model has 32 positions" in capsys.readouterr().err) == bool(format.position_tables)
     pretrain(dataclasses.replace(run, **{**fields, "init_from": str(uninterrupted)}), tmp_path / "same")
     old, larger, same = load(uninterrupted), load(tmp_path / "larger"), load(tmp_path / "same")
     missing = load(directory).missing  # What the published format has no place for begins afresh.
@@ -415,8 +425,8 @@ def test_continued_pretraining(run, uninterrupted, tmp_path):
     for (path, there), from_directory, from_run in zip(
         jax.tree_util.tree_leaves_with_path(old.params), *leaves, strict=True
     ):
-        is_vocabulary = path_name(path) in find_family(run.model.model_type, directory).format.vocabulary_tables
-        rows = slice(size) if is_vocabulary else slice(None)
+        is_vocabulary = path_name(path) in format.vocabulary_tables
+        rows = slice(size) if is_vocabulary else slice(32 if path_name(path) in format.position_tables else None)
         np.testing.assert_array_equal(from_run[rows], there[rows])
         if path_name(path) not in missing:
             np.testing.assert_array_equal(from_directory[rows], there[rows])

@@ -100,8 +100,8 @@ def test_write_errors_name_the_file(tmp_path):
 
 def test_an_output_file_appears_when_it_is_complete(tmp_path):
     output = tmp_path / "output"
-    for failure in (None, KeyboardInterrupt, InputError):
-        with contextlib.suppress(KeyboardInterrupt, InputError), output_file(output) as unfinished:
+    for failure in (None, KeyboardInterrupt, ValueError):
+        with contextlib.suppress(KeyboardInterrupt, ValueError), output_file(output) as unfinished:
             unfinished.write_text(f"{failure}")
             assert unfinished.parent == tmp_path and unfinished != output
             if failure is not None:
@@ -237,14 +237,15 @@ def test_a_work_directory_is_claimed_and_read(bucket):
     workdir = WorkDir("gs://bucket/run")
     assert not workdir.exists()
     tokenizer = WordPiece([*SPECIAL_TOKENS, "a"])
-    record = RunRecord.from_run(tiny.bert(), "corpus", tokenizer.fingerprint)
+    run, other = tiny.bert(), dataclasses.replace(tiny.bert(), seed=1)
+    record = RunRecord.from_run(run, "corpus", tokenizer.fingerprint)
     workdir.claim(record, tokenizer)
     workdir.claim(record, tokenizer)
     assert workdir.read_record() == record
     assert workdir.read_tokenizer().fingerprint == tokenizer.fingerprint
-    workdir.check(record)
+    workdir.check(record, run)
     with pytest.raises(InputError, match=r"gs://bucket/run .* seed"):
-        workdir.check(RunRecord.from_run(dataclasses.replace(tiny.bert(), seed=1), "corpus", tokenizer.fingerprint))
+        workdir.check(RunRecord.from_run(other, "corpus", tokenizer.fingerprint), other)
 
 
 def test_checkpoints_are_listed_in_the_bucket(bucket, tmp_path, monkeypatch):

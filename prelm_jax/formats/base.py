@@ -50,13 +50,15 @@ class LoadedModel(Generic[Config, Vocabulary]):
 class Format(Generic[Config, Vocabulary]):
     """A published format of model directories, for one family of models."""
 
-    read: Callable[[Path], LoadedModel[Config, Vocabulary]]  # InputError for missing or misshapen contents.
+    # (directory, whether a vocab.txt without settings lower-cases); InputError for missing or misshapen contents.
+    read: Callable[[Path, bool], LoadedModel[Config, Vocabulary]]
     write: Callable[[LoadedModel[Config, Vocabulary], Path], None]  # Into an existing directory.
     library: str  # The library that reads the format, by its name on a model card.
     usage: str  # An example of that for a model card, in Markdown; {name} is the path of the directory.
     settings_file: str  # Nothing loads a directory without this file.
     settings_key: str  # A key of the settings by which a directory of this format is recognized.
     vocabulary_tables: frozenset[str]  # Paths of the parameters whose first axis is the vocabulary.
+    position_tables: frozenset[str]  # Paths of the parameters whose first axis is the positions.
     may_differ: frozenset[str]  # Fields of the config in which a run may differ from the model that it continues.
     rows_to_copy: Callable[[Vocabulary, Tokenizer], np.ndarray]  # See `prelm_jax.formats.transfer`.
 

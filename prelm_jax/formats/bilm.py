@@ -71,8 +71,8 @@ def dataset_name(path: str) -> str | None:
     return next(match.expand(name) for pattern, name in DATASETS.items() if (match := re.fullmatch(pattern, path)))
 
 
-def read(directory: Path) -> LoadedModel[ELMoConfig, WordVocabulary | None]:
-    """The model in a directory, without its softmax."""
+def read(directory: Path, lowercase: bool = False) -> LoadedModel[ELMoConfig, WordVocabulary | None]:
+    """The model in a directory, without its softmax. `lowercase` is ignored: ELMo reads words as they are."""
     config = _read_config(_only(directory, ELMO_OPTIONS))
     params = _read_params(_only(directory, ELMO_WEIGHTS), config)
     vocabulary = directory / "vocab.txt"
@@ -182,6 +182,7 @@ elmo(batch_to_ids([["The", "cat", "sat", "."]]))
     settings_file="options.json",
     settings_key="char_cnn",
     vocabulary_tables=SOFTMAX,
+    position_tables=frozenset(),
     may_differ=frozenset({"vocab_size", "dropout"}),
     rows_to_copy=rows_of_tokens,
 )

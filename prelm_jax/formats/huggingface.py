@@ -147,7 +147,7 @@ class Layout(Generic[Config]):
         model.tokenizer.save(directory, model_max_length=model.config.max_position_embeddings)
 
     def format(
-        self, read: Callable[[Path], LoadedModel[Config, Tokenizer]], task: str, example: str
+        self, read: Callable[[Path, bool], LoadedModel[Config, Tokenizer]], task: str, example: str
     ) -> Format[Config, Tokenizer]:
         """The format; `task` and `example` are those of a pipeline of transformers."""
         code = f'from transformers import pipeline\n\npipeline("{task}", model="{{name}}")("{example}")'
@@ -160,7 +160,8 @@ class Layout(Generic[Config]):
             settings_file="config.json",
             settings_key="model_type",
             vocabulary_tables=self.vocabulary_tables,
-            may_differ=frozenset({*dropouts, "vocab_size", "initializer_range"}),
+            position_tables=frozenset({"position_embeddings/embedding"}),
+            may_differ=frozenset({*dropouts, "vocab_size", "max_position_embeddings", "initializer_range"}),
             rows_to_copy=rows_of_prefix,
         )
 

@@ -76,16 +76,17 @@ ORIGINAL_NAMES = {
 }
 
 
-def read(directory: Path) -> LoadedModel[BertConfig, Tokenizer]:
-    """The model in a directory of either format."""
+def read(directory: Path, lowercase: bool = True) -> LoadedModel[BertConfig, Tokenizer]:
+    """The model in a directory of either format. `lowercase`: whether a vocab.txt without settings lower-cases."""
     settings_file = "config.json" if (directory / "config.json").is_file() else ORIGINAL_BERT
     checkpoints = sorted(directory.glob("*.index"))
     if any(directory.glob("model.safetensors*")) or (settings_file != ORIGINAL_BERT and not checkpoints):
-        tensors, lowercase = huggingface.open_tensors(directory, _current_name), True
+        tensors = huggingface.open_tensors(directory, _current_name)
     elif len(checkpoints) == 1:
         variables = open_checkpoint(checkpoints[0])
         tensors = dict(_original_tensor(name, variable) for name, variable in variables.items())
-        lowercase = not has_capitals(read_vocab(directory / "vocab.txt"))  # The authors' programs are told by a flag.
+        # The authors' programs are told by a flag.
+        lowercase = lowercase and not has_capitals(read_vocab(directory / "vocab.txt"))
     else:
         found = ", ".join(file.name for file in checkpoints) or "none"
         complaint = f"{settings_file} needs exactly one checkpoint (NAME.index) beside it, but here is {found}"

@@ -60,19 +60,19 @@ ORIGINAL_LAYER = tuple(
 ORIGINAL_HEAD_SIZE = 64
 
 
-def read(directory: Path) -> LoadedModel[GPTConfig, Tokenizer]:
-    """The model in a directory of either format."""
+def read(directory: Path, lowercase: bool = True) -> LoadedModel[GPTConfig, Tokenizer]:
+    """The model in a directory of either format. `lowercase`: whether a vocab.txt without settings lower-cases."""
     source = directory / "config.json"
     settings = read_json(source) if source.is_file() else {}
     if (directory / ORIGINAL_GPT).is_file():
         settings = _original_settings(directory, "n_head" in settings) | settings
-        return LAYOUT.read(directory, settings, _original_tensors(directory))
+        return LAYOUT.read(directory, settings, _original_tensors(directory), lowercase=lowercase)
     tensors = huggingface.open_tensors(directory, lambda name: name.removeprefix(LAYOUT.prefix))
     tokens, head = "tokens_embed.weight", "lm_head.weight"
     if tokens not in tensors and head in tensors:
         tensors[tokens] = tensors[head]  # OpenAIGPTDoubleHeadsModel keeps only this copy.
     huggingface.require_tied(tensors, head, tokens, directory)
-    return LAYOUT.read(directory, settings, tensors)
+    return LAYOUT.read(directory, settings, tensors, lowercase=lowercase)
 
 
 def _original_settings(directory: Path, has_num_heads: bool) -> dict[str, int]:

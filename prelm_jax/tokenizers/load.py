@@ -15,17 +15,17 @@ from prelm_jax.tokenizers.wordpiece import WordPiece
 from prelm_jax.tokenizers.words import WordVocabulary
 
 
-def load(path: str | os.PathLike, lowercase: bool = True) -> Tokenizer:
+def load(path: str | os.PathLike, lowercase: bool = True, strip_accents: bool | None = None) -> Tokenizer:
     """The tokenizer in a directory (with Hugging Face's files or OpenAI's), or of a `vocab.txt` or `vocab.json`.
 
-    A `vocab.json` needs its merges in the same directory. `lowercase` is for WordPiece without settings: a directory
-    that has its own keeps them, and the other kinds ignore it.
+    A `vocab.json` needs its merges in the same directory. `lowercase` and `strip_accents` are for WordPiece
+    without settings: a directory that has its own keeps them, and the other kinds ignore them.
 
     Raises InputError if there is no tokenizer, or an unsupported one: what is loaded gives transformers' ids.
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        return _load_directory(path, lowercase)
+        return _load_directory(path, lowercase, strip_accents)
     if not path.exists():
         raise InputError(f"there is no tokenizer at {path}: give a directory, a vocab.txt or a vocab.json")
     for vocabulary, merges in candidate_files(path.parent):
@@ -33,10 +33,10 @@ def load(path: str | os.PathLike, lowercase: bool = True) -> Tokenizer:
             return BPE.from_files(vocabulary, merges)
     if WordVocabulary.at(path):
         return WordVocabulary.from_vocab(path)
-    return WordPiece.from_vocab(path, lowercase)
+    return WordPiece.from_vocab(path, lowercase, strip_accents)
 
 
-def _load_directory(directory: Path, lowercase: bool) -> Tokenizer:
+def _load_directory(directory: Path, lowercase: bool, strip_accents: bool | None) -> Tokenizer:
     """Recognizes the kind by tokenizer.json if there is one, else by vocab.txt, else by the files of BPE.
 
     A class of transformers that has a pipeline of its own decides before tokenizer.json does.
@@ -48,12 +48,12 @@ def _load_directory(directory: Path, lowercase: bool) -> Tokenizer:
     if saved.is_generic:
         return _load_pipeline(saved)
     if saved.class_name in BERT_CLASSES and (saved.parts or has_vocab):
-        return WordPiece.from_saved(saved, lowercase)
+        return WordPiece.from_saved(saved, lowercase, strip_accents)
     has_merges = any(vocabulary.exists() for vocabulary, _ in candidate_files(directory))
     if saved.class_name in GPT_CLASSES and (saved.parts or has_merges):
         return BPE.from_saved(saved)
     if saved.class_name is None and has_vocab:
-        return WordPiece.from_saved(saved, lowercase)
+        return WordPiece.from_saved(saved, lowercase, strip_accents)
     if saved.class_name is None and has_merges:
         return BPE.from_saved(saved)
     names = "tokenizer.json, vocab.txt, or vocab.json and merges.txt"

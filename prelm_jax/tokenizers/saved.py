@@ -112,10 +112,10 @@ class SavedTokenizer:
         ):
             raise InputError(f"{path}: split_special_tokens is true, but there are added tokens: set it to false")
 
-    def flag(self, name: str, default: bool | None) -> bool | None:
-        """A setting that is true, false or, if the default is, null."""
+    def flag(self, name: str, default: bool | None, nullable: bool = False) -> bool | None:
+        """A setting that is true, false or, if it is `nullable`, null."""
         value = self.settings.get(name, default)
-        if isinstance(value, bool) or (value is None and default is None):
+        if isinstance(value, bool) or (value is None and nullable):
             return value
         raise InputError(f"{self.directory / SETTINGS}: {name} is {value!r}: give true or false")
 

@@ -93,15 +93,17 @@ class WordPiece(CachedEncoder):
             return cls(tokens, lowercase, strip_accents, split_ideographs, added)
 
     @classmethod
-    def from_saved(cls, saved: SavedTokenizer, lowercase: bool = True) -> Self:
-        """Reads a directory with tokenizer.json or vocab.txt. `lowercase` applies where it has no such setting.
+    def from_saved(cls, saved: SavedTokenizer, lowercase: bool = True, strip_accents: bool | None = None) -> Self:
+        """Reads a directory with tokenizer.json or vocab.txt.
+
+        `lowercase` and `strip_accents` apply where it has no such setting.
 
         Raises InputError where transformers' default is used against tokenizer.json, which says something else.
         """
         saved.require_roles(ROLES)
         options = (
             bool(saved.flag("do_lower_case", lowercase)),
-            saved.flag("strip_accents", None),
+            saved.flag("strip_accents", strip_accents, nullable=True),
             bool(saved.flag("tokenize_chinese_chars", True)),
         )
         if saved.parts is None:
