@@ -13,6 +13,7 @@ from typing import get_args
 
 import pytest
 
+from prelm_jax.cli import dispatch
 from prelm_jax.cli import main as cli
 from prelm_jax.cli.experiments import shipped_files
 from prelm_jax.cli.tokenizers import KINDS
@@ -84,12 +85,12 @@ def parse(monkeypatch, capsys, tmp_path):
 
         return record
 
-    for name, command in cli.COMMANDS.items():
-        monkeypatch.setitem(cli.COMMANDS, name, replace(command))
+    for name, command in dispatch.COMMANDS.items():
+        monkeypatch.setitem(dispatch.COMMANDS, name, replace(command))
 
     def parse(arguments: list[str]) -> str | None:
         called.clear()
-        if " ".join(arguments) in cli.COMMANDS:
+        if " ".join(arguments) in dispatch.COMMANDS:
             return None
         try:
             cli.main(arguments)
@@ -111,7 +112,7 @@ def parse(monkeypatch, capsys, tmp_path):
 @pytest.fixture(scope="module")
 def options():
     """Every option of every command and of the scripts for TPUs."""
-    arguments = [name.split() for name in cli.COMMANDS]
+    arguments = [name.split() for name in dispatch.COMMANDS]
     arguments += [["pretrain", name] for name in ("bert:mini", "gpt1:mini", "elmo:small")]
     arguments += [["tokenizer", "train", kind] for kind in KINDS]
     known = "".join(path.read_text() for path in (ROOT / "tpu").glob("*.sh"))
