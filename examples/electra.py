@@ -40,7 +40,7 @@ class ElectraConfig(BertConfig):
     model_type: ClassVar[str] = "electra"
     generator_hidden_size: Size = 64  # Width of the generator's hidden states.
     generator_num_heads: Size = 1  # Attention heads of the generator.
-    generator_num_layers: Annotated[int, Bounds(0, 1024)] = 12  # Its layers; 0: it only knows how frequent tokens are.
+    generator_num_layers: Annotated[int, Bounds(0, 512)] = 12  # Its layers; 0: it only knows how frequent tokens are.
     replaced_token_weight: NotNegativeFloat = 50.0  # Weight of the discriminator's loss; the generator's has 1.
 
     def build(self, dtype: jnp.dtype = jnp.float32) -> "Electra":

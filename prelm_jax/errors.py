@@ -5,11 +5,21 @@ class InputError(Exception):
     """A file, option or value from the user is not usable. The message is one line: what, where, what to do.
 
     The command line prints the message and exits with 1. Programs that use the library may catch it.
+    Control characters and surrogates, of names from files for example, are escaped. The middle of a very long message
+    is left out.
     """
 
+    def __init__(self, message: str):
+        line = "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in message)
+        super().__init__(line if len(line) <= 2000 else f"{line[:1000]} … {line[-1000:]}")
 
-class Preempted(Exception):
-    """The run received SIGTERM and has saved. The command line exits with 75: the same command resumes."""
+
+class Preempted(BaseException):
+    """The run ends before its time, and has saved what there was to save: SIGTERM came, for example.
+
+    The command line exits with 75: the same command resumes. Like KeyboardInterrupt it can come at any moment, and no
+    handler of errors must take it for one; so it is not an Exception.
+    """
 
 
 def first_line(error: Exception) -> str:

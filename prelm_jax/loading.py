@@ -12,11 +12,13 @@ from prelm_jax.training.checkpoint import Step
 from prelm_jax.workdir import WorkDir
 
 
-def load(path: str | os.PathLike, step: Step = "newest") -> Pretrained:
+def load(path: str | os.PathLike, step: Step = "newest", lowercase: bool = True) -> Pretrained:
     """A pretrained model, on the first device.
 
-    path: a model directory (Hugging Face's for BERT and GPT-1, OpenAI's for GPT-1, bilm-tf's for ELMo), or a work
-    directory, whose checkpoint of `step` is taken: a step number, "newest", or "best" (lowest held-out loss).
+    path: a model directory (Hugging Face's for BERT and GPT-1, Google's for BERT, OpenAI's for GPT-1, bilm-tf's for
+    ELMo), or a work directory, whose checkpoint of `step` is taken: a step number, "newest", or "best" (lowest
+    held-out loss). lowercase: whether text is lower-cased for a vocab.txt without tokenizer_config.json, as
+    transformers assumes.
 
     Raises InputError where there is none, naming what is missing.
 
@@ -32,7 +34,7 @@ def load(path: str | os.PathLike, step: Step = "newest") -> Pretrained:
     if is_remote(directory):
         raise InputError(f"{directory}: no work directory (no run.json); copy a model directory to this machine first")
     family = find_family(*find_model_type(Path(directory)))
-    return family.pretrained(family.format.read(Path(directory)))
+    return family.pretrained(family.format.read(Path(directory), lowercase))
 
 
 def load_checkpoint(workdir: WorkDir, step: Step = "newest") -> tuple[int, Pretrained]:

@@ -10,10 +10,11 @@ import io
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
+
 from prelm_jax.errors import InputError
 from prelm_jax.run import flatten
 from prelm_jax.workdir import WorkDir
@@ -56,9 +57,9 @@ STYLE += "".join(f"#{axis}:checked ~ main .{axis} {{ display: block; }}\n" for a
 class Curves:
     """What the page shows of a run.
 
-    `series`: name -> float64 [points, 2], (step, value). `progress`: float64 [points, 3], (steps, tokens, minutes), which
-    places a step on the other axes; minutes of training alone, without evaluations and saves. `settings`: everything
-    that run.json holds, by dotted names.
+    `series`: name -> float64 [points, 2], (step, value). `progress`: float64 [points, 3], (steps, tokens, minutes), to
+    place a step on the other axes; minutes of training alone, without evaluations and saves. `settings`: what run.json
+    says of the run, by dotted names.
     """
 
     name: str
@@ -87,9 +88,12 @@ def read_curves(path: str | os.PathLike) -> Curves:
         usual = np.nanmedian(seconds_per_step[1:]) if np.isfinite(seconds_per_step[1:]).any() else 0.0
         seconds_per_step[np.isnan(seconds_per_step)] = usual
     minutes = np.cumsum(np.diff(steps, prepend=0) * seconds_per_step) / 60
+    first, *extensions = record.segments
+    optimizers = {"optimizer": first.optimizer}
+    optimizers |= {f"optimizer from step {each.from_step}": each.optimizer for each in extensions}
     return Curves(
         name=str(path),
-        settings=flatten({**record.identity, "segments": record.segments, "sources": record.sources}),
+        settings=flatten({**record.identity, **record.sources, **optimizers}),
         series={name: np.array(each, np.float64) for name, each in points.items()},
         progress=np.column_stack([progress, minutes]),
         baselines=workdir.read_baselines() or {},
@@ -176,7 +180,11 @@ def _picture(name: str, axis: str, runs: Sequence[Curves]) -> str:
         for i, run in enumerate(runs):
             if name in run.series:
                 steps, values = _thinned(run.series[name]).T
-                x = np.interp(steps, run.progress[:, 0], run.progress[:, AXES.index(axis)]) if axis != "steps" else steps
+                x = (
+                    np.interp(steps, run.progress[:, 0], run.progress[:, AXES.index(axis)])
+                    if axis != "steps"
+                    else steps
+                )
                 marker = "o" if len(x) < 30 else None
                 color, dashes = COLORS[i % len(COLORS)], DASHES[i // len(COLORS) % len(DASHES)]
                 axes.plot(x, values, color=color, linestyle=dashes, marker=marker, markersize=3, linewidth=1.4)
@@ -193,7 +201,9 @@ def _picture(name: str, axis: str, runs: Sequence[Curves]) -> str:
         output = io.StringIO()
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
-        FigureCanvasSVG(figure).print_svg(output, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        FigureCanvasSVG(figure).print_svg(
+            output, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
     svg = output.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     # Names of groups would occur in every picture of the page; only those of clip paths and markers are referred to.

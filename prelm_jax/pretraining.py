@@ -1,34 +1,38 @@
 """Pretraining: corpus -> tokenizer -> token store -> batches -> train; evaluate, export."""
 
-import contextlib
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from prelm_jax import report
 from prelm_jax.corpus import prepare as preparation
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.corpus.store import Store
+from prelm_jax.data.evaluation import EvaluationBatches
 from prelm_jax.errors import InputError
 from prelm_jax.families import find_family
-from prelm_jax.formats.base import save
-from prelm_jax.formats.transfer import initial_params
+from prelm_jax.formats.base import abstract_params, save
+from prelm_jax.formats.transfer import initial_params, positions_note
 from prelm_jax.loading import load, load_checkpoint
+from prelm_jax.progress import Progress
 from prelm_jax.report import Summary
 from prelm_jax.run import Run, RunRecord
 from prelm_jax.storage import check_apart, is_remote
 from prelm_jax.tokenizers import build as tokenizers
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.train import placed_batches, train
+from prelm_jax.training import memory
 from prelm_jax.training.checkpoint import Step
-from prelm_jax.training.contract import Batches, DataConfig, Model, Params
+from prelm_jax.training.contract import Batch, Batches, DataConfig, Model, Params
 from prelm_jax.training.sharding import MeshConfig
-from prelm_jax.training.step import abstract_items, make_evaluate
+from prelm_jax.training.step import Totals, evaluated_means, fresh_carry, make_evaluate
 from prelm_jax.workdir import WorkDir
 
 # The held-out batches are the same in every run, whatever its seed.
@@ -36,9 +40,13 @@ EVALUATION_SEED = 0
 
 
 class Prepared(NamedTuple):
-    """A corpus ready for training: its tokenizer, and the token stores of both sides."""
+    """A corpus ready for training: its tokenizer, and the token stores of both sides.
+
+    If there is a validation text, `held_out` is its store, and nothing of the corpus is held out.
+    """
 
     corpus: Corpus
+    validation: Corpus | None
     tokenizer: Tokenizer
     training: Store
     held_out: Store
@@ -49,18 +57,25 @@ def prepare(run: Run, make_shards: preparation.MakeShards | None = None, print_n
 
     print_new: print the statistics of a corpus that was not in the cache.
     """
-    corpus = Corpus(run.corpus, run.held_out, run.deduplicate, run.errors)
+    corpus, validation = _corpora(run)
+    if run.split and next(corpus.documents("training"), None) is None:
+        _refuse_split(run, sum(1 for _ in corpus.documents()), "none is left to train on")
     tokenizer = tokenizers.build(run.tokenizer, corpus)
     new = not preparation.store_path(corpus, tokenizer).exists()
-    stores = preparation.prepare(corpus, tokenizer, make_shards=make_shards)
-    prepared = Prepared(corpus, tokenizer, *stores)
+    training, held_out = preparation.prepare(corpus, tokenizer, make_shards=make_shards)
+    if validation is not None:
+        new = new or not preparation.store_path(validation, tokenizer).exists()
+        _, held_out = preparation.prepare(validation, tokenizer, make_shards=make_shards)
     if new and print_new:
-        report.print_table(report.corpus_table(corpus, *stores), stderr=True)
-    return prepared
+        report.print_table(report.corpus_table(corpus, training, held_out), stderr=True)
+    return Prepared(corpus, validation, tokenizer, training, held_out)
 
 
-def pretrain(run: Run, workdir: str | os.PathLike) -> Summary:
+def pretrain(run: Run, workdir: str | os.PathLike, extend_to: int | None = None, take_over: bool = False) -> Summary:
     """Trains a run in a work directory, or resumes it there; returns how it does on held-out text.
+
+    extend_to: train on to this step, with the optimizer of `run`, its schedule ending there (see `train.train`).
+    take_over: end the lease of another process on a bucket or a network disk without waiting (lock.py).
 
     Raises InputError for what the user can mend, Preempted when SIGTERM stopped the run after saving.
 
@@ -69,30 +84,54 @@ def pretrain(run: Run, workdir: str | os.PathLike) -> Summary:
     directory = WorkDir(workdir)
     if run.loop.profile and is_remote(directory.path):
         raise InputError(f"--profile {run.loop.profile}: traces are written to local directories only: {workdir}")
-    corpus, tokenizer, training, held_out = prepare(run)
+    with directory.hold(take_over):
+        return _pretrain(run, directory, extend_to)
+
+
+def _pretrain(run: Run, directory: WorkDir, extend_to: int | None) -> Summary:
+    corpus, validation, tokenizer, training, held_out = prepare(run)
+    if run.split and not held_out.num_documents:
+        _refuse_split(run, training.num_documents, "none is held out for evaluation")
     run = dataclasses.replace(run, model=_with_vocabulary(run.model, tokenizer))
     model = run.model.build(jnp.dtype(run.precision))
     batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
-    evaluation = HeldOut(run, model, tokenizer, batches, held_out)
-    record = RunRecord.from_run(run, corpus.fingerprint, tokenizer.fingerprint)
+    evaluation = HeldOut(run, model, tokenizer, batches, held_out) if held_out.num_documents else None
+    fingerprint = None if validation is None else validation.fingerprint
+    record = RunRecord.from_run(run, corpus.fingerprint, tokenizer.fingerprint, fingerprint)
 
     def continued(fresh: Params) -> Params:
         pretrained = load(str(run.init_from))
         format = find_family(pretrained.config.model_type, run.init_from).format
+        if jax.process_index() == 0 and (note := positions_note(pretrained.config, run.model)):
+            print(note, file=sys.stderr)
         return initial_params(pretrained.loaded, format, run.model, fresh, tokenizer)
 
     start = None if run.init_from is None else continued
-    values = train(run, directory, record, tokenizer, model, batches, evaluation, start, training.tokens_per_word)
+    words = training.tokens_per_word
+    step, values = train(run, directory, record, tokenizer, model, batches, evaluation, start, words, extend_to)
     baselines = directory.read_baselines() or {}
-    return Summary(values, baselines, held_out.unknown_rate, directory.tokens_per_second())
+    return Summary(values, baselines, held_out.unknown_rate, directory.tokens_per_second(), step)
 
 
 def evaluate(
-    workdir: str | os.PathLike, corpus: tuple[str, ...] = (), step: Step = "newest", experiment: Run | None = None
+    workdir: str | os.PathLike,
+    corpus: tuple[str, ...] = (),
+    step: Step = "newest",
+    experiment: Run | None = None,
+    sample: float = 1.0,
+    batch_size: int | None = None,
+    devices: int | None = None,
 ) -> Summary:
-    """Evaluates a checkpoint of a work directory on the run's held-out text, or on all of another corpus.
+    """Evaluates a checkpoint of a work directory on the run's held-out text, or on another corpus.
 
-    experiment: for a model from outside of the package, a run of it, which tells the classes that run.json cannot.
+    Scores each target of the text exactly once (see the `evaluation` of the data's config), so the result does not
+    depend on batch size, devices and seed.
+
+    Args:
+        experiment: for a model from outside of the package, a run of it, which tells the classes that run.json cannot.
+        sample: fraction of the text to read, spread over it.
+        batch_size: rows on all devices at once; the run's own if None.
+        devices: number of devices; all there are if None.
     """
     directory = WorkDir(workdir)
     record = directory.read_record()
@@ -108,71 +147,147 @@ def evaluate(
         run = record.run(type(experiment.model), type(experiment.data))
     tokenizer = directory.read_tokenizer()
     run = dataclasses.replace(run, model=_with_vocabulary(run.model, tokenizer))
-    training, held_out = preparation.prepare(Corpus(run.corpus, run.held_out, run.deduplicate, run.errors), tokenizer)
+    own, validation = _corpora(run)
+    training, text = preparation.prepare(own, tokenizer)
     if corpus:
-        _, held_out = preparation.prepare(Corpus(corpus, 1.0, run.deduplicate, run.errors), tokenizer)
+        _, text = preparation.prepare(_all_of(corpus, run), tokenizer)
+    else:
+        found = {"corpus": own.fingerprint, "validation": None if validation is None else validation.fingerprint}
+        for name, fingerprint in found.items():
+            if fingerprint != record.identity.get(f"{name}_fingerprint"):
+                sources = " ".join(getattr(run, name))
+                raise InputError(
+                    f"the {name} {sources} of {directory.path} has changed since: give a text with --corpus"
+                )
+        if validation is not None:
+            _, text = preparation.prepare(validation, tokenizer)
+    if not text.num_documents:
+        reason = f"{' '.join(corpus)} is empty" if corpus else f"the run in {directory.path} holds nothing out"
+        raise InputError(f"there is no text to evaluate on ({reason}): give one with --corpus")
+    data: DataConfig[Batches] = run.data
+    rows = data.evaluation(text, tokenizer)
     model = run.model.build(jnp.dtype(run.precision))
-    batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
-    evaluation = HeldOut(run, model, tokenizer, batches, held_out)
-    mesh = MeshConfig(devices=1).build()
-    with jax.set_mesh(mesh), contextlib.closing(directory.open_checkpoints()) as checkpoints:
-        restored = checkpoints.restore(abstract_items(model, run.batch_size, mesh), step)
-        if restored is None:
-            raise InputError(f"{directory.path}: no checkpoint here yet")
-        _, items = restored
-        values = evaluation(items["params"], cast(Params, items["progress"]["carry"]), mesh)
-    return Summary(values, evaluation.baselines(), held_out.unknown_rate, directory.tokens_per_second())
+    mesh = MeshConfig(devices).build()
+    rows_per_device = -(-min(batch_size or run.batch_size, rows.num_rows) // mesh.size)
+    batches = EvaluationBatches(rows, rows_per_device * mesh.size, sample)
+
+    found, params = directory.read_params(abstract_params(run.model), step)
+    totals = _evaluate_batches(model, params, batches, mesh)
+    values = evaluated_means(model, totals)
+    fitted = data.build(training, tokenizer, run.batch_size, run.seed)
+    if rows.num_steps > 1:  # Baselines read the targets before a target, in the batches before, of the same rows.
+        batches = EvaluationBatches(rows, rows.num_rows, sample)
+    baselines = data.baselines(fitted, (batches[i] for i in range(len(batches))))
+    return Summary(
+        values | _derived(data, values, text),
+        _with_derived(data, baselines, text),
+        text.unknown_rate,
+        directory.tokens_per_second(),
+        found,
+        batches.share,
+        {name: round(weight) for name, (_, weight) in totals.items()},
+    )
 
 
 def export(workdir: str | os.PathLike, directory: str | os.PathLike, step: Step = "newest") -> None:
     """Writes a checkpoint of a work directory as a model directory, in the format that others read."""
     source = WorkDir(workdir)
     record = source.read_record()
-    check_apart(directory, workdir)
-    found, model = load_checkpoint(source, step)
     family = find_family(record.model_type, source.path)
     run = record.run(family.model, family.data)
+    check_apart(directory, workdir, *filter(None, [run.init_from]))
+    found, model = load_checkpoint(source, step)
     card = report.model_card(source, run, found, model.loaded, family.format, Path(directory).name)
     save(model.loaded, family.format, directory, card)
 
 
 def show_batch(run: Run, step: int) -> Iterator[str]:
     """The rows of a step's batch, as text for people. Prepares vocabulary and store as `pretrain` does."""
-    _, tokenizer, training, _ = prepare(run)
+    prepared = prepare(run)
+    tokenizer, training = prepared.tokenizer, prepared.training
     batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
     yield from run.data.show(batches[step], tokenizer)
 
 
 class HeldOut:
-    """Evaluation on a sample of the held-out text: the first `run.loop.evaluate_batches` batches of it."""
+    """Evaluation on a sample of the held-out text: its first `run.loop.evaluate_batches` batches, as in training."""
 
     def __init__(self, run: Run, model: Model, tokenizer: Tokenizer, training: Batches, store: Store):
-        if store.num_documents == 0:
-            raise InputError("no document is held out for evaluation: raise --held-out")
         self._data: DataConfig[Batches] = run.data
         self._count, self._training, self._store = run.loop.evaluate_batches, training, store
-        self._batches = self._data.build(store, tokenizer, run.batch_size, EVALUATION_SEED)
-        self._evaluate = make_evaluate(model)
+        try:
+            self._batches = self._data.build(store, tokenizer, run.batch_size, EVALUATION_SEED)
+        except InputError as error:  # About the text, because the training side has passed.
+            remedy = "give another with --validation" if run.validation else "raise --held-out, or give --validation"
+            raise InputError(f"the text to evaluate on is too small ({error}): {remedy}") from None
+        self._model, self._evaluate = model, make_evaluate(model)
 
     def __call__(self, params: Params, carry: Params, mesh: jax.sharding.Mesh) -> dict[str, float]:
         """Losses and metrics by name, and what is derived from them (perplexity, bits per byte)."""
         placed = placed_batches(self._batches, 0, self._count, mesh)
-        values = self._evaluate(params, carry, (batch for _, batch in placed))
-        return values | self._derived(values)
+        values = evaluated_means(self._model, self._evaluate(params, carry, (batch for _, batch in placed)))
+        return values | _derived(self._data, values, self._store)
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """metric -> trivial baseline, fitted on the training side -> value."""
         batches = (self._batches[i] for i in range(self._count))
-        baselines = self._data.baselines(self._training, batches)
-        for metric, values in list(baselines.items()):
-            for name, value in values.items():
-                for derived, x in self._derived({metric: value}).items():
-                    baselines.setdefault(derived, {})[name] = x
-        return baselines
+        return _with_derived(self._data, self._data.baselines(self._training, batches), self._store)
 
-    def _derived(self, values: dict[str, float]) -> dict[str, float]:
-        derived = (self._data.derived_metrics(name, value, self._store) for name, value in values.items())
-        return {name: value for each in derived for name, value in each.items()}
+
+def _evaluate_batches(model: Model, params: Params, batches: EvaluationBatches, mesh: jax.sharding.Mesh) -> Totals:
+    """The sums and weights of all losses and metrics over all batches; shows the progress."""
+    explained = memory.explained("an evaluation", "lower --batch-size")
+    with jax.set_mesh(mesh), explained, Progress("evaluate", len(batches), "batches") as progress:
+
+        def placed() -> Iterator[Batch]:
+            for _, batch in placed_batches(batches, 0, len(batches), mesh):
+                yield batch
+                progress.advance(1)
+
+        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        carry = fresh_carry(model, batches.batch_size, mesh)
+        return make_evaluate(model)(params, carry, placed(), batches.num_steps)
+
+
+def _with_derived(
+    data: DataConfig[Batches], baselines: dict[str, dict[str, float]], store: Store
+) -> dict[str, dict[str, float]]:
+    """The baselines of metrics, and of what is derived from these."""
+    for metric, values in list(baselines.items()):
+        for name, value in values.items():
+            for derived, x in _derived(data, {metric: value}, store).items():
+                baselines.setdefault(derived, {})[name] = x
+    return baselines
+
+
+def _derived(data: DataConfig[Batches], values: dict[str, float], store: Store) -> dict[str, float]:
+    derived = (data.derived_metrics(name, value, store) for name, value in values.items())
+    return {name: value for each in derived for name, value in each.items()}
+
+
+def _corpora(run: Run) -> tuple[Corpus, Corpus | None]:
+    """The corpus of a run, and its validation text if it has one."""
+    corpus = Corpus(run.corpus, run.split, run.deduplicate, run.errors)
+    return corpus, _all_of(run.validation, run) if run.validation else None
+
+
+def _all_of(sources: tuple[str, ...], run: Run) -> Corpus:
+    """A text to evaluate on: all of its documents are on the held-out side."""
+    return Corpus(sources, 1.0, run.deduplicate, run.errors)
+
+
+def _refuse_split(run: Run, documents: int, consequence: str) -> NoReturn:
+    """Raises InputError for a corpus whose documents are all on one side."""
+    sources, others = " ".join(run.corpus), "give a text with --validation, or train on everything with --held-out 0"
+    if documents == 1:
+        raise InputError(
+            f"the corpus {sources} is one document, which --held-out {run.held_out} cannot split: end documents at "
+            f"blank lines, make each line one ({run.corpus[0]},documents=line), {others}"
+        )
+    raise InputError(
+        f"of the {documents:,} documents of the corpus {sources}, {consequence} by --held-out {run.held_out}: choose "
+        f"another fraction, {others}"
+    )
 
 
 def _with_vocabulary(model, tokenizer: Tokenizer):

@@ -26,7 +26,11 @@ class Progress:
     """
 
     def __init__(
-        self, description: str | None, total: float, unit: Literal["bytes", "lines", "steps"], done: float = 0
+        self,
+        description: str | None,
+        total: float,
+        unit: Literal["batches", "bytes", "lines", "steps"],
+        done: float = 0,
     ):
         self.description, self.total, self.unit, self.done = description, total, unit, done
         self._text = ""

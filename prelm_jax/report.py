@@ -13,22 +13,22 @@ from rich.table import Table
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.corpus.store import Store
 from prelm_jax.formats.base import Format, LoadedModel
-from prelm_jax.run import Run
+from prelm_jax.run import Run, RunRecord
 from prelm_jax.training.contract import Batch, HostBatch, Model, Params
 from prelm_jax.workdir import WorkDir
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """How a model does on held-out text: metrics, the trivial baselines of each, and the rate of unknown tokens.
-
-    `tokens_per_second`: the median speed of its training.
-    """
+    """How a model does on a text: metrics, the trivial baselines of each, and the rate of unknown tokens."""
 
     evaluation: dict[str, float]
     baselines: dict[str, dict[str, float]]
     unknown_tokens: float
-    tokens_per_second: float
+    tokens_per_second: float  # The median speed of its training.
+    step: int  # Of its weights.
+    share: float | None = None  # Fraction of the text that was read; None: the sample that the training evaluates on.
+    targets: dict[str, int] = dataclasses.field(default_factory=dict)  # Number of targets of each metric, if known.
 
 
 def print_table(table: Table, stderr: bool = False) -> None:
@@ -38,12 +38,19 @@ def print_table(table: Table, stderr: bool = False) -> None:
 
 
 def summary_table(summary: Summary) -> Table:
-    """Held-out metrics, each with its trivial baselines."""
-    table = Table("held-out", "model", "baseline")
+    """Metrics of a text, each with its trivial baselines and the number of targets that it was measured on."""
+    text = "sample of the held-out text" if summary.share is None else "all of the text"
+    if summary.share is not None and summary.share < 1:
+        text = f"{summary.share:.2%} of the text"
+    if not summary.evaluation:
+        text = "not evaluated: nothing is held out"
+    table = Table(f"step {summary.step:,}, {text}", "model", "baseline", *(["targets"] if summary.targets else []))
     for name, value in summary.evaluation.items():
-        table.add_row(_words(name), f"{value:.3f}", _baselines(summary.baselines.get(name, {}), ".3f"))
+        targets = [f"{summary.targets[name]:,}"] if name in summary.targets else []
+        table.add_row(_words(name), f"{value:.3f}", _baselines(summary.baselines.get(name, {}), ".3f"), *targets)
     table.add_section()
-    table.add_row("unknown tokens", f"{summary.unknown_tokens:.2%}", "")
+    if summary.evaluation:
+        table.add_row("unknown tokens", f"{summary.unknown_tokens:.2%}", "")
     if not math.isnan(summary.tokens_per_second):  # NaN where training ended before its first measurement.
         table.add_row("training, tokens/s", f"{summary.tokens_per_second:,.0f}", "")
     return table
@@ -93,8 +100,6 @@ def print_run_header(
         share = flops / (flops + model.flops(cast(Batch, batch)) / mesh.size)
         name, size = type(run.optimizer).__name__, f"{flops / 1e9:,.2f} GFLOP on each device"
         print(f"{name} takes {share:.1%} of a step's matrix products: {size}", file=sys.stderr)
-    if run.loop.steps > 1 and float(run.optimizer.schedule(run.loop.steps - 1)) == 0:
-        print("the learning rate ends at zero: to train for longer, raise --optimizer.decay-steps too", file=sys.stderr)
 
 
 def model_card(workdir: WorkDir, run: Run, step: int, model: LoadedModel, format: Format, name: str) -> str:
@@ -103,7 +108,7 @@ def model_card(workdir: WorkDir, run: Run, step: int, model: LoadedModel, format
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     positions = step * run.batch_size * run.data.max_length
     sources = "\n".join(f"- `{source}`" for source in run.corpus)
-    fingerprint = str(record.identity["corpus_fingerprint"])[:16]
+    fingerprint = str(record.identity.get("corpus_fingerprint"))[:16]
     return f"""---
 library_name: {format.library}
 license: # the license of your corpus and weights, for example apache-2.0
@@ -121,22 +126,32 @@ tags:
 - Weights: step {step:,} of the run, {parameters:,} parameters; {model.config.vocab_size:,} tokens in the vocabulary.
 - Training: {step:,} steps of {run.batch_size} × {run.data.max_length} tokens ({positions:,} positions, padding \
 included), seed {run.seed}, {run.precision}.
-- Corpus ({run.held_out:.1%} of its documents held out; content `{fingerprint}`):
+- Corpus ({run.split:.1%} of its documents held out; content `{fingerprint}`):
 
 {sources}
 
-{_held_out(workdir, step)}
+{_held_out(workdir, run, step)}
 
-Command: `prelm {shlex.join(record.command)}`
+{_commands(record, step)}
 """
 
 
-def _held_out(workdir: WorkDir, step: int) -> str:
-    """The last evaluation at or before a step, as a table of a model card."""
+def _commands(record: RunRecord, step: int) -> str:
+    """The commands that trained the weights of a step, as lines of a model card."""
+    extensions = [segment for segment in record.segments if segment.command and segment.from_step < step]
+    lines = [f"Command: `prelm {shlex.join(record.command)}`"]
+    lines += [f"From step {each.from_step:,}: `prelm {shlex.join(each.command or [])}`" for each in extensions]
+    return "\n\n".join(lines)
+
+
+def _held_out(workdir: WorkDir, run: Run, step: int) -> str:
+    """The evaluation of a step, as a table of a model card; without one, a sentence that says so."""
+    if not run.split and not run.validation:
+        return "Not evaluated: nothing was held out."
     prefix = "evaluation/"
-    lines = [line for line in workdir.read_metrics() if line["step"] <= step and f"{prefix}loss" in line]
+    lines = [line for line in workdir.read_metrics() if line["step"] == step and f"{prefix}loss" in line]
     if not lines:
-        return f"Not evaluated up to step {step:,}."
+        return f"Not evaluated at step {step:,}."
     baselines = workdir.read_baselines() or {}
     values = {name.removeprefix(prefix): value for name, value in lines[-1].items() if name.startswith(prefix)}
     rows = [
@@ -144,7 +159,10 @@ def _held_out(workdir: WorkDir, step: int) -> str:
         for name, value in values.items()
     ]
     table = "\n".join(["| metric | model | baseline |", "|---|---|---|", *rows])
-    return f"Held-out text, after step {int(lines[-1]['step']):,}:\n\n{table}"
+    text = "Held-out text"
+    if run.validation:
+        text = f"Validation text ({', '.join(f'`{source}`' for source in run.validation)})"
+    return f"{text}, after step {step:,}:\n\n{table}"
 
 
 def _words(name: str) -> str:

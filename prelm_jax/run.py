@@ -2,21 +2,24 @@
 
 import dataclasses
 import json
+import math
 import sys
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from prelm_jax import __version__
-from prelm_jax.bounds import Fraction, Seed, Size, check, read
+from prelm_jax.bounds import FractionBelow1, NotNegative, OutOfBounds, Positive, Seed, Size, check, read
 from prelm_jax.corpus.readers import Errors
 from prelm_jax.errors import InputError
+from prelm_jax.training.contract import OptimizerConfig
 from prelm_jax.training.loop import LoopConfig
 
-RECORD_FORMAT = 2
+RECORD_FORMAT = 3
+READABLE_FORMATS = (2, 3)  # Format 2 knows no extensions; a field that it lacks has its default.
 
 # The fields that say how the text is found. The text itself, and the vocabulary, are compared by fingerprint.
-SOURCES = ("corpus", "deduplicate", "errors", "tokenizer")
+SOURCES = ("corpus", "validation", "deduplicate", "errors", "tokenizer")
 
 Config = TypeVar("Config")
 
@@ -32,7 +35,9 @@ class Run:
     optimizer: Any
     batch_size: Size  # Rows of the global batch, over all devices and micro-batches.
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")]
-    held_out: Fraction = 0.01  # Fraction of the documents kept for evaluation, chosen by a hash of their text.
+    # Fraction of the documents kept for evaluation, chosen by a hash of their text; 0: train on all, evaluate nothing.
+    held_out: FractionBelow1 = 0.01
+    validation: tuple[str, ...] = ()  # Text to evaluate on instead of held-out documents; sources as those of --corpus.
     deduplicate: bool = False  # Drop exact duplicates of documents.
     errors: Errors = "strict"  # Bytes that are not UTF-8: strict refuses the file, replace reads them as U+FFFD.
     seed: Seed = 0  # Decides initial values, batches, masks and dropout.
@@ -44,6 +49,11 @@ class Run:
     def __post_init__(self):
         check(self)
 
+    @property
+    def split(self) -> float:
+        """The fraction of the corpus that is held out: none of it where there is a validation text."""
+        return 0.0 if self.validation else self.held_out
+
     def check_batch_size(self, devices: int) -> None:
         """Raises InputError where micro-batches and devices do not divide the batch."""
         if self.batch_size % (self.accumulate * devices):
@@ -54,53 +64,120 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
+class Segment:
+    """A part of a training: its first step, and the optimizer whose schedule holds from there on.
+
+    An extension also has the step that it trains up to, and the command that asked for it.
+    """
+
+    from_step: NotNegative
+    optimizer: dict[str, object]  # `name` of its class, and its fields
+    to_step: Positive | None = None
+    command: list[str] | None = None
+
+    def config(self, cls: type[Config]) -> Config:
+        """The optimizer, whose class is known."""
+        fields = {name: value for name, value in self.optimizer.items() if name != "name"}
+        return read(cls, fields, "run.json: segments")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunRecord:
     """What run.json holds.
 
-    `identity`: the fields that decide the bits, with the fingerprints of corpus and tokenizer. `segments`: for each
-    part of the training its first step and its optimizer. `sources`: where the text was found. `loop`: what may differ
-    between resumes.
+    `identity`: the fields that decide the bits, with the fingerprints of the texts and the tokenizer. `segments`: the
+    parts of the training, oldest first. `sources`: where the text was found. `loop`: what may differ between resumes.
     """
 
     model_type: str
     identity: dict[str, Any]
-    segments: list[dict[str, object]]
+    segments: list[Segment]
     sources: dict[str, object]
     loop: dict[str, object]
     command: list[str]
     version: str = __version__
     format: int = RECORD_FORMAT
 
+    def check_together(self) -> None:
+        """The first segment begins at step 0; an extension trains past its first step, where the one before ends."""
+        steps = [(segment.from_step, segment.to_step or math.inf) for segment in self.segments]
+        extensions = self.segments[1:]
+        if [first for first, _ in steps[:1]] != [0] or any(each.to_step is None for each in extensions):
+            raise OutOfBounds(("segments",), steps, "must begin at step 0, and extensions must end")
+        if sorted({first for first, _ in steps}) != [first for first, _ in steps] or any(a >= b for a, b in steps):
+            raise OutOfBounds(("segments",), steps, "must follow each other")
+
     @classmethod
-    def from_run(cls, run: Run, corpus_fingerprint: str, tokenizer_fingerprint: str) -> "RunRecord":
+    def from_run(
+        cls, run: Run, corpus_fingerprint: str, tokenizer_fingerprint: str, validation_fingerprint: str | None = None
+    ) -> "RunRecord":
         """The record of a run whose vocabulary size is known."""
         fields = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
         sources = {name: fields.pop(name) for name in SOURCES}
         loop, optimizer = fields.pop("loop"), fields.pop("optimizer")
-        identity = fields | {"corpus_fingerprint": corpus_fingerprint, "tokenizer_fingerprint": tokenizer_fingerprint}
-        segment: dict[str, object] = {
-            "from_step": 0,
-            "optimizer": {"name": type(optimizer).__name__, **dataclasses.asdict(optimizer)},
+        identity = fields | {
+            "held_out": run.split,
+            "corpus_fingerprint": corpus_fingerprint,
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+            "validation_fingerprint": validation_fingerprint,
         }
-        record = cls(run.model.model_type, identity, [segment], sources, loop, sys.argv[1:])
-        return cls(**json.loads(record.to_json()))
+        segments = [Segment(0, _with_name(optimizer))]
+        record = cls(run.model.model_type, identity, segments, sources, loop, sys.argv[1:])
+        return read(cls, json.loads(record.to_json()), "run.json")
 
     def to_json(self) -> str:
         """The text of run.json."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return json.dumps(fields, indent=1, ensure_ascii=False, default=dataclasses.asdict) + "\n"
 
-    def differences(self, other: "RunRecord") -> list[str]:
-        """What decides the bits and differs, as "model.num_layers (2 there, 3 here)"; here is `other`."""
+    def differences(self, other: "RunRecord", run: Run, extending: bool = False) -> list[str]:
+        """What decides the bits and differs, as "model.num_layers (2 there, 3 here)".
+
+        Here is `other`, the record of `run`. A field that is missing there was added to its class later, and has its
+        default. An extension may change the optimizer, but not its class.
+        """
         there, here = (
-            flatten(record.identity | {"model_type": record.model_type, "optimizer": record.segments[0]["optimizer"]})
+            record.identity | {"model_type": record.model_type, "optimizer": record.segments[0].optimizer}
             for record in (self, other)
         )
+        there, here = flatten(_completed(there, here, run)), flatten(here)
         return [
             f"{name} ({there.get(name)} there, {here.get(name)} here)"
             for name in sorted(there | here)
             if there.get(name) != here.get(name)
+            and not (extending and name.startswith("optimizer.") and name != "optimizer.name")
         ]
+
+    def resuming(self, earlier: "RunRecord") -> "RunRecord":
+        """This record with the segments of an earlier one of the same run."""
+        return dataclasses.replace(self, segments=earlier.segments)
+
+    def extended(self, earlier: "RunRecord", step: int, to_step: int, optimizer: OptimizerConfig) -> "RunRecord":
+        """This record with the segments of an earlier one of the same run, and one more from `step` to `to_step`.
+
+        If the last segment is that one already, nothing is added: the same command resumes an extension.
+        """
+        segment = Segment(step, _with_name(optimizer.ending_at(to_step)), to_step, self.command)
+        last, segments = earlier.segments[-1], earlier.segments
+        if (last.to_step, last.optimizer) != (to_step, segment.optimizer):
+            if not step:
+                raise InputError(f"--extend-to {to_step}: the run has no checkpoint yet to train on from")
+            if to_step <= step:
+                raise InputError(f"--extend-to {to_step}: the run is at step {step} already; give a later step")
+            segments = [*(each for each in segments if each.from_step < step), segment]
+        return dataclasses.replace(self, segments=segments, command=earlier.command)
+
+    def parts(self, run: Run) -> list[Run]:
+        """The run of each segment: with its optimizer, up to the step at which the next one begins."""
+        if len(self.segments) == 1:
+            return [run]
+
+        def part(segment: Segment, end: int) -> Run:
+            loop = dataclasses.replace(run.loop, steps=end)
+            return dataclasses.replace(run, optimizer=segment.config(type(run.optimizer)), loop=loop)
+
+        ends = [*(segment.from_step for segment in self.segments[1:]), self.segments[-1].to_step or run.loop.steps]
+        return list(map(part, self.segments, ends))
 
     def run(self, model: type, data: type) -> Run:
         """The run as far as evaluating needs it: without tokenizer (the work directory has it) and optimizer."""
@@ -114,8 +191,26 @@ class RunRecord:
         return read(cls, self.identity.get("model"), "run.json: identity.model")
 
 
+def _with_name(optimizer: Any) -> dict[str, object]:
+    """The fields of an optimizer as JSON has them, and the `name` of its class."""
+    return {"name": type(optimizer).__name__, **json.loads(json.dumps(dataclasses.asdict(optimizer)))}
+
+
+def _completed(there: dict[str, Any], here: dict[str, Any], config: Any) -> dict[str, Any]:
+    """`there` with the defaults of what it lacks and `here` has, both of them the JSON of configs like `config`."""
+    found = dict(there)
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if name in here and name not in there and default is not dataclasses.MISSING:
+            found[name] = json.loads(json.dumps(default, default=dataclasses.asdict))
+        elif dataclasses.is_dataclass(value) and isinstance(there.get(name), dict) and isinstance(here.get(name), dict):
+            found[name] = _completed(there[name], here[name], value)
+    return found
+
+
 def flatten(value: object, name: str = "") -> dict[str, object]:
-    """The leaves of nested dicts by dotted names: {"a": {"b": 1}} is {"a.b": 1}."""
+    """The leaves of nested objects by dotted names: {"a": {"b": 1}} is {"a.b": 1}."""
     if not isinstance(value, dict):
         return {name: value}
     return {k: v for key, x in value.items() for k, v in flatten(x, f"{name}.{key}" if name else key).items()}

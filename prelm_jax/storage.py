@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -23,6 +24,36 @@ from prelm_jax.errors import InputError, first_line
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether the path is in a bucket, where files can be neither memory-mapped nor appended to."""
     return "://" in str(path)
+
+
+NETWORK_FILE_SYSTEMS = {
+    *("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "smb3", "smbfs"),
+}
+
+
+def is_shared(path: Path) -> bool:
+    """Whether other machines may write there: a bucket or a network disk."""
+    if is_remote(path):
+        return True
+    kind = _file_system(path, _read_mounts())
+    return kind in NETWORK_FILE_SYSTEMS or kind.startswith("fuse.")  # Such as sshfs and gcsfuse.
+
+
+def _file_system(path: Path, mounts: str) -> str:
+    """The type of the file system that holds a path, as /proc/mounts has it; "" if it does not say."""
+    found, length, path = "", -1, path.resolve()
+    for _, point, kind, *_ in map(str.split, mounts.splitlines()):
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), point)  # A space is \040.
+        if path.is_relative_to(point) and len(point) >= length:
+            found, length = kind, len(point)
+    return found
+
+
+def _read_mounts() -> str:
+    try:
+        return Path("/proc/self/mounts").read_text(errors="replace")
+    except OSError:  # Not Linux.
+        return ""
 
 
 def reachable(path: str | os.PathLike) -> Path:

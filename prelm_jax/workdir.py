@@ -2,23 +2,26 @@
 
 run.json          what the run is (run.RunRecord)
 tokenizer/        as its published format has it
-report.html       the curves of metrics.jsonl, for a browser; redrawn while the run goes on
 metrics.jsonl     one object a line: `step`, and metrics by name; the trivial baselines as `baseline/METRIC/NAME`
 checkpoints/      one directory a step
 profile/          traces, if asked for
+lock, lease/      who writes here (lock.py)
 """
 
+import contextlib
 import math
 import os
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
+from prelm_jax import lock
+from prelm_jax.bounds import read
 from prelm_jax.errors import InputError
-from prelm_jax.run import RECORD_FORMAT, RunRecord
+from prelm_jax.run import READABLE_FORMATS, Run, RunRecord
 from prelm_jax.storage import copy_files, fetched, reachable, read_json
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.tokenizers.load import load as load_tokenizer
@@ -26,7 +29,7 @@ from prelm_jax.training.checkpoint import Checkpoints, Step, restore_params
 from prelm_jax.training.contract import Params
 from prelm_jax.training.metrics import MetricsWriter, read_metrics
 
-BASELINE = "baseline/"
+BASELINE = "baseline"
 
 
 class WorkDir:
@@ -34,6 +37,19 @@ class WorkDir:
 
     def __init__(self, path: str | os.PathLike):
         self.path = reachable(path)
+        self._check_hold: lock.Check = lambda: None
+
+    @contextlib.contextmanager
+    def hold(self, take_over: bool = False) -> Iterator[None]:
+        """Keeps other runs out of the directory; process 0 does. InputError if one is in progress here (lock.held).
+
+        Inside of the block a save raises Preempted if another process has taken over.
+        """
+        if jax.process_index() != 0:
+            yield
+            return
+        with lock.held(self.path, take_over) as self._check_hold:
+            yield
 
     def exists(self) -> bool:
         """Whether a run has claimed the directory."""
@@ -47,21 +63,24 @@ class WorkDir:
             )
         path = self._record_path
         fields = read_json(path)
-        if fields.get("format", 1) != RECORD_FORMAT:
-            writer = "a newer" if fields.get("format", 1) > RECORD_FORMAT else "an earlier"
+        if (format := fields.get("format", 1)) not in READABLE_FORMATS:
+            newer = isinstance(format, int) and format > max(READABLE_FORMATS)
+            writer = "a newer" if newer else "an earlier"
             raise InputError(f"{path} was written by {writer} version of prelm_jax: use that version to read it")
-        try:
-            return RunRecord(**fields)
-        except TypeError as error:
-            raise InputError(f"{path} is not the record of a run ({error})") from None
+        return read(RunRecord, fields, path)
 
-    def check(self, record: RunRecord) -> None:
-        """Raises InputError where the directory is another run's, naming what differs, or holds unknown checkpoints."""
+    def check(self, record: RunRecord, run: Run, extending: bool = False) -> None:
+        """Raises InputError where the directory is another run's, naming what differs, or holds unknown checkpoints.
+
+        extending: the optimizer of `run` may differ, because it is that of a new segment.
+        """
         checkpoints = self.path / "checkpoints"
         if not self.exists() and checkpoints.is_dir() and any(checkpoints.iterdir()):
             raise InputError(f"{self.path} has checkpoints but no run.json to say whose: choose another --workdir")
-        if self.exists() and (differences := self.read_record().differences(record)):
-            raise InputError(f"{self.path} holds another run: {', '.join(differences)}; choose another --workdir")
+        if self.exists() and (differences := self.read_record().differences(record, run, extending)):
+            schedule = all(name.startswith("optimizer.") and "optimizer.name" not in name for name in differences)
+            remedy = "choose another --workdir" + (", or train on with --extend-to N" if schedule else "")
+            raise InputError(f"{self.path} holds another run: {', '.join(differences)}; {remedy}")
 
     def claim(self, record: RunRecord, tokenizer: Tokenizer) -> None:
         """Makes the directory this run's, with what it last was told of its sources and loop. Process 0 writes."""
@@ -76,9 +95,15 @@ class WorkDir:
         temporary.replace(self._record_path)
 
     def read_tokenizer(self) -> Tokenizer:
-        """The tokenizer of the run."""
+        """The tokenizer of the run; InputError where its files were changed."""
         with fetched(self.path / "tokenizer") as directory:
-            return load_tokenizer(directory)
+            tokenizer = load_tokenizer(directory)
+        if self.read_record().identity.get("tokenizer_fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
+            raise InputError(
+                f"{self.path / 'tokenizer'} is damaged or not the tokenizer of this run: restore its files, or repeat "
+                "the prelm pretrain that wrote them"
+            )
+        return tokenizer
 
     def read_metrics(self) -> list[dict[str, float]]:
         """The lines of metrics.jsonl, oldest first; torn and foreign ones are left out."""
@@ -89,8 +114,9 @@ class WorkDir:
         found: dict[str, dict[str, float]] = {}
         for line in self.read_metrics():
             for name, value in line.items():
-                if name.startswith(BASELINE):
-                    _, metric, baseline = name.split("/")
+                kind, _, rest = name.partition("/")
+                metric, separator, baseline = rest.partition("/")
+                if kind == BASELINE and separator:
                     found.setdefault(metric, {})[baseline] = value
         return found or None
 
@@ -99,19 +125,13 @@ class WorkDir:
         name = "perf/tokens_per_second"
         return statistics.median([line[name] for line in self.read_metrics() if name in line] or [math.nan])
 
-    def write_metrics(self, resume_at: int, tensorboard: bool, evaluated: Callable[[], None]) -> MetricsWriter:
-        """The writer of metrics.jsonl; see there."""
-        return MetricsWriter(self.path / "metrics.jsonl", resume_at, tensorboard, evaluated)
-
-    def write_report(self, page: str) -> None:
-        """Replaces report.html."""
-        temporary = self.path / "report.tmp"
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(self.path / "report.html")
+    def write_metrics(self, resume_at: int, tensorboard: bool = False) -> MetricsWriter:
+        """The writer of metrics.jsonl; lines of steps after `resume_at` are dropped."""
+        return MetricsWriter(self.path / "metrics.jsonl", resume_at, tensorboard)
 
     def open_checkpoints(self, keep: int | None = None) -> Checkpoints:
         """The checkpoints; `keep`: how many of the newest to keep, None: only read."""
-        return Checkpoints(self.path / "checkpoints", keep)
+        return Checkpoints(self.path / "checkpoints", keep, before_save=self._check_hold)
 
     def read_params(self, abstract_params: Params, step: Step) -> tuple[int, Params]:
         """(step, parameters) of a checkpoint, on the first device; InputError where there is none."""
@@ -124,4 +144,4 @@ class WorkDir:
 
 def baseline_metrics(baselines: dict[str, dict[str, float]]) -> dict[str, float]:
     """The baselines as metrics: {"baseline/masked_lm_loss/unigram": 6.2, …}."""
-    return {f"{BASELINE}{metric}/{name}": x for metric, values in baselines.items() for name, x in values.items()}
+    return {f"{BASELINE}/{metric}/{name}": x for metric, values in baselines.items() for name, x in values.items()}

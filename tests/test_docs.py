@@ -13,8 +13,9 @@ from typing import get_args
 
 import pytest
 
-from prelm_jax.cli import main as cli
+from prelm_jax.cli.dispatch import COMMANDS
 from prelm_jax.cli.experiments import shipped_files
+from prelm_jax.cli.main import main
 from prelm_jax.cli.tokenizers import KINDS
 from prelm_jax.corpus import readers, spec
 from prelm_jax.corpus.sentences import LANGUAGES
@@ -84,15 +85,15 @@ def parse(monkeypatch, capsys, tmp_path):
 
         return record
 
-    for name, command in cli.COMMANDS.items():
-        monkeypatch.setitem(cli.COMMANDS, name, replace(command))
+    for name, command in COMMANDS.items():
+        monkeypatch.setitem(COMMANDS, name, replace(command))
 
     def parse(arguments: list[str]) -> str | None:
         called.clear()
-        if " ".join(arguments) in cli.COMMANDS:
+        if " ".join(arguments) in COMMANDS:
             return None
         try:
-            cli.main(arguments)
+            main(arguments)
         except SystemExit as stopped:
             return capsys.readouterr().err if stopped.code else None
         for values in called:
@@ -111,13 +112,13 @@ def parse(monkeypatch, capsys, tmp_path):
 @pytest.fixture(scope="module")
 def options():
     """Every option of every command and of the scripts for TPUs."""
-    arguments = [name.split() for name in cli.COMMANDS]
+    arguments = [name.split() for name in COMMANDS]
     arguments += [["pretrain", name] for name in ("bert:mini", "gpt1:mini", "elmo:small")]
     arguments += [["tokenizer", "train", kind] for kind in KINDS]
     known = "".join(path.read_text() for path in (ROOT / "tpu").glob("*.sh"))
     for words in arguments:
         with contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit):
-            cli.main([*words, "--help"])
+            main([*words, "--help"])
         known += output.getvalue()
     return set(re.findall(r"--[a-z][\w.-]*", known))
 

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "prelm_jax"
 # A group of rooms, and one room of each group directly below it. A module imports its own group and all groups below.
 BELOW = {
     ("errors", "bounds"): (),
-    ("storage", "cache", "progress"): ("errors",),
+    ("storage", "cache", "progress", "lock"): ("errors",),
     ("corpus", "tokenizers"): ("storage",),
     ("data",): ("corpus",),
     ("models",): ("storage",),

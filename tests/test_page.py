@@ -41,12 +41,12 @@ def make_run(directory, learning_rate=0.1, evaluations=((10, 3.0), (20, 2.5)), l
     record = {
         "model_type": "bert",
         "identity": {"seed": 0, "model": {"hidden_size": 8, "name": "<b>&"}},
-        "segments": [{"from_step": 0, "optimizer": {"learning_rate": learning_rate}}],
+        "segments": [{"from_step": 0, "optimizer": {"name": "AdamW", "learning_rate": learning_rate}}],
         "sources": {"corpus": ["c.txt"]},
         "loop": {"steps": 20},
         "command": ["pretrain"],
         "version": "0",
-        "format": 2,
+        "format": 3,
     }
     (directory / "run.json").write_text(json.dumps(record))
     metrics = [{"step": 0, "baseline/masked_lm_loss/unigram": 6.25, "baseline/masked_lm_loss/nothing": "nan"}]
@@ -83,7 +83,7 @@ def test_several_runs_share_pictures_and_show_what_differs(tmp_path):
     runs = [page.read_curves(make_run(tmp_path / f"run{i}", 0.1 * (i + 1))) for i in range(12)]
     text = page.render(runs)
     assert len(set(re.findall(r"stroke: (#[0-9a-f]{6})", text))) == len(page.COLORS)
-    assert "segments" in text and "hidden_size" not in text
+    assert "optimizer.learning_rate" in text and "hidden_size" not in text
     assert "The runs have the same settings" in page.render([runs[0], runs[0]])
 
 

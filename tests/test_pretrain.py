@@ -29,10 +29,13 @@ from prelm_jax.loading import load
 from prelm_jax.models.elmo import ELMoConfig
 from prelm_jax.pretraining import Run, pretrain
 from prelm_jax.tokenizers.words import WordVocabularyConfig
-from prelm_jax.training.optimizer import Adagrad
+from prelm_jax.train import check_schedule
+from prelm_jax.training.optimizer import Adagrad, AdamW
 from prelm_jax.training.parameters import path_name
 from prelm_jax.training.sharding import MeshConfig
+from prelm_jax.workdir import WorkDir
 
+evaluate = functools.partial(module.evaluate, devices=1)
 pytestmark = pytest.mark.usefixtures("shared_programs")
 # For tests of what all families share.
 bert_else_slow = pytest.mark.parametrize(
@@ -86,8 +89,35 @@ def test_sigterm_saves_and_the_same_command_goes_on(run, uninterrupted, tmp_path
     with interruption(7, terminate), pytest.raises(Preempted, match="stopped by SIGTERM after step 8"):
         pretrain(run, workdir)
     assert (workdir / "checkpoints" / "8").is_dir()
+    module.export(workdir, tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "step 8 of the run" in card and "Not evaluated at step 8." in card and "|" not in card
     pretrain(run, workdir)
     assert_same_bits(workdir, uninterrupted)
+
+
+@pytest.mark.parametrize("run", ["bert"], indirect=True, scope="module")
+@pytest.mark.parametrize("at", [6, 12])
+def test_sigterm_in_an_evaluation_puts_it_off(run, uninterrupted, tmp_path, monkeypatch, at):
+    """Also in the one at the end. What is due after the step is done when the run resumes."""
+    workdir = tmp_path / "stopped"
+    evaluate, calls = module.HeldOut.__call__, []
+
+    def terminate_and_evaluate(*arguments):
+        calls.append(arguments)
+        if len(calls) == at // 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(module.HeldOut, "__call__", terminate_and_evaluate)
+    with pytest.raises(Preempted, match=f"stopped by SIGTERM after step {at}"):
+        pretrain(run, workdir)
+    assert metrics(workdir)[-1]["step"] == at and "evaluation/loss" not in metrics(workdir)[-1]
+    pretrain(run, workdir)
+    assert_same_bits(workdir, uninterrupted)
+    pretrain(run, workdir)
+    assert_same_bits(workdir, uninterrupted)
+    assert [path.name for path in sorted((workdir / "checkpoints").iterdir())] == ["10", "12"]
 
 
 @bert_else_slow
@@ -173,17 +203,143 @@ def test_finished_run_is_summed_up_again(run, uninterrupted):
     }
 
 
+# ---- Extending -------------------------------------------------------------------------------------------------------
+
+
+def until(run: Run, step: int) -> Run:
+    """The run with a schedule that ends at a step; ELMo's has no end."""
+    if not isinstance(run.optimizer, AdamW):
+        return run
+    return dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, decay_steps=step))
+
+
+@pytest.fixture(scope="module")
+def extended(run, uninterrupted, tmp_path_factory):
+    """Trained to step 12, extended to 17, and from there to 21 at another peak of the rate; not to be changed."""
+    workdir = tmp_path_factory.mktemp("runs") / "extended"
+    shutil.copytree(uninterrupted, workdir)
+    pretrain(run, workdir, extend_to=17)
+    pretrain(with_rate(run), workdir, extend_to=21)
+    return workdir
+
+
+def with_rate(run: Run) -> Run:
+    return dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, learning_rate=2e-3))
+
+
+def rates(workdir) -> dict[int, float]:
+    """step -> the learning rate of the step before, the last to be trained."""
+    return {line["step"]: line["train/learning_rate"] for line in metrics(workdir) if "train/learning_rate" in line}
+
+
+@bert_else_slow
+def test_an_extension_has_the_schedule_of_a_longer_run(run, extended):
+    """The record says so, each step has the rate of its segment, and the last one is not at zero."""
+    first, second, third = WorkDir(extended).read_record().segments
+    assert [(each.from_step, each.to_step) for each in (first, second, third)] == [(0, None), (12, 17), (17, 21)]
+    optimizers = [each.optimizer for each in (run, until(run, 17), until(with_rate(run), 21))]
+    for segment, optimizer in zip((first, second, third), optimizers, strict=True):
+        assert segment.optimizer == {"name": type(optimizer).__name__, **dataclasses.asdict(optimizer)}
+    for step, rate in rates(extended).items():
+        np.testing.assert_allclose(rate, optimizers[(step > 12) + (step > 17)].schedule(step - 1), rtol=1e-6)
+        assert rate > 0
+    assert max(rates(extended)) == 20 and max(line["step"] for line in metrics(extended)) == 21
+
+
+@bert_else_slow
+@pytest.mark.parametrize("at", [pytest.param(8, marks=pytest.mark.slow), 12, pytest.param(19, marks=pytest.mark.slow)])
+def test_the_old_command_resumes_an_extended_run_with_the_same_bits(run, extended, tmp_path, at):
+    """Killed in any segment, on a machine that knows run.json alone; the command does not say a word of extensions."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    shutil.copy(extended / "run.json", workdir)
+    with interruption(at, crash), pytest.raises(Crash):
+        pretrain(run, workdir)
+    pretrain(run, workdir)
+    assert_same_bits(workdir, extended)
+    assert WorkDir(workdir).read_record().segments == WorkDir(extended).read_record().segments
+
+
+@pytest.mark.slow
+def test_an_extension_keeps_the_moments(run, tmp_path):
+    """To the step that the run was planned for, with the schedule that it had: no bit changes."""
+    run = until(run, 12)
+    pretrain(run, tmp_path / "whole")
+    pretrain(tiny.with_loop(run, steps=6), tmp_path / "parts")
+    pretrain(tiny.with_loop(run, steps=6), tmp_path / "parts", extend_to=12)
+    assert_same_bits(tmp_path / "parts", tmp_path / "whole")
+
+
+@bert_else_slow
+def test_a_killed_extension_resumes_by_either_command(run, uninterrupted, extended, tmp_path, monkeypatch):
+    """Killed while it claims, the directory is as before; killed later, it is extended once."""
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted, workdir)
+    before = (workdir / "run.json").read_text()
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Path, "replace", lambda *_: crash())
+        pretrain(run, workdir, extend_to=17)
+    assert (workdir / "run.json").read_text() == before
+    with interruption(13, crash), pytest.raises(Crash):
+        pretrain(run, workdir, extend_to=17)
+    with interruption(15, crash), pytest.raises(Crash):
+        pretrain(run, workdir)
+    pretrain(run, workdir, extend_to=17)
+    assert [segment.from_step for segment in WorkDir(workdir).read_record().segments] == [0, 12]
+    assert pretrain(with_rate(run), workdir, extend_to=21).step == 21
+    assert_same_bits(workdir, extended)
+
+
+@bert_else_slow
+def test_only_an_extension_extends(run, extended, tmp_path):
+    workdir = tmp_path / "extended"
+    shutil.copytree(extended, workdir)
+    with pytest.raises(InputError, match="--extend-to 21: the run is at step 21 already"):
+        pretrain(run, workdir, extend_to=21)
+    with pytest.raises(InputError, match=rf"--extend-to 20: {tmp_path}/run holds no run"):
+        pretrain(run, tmp_path / "run", extend_to=20)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match=r"optimizer.learning_rate \(.* there, 0.002 here\).*--extend-to"):
+        pretrain(with_rate(run), workdir)
+    with pytest.raises(InputError, match=r"optimizer.name \(.* there, .* here\)"):
+        other = tiny.elmo() if run.model.model_type != "elmo" else tiny.bert()
+        pretrain(dataclasses.replace(run, optimizer=other.optimizer), workdir, extend_to=30)
+    pretrain(tiny.with_loop(run, steps=40), workdir)
+    assert max(line["step"] for line in metrics(workdir)) == 21
+    shutil.rmtree(workdir / "checkpoints")
+    with pytest.raises(InputError, match="--extend-to 30: the run has no checkpoint"):
+        pretrain(run, workdir, extend_to=30)
+
+
+def test_steps_past_the_end_of_the_schedule(corpus, tmp_path):
+    """Refused with the step where it ends and the way to train for longer, before anything is written."""
+    run = tiny.with_loop(until(dataclasses.replace(tiny.bert(), corpus=(corpus,)), 12), steps=30)
+    with pytest.raises(InputError, match=r"--steps 30: .* zero from step 12 on; raise --optimizer\.decay-steps"):
+        pretrain(run, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match=r"--steps 30: .* zero from step 12 on; .*--extend-to 30"):
+        check_schedule(run, resuming=True)
+
+
+def test_a_cosine_that_rounds_to_zero_has_not_ended():
+    """Its last eight steps of 100,000 are zero in float32."""
+    run = until(tiny.gpt(), 100_000)
+    assert run.optimizer.schedule(99_999) == 0
+    check_schedule(tiny.with_loop(run, steps=100_000), resuming=False)
+
+
+@bert_else_slow
 def test_evaluate_a_work_directory(run, uninterrupted, tmp_path):
-    """The same figures as at the end of the training, at any time and under any seed; other text has others."""
-    summary = module.evaluate(uninterrupted)
+    """Close to the sample at the end of the training, the same under any seed; other text has other figures."""
+    summary = evaluate(uninterrupted)
     last = metrics(uninterrupted)[-1]
-    np.testing.assert_allclose(summary.evaluation["loss"], last["evaluation/loss"], rtol=1e-5)
+    np.testing.assert_allclose(summary.evaluation["loss"], last["evaluation/loss"], rtol=0.02)
     shutil.copytree(uninterrupted, tmp_path / "seeded")
     tiny.change_seed(tmp_path / "seeded")
-    assert module.evaluate(tmp_path / "seeded").evaluation == summary.evaluation
+    assert evaluate(tmp_path / "seeded").evaluation == summary.evaluation
     other = tmp_path / "other.txt"
     other.write_text(tiny.text(seed=5))
-    assert module.evaluate(uninterrupted, (str(other),)).evaluation != summary.evaluation
+    assert evaluate(uninterrupted, (str(other),)).evaluation != summary.evaluation
 
 
 def test_checkpoints_of_any_step(run, uninterrupted, tmp_path):
@@ -198,9 +354,9 @@ def test_checkpoints_of_any_step(run, uninterrupted, tmp_path):
     params = {step: load(workdir, step).params for step in (KEPT_STEP, 10, 12, "best", "newest")}
     for step, same in ((10, "best"), (12, "newest")):
         jax.tree.map(np.testing.assert_array_equal, params[step], params[same])
-    losses = [module.evaluate(workdir, step=step).evaluation["loss"] for step in (KEPT_STEP, "best", "newest")]
+    losses = [evaluate(workdir, step=step).evaluation["loss"] for step in (KEPT_STEP, "best", "newest")]
     assert losses == sorted(set(losses), reverse=True)
-    assert module.evaluate(workdir, step=10).evaluation["loss"] == losses[1]
+    assert evaluate(workdir, step=10).evaluation["loss"] == losses[1]
     with pytest.raises(InputError, match=rf"{workdir}\S+: no checkpoint of step 4; .* 10 \(best\), 12"):
         load(workdir, 4)
 
@@ -213,11 +369,19 @@ def test_checkpoints_of_any_step(run, uninterrupted, tmp_path):
             rows = slice(model.tokenizer.vocab_size if path_name(path) in tables else None)
             np.testing.assert_array_equal(value[rows], expected[rows])
     card = (exported / "README.md").read_text()
-    assert f"step {KEPT_STEP} of the run" in card and f"Not evaluated up to step {KEPT_STEP}" in card
+    assert f"step {KEPT_STEP} of the run" in card and f"Not evaluated at step {KEPT_STEP}" in card
+    module.export(uninterrupted, exported, "best")
+    card, evaluated = (
+        (exported / "README.md").read_text(),
+        {line["step"]: line["evaluation/loss"] for line in metrics(uninterrupted) if "evaluation/loss" in line},
+    )
+    best = min(evaluated, key=evaluated.get)
+    assert f"step {best} of the run" in card and f"after step {best}:" in card and f"{evaluated[best]:.4f}" in card
 
 
 def test_parameters_are_kept_at_steps_and_words(run, uninterrupted):
-    _, tokenizer, training, _ = module.prepare(run)
+    prepared = module.prepare(run)
+    tokenizer, training = prepared.tokenizer, prepared.training
     batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
     model = dataclasses.replace(run.model, vocab_size=tokenizer.vocab_size).build()
     seen = np.cumsum([model.tokens(batches[step])[0] for step in range(run.loop.steps)])
@@ -259,8 +423,8 @@ def with_two_entries_more(exported, folder) -> str:
     return str(folder / "vocab.json")
 
 
-def test_continued_pretraining(run, uninterrupted, tmp_path):
-    """Starts where the model stands, from a work directory or a model directory, with a larger vocabulary too."""
+def test_continued_pretraining(run, uninterrupted, tmp_path, capsys):
+    """Starts where the model stands, from a work directory or a model directory, with more tokens and positions too."""
     directory = tmp_path / "exported"
     module.export(uninterrupted, directory)
     # A warmup begins at zero, so one step changes nothing.
@@ -272,7 +436,10 @@ def test_continued_pretraining(run, uninterrupted, tmp_path):
         "seed": 3,
     }
     vocabulary = type(run.tokenizer)(path=with_two_entries_more(directory, tmp_path))
-    pretrain(dataclasses.replace(run, tokenizer=vocabulary, **fields), tmp_path / "larger")
+    format = find_family(run.model.model_type, directory).format
+    model = dataclasses.replace(run.model, **({"max_position_embeddings": 40} if format.position_tables else {}))
+    pretrain(dataclasses.replace(run, tokenizer=vocabulary, model=model, **fields), tmp_path / "larger")
+    assert ("the model has 32 positions" in capsys.readouterr().err) == bool(format.position_tables)
     pretrain(dataclasses.replace(run, **{**fields, "init_from": str(uninterrupted)}), tmp_path / "same")
     old, larger, same = load(uninterrupted), load(tmp_path / "larger"), load(tmp_path / "same")
     missing = load(directory).missing  # What the published format has no place for begins afresh.
@@ -282,8 +449,8 @@ def test_continued_pretraining(run, uninterrupted, tmp_path):
     for (path, there), from_directory, from_run in zip(
         jax.tree_util.tree_leaves_with_path(old.params), *leaves, strict=True
     ):
-        is_vocabulary = path_name(path) in find_family(run.model.model_type, directory).format.vocabulary_tables
-        rows = slice(size) if is_vocabulary else slice(None)
+        is_vocabulary = path_name(path) in format.vocabulary_tables
+        rows = slice(size) if is_vocabulary else slice(32 if path_name(path) in format.position_tables else None)
         np.testing.assert_array_equal(from_run[rows], there[rows])
         if path_name(path) not in missing:
             np.testing.assert_array_equal(from_directory[rows], there[rows])
@@ -313,9 +480,47 @@ def test_batch_that_cannot_be_divided(run, tmp_path):
         pretrain(changed, tmp_path / "run")
 
 
+@bert_else_slow
 def test_nothing_held_out(run, tmp_path):
-    with pytest.raises(InputError, match="raise --held-out"):
-        pretrain(dataclasses.replace(run, held_out=0.0), tmp_path / "run")
+    """Training on everything: no evaluation, no best checkpoint, no figures in the card."""
+    workdir, run = tmp_path / "run", dataclasses.replace(run, held_out=0.0)
+    summary = pretrain(run, workdir)
+    assert summary.evaluation == {} and summary.baselines == {}
+    assert {name.partition("/")[0] for line in metrics(workdir) for name in line} == {"step", "train"}
+    with pytest.raises(InputError, match=rf"{workdir} holds nothing out.*--corpus"):
+        module.evaluate(workdir)
+    with pytest.raises(InputError, match=r"no evaluated checkpoint; choose a --step: 10, 12"):
+        module.export(workdir, tmp_path / "best", "best")
+    module.export(workdir, tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "Not evaluated: nothing was held out." in card and "|" not in card
+    assert pretrain(run, workdir).evaluation == {}
+
+
+@bert_else_slow
+def test_a_validation_text(run, corpus, tmp_path):
+    """It is evaluated instead of held-out documents, all the corpus is trained on, and its content is the run's."""
+    text, workdir = tmp_path / "validation.txt", tmp_path / "run"
+    text.write_text(tiny.text(seed=7, documents=20))
+    run = dataclasses.replace(run, validation=(str(text),))
+    prepared = module.prepare(run)
+    assert (prepared.training.num_documents, prepared.held_out.num_documents) == (40, 20)
+    summary = pretrain(run, workdir)
+    evaluated = module.evaluate(workdir)
+    assert module.evaluate(workdir, (str(text),)).evaluation == evaluated.evaluation
+    # The fraction held out plays no part.
+    assert pretrain(dataclasses.replace(run, held_out=0.5), workdir).evaluation == summary.evaluation
+    module.export(workdir, tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert f"Validation text (`{text}`), after step 12" in card and "0.0% of its documents held out" in card
+
+    text.write_text(tiny.text(seed=8, documents=20))
+    with pytest.raises(InputError, match=rf"{workdir} holds another run: validation_fingerprint"):
+        pretrain(run, workdir)
+    with pytest.raises(InputError, match=rf"validation {text} .*{workdir}.*--corpus"):
+        module.evaluate(workdir)
+    with pytest.raises(InputError, match=rf"{workdir} holds another run: .*held_out .*validation_fingerprint"):
+        pretrain(dataclasses.replace(run, validation=()), workdir)
 
 
 def test_without_next_sentences(tmp_path):
@@ -349,7 +554,7 @@ def test_bits_per_byte_are_those_of_the_text(corpus, tmp_path):
 
     other = tmp_path / "other.txt"
     other.write_text("\n\n".join(["The cat sees ☃ in the house."] * 30))
-    assert module.evaluate(tmp_path / "run", (str(other),)).unknown_tokens == 1 / 8
+    assert evaluate(tmp_path / "run", (str(other),)).unknown_tokens == 1 / 8
 
 
 def test_chinese(real_data, tmp_path):
@@ -413,7 +618,7 @@ def test_elmo_learns_thirty_words(tmp_path):
         loop=dataclasses.replace(tiny.elmo().loop, steps=300, evaluate_every=300, save_every=300),
     )
     pretrain(run, tmp_path / "run")
-    assert module.evaluate(tmp_path / "run", run.corpus).evaluation["perplexity"] < 20
+    assert evaluate(tmp_path / "run", run.corpus).evaluation["perplexity"] < 20
 
 
 def test_bfloat16_is_close_to_float32(run, uninterrupted, tmp_path):

@@ -1,25 +1,25 @@
 """Tests that need separate processes: kill -9, a full disk, several processes that train one model.
 
-PRELM_KILLS sets the number of kills of a run; PRELM_LAYOUTS=1 moves a run through more layouts of its devices.
+PRELM_LAYOUTS=1 moves a run through more layouts of its devices.
 """
 
-import contextlib
 import functools
+import json
 import os
-import random
 import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny import FAMILIES, assert_same_bits, metrics, text
 
-KILLS = int(os.environ.get("PRELM_KILLS", "3"))
+SLOW_DECAY = ("--optimizer.decay-steps", 1_000_000)
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,16 @@ def launch(tmp_path_factory):
     running = []
 
     def launch(
-        workdir: Path, *options: object, family: str = "bert", limit: int | None = None, **environment: object
+        workdir: Path,
+        *options: object,
+        family: str = "bert",
+        limit: int | None = None,
+        code: str | None = None,
+        **environment: object,
     ) -> subprocess.Popen:
         experiment = f"tiny.py:{FAMILIES[family].__name__}"
-        command = ["-m", "prelm_jax", "pretrain", Path(__file__).with_name(experiment)]
+        program = ["-m", "prelm_jax"] if code is None else ["-c", code]
+        command = [*program, "pretrain", Path(__file__).with_name(experiment)]
         command += ["--corpus", corpus, "--workdir", workdir, *options]
         process = subprocess.Popen(
             [sys.executable, *map(str, command)],
@@ -70,38 +76,31 @@ def wait_for_step(process: subprocess.Popen, reports: int = 1) -> None:
     pytest.fail(f"the process ended with {process.wait()} before it trained")
 
 
-@pytest.mark.parametrize(
-    ("family", "kills"),
-    [
-        ("bert", 1),
-        pytest.param("bert", KILLS, marks=pytest.mark.slow),
-        pytest.param("openai-gpt", 1, marks=pytest.mark.slow),
-        pytest.param("elmo", 1, marks=pytest.mark.slow),
-    ],
-)
-def test_killed_run_equals_uninterrupted(launch, tmp_path, family, kills):
-    """Kills at random moments: before the first step, between steps, during saves (most steps overlap a save)."""
-    launch = functools.partial(launch, family=family)
-    options = ("--steps", 60 * (kills + 1), "--save-every", 10, "--log-every", 5, "--evaluate-every", 50)
+def test_killed_run_equals_uninterrupted(launch, tmp_path):
+    """A kill during a save."""
+    options = ("--steps", 60, "--save-every", 5, "--log-every", 5, "--evaluate-every", 50)
     finish(launch(tmp_path / "uninterrupted", *options))
-    rng = random.Random(0)
     checkpoints = tmp_path / "killed" / "checkpoints"
-    during_saves = 0
-    for kill in range(kills):
-        process = launch(tmp_path / "killed", *options)
-        if kill % 3 < 2:
-            wait_for_step(process, rng.randint(1, 8))
-        # Every third kill comes at any moment after the start of Python; the others within a step or a save.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=rng.uniform(0, 5) if kill % 3 == 2 else rng.uniform(0, 0.05))
-        while kill % 3 == 0 and not list(checkpoints.glob("*tmp*")):
-            assert process.poll() is None
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-        during_saves += bool(list(checkpoints.glob("*tmp*")))
-    assert during_saves
+    process = launch(tmp_path / "killed", *options)
+    wait_for_step(process, 2)
+    while not list(checkpoints.glob("*tmp*")):
+        assert process.poll() is None
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     finish(launch(tmp_path / "killed", *options))
     assert_same_bits(tmp_path / "killed", tmp_path / "uninterrupted")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "kills"), [("bert", 3), ("gpt", 1), ("elmo", 1), ("bert-fsdp", 1)])
+def test_kills_while_others_read_and_try_to_write(tmp_path, kind, kills):
+    script = Path(__file__).with_name("kill_runs.py")
+    command = [sys.executable, script, tmp_path, "--kinds", kind, "--kills", str(kills)]
+    path = os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    state = json.loads((tmp_path / "kills.json").read_text())[kind]
+    assert state["kills"] == kills and state["same_bits_at_step"] > 0 and state["reads_evaluate"] > 0
 
 
 @pytest.mark.slow
@@ -178,6 +177,62 @@ def test_missing_peers_are_named_in_time(launch, tmp_path, free_port, index, mis
     (line,) = err.splitlines()
     assert line.startswith(f"prelm: process {index} of 2: {missing}") and f"localhost:{free_port}" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", [0, 1])
+def test_the_death_of_a_process_ends_the_others_in_time(launch_many, tmp_path, dead):
+    processes = launch_many(tmp_path / "run", 2, 1, "--steps", 100_000, *SLOW_DECAY)
+    wait_for_step(processes[0], 3)
+    processes[dead].kill()
+    died = time.monotonic()
+    _, err = processes[1 - dead].communicate(timeout=300)
+    assert time.monotonic() - died < 30
+    assert processes[1 - dead].returncode == 75
+    assert err.splitlines()[-1].startswith(f"prelm: process {1 - dead}: process {dead} died")
+    assert "Traceback" not in err and "    @ " not in err, "no dump of a stack"
+
+
+@pytest.mark.slow
+def test_the_refusal_of_a_process_ends_the_others(launch, launch_many, tmp_path):
+    """Process 0 is told that another run is in progress; process 1 knows nothing of that."""
+    holder = launch(tmp_path / "run", "--steps", 100_000, *SLOW_DECAY)
+    wait_for_step(holder)
+    refused, other = launch_many(tmp_path / "run", 2, 1, "--steps", 100_000, *SLOW_DECAY)
+    _, err = refused.communicate(timeout=300)
+    assert refused.returncode == 1 and f"a run is in progress here (process {holder.pid} on " in err.splitlines()[-1]
+    _, err = other.communicate(timeout=300)
+    assert other.returncode == 1
+    assert err.splitlines()[-1].startswith("prelm: process 1: process 0 ended with exit code 1")
+
+
+# A network disk whose leases go stale within a second.
+ON_A_NETWORK_DISK = """
+import sys
+from prelm_jax import lock
+from prelm_jax.cli.main import main
+lock.is_shared = lambda path: True
+lock.RENEW_SECONDS, lock.STALE_SECONDS = 0.1, 1.0
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_for_longer_than_its_lease_saves_no_more(launch, tmp_path):
+    """SIGSTOP, another run takes over, SIGCONT."""
+    options = ("--save-every", 1, "--keep", 1)
+    sleeper = launch(tmp_path / "run", *options, "--steps", 100_000, *SLOW_DECAY, code=ON_A_NETWORK_DISK)
+    wait_for_step(sleeper)
+    sleeper.send_signal(signal.SIGSTOP)
+    successor = launch(tmp_path / "run", *options, "--steps", 100_000, *SLOW_DECAY, code=ON_A_NETWORK_DISK)
+    wait_for_step(successor)
+    sleeper.send_signal(signal.SIGCONT)
+    _, err = sleeper.communicate(timeout=300)
+    assert sleeper.returncode == 75
+    assert f"{tmp_path}/run was taken over (process {successor.pid} on " in err.splitlines()[-1]
+    successor.send_signal(signal.SIGTERM)
+    _, err = successor.communicate(timeout=300)
+    assert successor.returncode == 75 and "damaged" not in err, err
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def test_a_run_comes_back_from_json(family):
     """All but tokenizer and optimizer, which have other homes: the work directory, and the segments."""
     run = dataclasses.replace(tiny.FAMILIES[family](), accumulate=2, seed=5, precision="bfloat16")
     run = tiny.with_loop(run, keep_at_steps=(3, 7), mesh=MeshConfig(devices=2, parameters="fsdp"))
-    written = RunRecord(**json.loads(record(run).to_json()))
+    written = read(RunRecord, json.loads(record(run).to_json()), "run.json")
     row = find_family(family, "here")
     assert written.run(row.model, row.data) == dataclasses.replace(run, tokenizer=None, optimizer=None)
 
@@ -35,8 +35,8 @@ def test_nested_configs_come_back_as_such():
 
 def test_the_first_segment_holds_the_optimizer():
     (segment,) = record(tiny.bert()).segments
-    assert segment["from_step"] == 0
-    assert segment["optimizer"]["name"] == "AdamW" and segment["optimizer"]["decay_steps"] == 100
+    assert segment.from_step == 0 and segment.to_step is None
+    assert segment.optimizer["name"] == "AdamW" and segment.optimizer["decay_steps"] == 100
 
 
 @pytest.mark.parametrize(
@@ -50,22 +50,67 @@ def test_the_first_segment_holds_the_optimizer():
     ],
 )
 def test_what_decides_the_bits_is_named(changes, named):
-    differences = record(tiny.bert()).differences(record(dataclasses.replace(tiny.bert(), **changes)))
-    assert named in differences
+    changed = dataclasses.replace(tiny.bert(), **changes)
+    assert named in record(tiny.bert()).differences(record(changed), changed)
 
 
 def test_other_text_or_vocabulary_is_named_by_fingerprint():
-    assert record(tiny.bert()).differences(record(tiny.bert(), corpus="d", tokenizer="u")) == [
+    assert record(tiny.bert()).differences(record(tiny.bert(), corpus="d", tokenizer="u"), tiny.bert()) == [
         "corpus_fingerprint (c there, d here)",
         "tokenizer_fingerprint (t there, u here)",
     ]
+
+
+def test_fields_that_are_younger_than_a_record():
+    """A record without them is one of their defaults: it is read, and compared, as if it had them."""
+    run = dataclasses.replace(tiny.bert(), data=dataclasses.replace(tiny.bert().data, masking=MaskingConfig()))
+    old = json.loads(record(run).to_json()) | {"format": 2}
+    del old["sources"]["validation"], old["identity"]["validation_fingerprint"], old["identity"]["accumulate"]
+    del old["identity"]["data"]["masking"]["random"], old["segments"][0]["optimizer"]["decay"]
+    old["segments"] = [{"from_step": 0, "optimizer": old["segments"][0]["optimizer"]}]
+    del old["loop"]["tensorboard"], old["identity"]["model"]["initializer_range"]
+    there = read(RunRecord, old, "run.json")
+    assert there.differences(record(run), run) == []
+    assert there.run(type(run.model), type(run.data)) == dataclasses.replace(run, tokenizer=None, optimizer=None)
+    changed = dataclasses.replace(
+        run, accumulate=2, data=dataclasses.replace(run.data, masking=MaskingConfig(0.2, random=0))
+    )
+    assert there.differences(record(changed), changed) == [
+        "accumulate (1 there, 2 here)",
+        "data.masking.probability (0.15 there, 0.2 here)",
+        "data.masking.random (0.1 there, 0 here)",
+    ]
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        [],
+        [{"from_step": 3, "optimizer": {}}],
+        [{"from_step": 0, "optimizer": {}}, {"from_step": 5, "optimizer": {}}],
+        [{"from_step": 0, "optimizer": {}}, {"from_step": 5, "optimizer": {}, "to_step": 5}],
+        [{"from_step": 0, "optimizer": {}}] + 2 * [{"from_step": 5, "optimizer": {}, "to_step": 9}],
+        [{"from_step": 0, "optimizer": 3}],
+        [3],
+        3,
+    ],
+)
+def test_segments_that_no_run_has(segments):
+    fields = json.loads(record(tiny.bert()).to_json()) | {"segments": segments}
+    with pytest.raises(InputError, match=r"run\.json: segments"):
+        read(RunRecord, fields, "run.json")
+
+
+def test_a_validation_text_replaces_the_fraction_held_out():
+    run = dataclasses.replace(tiny.bert(), validation=("v.txt",), held_out=0.5)
+    assert run.split == 0 and record(run).identity["held_out"] == 0
 
 
 def test_what_may_differ_between_resumes():
     """The loop, and where text and vocabulary were found."""
     run = tiny.with_loop(tiny.bert(), steps=99, save_every=1, mesh=MeshConfig(devices=4), keep_at_words=(5,))
     run = dataclasses.replace(run, corpus=("elsewhere.txt",), errors="replace", tokenizer=tiny.gpt().tokenizer)
-    assert record(tiny.bert()).differences(record(run)) == []
+    assert record(tiny.bert()).differences(record(run), run) == []
 
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("accumulate", -1)])

@@ -18,7 +18,18 @@ from prelm_jax.errors import InputError
 from prelm_jax.loading import load
 from prelm_jax.pretraining import pretrain
 from prelm_jax.run import RunRecord
-from prelm_jax.storage import copy_files, fetched, is_remote, reachable, read_json, read_lines, writing
+from prelm_jax.storage import (
+    check_apart,
+    copy_files,
+    fetched,
+    is_remote,
+    output_directory,
+    output_file,
+    reachable,
+    read_json,
+    read_lines,
+    writing,
+)
 from prelm_jax.tokenizers.wordpiece import SPECIAL_TOKENS, WordPiece
 from prelm_jax.training.checkpoint import Checkpoints
 from prelm_jax.training.metrics import MetricsWriter
@@ -35,6 +46,7 @@ from prelm_jax.workdir import WorkDir
         (b"a\n", ["a"]),
         (b"a\n\nb\n\n", ["a", "", "b", ""]),
         ("a\r\nb\x0bc\x85\u2028d".encode(), ["a\r", "b\x0bc\x85\u2028d"]),
+        ("\ufeffa\n\ufeffb".encode(), ["a", "\ufeffb"]),  # The mark at the beginning is none of the text.
     ],
 )
 def test_lines_end_at_line_feeds_only(tmp_path, content, lines):
@@ -81,6 +93,85 @@ def test_write_errors_name_the_file(tmp_path):
     with pytest.raises(OSError, match="No space") as error, writing(tmp_path / "ids"):
         raise OSError(28, "No space left on device")
     assert error.value.filename == str(tmp_path / "ids")
+
+
+# ---- Writing ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_output_file_appears_when_it_is_complete(tmp_path):
+    output = tmp_path / "output"
+    for failure in (None, KeyboardInterrupt, ValueError):
+        with contextlib.suppress(KeyboardInterrupt, ValueError), output_file(output) as unfinished:
+            unfinished.write_text(f"{failure}")
+            assert unfinished.parent == tmp_path and unfinished != output
+            if failure is not None:
+                raise failure
+    assert output.read_text() == "None"
+    link = tmp_path / "link"
+    link.symlink_to(output)
+    with output_file(link) as unfinished:
+        unfinished.write_text("by the link")
+    assert link.is_symlink() and output.read_text() == "by the link"
+    assert {path.name for path in tmp_path.iterdir()} == {"output", "link"}
+
+
+def test_errors_of_an_output_file_name_it(tmp_path):
+    output = tmp_path / "output"
+    with pytest.raises(OSError, match="No space") as error, output_file(output) as unfinished:
+        raise OSError(28, "No space left on device", str(unfinished))
+    assert error.value.filename == str(output)
+    with pytest.raises(OSError, match="No space") as error, output_file(output):
+        raise OSError(28, "No space left on device", "another file")
+    assert error.value.filename == "another file"
+    circle = tmp_path / "circle"
+    circle.symlink_to(circle)
+    for path, names in {
+        tmp_path: "directory",
+        "/dev/null": "device",
+        tmp_path / "none" / "file": f"no directory {tmp_path}/none",
+    }.items():
+        with pytest.raises(InputError, match=f"^{path}.*{names}"), output_file(path):
+            pytest.fail("opened")
+
+
+def test_an_output_directory_is_new_or_empty(tmp_path):
+    output = tmp_path / "a" / "b"
+    with pytest.raises(KeyboardInterrupt), output_directory(output) as unfinished:
+        (unfinished / "file").write_text("half")
+        raise KeyboardInterrupt
+    for _ in range(2):
+        with output_directory(output) as unfinished:
+            (unfinished / "file").write_text("whole")
+        assert [path.name for path in output.parent.iterdir()] == ["b"]
+        assert (output / "file").read_text() == "whole"
+        (output / "file").unlink()
+    for path, problem in {tmp_path: "is not empty", "/dev/null": "is a device"}.items():
+        with pytest.raises(InputError, match=f"^{path} {problem}"), output_directory(path):
+            pytest.fail("opened")
+
+
+def test_outputs_are_apart_from_inputs(tmp_path):
+    directory, file = tmp_path / "directory", tmp_path / "file"
+    (directory / "inner").mkdir(parents=True)
+    (directory / "inner/file").write_text("a")
+    file.write_text("b")
+    (tmp_path / "hard").hardlink_to(directory / "inner/file")
+    (tmp_path / "soft").symlink_to(directory)
+    inputs = [directory, file, tmp_path / "missing", "gs://bucket/run"]
+    for output in [
+        "directory",
+        "directory/new/er",
+        "directory/inner/file",
+        "file",
+        "hard",
+        "soft",
+        "soft/new",
+        "missing",
+    ]:
+        with pytest.raises(InputError, match=f"^{tmp_path / output} "):
+            check_apart(tmp_path / output, *inputs)
+    for output in ["new", "directory2", "directory/../new", "gs://bucket/other"]:
+        check_apart(tmp_path / output, *inputs)
 
 
 # ---- Buckets ---------------------------------------------------------------------------------------------------------
@@ -146,14 +237,15 @@ def test_a_work_directory_is_claimed_and_read(bucket):
     workdir = WorkDir("gs://bucket/run")
     assert not workdir.exists()
     tokenizer = WordPiece([*SPECIAL_TOKENS, "a"])
-    record = RunRecord.from_run(tiny.bert(), "corpus", tokenizer.fingerprint)
+    run, other = tiny.bert(), dataclasses.replace(tiny.bert(), seed=1)
+    record = RunRecord.from_run(run, "corpus", tokenizer.fingerprint)
     workdir.claim(record, tokenizer)
     workdir.claim(record, tokenizer)
     assert workdir.read_record() == record
     assert workdir.read_tokenizer().fingerprint == tokenizer.fingerprint
-    workdir.check(record)
+    workdir.check(record, run)
     with pytest.raises(InputError, match=r"gs://bucket/run .* seed"):
-        workdir.check(RunRecord.from_run(dataclasses.replace(tiny.bert(), seed=1), "corpus", tokenizer.fingerprint))
+        workdir.check(RunRecord.from_run(other, "corpus", tokenizer.fingerprint), other)
 
 
 def test_checkpoints_are_listed_in_the_bucket(bucket, tmp_path, monkeypatch):

@@ -31,16 +31,23 @@ def test_what_was_claimed_is_read(workdir):
     assert workdir.read_tokenizer().fingerprint == TOKENIZER.fingerprint
 
 
+def test_a_tokenizer_that_was_changed_is_refused(workdir):
+    path = workdir.path / "tokenizer" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"a"', '"b"'))
+    with pytest.raises(InputError, match=rf"{path.parent} is .*not the tokenizer of this run"):
+        workdir.read_tokenizer()
+
+
 def test_nothing_is_claimed_by_checking(tmp_path):
     workdir = WorkDir(tmp_path / "run")
-    workdir.check(record())
+    workdir.check(record(), tiny.bert())
     assert not workdir.path.exists() and not workdir.exists()
 
 
 def test_another_run_is_refused_and_the_same_one_is_not(workdir):
-    workdir.check(record())
+    workdir.check(record(), tiny.bert())
     with pytest.raises(InputError, match=rf"{workdir.path} holds another run.*seed \(0 there, 3 here\).*--workdir"):
-        workdir.check(record(seed=3))
+        workdir.check(record(seed=3), tiny.bert())
 
 
 def test_a_directory_without_a_run(tmp_path):
@@ -59,7 +66,7 @@ def test_a_run_of_another_version(workdir, format, writer):
 def test_fields_that_no_record_has(workdir):
     path = workdir.path / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"surprise": 1}))
-    with pytest.raises(InputError, match=rf"{path} is not the record of a run.*surprise"):
+    with pytest.raises(InputError, match=rf"{path}: surprise"):
         workdir.read_record()
 
 
@@ -102,7 +109,7 @@ def test_torn_and_foreign_lines_are_left_out(workdir):
 def test_checkpoints_that_no_record_explains(workdir):
     (workdir.path / "run.json").unlink()
     (workdir.path / "checkpoints").mkdir()
-    workdir.check(record())
+    workdir.check(record(), tiny.bert())
     (workdir.path / "checkpoints" / "10").mkdir()
     with pytest.raises(InputError, match=rf"{workdir.path} has checkpoints but no run\.json"):
-        workdir.check(record())
+        workdir.check(record(), tiny.bert())

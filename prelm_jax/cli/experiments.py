@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import importlib.util
 import re
 import sys
@@ -92,6 +93,9 @@ def load_run(reference: str) -> tuple[str, "Run", str]:
         run = getattr(module, name)()
     if not isinstance(run, Run):
         raise InputError(f"{reference} returns {type(run).__name__}: an experiment must return a Run.")
+    for component in ("tokenizer", "model", "data", "optimizer"):
+        if not dataclasses.is_dataclass(config := getattr(run, component)):
+            raise InputError(f"{reference}: {component} is {config!r}: must be a config, an instance of a dataclass")
     description = f"{reference}: {found[name] or 'no docstring.'}\n\n{ADVICE.format(file=path.name)}"
     return f"{path.stem}-{name}".replace("_", "-"), run, description
 
@@ -157,9 +161,12 @@ def _one_line_errors(path: Path) -> Iterator[None]:
     """Turns whatever the code of an experiment raises into an InputError with the file, the line and the error."""
     try:
         yield
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        if isinstance(error, SyntaxError) and error.filename == str(path):
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit() too.
+        file = str(path.absolute())
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        if isinstance(error, SyntaxError) and error.filename == file:
             lines = [error.lineno]
         where = f"{path}, line {lines[-1]}" if lines else str(path)
         message = f"{error}" if isinstance(error, InputError) else f"{type(error).__name__}: {error}"

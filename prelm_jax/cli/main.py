@@ -1,25 +1,21 @@
-"""The command line, `prelm COMMAND …`: dispatch, errors, exit codes (0 done, 1 user error, 75 stopped by SIGTERM)."""
+"""The command line, `prelm COMMAND …`: errors, exit codes (0 done, 1 user error, 75 stopped by SIGTERM)."""
 
+import contextlib
 import errno
-import inspect
 import logging
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from prelm_jax import __version__
-from prelm_jax.cli import models, options, tokenizers, training
-from prelm_jax.cli.experiments import experiments
+from prelm_jax.cli.signals import PREEMPTED, ending_on_signals
 from prelm_jax.errors import InputError, Preempted
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
 USER_ERROR = 1
-PREEMPTED = 75
 
 # Errors of the system when it cannot write: no permission, no space, something else in the way.
 UNWRITABLE = {
@@ -28,30 +24,19 @@ UNWRITABLE = {
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
 }
 
-COMMANDS = {
-    "experiments": experiments,
-    "pretrain": training.pretrain,
-    "evaluate": training.evaluate,
-    "report": training.report,
-    "export": training.export,
-    "prepare": training.prepare,
-    "batch": training.batch,
-    "plan": training.plan,
-    "embed": models.embed,
-    "score": models.score,
-    "fill": models.fill,
-    "generate": models.generate,
-    "tokenize": tokenizers.tokenize,
-    "tokenizer train": tokenizers.train,
-    "tokenizer inspect": tokenizers.inspect_tokenizer,
-}
+# Commands that leave nothing half done, so that the same command resumes after a signal.
+RESUMABLE = {"pretrain", "prepare"}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The console script."""
     _hush_checkpoint_threads()
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        _dispatch(sys.argv[1:] if arguments is None else arguments)
+        with ending_on_signals() if RESUMABLE & set(arguments[:1]) else contextlib.nullcontext():
+            from prelm_jax.cli.dispatch import dispatch  # Importing it takes a while: a signal may come.
+
+            dispatch(arguments)
     except InputError as error:
         print(f"prelm: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
@@ -61,44 +46,15 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # `prelm … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno not in UNWRITABLE and error.filename is None:
             raise
-        print(f"prelm: cannot write {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        verb = "write" if error.errno in UNWRITABLE else "use"
+        message = InputError(f"cannot {verb} {error.filename or 'a file'}: {error.strerror}")
+        print(f"prelm: {message}", file=sys.stderr)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         print("prelm: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-
-
-def _dispatch(arguments: list[str]) -> None:
-    """Calls the command that the first argument names, or the first two: `tokenizer train`."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        _print_commands("prelm", COMMANDS)
-        return
-    if arguments[0] == "--version":
-        print(f"prelm_jax {__version__}")
-        return
-    groups = {name.partition(" ")[0] for name in COMMANDS if " " in name}
-    words = 2 if arguments[0] in groups else 1
-    name, rest = " ".join(arguments[:words]), arguments[words:]
-    if name in COMMANDS:
-        options.call(COMMANDS[name], rest, f"prelm {name}")
-    elif name in groups or (words == 2 and arguments[1] in ("-h", "--help")):
-        _print_commands(f"prelm {arguments[0]}", [each for each in COMMANDS if each.startswith(f"{arguments[0]} ")])
-        sys.exit(USER_ERROR if name in groups else 0)
-    else:
-        program = f"prelm {arguments[0]}" if words == 2 else "prelm"
-        known = [each for each in COMMANDS if words == 1 or each.startswith(f"{arguments[0]} ")]
-        found = options.suggestion(name, known)
-        raise InputError(f"there is no command {name!r}.{found} {program} --help lists the commands.")
-
-
-def _print_commands(program: str, names: Iterable[str]) -> None:
-    print(f"usage: {program} COMMAND … ({program} COMMAND --help explains a command and its options)\n")
-    for name in names:
-        print(f"  {name:18} {(inspect.getdoc(COMMANDS[name]) or '').partition(chr(10))[0]}")
-    if program == "prelm":
-        print("\n  --version          Print the version.")
 
 
 def _hush_checkpoint_threads() -> None:

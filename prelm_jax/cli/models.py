@@ -19,6 +19,7 @@ def embed(
     tokenize: bool = False,
     state: Literal["zero", "warm", "carry"] | None = None,
     batch_size: Positive | None = None,
+    cased: bool = False,
     step: Step = "newest",
 ) -> None:
     """Write the hidden states of each line of a text file to an HDF5 file.
@@ -32,6 +33,7 @@ def embed(
         state: ELMo: initial LSTM state of each line: zero (also if unset), warm (the state after an empty line), or
             carry (the final state of an earlier line, as in bilm-tf and AllenNLP).
         batch_size: ELMo with --state carry: line i continues from line i - BATCH_SIZE. Match the tool you compare with.
+        cased: Keep capitals. Only for a model directory whose tokenizer has no do_lower_case, such as a lone vocab.txt.
     """
     from prelm_jax.inference.base import Pretrained, write_embeddings
     from prelm_jax.storage import check_apart, read_lines
@@ -39,31 +41,37 @@ def embed(
     check_apart(output, input, model)
     options = {"truncate": truncate, "tokenize": tokenize, "state": state, "batch_size": batch_size}
     given = {name: value for name, value in options.items() if value is not None and value is not False}
-    write_embeddings(_load(model, step, Pretrained, "embed"), read_lines(input), output, **given)
+    write_embeddings(_load(model, step, Pretrained, "embed", cased), read_lines(input), output, **given)
 
 
-def score(model: ModelPath, input: TextFile, step: Step = "newest") -> None:
+def score(model: ModelPath, input: TextFile, cased: bool = False, step: Step = "newest") -> None:
     """Print the natural-log probability and the number of tokens of each line of a text file.
 
     BERT gives the pseudo-log-likelihood: each token is masked in turn. ELMo gives the mean of both directions.
+
+    Args:
+        cased: Keep capitals. Only for a model directory whose tokenizer has no do_lower_case, such as a lone vocab.txt.
     """
     from prelm_jax.inference.base import Pretrained
     from prelm_jax.storage import read_lines
 
-    for log_probability, tokens in _load(model, step, Pretrained, "score").score(read_lines(input)):
+    for log_probability, tokens in _load(model, step, Pretrained, "score", cased).score(read_lines(input)):
         print(f"{log_probability:.6f}\t{tokens}")
 
 
-def fill(model: ModelPath, text: Positional[str], top_k: Positive = 5, step: Step = "newest") -> None:
+def fill(
+    model: ModelPath, text: Positional[str], top_k: Positive = 5, cased: bool = False, step: Step = "newest"
+) -> None:
     """Print the likeliest tokens for each [MASK] of a text, with their probabilities (BERT).
 
     Args:
         text: Text with one [MASK] or more.
         top_k: Number of tokens to print for each [MASK].
+        cased: Keep capitals. Only for a model directory whose tokenizer has no do_lower_case, such as a lone vocab.txt.
     """
     from prelm_jax.inference.bert import BertPretrained
 
-    for candidates in _load(model, step, BertPretrained, "fill").fill(text, top_k):
+    for candidates in _load(model, step, BertPretrained, "fill", cased).fill(text, top_k):
         print("  ".join(f"{token} {probability:.3f}" for token, probability in candidates))
 
 
@@ -93,12 +101,14 @@ def generate(
     print(loaded.generate(prompt, max_tokens, temperature, top_k, top_p, seed))
 
 
-def _load(path: str | Path, step: int | Literal["best", "newest"], kind: type[Kind], command: str) -> Kind:
+def _load(
+    path: str | Path, step: int | Literal["best", "newest"], kind: type[Kind], command: str, cased: bool = False
+) -> Kind:
     """The model at a path; InputError if it is not of the kind that the command needs."""
     from prelm_jax.loading import load
 
     cache_compiled_programs()
-    model = load(path, step)
+    model = load(path, step, not cased)
     if not isinstance(model, kind):
         raise InputError(f"{path} is a model of type {model.config.model_type}, which cannot {command}.")
     return model

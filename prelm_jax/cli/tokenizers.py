@@ -26,7 +26,7 @@ def tokenize(tokenizer: Positional[Path], input: TextFile, cased: bool = False) 
 
     Args:
         tokenizer: Directory of a tokenizer or model, a vocab.txt, or a vocab.json with its merges next to it.
-        cased: Keep capitals. Only for a lone vocab.txt: a directory has its own setting.
+        cased: Keep capitals. Only for a tokenizer without do_lower_case, such as a lone vocab.txt.
     """
     from prelm_jax.storage import read_lines
     from prelm_jax.tokenizers.load import load
@@ -83,7 +83,7 @@ def inspect_tokenizer(tokenizer: Positional[Path], input: Positional[Path | None
     Args:
         tokenizer: Directory of a tokenizer or model, a vocab.txt, or a vocab.json with its merges next to it.
         input: Text file in UTF-8, one text per line.
-        cased: Keep capitals. Only for a lone vocab.txt: a directory has its own setting.
+        cased: Keep capitals. Only for a tokenizer without do_lower_case, such as a lone vocab.txt.
     """
     from prelm_jax.report import print_table
     from prelm_jax.storage import read_lines

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from prelm_jax.bounds import NotNegative, Positive
+from prelm_jax.bounds import Bounds, Fraction, NotNegative, Positive, Size
 from prelm_jax.cache import cache_compiled_programs
 from prelm_jax.cli.experiments import EXPERIMENT, load_run
 from prelm_jax.cli.options import AnyPath, Positional, Remainder, Step
@@ -20,11 +20,18 @@ if TYPE_CHECKING:
     from prelm_jax.run import Run
 
 
-def pretrain(run: Annotated["Run", EXPERIMENT], workdir: AnyPath = "runs/{name}") -> None:
+def pretrain(
+    run: Annotated["Run", EXPERIMENT],
+    workdir: AnyPath = "runs/{name}",
+    extend_to: Positive | None = None,
+    take_over: bool = False,
+) -> None:
     """Train an experiment, or resume it.
 
     Args:
         workdir: Directory of the run, local or gs://…; if it holds a run of the same experiment, that run resumes.
+        extend_to: Train a run on to this step: from its newest checkpoint, on the schedule of a run of so many steps.
+        take_over: On a bucket or a network disk, end the lease of another process at once; for one that is dead.
     """
     import jax
 
@@ -34,25 +41,34 @@ def pretrain(run: Annotated["Run", EXPERIMENT], workdir: AnyPath = "runs/{name}"
     from prelm_jax.training import processes
 
     cache_compiled_programs()
-    processes.join()
-    summary = pretraining.pretrain(run, workdir)
-    if jax.process_index() == 0:
-        print_table(summary_table(summary))
-        print(f"\nThe run is in {workdir}.")
-        with contextlib.suppress(InputError):  # A family from outside of the package has no example, and no format.
-            example = find_family(run.model.model_type, workdir).example
-            print(f"Next:\n  prelm export {workdir} DIRECTORY\n  {example.format(workdir)}")
+    with processes.joined():
+        summary = pretraining.pretrain(run, workdir, extend_to, take_over)
+        if jax.process_index() == 0:
+            print_table(summary_table(summary))
+            print(f"\nThe run is in {workdir}. To train it for longer, add --extend-to STEP to the command.")
+            with contextlib.suppress(InputError):  # A family from outside of the package has no example, and no format.
+                example = find_family(run.model.model_type, workdir).example
+                print(f"Next:\n  prelm export {workdir} DIRECTORY\n  {example.format(workdir)}")
 
 
 def evaluate(
-    model: Positional[str], workdir: AnyPath | None = None, corpus: tuple[str, ...] = (), step: Step = "newest"
+    model: Positional[str],
+    workdir: AnyPath | None = None,
+    corpus: tuple[str, ...] = (),
+    step: Step = "newest",
+    sample: Annotated[Fraction, Bounds(above=0)] = 1.0,
+    batch_size: Size | None = None,
+    devices: Annotated[Size | None, tyro.conf.arg(name="mesh.devices")] = None,
 ) -> None:
-    """Evaluate a run on its held-out text, or on another corpus.
+    """Evaluate a run on its held-out text, or on another corpus; each target is scored exactly once.
 
     Args:
         model: Work directory of a run; or, for a model defined outside of the package, its experiment FILE.py:NAME.
         workdir: Work directory of the run; only if the first argument is an experiment.
-        corpus: Sources of text to evaluate on, all of it; if unset, the held-out side of the run's own corpus.
+        corpus: Sources of text to evaluate on; if unset, the held-out side of the run's own corpus.
+        sample: Fraction of the text to read, spread over it; less than 1 if all of it takes too long.
+        batch_size: Rows at once; lower it if memory runs out (the result stays the same). The run's own if unset.
+        devices: Number of devices; all there are if unset.
     """
     from prelm_jax import pretraining
     from prelm_jax.report import print_table, summary_table
@@ -63,7 +79,8 @@ def evaluate(
     elif ":" in model and not is_remote(model):
         raise InputError(f"evaluate {model}: --workdir must be given, the directory of that experiment's run.")
     cache_compiled_programs()
-    print_table(summary_table(pretraining.evaluate(workdir or model, corpus, step, experiment)))
+    summary = pretraining.evaluate(workdir or model, corpus, step, experiment, sample, batch_size, devices)
+    print_table(summary_table(summary))
 
 
 def export(workdir: Positional[AnyPath], directory: Positional[Path], step: Step = "newest") -> None:
@@ -81,8 +98,6 @@ def export(workdir: Positional[AnyPath], directory: Positional[Path], step: Step
 
 def report(paths: Positional[tuple[AnyPath, ...]], output: Path = Path("report.html")) -> None:
     """Draw the curves of runs beside their baselines in one HTML page, and list the settings in which they differ.
-
-    A run keeps a page of its own up to date while it trains: report.html in its work directory.
 
     Args:
         paths: Work directories; a picture shows all of them.

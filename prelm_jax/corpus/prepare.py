@@ -8,14 +8,19 @@ corpus, except for an open vocabulary, whose distinct words are all in memory.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
 import os
+import pickle
 import re
 import shutil
 import signal
 import sys
+import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
@@ -221,40 +226,55 @@ def make_shards_locally(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -
 
 
 def _in_processes(make: Callable[[Shard], None], shards: Iterable[Shard], advance: Advance) -> None:
-    import loky  # Here: a small corpus needs no workers.
+    import cloudpickle  # Here: a small corpus needs no workers.
+    import loky
 
-    workers = loky.cpu_count()
-    # Idle workers exit after the timeout, so none stays for long when this process is killed.
-    executor = loky.ProcessPoolExecutor(workers, timeout=60, initializer=_initialize_worker, initargs=(make,))
     running: dict[futures.Future, float] = {}
+    workers = loky.cpu_count()
+    with contextlib.ExitStack() as stack:
+        # The workers read `make` from a file: loky hands over what it is given through a pipe whose reading end it
+        # keeps open, and would wait forever if a worker dies before it has read more than the pipe holds.
+        file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="prelm-"))
+        file.write(cloudpickle.dumps(make))
+        file.flush()
+        arguments = (file.name, os.getpid())
+        executor = loky.ProcessPoolExecutor(workers, initializer=_initialize_worker, initargs=arguments)
+        stack.callback(executor.shutdown, kill_workers=True)
 
-    def wait(number: int) -> None:
-        """Until at most `number` shards are being made."""
-        while len(running) > number:
-            for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
-                future.result()
-                advance(running.pop(future))
+        def wait(number: int) -> None:
+            """Until at most `number` shards are being made."""
+            while len(running) > number:
+                for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
+                    future.result()
+                    advance(running.pop(future))
 
-    try:
-        for shard in shards:
-            running[executor.submit(_make_in_worker, shard)] = shard.bytes
-            wait(workers)
-        wait(0)
-    except BrokenProcessPool as error:
-        reason = f"probably out of memory: {first_line(error)}"
-        raise InputError(f"a tokenizer worker died ({reason}): the same command resumes") from None
-    finally:
-        executor.shutdown(kill_workers=True)
+        try:
+            for shard in shards:
+                running[executor.submit(_make_in_worker, shard)] = shard.bytes
+                wait(workers)
+            wait(0)
+        except BrokenProcessPool as error:
+            reason = f"probably out of memory: {first_line(error)}"
+            raise InputError(f"a tokenizer worker died ({reason}): the same command resumes") from None
 
 
 _make_shard: Callable[[Shard], None]  # In a worker.
 
 
-def _initialize_worker(make: Callable[[Shard], None]) -> None:
+def _initialize_worker(file: str, parent: int) -> None:
     global _make_shard
-    _make_shard = make
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # There is a worker for each core.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent process stops the workers.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # The parent process stops the workers.
+    _make_shard = pickle.loads(Path(file).read_bytes())
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent has ended, however that came."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _make_in_worker(shard: Shard) -> None:

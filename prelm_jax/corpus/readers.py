@@ -213,7 +213,7 @@ SIGNATURES = {
 
 
 def _check_beginning(path: str, head: bytes, unpacked: bool) -> None:
-    """Raises InputError for a known signature, and where more than a quarter of the characters are not UTF-8."""
+    """Raises InputError for a known signature, and where a tenth of the characters are not UTF-8."""
     for signature, (what, remedy) in SIGNATURES.items():
         if re.match(signature, head, re.DOTALL):
             if unpacked and remedy.startswith("end its name"):
@@ -221,9 +221,10 @@ def _check_beginning(path: str, head: bytes, unpacked: bool) -> None:
             raise InputError(f"{path} is {what}, not plain text: {remedy}")
     # The last character may be cut.
     text = codecs.getincrementaldecoder("utf-8")("replace").decode(head)
-    if text.count("\ufffd") * 4 > len(text):
+    replaced = text.count("\ufffd") - head.count("\ufffd".encode())
+    if replaced > max(4, len(text) / 10):  # A few bytes of a short file may be mistakes.
         raise InputError(
-            f"{path} is not text in UTF-8: it is binary or in another encoding; unpack or convert it (iconv -t UTF-8)"
+            f"{path} is binary, or text in another encoding: unpack it, or convert it (iconv -f ENCODING -t UTF-8)"
         )
 
 
@@ -305,7 +306,7 @@ def parquet_texts(file: File, field: str, errors: Errors, advance: Advance) -> I
 
     with opened(file.path) as raw:
         try:
-            table = pyarrow.parquet.ParquetFile(raw)
+            table = pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True)
             schema = table.schema_arrow
             if field not in schema.names:
                 raise InputError(f"{file.path} has no column `{field}`, only {', '.join(schema.names)}")
@@ -324,5 +325,7 @@ def parquet_texts(file: File, field: str, errors: Errors, advance: Advance) -> I
                         raise InputError(f"{file.path}: row {row} has no `{field}`: fill it or leave the row out")
                     yield from as_document(decode(f"{file.path}, row {row},", 0, data.as_py(), errors))
                 advance(file.size / table.num_row_groups)
-        except pyarrow.ArrowInvalid as error:
+        except (pyarrow.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno:  # Of the disk; pyarrow's own are about the content.
+                raise
             raise InputError(f"{file.path} is damaged ({first_line(error)}): copy or download it again") from None

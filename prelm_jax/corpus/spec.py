@@ -78,7 +78,7 @@ def parse(items: Iterable[str]) -> list[Spec]:
 
 
 def _parse(item: str) -> Spec:
-    if item.partition("=")[0] in OPTIONS:
+    if item.partition("=")[0] in OPTIONS and "=" in item:
         raise InputError(f"{item} has no source: options follow a source after commas: SOURCE,{item}")
     # The longest ending that is nothing but options: a path may hold commas too.
     suffix = re.findall(r"(?:,[A-Za-z_-]+=[^,/]*)*\Z", item)[0]

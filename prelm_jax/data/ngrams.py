@@ -37,8 +37,8 @@ class TokenSource(Protocol):
         """int64 [vocab_size]: how often each id occurs."""
 
 
-def trigram_loss(source: TokenSource, vocab_size: int, queries: np.ndarray) -> float:
-    """The mean cross-entropy (nats) of the last token of each trigram, given the two before it.
+def trigram_nll(source: TokenSource, vocab_size: int, queries: np.ndarray) -> np.ndarray:
+    """Negative log-likelihoods (nats, [n]) of the last token of each trigram, given the two before it.
 
     Args:
         source: the training text; no n-gram crosses the boundary of a document.
@@ -64,7 +64,7 @@ def trigram_loss(source: TokenSource, vocab_size: int, queries: np.ndarray) -> f
         weight = _fit(frequency, fitted, level)
         fitted = weight[level] * frequency + (1 - weight[level]) * fitted
         result = weight[asked_level] * asked_frequency + (1 - weight[asked_level]) * result
-    return float(-np.log(result).mean())
+    return -np.log(result)
 
 
 def _frequency(counts: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray]:

@@ -18,8 +18,8 @@ Divergences from that reference:
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import dataclass, field, replace
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
@@ -61,6 +61,10 @@ class PairsConfig:
         """The batches of a run. Raises InputError for a tokenizer without BERT's special tokens or an unfit corpus."""
         return PairBatches(self, store, tokenizer, batch_size, seed)
 
+    def evaluation(self, store: Store, tokenizer: Tokenizer) -> "PairEvaluation":
+        """All of a text, in windows and pairs. Raises InputError for an empty store, or as `build` for a tokenizer."""
+        return PairEvaluation(self, store, tokenizer)
+
     def baselines(self, batches: "PairBatches", evaluation: Iterable[HostBatch]) -> Baselines:
         """See `pair_baselines`."""
         return pair_baselines(batches, evaluation)
@@ -74,8 +78,20 @@ class PairsConfig:
         return show_pairs(batch, tokenizer)
 
 
+class Segments(NamedTuple):
+    """Where the segments of examples are in a store: int64 [B] each."""
+
+    first_begin: np.ndarray  # first token of A
+    first_length: np.ndarray
+    second_begin: np.ndarray  # first token of B
+    second_length: np.ndarray  # 0 without B
+
+
 class PairBatches(StoreBatches):
-    """Batches of sentence pairs; the end of `rows` lists their keys. `examples_per_epoch` is the number of anchors."""
+    """Batches of sentence pairs; the end of `examples` lists their keys.
+
+    `examples_per_epoch` is the number of anchors.
+    """
 
     def __init__(self, config: PairsConfig, store: Store, tokenizer: Tokenizer, batch_size: int, seed: int):
         super().__init__(store, tokenizer.vocab_size, batch_size)
@@ -86,7 +102,7 @@ class PairBatches(StoreBatches):
         self._masking = config.masking.build(tokenizer, config.max_predictions, seed)
         self._epoch_key = key(seed, "pairs: epoch")
         self._window_keys = np.stack([key(seed, f"pairs: {name}") for name in ("short", "budget", "window")])[:, None]
-        self._pair_keys = np.stack([key(seed, f"pairs: {name}") for name in ("split", "label")])[:, None]
+        self._split_key, self._label_key = key(seed, "pairs: split"), key(seed, "pairs: label")
         self._random_keys = [key(seed, f"pairs: random {draw}") for draw in range(_DRAWS)]
         self._elsewhere_key = key(seed, "pairs: elsewhere")
 
@@ -130,19 +146,29 @@ class PairBatches(StoreBatches):
     def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """Rows start to stop of the batch of a step, built without the others."""
         example_B = step * self.batch_size + np.arange(start, stop)
+        if not self._config.next_sentence:
+            return self.examples(example_B, self._single_segments(example_B))
+        segments, label_B = self._pairs(example_B)
+        return self.examples(example_B, segments, label_B)
+
+    def examples(
+        self, example_B: np.ndarray, segments: Segments, label_B: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """The batch of any segments of the store, as pairs if they have labels.
+
+        example_B: their numbers, which determine the random draws of masks.
+        """
         B, T = len(example_B), self._config.max_length
+        first_begin_B, first_length_B, second_begin_B, second_length_B = segments
+        second_B = first_length_B + 2
+        length_B = second_B + np.where(second_length_B > 0, second_length_B + 1, 0)
         next_sentence = {}
-        if self._config.next_sentence:
-            first_begin_B, first_length_B, second_begin_B, second_length_B, label_B = self._pairs(example_B)
-            length_B = first_length_B + second_length_B + 3
+        if label_B is not None:
             next_sentence = {
                 "next_sentence_positions": np.zeros((B, 1), np.int32),  # of [CLS]
                 "next_sentence_labels": label_B[:, None].astype(np.int32),  # 0: B follows A, 1: B is random
                 "next_sentence_weights": np.ones((B, 1), np.float32),
             }
-        else:
-            first_begin_B, first_length_B = self._single_segments(example_B)
-            second_begin_B, length_B = first_begin_B, first_length_B + 2
 
         # A row is three spans: [CLS] A [SEP], B [SEP] (empty without B), and padding. Its tokens are gathered from the
         # store at column + shift of the span. With T = 13, A the tokens 104 to 106 and B the tokens 107 to 111:
@@ -153,7 +179,6 @@ class PairBatches(StoreBatches):
         #     index    103   104 105 106 107    107 108 109 110 111 112    11  12
         #
         # What is gathered for special tokens and padding is overwritten; their indices may be outside of the store.
-        second_B = first_length_B + 2
         lengths_B3 = np.array([second_B, length_B - second_B, T - length_B]).T
         shift_B3 = np.array([first_begin_B - 1, second_begin_B - second_B, np.zeros(B, np.int64)]).T
         index_BT = _spread(shift_B3, lengths_B3)
@@ -222,14 +247,15 @@ class PairBatches(StoreBatches):
             low_B = np.where(offsets[next_B] <= token_B, next_B, low_B)
         return low_B
 
-    def _single_segments(self, example_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """First token and length of each example's text."""
+    def _single_segments(self, example_B: np.ndarray) -> Segments:
+        """The text of each example."""
         offsets = self.store.sentence_offsets
         budget_B, sentence_B, _, end_B = self._windows(example_B)
-        return offsets[sentence_B], np.minimum(offsets[end_B] - offsets[sentence_B], budget_B)
+        begin_B = offsets[sentence_B]
+        return Segments(begin_B, np.minimum(offsets[end_B] - begin_B, budget_B), begin_B, np.zeros_like(begin_B))
 
-    def _pairs(self, example_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """First token and length of A, first token and length of B, and label of each example.
+    def _pairs(self, example_B: np.ndarray) -> tuple[Segments, np.ndarray]:
+        """The segments and the label of each example.
 
         The sentences from the window's beginning up to the budget are split: the first ones are A, and B begins with
         the next sentence, at the latest with the last of them (or, after a sentence that fills the budget alone, with
@@ -237,32 +263,53 @@ class PairBatches(StoreBatches):
 
             sentences up to the budget   104 107      token 104 + 8 - 1 = 111 is in the sentence at 107
             next sentence                107          the only choice here
+        """
+        offsets = self.store.sentence_offsets
+        budget_B, sentence_B, begin_B, end_B = self._windows(example_B)
+        sentence_B = np.minimum(sentence_B, end_B - 2)  # a next sentence must follow in the document
+        first_B = offsets[sentence_B]
+        stop_B = np.minimum(self._sentences_at(first_B + budget_B - 1, sentence_B) + 1, end_B)
+        next_B = sentence_B + 1 + _below(stop_B - sentence_B - 1, uniform(self._split_key, example_B))
+        return self.pairs_at(example_B, next_B, offsets[next_B] - first_B, budget_B, begin_B, end_B)
+
+    def pairs_at(
+        self,
+        example_B: np.ndarray,
+        next_B: np.ndarray,
+        first_text_B: np.ndarray,
+        budget_B: np.ndarray | int,
+        begin_B: np.ndarray,
+        end_B: np.ndarray,
+    ) -> tuple[Segments, np.ndarray]:
+        """Pairs of the text before a sentence, and the text from this sentence (label 0) or another one (label 1) on.
+
+        In the example of `_pairs`, for the sentence at 107:
+
             text before and from it      3 and 7      104 to 106, and 107 to the document's end
             room for B                   5            what A leaves, 8 - 3, but at least half of the budget
             length of A                  3            min(3, 8 - 5), where B needs min(7, 5); A is cut at its front
             length of B                  5            min(7, 8 - 3); B is cut at its end
 
         A random B begins with another sentence, with as many tokens left in its document: here, 5 or more.
+
+        Args:
+            example_B: number of each pair; it determines the random draws.
+            next_B: the sentences.
+            first_text_B: tokens before each that A may have.
+            budget_B: tokens of A and B.
+            begin_B, end_B: the document of each, in sentences.
         """
         offsets = self.store.sentence_offsets
-        budget_B, sentence_B, begin_B, end_B = self._windows(example_B)
-        split_B, label_B = uniform(self._pair_keys, example_B)
-        label_B = _below(2, label_B)
-
-        sentence_B = np.minimum(sentence_B, end_B - 2)  # a next sentence must follow in the document
-        first_B = offsets[sentence_B]
-        stop_B = np.minimum(self._sentences_at(first_B + budget_B - 1, sentence_B) + 1, end_B)
-        next_B = sentence_B + 1 + _below(stop_B - sentence_B - 1, split_B)
-        next_begin_B = offsets[next_B]
-        first_text_B, next_text_B = next_begin_B - first_B, offsets[end_B] - next_begin_B
+        next_begin_B, next_text_B = offsets[next_B], offsets[end_B] - offsets[next_B]
         room_B = np.maximum(budget_B - first_text_B, budget_B // 2)
         first_length_B = np.minimum(first_text_B, budget_B - np.minimum(next_text_B, room_B))
 
+        label_B = _below(2, uniform(self._label_key, example_B))
         random_B = self._random_sentences(example_B, next_text_B, room_B, begin_B, end_B)
         second_begin_B = np.where(label_B, offsets[random_B], next_begin_B)
         second_text_B = np.where(label_B, self._tokens_left[random_B], next_text_B)
         second_length_B = np.minimum(second_text_B, budget_B - first_length_B)
-        return next_begin_B - first_length_B, first_length_B, second_begin_B, second_length_B, label_B
+        return Segments(next_begin_B - first_length_B, first_length_B, second_begin_B, second_length_B), label_B
 
     def _random_sentences(
         self, example_B: np.ndarray, next_text_B: np.ndarray, room_B: np.ndarray, begin_B: np.ndarray, end_B: np.ndarray
@@ -302,6 +349,85 @@ class PairBatches(StoreBatches):
         elsewhere = _below(num_sentences - size, uniform(self._elsewhere_key, example_B[again]))
         random_B[again] = elsewhere + size * (elsewhere >= begin)
         return random_B
+
+
+class PairEvaluation:
+    """All of a text: first windows with masked tokens, then, for next sentences, a pair for each two adjacent ones.
+
+    Each document is cut into windows without overlap, as long as a row has room for, so every token is in one of them.
+    As in training, `masking.probability` of a window's tokens are predicted, drawn by a hash of the window's number;
+    `max_predictions` does not limit them. With `next_sentence` a window is a pair, too: B begins with the sentence that
+    begins nearest to the middle; without one inside the window there is no B.
+
+    Every sentence but a document's first is once the true B, or in half of the cases, drawn by a hash of the pair's
+    number, a random sentence takes its place. A is the text before it. A text of one document has no pairs, because
+    a random B comes from another document.
+
+    Rows, with budget 8, for documents with sentences of 4 3 5 2 and 3 tokens:
+
+        windows   A [0, 4) B [4, 8)   A [8, 12) B [12, 14)   A [14, 17)
+        pairs     B, or what replaces it, begins at tokens 4, 7 and 12
+    """
+
+    num_steps = 1
+
+    def __init__(self, config: PairsConfig, store: Store, tokenizer: Tokenizer):
+        pairs_X = np.diff(store.document_offsets) - 1
+        if not config.next_sentence or store.num_documents < 2:
+            pairs_X[:] = 0
+        self._pair_offsets = np.append(0, np.cumsum(pairs_X))
+        num_pairs = int(self._pair_offsets[-1])
+        most = max(1, round(config.max_length * config.masking.probability))
+        config = replace(config, next_sentence=num_pairs > 0, max_predictions=most)
+        self._batches = PairBatches(config, store, tokenizer, batch_size=1, seed=0)
+        self.layout = self._batches.layout
+
+        self._budget = config.max_length - (3 if num_pairs else 2)
+        self._document_begins = store.sentence_offsets[store.document_offsets]
+        self._window_offsets = np.append(0, np.cumsum(-(-np.diff(self._document_begins) // self._budget)))
+        self._num_windows = int(self._window_offsets[-1])
+        self.num_rows = self._num_windows + num_pairs
+
+    def rows(self, step: int, row_B: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows with these numbers, windows before pairs."""
+        windows = self._windows(np.minimum(row_B, self._num_windows - 1))
+        if self._num_windows == self.num_rows:
+            return self._batches.examples(row_B, windows)
+        pairs, label_B = self._pairs(np.maximum(row_B - self._num_windows, 0))
+        is_window_B = row_B < self._num_windows
+        segments = Segments(*(np.where(is_window_B, x, y) for x, y in zip(windows, pairs, strict=True)))
+        batch = self._batches.examples(row_B, segments, np.where(is_window_B, 0, label_B))
+        batch["masked_weights"] *= is_window_B[:, None]
+        batch["next_sentence_weights"] *= ~is_window_B[:, None]
+        return batch
+
+    def _windows(self, window_B: np.ndarray) -> Segments:
+        """The segments of windows with these numbers."""
+        offsets = self._batches.store.sentence_offsets
+        document_B = np.searchsorted(self._window_offsets, window_B, side="right") - 1
+        begin_B = self._document_begins[document_B] + (window_B - self._window_offsets[document_B]) * self._budget
+        end_B = np.minimum(begin_B + self._budget, self._document_begins[document_B + 1])
+        split_B = end_B
+        if self._num_windows < self.num_rows:
+            middle_B = (begin_B + end_B) // 2
+            sentence_B = np.searchsorted(offsets, middle_B)  # the first one that begins at the middle or after it
+            before_B, after_B = offsets[np.maximum(sentence_B - 1, 0)], offsets[sentence_B]
+            too_far = self._budget
+            to_before_B = np.where(before_B > begin_B, middle_B - before_B, too_far)
+            to_after_B = np.where((begin_B < after_B) & (after_B < end_B), after_B - middle_B, too_far)
+            nearest_B = np.where(to_after_B < to_before_B, after_B, before_B)
+            split_B = np.where(np.minimum(to_before_B, to_after_B) < too_far, nearest_B, end_B)
+        return Segments(begin_B, split_B - begin_B, split_B, end_B - split_B)
+
+    def _pairs(self, pair_B: np.ndarray) -> tuple[Segments, np.ndarray]:
+        """The segments and labels of pairs with these numbers."""
+        store = self._batches.store
+        document_B = np.searchsorted(self._pair_offsets, pair_B, side="right") - 1
+        begin_B, end_B = store.document_offsets[document_B], store.document_offsets[document_B + 1]
+        next_B = begin_B + 1 + pair_B - self._pair_offsets[document_B]
+        before_B = store.sentence_offsets[next_B] - store.sentence_offsets[begin_B]
+        first_text_B = np.minimum(before_B, self._budget)
+        return self._batches.pairs_at(pair_B, next_B, first_text_B, self._budget, begin_B, end_B)
 
 
 def _spread(values_B3: np.ndarray, lengths_B3: np.ndarray) -> np.ndarray:

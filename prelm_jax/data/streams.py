@@ -27,9 +27,9 @@ Divergences from that reference:
 - The negatives are the same for all devices; in the reference each device draws its own.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -48,10 +48,11 @@ DIRECTIONS = ("forward", "backward")
 FEWEST_WORDS = 128  # distinct words that a batch has room for: a multiple of the devices that share them
 FEWEST_CHARACTERS = 24  # characters that a distinct word has room for; in most batches they are enough
 PERMUTED_AT_ONCE = 1 << 20  # sentences
+MOST_ROWS, FEWEST_WORDS_IN_ROW = 32, 400  # of an evaluation: many rows are fast, few seldom start from the zero state
 EPOCHS_KEPT = 2  # a step may read the end of one epoch and the beginning of the next
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class StreamsConfig:
     """Continuous streams of sentences for a bidirectional language model of words."""
 
@@ -63,6 +64,10 @@ class StreamsConfig:
     def build(self, store: Store, tokenizer: Tokenizer, batch_size: int, seed: int) -> "StreamBatches":
         """The batches of a run. Raises InputError for an empty store, or one whose tokens are not words."""
         return StreamBatches(self, store, tokenizer, batch_size, seed)
+
+    def evaluation(self, store: Store, tokenizer: Tokenizer) -> "StreamEvaluation":
+        """All of a text as a few streams. Raises InputError as `build`."""
+        return StreamEvaluation(self, store, tokenizer)
 
     def baselines(self, batches: "StreamBatches", evaluation: Iterable[HostBatch]) -> Baselines:
         """See `stream_baselines`."""
@@ -111,7 +116,7 @@ class StreamBatches(StoreBatches):
             raise InputError("the corpus is empty: give one with at least one word")
         bounds = np.arange(batch_size + 1) * positions // batch_size
         self._slice_begins, self._slice_lengths = bounds[:-1], np.diff(bounds)
-        self._slice = int(self._slice_lengths[-1])  # the longest, by at most one
+        self.slice_length = int(self._slice_lengths[-1])  # of the longest slice; others may be one shorter
 
     @functools.cached_property
     def layout(self) -> Mapping[str, Layout]:
@@ -138,7 +143,7 @@ class StreamBatches(StoreBatches):
         padding = np.full(bucket(len(words_U)) - len(words_U), self._unknown_id)
         batch = {"characters": self._spellings.characters(np.append(words_U, padding), FEWEST_CHARACTERS)}
 
-        weights_BT = (step * T + np.arange(T)) % self._slice < self._slice_lengths[start:stop, None]
+        weights_BT = (step * T + np.arange(T)) % self.slice_length < self._slice_lengths[start:stop, None]
         for direction, number_BT, targets_BT in zip(DIRECTIONS, number_2BT, targets_2BT, strict=True):
             batch[f"{direction}_words"] = number_BT[start:stop]
             batch[f"{direction}_targets"] = self._known(targets_BT[start:stop])
@@ -161,8 +166,8 @@ class StreamBatches(StoreBatches):
         position, stop = step * self._config.max_length, (step + 1) * self._config.max_length
         parts = []
         while position < stop:
-            epoch, offset = divmod(position, self._slice)
-            count = min(self._slice - offset, stop - position)
+            epoch, offset = divmod(position, self.slice_length)
+            count = min(self.slice_length - offset, stop - position)
             sentences, offsets = self._epoch(epoch, direction)
             begin_B = self._slice_begins + offset
             spans = cut(offsets, begin_B, begin_B + count)
@@ -218,6 +223,40 @@ class StreamBatches(StoreBatches):
     def _known(self, words: np.ndarray) -> np.ndarray:
         """Words outside of the vocabulary become <UNK>."""
         return np.where(words < self.vocab_size, words, self._unknown_id)
+
+
+class _OrderedStreams(StreamBatches):
+    """Streams that read the sentences of every epoch in the order of the text."""
+
+    def _epoch(self, epoch: int, direction: str) -> tuple[np.ndarray, np.ndarray]:
+        """See StreamBatches."""
+        if not self._epochs:
+            sentences = np.arange(self.store.num_sentences)
+            self._epochs[0] = sentences, self.store.sentence_offsets + np.arange(len(sentences) + 1)
+        return self._epochs[0]
+
+
+class StreamEvaluation:
+    """One epoch of a text in its order, as a few rows that begin in the zero state, for the full softmax.
+
+    Every word and every end of a sentence is a target once in each direction.
+    """
+
+    def __init__(self, config: StreamsConfig, store: Store, tokenizer: Tokenizer):
+        self.num_rows = max(1, min(MOST_ROWS, store.num_tokens // FEWEST_WORDS_IN_ROW))
+        config = dataclasses.replace(config, num_negatives=0, independent_directions=False)
+        self._batches = _OrderedStreams(config, store, tokenizer, self.num_rows, seed=0)
+        self.layout = self._batches.layout
+        self._max_length = config.max_length
+        self.num_steps = -(-self._batches.slice_length // config.max_length)
+
+    def rows(self, step: int, row_B: np.ndarray) -> dict[str, np.ndarray]:
+        """Part `step` of the rows with these numbers; after the end of its slice a row weighs nothing."""
+        batch = self._batches[step]
+        here_T = step * self._max_length + np.arange(self._max_length) < self._batches.slice_length
+        for d in DIRECTIONS:
+            batch[f"{d}_weights"] *= here_T
+        return {name: x[row_B] if self.layout[name] == "rows" else x for name, x in batch.items()}
 
 
 class StreamTargets:

@@ -40,7 +40,17 @@ class WindowsConfig:
 
     def build(self, store: Store, tokenizer: Tokenizer, batch_size: int, seed: int) -> "WindowBatches":
         """The batches of a run. Raises InputError if the store does not fill one window."""
-        return WindowBatches(self, store, tokenizer, batch_size, seed)
+        batches = WindowBatches(self, store, tokenizer, batch_size, seed)
+        if batches.num_targets < self.max_length:
+            raise InputError(
+                f"{batches.num_targets} tokens to predict in {store.num_documents} documents do not fill a window of "
+                f"{self.max_length}: give a larger corpus or a smaller --data.max-length"
+            )
+        return batches
+
+    def evaluation(self, store: Store, tokenizer: Tokenizer) -> "WindowEvaluation":
+        """All windows of a text. Raises InputError if no document has two tokens."""
+        return WindowEvaluation(WindowBatches(self, store, tokenizer, batch_size=1, seed=0))
 
     def baselines(self, batches: "WindowBatches", evaluation: Iterable[HostBatch]) -> Baselines:
         """See `window_baselines`."""
@@ -57,7 +67,10 @@ class WindowsConfig:
 
 
 class WindowBatches(StoreBatches):
-    """Batches of windows; the end of `_windows` lists their keys. `examples_per_epoch` is the number of windows."""
+    """Batches of windows; the end of `windows` lists their keys.
+
+    `examples_per_epoch` is the number of windows, `num_targets` the number of tokens that they predict.
+    """
 
     def __init__(self, config: WindowsConfig, store: Store, tokenizer: Tokenizer, batch_size: int, seed: int):
         super().__init__(store, tokenizer.vocab_size, batch_size)
@@ -82,20 +95,15 @@ class WindowBatches(StoreBatches):
         kept = np.flatnonzero(lengths)
         self._part_begins = begins[kept]
         self._line_offsets = np.append(0, np.cumsum(lengths[kept]))
-        inputs = int(self._line_offsets[-1])
-        if inputs < T:
-            raise InputError(
-                f"{inputs} tokens to predict in {store.num_documents} documents do not fill a window of {T}: "
-                "give a larger corpus or a smaller --data.max-length"
-            )
-        self.examples_per_epoch = -(-inputs // T)
+        self.num_targets = int(self._line_offsets[-1])
+        self.examples_per_epoch = -(-self.num_targets // T)
 
     def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """Rows start to stop of the batch of a step, built without the others."""
         epoch_B, index_B = np.divmod(step * self.batch_size + np.arange(start, stop), self.examples_per_epoch)
-        return self._windows(permute(index_B, self.examples_per_epoch, bits(self._epoch_key, epoch_B)))
+        return self.windows(permute(index_B, self.examples_per_epoch, bits(self._epoch_key, epoch_B)))
 
-    def _windows(self, window_B: np.ndarray) -> dict[str, np.ndarray]:
+    def windows(self, window_B: np.ndarray) -> dict[str, np.ndarray]:
         """The batch of any windows of an epoch.
 
         Window 1 of the example above, [4, 8) of the line:
@@ -138,3 +146,18 @@ class WindowBatches(StoreBatches):
             "segments": rows(segments),  # from 1 in each window; 0 in padding
             "weights": real_BT.astype(np.float32),  # 1, or 0 in padding
         }
+
+
+class WindowEvaluation:
+    """The windows of an epoch in order: every token but a document's first is a target once."""
+
+    num_steps = 1
+
+    def __init__(self, batches: WindowBatches):
+        if not batches.num_targets:
+            raise InputError("no document has two tokens, so there is none to predict: give a larger corpus")
+        self._batches, self.num_rows, self.layout = batches, batches.examples_per_epoch, batches.layout
+
+    def rows(self, step: int, row_B: np.ndarray) -> dict[str, np.ndarray]:
+        """The windows with these numbers."""
+        return self._batches.windows(row_B)

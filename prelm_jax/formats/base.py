@@ -17,6 +17,7 @@ from prelm_jax.training.contract import Model, Params
 
 # Directories without a config.json are recognized by these files.
 ORIGINAL_GPT = "params_shapes.json"  # GPT-1, as its authors published it
+ORIGINAL_BERT = "bert_config.json"  # BERT, as its authors published it: a TensorFlow checkpoint
 ELMO_OPTIONS, ELMO_WEIGHTS = "*options.json", "*weights.hdf5"  # ELMo; exactly one of each
 
 
@@ -49,15 +50,39 @@ class LoadedModel(Generic[Config, Vocabulary]):
 class Format(Generic[Config, Vocabulary]):
     """A published format of model directories, for one family of models."""
 
-    read: Callable[[Path], LoadedModel[Config, Vocabulary]]  # InputError for missing or misshapen contents.
+    # (directory, whether a vocab.txt without settings lower-cases); InputError for missing or misshapen contents.
+    read: Callable[[Path, bool], LoadedModel[Config, Vocabulary]]
     write: Callable[[LoadedModel[Config, Vocabulary], Path], None]  # Into an existing directory.
     library: str  # The library that reads the format, by its name on a model card.
     usage: str  # An example of that for a model card, in Markdown; {name} is the path of the directory.
     settings_file: str  # Nothing loads a directory without this file.
     settings_key: str  # A key of the settings by which a directory of this format is recognized.
     vocabulary_tables: frozenset[str]  # Paths of the parameters whose first axis is the vocabulary.
+    position_tables: frozenset[str]  # Paths of the parameters whose first axis is the positions.
     may_differ: frozenset[str]  # Fields of the config in which a run may differ from the model that it continues.
     rows_to_copy: Callable[[Vocabulary, Tokenizer], np.ndarray]  # See `prelm_jax.formats.transfer`.
+
+
+# Files of weights that are not read, and what to do about them.
+_CONVERT = (
+    "is read only by transformers 4 (pip install 'transformers<5' {library}): "
+    "AutoModelForPreTraining.from_pretrained(DIRECTORY, {option}=True).save_pretrained(DIRECTORY)"
+)
+FOREIGN_WEIGHTS = {
+    "pytorch_model*.bin*": (
+        "is a pickle, which is never read; load it with transformers, as the class under architectures in config.json, "
+        "and save_pretrained it as safetensors"
+    ),
+    "tf_model*.h5": _CONVERT.format(library="tensorflow", option="from_tf"),
+    "flax_model*.msgpack": _CONVERT.format(library="flax", option="from_flax"),
+    "*.ckpt*.index": f"is a TensorFlow checkpoint, which is read as BERT with {ORIGINAL_BERT} and vocab.txt beside it",
+}
+
+
+def foreign_weights(directory: Path) -> str:
+    """What to do about weights in a format that is not read, to append to a message; empty where there are none."""
+    found = ((file, remedy) for pattern, remedy in FOREIGN_WEIGHTS.items() for file in sorted(directory.glob(pattern)))
+    return next((f"; {file.name} {remedy}" for file, remedy in found), "")
 
 
 def find_model_type(directory: Path) -> tuple[object, Path]:
@@ -67,15 +92,30 @@ def find_model_type(directory: Path) -> tuple[object, Path]:
     settings = directory / "config.json"
     if settings.is_file():
         return read_json(settings).get("model_type"), settings
+    if (directory / ORIGINAL_BERT).is_file():
+        return "bert", directory / ORIGINAL_BERT
     if any(directory.glob(ELMO_OPTIONS)) or any(directory.glob(ELMO_WEIGHTS)):
         return "elmo", directory
-    model = f"model directory (no config.json, no {ELMO_OPTIONS})"
-    raise InputError(f"{directory}: neither a {model} nor a work directory (no run.json)")
+    if directory.is_file() or directory.with_name(f"{directory.name}.index").is_file():
+        raise InputError(f"{directory}: a model is a directory; give {directory.parent}")
+    model = f"model directory (no config.json, {ORIGINAL_BERT} or {ELMO_OPTIONS})"
+    raise InputError(f"{directory}: neither a {model} nor a work directory (no run.json){foreign_weights(directory)}")
 
 
 def abstract_params(config: ModelConfig) -> Params:
     """The parameters of a config as jax.ShapeDtypeStruct; nothing is allocated."""
     return jax.eval_shape(config.build().init_params, jax.random.key(0))
+
+
+def checked(tensor: np.ndarray, name: str) -> np.ndarray:
+    """A tensor as float32. Raises InputError, naming it, for integers, NaN and infinity."""
+    if tensor.dtype.kind in "biu":
+        raise InputError(f"{name} is of {tensor.dtype}; quantized models are not supported")
+    with np.errstate(over="ignore"):
+        values = tensor.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise InputError(f"{name} has {np.count_nonzero(~np.isfinite(values))} values that are NaN or infinite")
+    return values
 
 
 def require(settings: Mapping[str, object], fixed: Mapping[str, object], source: Path) -> None:

@@ -8,17 +8,16 @@ Read: any character-based model of the format, with or without vocab.txt.
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
+from prelm_jax.bounds import read as read_value
 from prelm_jax.errors import InputError
-from prelm_jax.formats.base import ELMO_OPTIONS, ELMO_WEIGHTS, Format, LoadedModel, abstract_params, require
+from prelm_jax.formats.base import ELMO_OPTIONS, ELMO_WEIGHTS, Format, LoadedModel, abstract_params, checked, require
 from prelm_jax.formats.transfer import rows_of_tokens
 from prelm_jax.models.elmo import ELMoConfig
 from prelm_jax.storage import read_json
@@ -71,8 +70,8 @@ def dataset_name(path: str) -> str | None:
     return next(match.expand(name) for pattern, name in DATASETS.items() if (match := re.fullmatch(pattern, path)))
 
 
-def read(directory: Path) -> LoadedModel[ELMoConfig, WordVocabulary | None]:
-    """The model in a directory, without its softmax."""
+def read(directory: Path, lowercase: bool = False) -> LoadedModel[ELMoConfig, WordVocabulary | None]:
+    """The model in a directory, without its softmax. `lowercase` is ignored: ELMo reads words as they are."""
     config = _read_config(_only(directory, ELMO_OPTIONS))
     params = _read_params(_only(directory, ELMO_WEIGHTS), config)
     vocabulary = directory / "vocab.txt"
@@ -100,7 +99,8 @@ def _only(directory: Path, pattern: str) -> Path:
     files = sorted(directory.glob(pattern))
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "none"
-        raise InputError(f"{directory}: an ELMo has exactly one file {pattern}, but here is {found}")
+        remedy = "; bilm-tf's bin/dump_weights.py writes it" if any(directory.glob("*.index")) else ""
+        raise InputError(f"{directory}: an ELMo has exactly one file {pattern}, but here is {found}{remedy}")
     return files[0]
 
 
@@ -112,32 +112,17 @@ def _read_config(source: Path) -> ELMoConfig:
     require(options["char_cnn"], {"max_characters_per_token": MAX_CHARACTERS}, source)
     if options["char_cnn"].get("n_characters", NUM_CHARACTERS) != NUM_CHARACTERS_IN_TRAINING:
         require(options["char_cnn"], {"n_characters": NUM_CHARACTERS}, source)
-    fields = {}
+    fields: dict[str, object] = {}
     for field, keys in FIELDS.items():
-        value = options
+        value: object = options
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
-        try:
-            fields[field] = _parsed(value, getattr(ELMoConfig, field))
-        except (TypeError, ValueError):
-            found = "missing" if value is None else f"{value!r}, which is not a valid value"
-            raise InputError(f"{source}: {'.'.join(keys)} is {found}") from None
-    if fields["activation"] not in ("relu", "tanh"):
-        raise InputError(f"{source}: char_cnn.activation is {fields['activation']!r}; relu and tanh are supported")
+        if value is None:
+            raise InputError(f"{source}: {'.'.join(keys)} is missing")
+        fields[field] = value
     # The format has no softmax; the config has one over the special tokens alone.
-    build: Callable[..., ELMoConfig] = ELMoConfig
-    return build(vocab_size=len(SPECIAL_TOKENS), **fields)
-
-
-def _parsed(value: object, default: object) -> object:
-    """The value for a field with this default; TypeError or ValueError for another type or a number below 0."""
-    if isinstance(default, tuple) and isinstance(value, list):
-        return tuple((_parsed(width, 0), _parsed(number, 0)) for width, number in value)
-    if isinstance(default, float) and type(value) is int:
-        return float(value)
-    if type(value) is not type(default) or (isinstance(value, int) and value < 0):
-        raise TypeError(value)
-    return value
+    fields["vocab_size"] = len(SPECIAL_TOKENS)
+    return read_value(ELMoConfig, fields, source, keys={field: ".".join(keys) for field, keys in FIELDS.items()})
 
 
 def _options(config: ELMoConfig) -> dict[str, object]:
@@ -153,10 +138,10 @@ def _options(config: ELMoConfig) -> dict[str, object]:
 def _read_params(source: Path, config: ELMoConfig) -> Params:
     """The parameters in a file of weights, fp32; the softmax is zeros."""
 
-    def parameter(path: tuple[object, ...], abstract: jax.ShapeDtypeStruct) -> Array:
+    def parameter(path: tuple[object, ...], abstract: jax.ShapeDtypeStruct) -> np.ndarray:
         name, shape = dataset_name(path_name(path)), abstract.shape
         if name is None:
-            return jnp.zeros(shape)
+            return np.zeros(shape, np.float32)
         if name.startswith("CNN/W_"):
             shape = (1, *shape)
         dataset = file.get(name)
@@ -165,13 +150,23 @@ def _read_params(source: Path, config: ELMoConfig) -> Params:
         if dataset.shape != shape or dataset.dtype.kind != "f":
             found = f"{list(dataset.shape or ())} of {dataset.dtype}"
             raise InputError(f"{source}: dataset {name} is {found}, but the options ask for {list(shape)} of float32")
-        return jnp.asarray(dataset[()].astype(np.float32).reshape(abstract.shape))
+        return checked(dataset[()], f"{source}: dataset {name}").reshape(abstract.shape)
 
     try:
         with h5py.File(source) as file:
-            return jax.tree_util.tree_map_with_path(parameter, abstract_params(config))
-    except (OSError, TypeError, ValueError) as error:  # h5py raises any of the three for a damaged file.
+            # Also of more layers than are read, and before many layers are traced.
+            for group, layer, number in (
+                ("RNN_0/RNN/MultiRNNCell", "Cell", config.num_layers),
+                ("/", "CNN_high_", config.num_highways),
+            ):
+                cells = file.get(group)
+                count = sum(name.startswith(layer) for name in cells) if isinstance(cells, h5py.Group) else 0
+                if count != number:
+                    raise InputError(f"{source}: {count} groups {layer}…, but the options ask for {number} layers")
+            arrays = jax.tree_util.tree_map_with_path(parameter, abstract_params(config))
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:  # h5py raises any for a damaged file.
         raise InputError(f"{source}: cannot be read as HDF5 ({error})") from error
+    return jax.tree.map(jnp.asarray, arrays)
 
 
 FORMAT = Format(
@@ -187,6 +182,7 @@ elmo(batch_to_ids([["The", "cat", "sat", "."]]))
     settings_file="options.json",
     settings_key="char_cnn",
     vocabulary_tables=SOFTMAX,
+    position_tables=frozenset(),
     may_differ=frozenset({"vocab_size", "dropout"}),
     rows_to_copy=rows_of_tokens,
 )

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,9 @@ from jax import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from prelm_jax.bounds import OutOfBounds, read
 from prelm_jax.errors import InputError
-from prelm_jax.formats.base import Format, LoadedModel, abstract_params, require
+from prelm_jax.formats.base import Format, LoadedModel, abstract_params, checked, foreign_weights, require
 from prelm_jax.formats.transfer import rows_of_prefix
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.gpt import GPTConfig
@@ -57,21 +59,32 @@ class Layout(Generic[Config]):
             return f"{theirs}{number}.{self.layer_modules[module]}.{LEAVES[leaf]}"
         return f"{self.modules[module]}.{LEAVES[leaf]}"
 
-    def read(self, directory: Path, settings: Mapping[str, object], tensors: Tensors) -> LoadedModel[Config, Tokenizer]:
-        """The model of a directory with the contents of its config.json and its tensors by name."""
-        source = directory / "config.json"
+    def read(
+        self,
+        directory: Path,
+        settings: Mapping[str, object],
+        tensors: Tensors,
+        settings_file: str = "config.json",
+        lowercase: bool = True,
+    ) -> LoadedModel[Config, Tokenizer]:
+        """The model of a directory with the contents of its file of settings and its tensors by name.
+
+        `lowercase` is for a tokenizer without settings.
+        """
+        source = directory / settings_file
         require(settings, self.fixed, source)
-        if "vocab_size" not in settings:
+        if settings.get("vocab_size") is None:
             raise InputError(f"{source}: no vocab_size")
         # Other writers leave out keys; our configs have the defaults of the format.
-        build: Callable[..., Config] = self.config_class
-        config = build(**{field: settings[key] for field, key in self.settings.items() if key in settings})
-        tokenizer = tokenizers.load(directory)
+        fields = {field: settings[key] for field, key in self.settings.items() if key in settings}
+        config = read(self.config_class, fields, source, keys=self.settings)
+        self._check_layers(config.num_layers, tensors, source)
+        tokenizer = tokenizers.load(directory, lowercase)
         if (size := tokenizer.vocab_size) > config.known_vocab_size:
             raise InputError(f"{source}: vocab_size is {config.vocab_size}, but the tokenizer has {size} tokens")
         missing = set()
 
-        def read(path: tuple[object, ...], abstract: jax.ShapeDtypeStruct) -> Array:
+        def parameter(path: tuple[object, ...], abstract: jax.ShapeDtypeStruct) -> Array:
             ours, shape = path_name(path), abstract.shape
             name, part = self.tensor_name(ours), self._part(ours)
             if name not in tensors and ours.startswith(self.optional):
@@ -88,8 +101,8 @@ class Layout(Generic[Config]):
             tensor = tensors[name]()
             if tensor.shape != shape:
                 found = f"{directory}: tensor {name} is {list(tensor.shape)}"
-                raise InputError(f"{found}, but config.json asks for {list(shape)}")
-            tensor = tensor.astype(np.float32)
+                raise InputError(f"{found}, but {settings_file} asks for {list(shape)}")
+            tensor = checked(tensor, f"{directory}: tensor {name}")
             if part is not None:
                 tensor = np.split(tensor, len(self.fused), axis=-1)[part]
             if self._is_transposed(ours):
@@ -98,7 +111,7 @@ class Layout(Generic[Config]):
                 tensor = np.pad(tensor, [(0, abstract.shape[0] - len(tensor))] + [(0, 0)] * (tensor.ndim - 1))
             return jnp.asarray(tensor)
 
-        params = jax.tree_util.tree_map_with_path(read, abstract_params(config))
+        params = jax.tree_util.tree_map_with_path(parameter, abstract_params(config))
         return LoadedModel(config, params, tokenizer, frozenset(missing))
 
     def write(self, model: LoadedModel[Config, Tokenizer], directory: Path) -> None:
@@ -134,7 +147,7 @@ class Layout(Generic[Config]):
         model.tokenizer.save(directory, model_max_length=model.config.max_position_embeddings)
 
     def format(
-        self, read: Callable[[Path], LoadedModel[Config, Tokenizer]], task: str, example: str
+        self, read: Callable[[Path, bool], LoadedModel[Config, Tokenizer]], task: str, example: str
     ) -> Format[Config, Tokenizer]:
         """The format; `task` and `example` are those of a pipeline of transformers."""
         code = f'from transformers import pipeline\n\npipeline("{task}", model="{{name}}")("{example}")'
@@ -147,9 +160,17 @@ class Layout(Generic[Config]):
             settings_file="config.json",
             settings_key="model_type",
             vocabulary_tables=self.vocabulary_tables,
-            may_differ=frozenset({*dropouts, "vocab_size", "initializer_range"}),
+            position_tables=frozenset({"position_embeddings/embedding"}),
+            may_differ=frozenset({*dropouts, "vocab_size", "max_position_embeddings", "initializer_range"}),
             rows_to_copy=rows_of_prefix,
         )
+
+    def _check_layers(self, number: int, tensors: Tensors, source: Path) -> None:
+        """Raises InputError if the tensors are those of another number of layers."""
+        layers = re.compile(rf"{re.escape(self.layers[1])}(\d+)\.")
+        found = {int(match[1]) for name in tensors if (match := layers.match(name))}
+        if number != (count := max(found, default=-1) + 1):
+            raise InputError(f"{source}: {self.settings['num_layers']} is {number}, but {count} layers have tensors")
 
     def _is_transposed(self, path: str) -> bool:
         return self.transposed and path.endswith("/kernel")
@@ -160,20 +181,29 @@ class Layout(Generic[Config]):
         return self.fused.index(module) if module in self.fused else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """What is read of model.safetensors.index.json."""
+
+    other_keys: ClassVar[bool] = True
+    weight_map: dict[str, str]  # Name of a tensor -> name of its file.
+
+    def check_together(self) -> None:
+        """Raises OutOfBounds for what is not the name of a file in the same directory."""
+        for tensor, name in self.weight_map.items():
+            if not name.endswith(".safetensors") or set(name) & set("/\\\0"):
+                raise OutOfBounds(("weight_map", tensor), name, "must be the name of a .safetensors file")
+
+
 def open_tensors(directory: Path, rename: Callable[[str], str]) -> Tensors:
     """The tensors of model.safetensors, or of the files that the index lists, by their renamed names."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file():
         files = [single]
     elif index.is_file():
-        files = [directory / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    elif (directory / "pytorch_model.bin").is_file():
-        raise InputError(
-            f"{directory}: pytorch_model.bin is a pickle, which is never read; load it with transformers, as the class "
-            "under architectures in config.json, and save_pretrained it as safetensors"
-        )
+        files = [directory / name for name in sorted(set(read(Index, read_json(index), index).weight_map.values()))]
     else:
-        raise InputError(f"{directory}: no model.safetensors")
+        raise InputError(f"{directory}: no model.safetensors{foreign_weights(directory)}")
     tensors = {}
     for file in files:
         try:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from prelm_jax import bounds
 from prelm_jax.errors import InputError
 from prelm_jax.formats import huggingface
 from prelm_jax.formats.base import ORIGINAL_GPT, LoadedModel
@@ -59,19 +60,19 @@ ORIGINAL_LAYER = tuple(
 ORIGINAL_HEAD_SIZE = 64
 
 
-def read(directory: Path) -> LoadedModel[GPTConfig, Tokenizer]:
-    """The model in a directory of either format."""
+def read(directory: Path, lowercase: bool = True) -> LoadedModel[GPTConfig, Tokenizer]:
+    """The model in a directory of either format. `lowercase`: whether a vocab.txt without settings lower-cases."""
     source = directory / "config.json"
     settings = read_json(source) if source.is_file() else {}
     if (directory / ORIGINAL_GPT).is_file():
         settings = _original_settings(directory, "n_head" in settings) | settings
-        return LAYOUT.read(directory, settings, _original_tensors(directory))
+        return LAYOUT.read(directory, settings, _original_tensors(directory), lowercase=lowercase)
     tensors = huggingface.open_tensors(directory, lambda name: name.removeprefix(LAYOUT.prefix))
     tokens, head = "tokens_embed.weight", "lm_head.weight"
     if tokens not in tensors and head in tensors:
         tensors[tokens] = tensors[head]  # OpenAIGPTDoubleHeadsModel keeps only this copy.
     huggingface.require_tied(tensors, head, tokens, directory)
-    return LAYOUT.read(directory, settings, tensors)
+    return LAYOUT.read(directory, settings, tensors, lowercase=lowercase)
 
 
 def _original_settings(directory: Path, has_num_heads: bool) -> dict[str, int]:
@@ -88,9 +89,11 @@ def _original_settings(directory: Path, has_num_heads: bool) -> dict[str, int]:
 
 def _original_shapes(directory: Path) -> list[list[int]]:
     source = directory / ORIGINAL_GPT
-    shapes = read_json(source, list)
+    shapes = bounds.read(list[list[bounds.VocabularySize]], read_json(source, list), source)
     if len(shapes) < 2 or len(shapes) % len(ORIGINAL_LAYER) != 2:
         raise InputError(f"{source}: {len(shapes)} arrays; a GPT has 2, and {len(ORIGINAL_LAYER)} per layer")
+    if [len(shape) for shape in shapes[:2]] != [2, 2]:
+        raise InputError(f"{source}: the first two arrays are {shapes[:2]}, but embeddings have two axes")
     # Kernels are those of convolutions of width 1: [1, in, out].
     return [shape[1:] if len(shape) == 3 else shape for shape in shapes]
 
@@ -101,7 +104,7 @@ def _original_tensors(directory: Path) -> huggingface.Tensors:
     layers = range(len(shapes) // len(ORIGINAL_LAYER))
     names = ["positions_embed.weight", "tokens_embed.weight"]
     names += [f"h.{layer}.{name}" for layer in layers for name in ORIGINAL_LAYER]
-    files = sorted(directory.glob("params_*.npy"), key=lambda file: int(file.stem.removeprefix("params_")))
+    files = sorted(directory.glob("params_[0-9]*.npy"), key=lambda file: (len(file.name), file.name))
     try:
         values = np.concatenate([np.load(file, allow_pickle=False) for file in files] or [np.zeros(0)])
     except (OSError, ValueError) as error:

@@ -19,8 +19,9 @@ def initial_params(
 ) -> Params:
     """The initial parameters of a run with `config` and `tokenizer` that continues a loaded model.
 
-    Values come from the model. Parameters that its directory lacks, and the rows of tokens that are new to its
-    vocabulary, keep their fresh initialization. Arrays taken from the model stay on the model's device.
+    Values come from the model. Parameters that its directory lacks, and the rows of tokens and positions that are new
+    to it, keep their fresh initialization; positions beyond those of the run are left out. Arrays taken from the model
+    stay on the model's device.
 
     Raises InputError if the sizes differ, or if the vocabulary is not one that can continue the model's.
     """
@@ -39,9 +40,22 @@ def initial_params(
             return new
         if name in format.vocabulary_tables:
             return new.at[copied].set(loaded[rows_V[copied]])
+        if name in format.position_tables and len(new) != len(loaded):
+            number = min(len(new), len(loaded))
+            return new.at[:number].set(loaded[:number])
         return loaded
 
     return jax.tree_util.tree_map_with_path(choose, fresh, model.params)
+
+
+def positions_note(model_config: ModelConfig, config: ModelConfig) -> str | None:
+    """A line for the user about the positions of a run that continues a model; None if they are the same."""
+    theirs, ours = (getattr(each, "max_position_embeddings", None) for each in (model_config, config))
+    if theirs == ours or theirs is None or ours is None:
+        return None
+    if ours < theirs:
+        return f"--init-from: of the model's {theirs} positions, the first {ours} are taken"
+    return f"--init-from: the model has {theirs} positions; positions {theirs} to {ours - 1} start fresh"
 
 
 def rows_of_prefix(old: Tokenizer, new: Tokenizer) -> np.ndarray:

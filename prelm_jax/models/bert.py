@@ -18,7 +18,7 @@ from jax import Array
 
 from prelm_jax.bounds import Size
 from prelm_jax.models.attention import attention_mask
-from prelm_jax.models.cross_entropy import cross_entropy, tied_logits
+from prelm_jax.models.cross_entropy import accurate_sum, cross_entropy, tied_logits
 from prelm_jax.models.language_model import LanguageModel
 from prelm_jax.models.layers import (
     Dense,
@@ -176,13 +176,13 @@ class Bert(LanguageModel):
         logits_GV = logits_BMV.reshape(-1, logits_BMV.shape[-1])
         nll_G, correct_G = cross_entropy(logits_GV, batch["masked_targets"].reshape(-1))
         weights_BM = batch["masked_weights"]
-        losses = {"masked_lm_loss": _weighted(nll_G.reshape(weights_BM.shape), weights_BM)}
-        metrics = {"masked_lm_accuracy": _weighted(correct_G.reshape(weights_BM.shape), weights_BM)}
+        losses = {"masked_lm_loss": _weighted(nll_G.reshape(weights_BM.shape), weights_BM, train)}
+        metrics = {"masked_lm_accuracy": _weighted(correct_G.reshape(weights_BM.shape), weights_BM, train)}
         if "next_sentence_labels" in batch:
             pooled_BKD = self.pooled(last_BTD, batch["next_sentence_positions"])
             nll_BK, correct_BK = cross_entropy(self.next_sentence_logits(pooled_BKD), batch["next_sentence_labels"])
-            losses["next_sentence_loss"] = _weighted(nll_BK, batch["next_sentence_weights"])
-            metrics["next_sentence_accuracy"] = _weighted(correct_BK, batch["next_sentence_weights"])
+            losses["next_sentence_loss"] = _weighted(nll_BK, batch["next_sentence_weights"], train)
+            metrics["next_sentence_accuracy"] = _weighted(correct_BK, batch["next_sentence_weights"], train)
         return losses, metrics, carry
 
     def create_parameters(self) -> None:
@@ -225,5 +225,5 @@ class Bert(LanguageModel):
         return 3.0 * (batch_size * length * (c.num_layers * layer + projection) + masked * head)
 
 
-def _weighted(x: Array, weights: Array) -> tuple[Array, Array]:
-    return (x * weights).sum(), weights.sum()
+def _weighted(x: Array, weights: Array, train: bool) -> tuple[Array, Array]:
+    return (x * weights).sum() if train else accurate_sum(x * weights), weights.sum()

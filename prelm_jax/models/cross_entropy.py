@@ -31,6 +31,24 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
     return log_normalizer - picked, (picked == highest).astype(jnp.float32)
 
 
+def accurate_sum(x: Array) -> Array:
+    """The sum of all elements, fp32, as if it were rounded once.
+
+    A plain sum of thousands of losses differs in the seventh digit with their number; evaluations add these sums up in
+    float64, so that a text has one perplexity, however it is cut into batches. Halves are added to each other with
+    their rounding errors, which are exact (Knuth's TwoSum).
+    """
+    total = x.reshape(-1)
+    total = jnp.pad(total, (0, (1 << (total.size - 1).bit_length()) - total.size))
+    error = jnp.zeros_like(total)
+    while total.size > 1:
+        (a, b), (error_a, error_b) = jnp.split(total, 2), jnp.split(error, 2)
+        total = a + b
+        added = total - a
+        error = error_a + error_b + ((a - (total - added)) + (b - added))
+    return (total + error)[0]
+
+
 def log_expected_count(ids: Array, tries: Array, sampled: int, vocab_size: int) -> Array:
     """The logarithm of each id's expected count among `sampled` distinct ids, found by `tries` log-uniform draws.
 
@@ -128,7 +146,18 @@ def _local_chunks(vocab_size: int, arguments: Arguments, differentiate: bool) ->
         flat = values.reshape(tokens, *values.shape[2:])
         return jnp.pad(flat, [(0, padding)] + [(0, 0)] * (flat.ndim - 1)).reshape(chunks, -1, *flat.shape[1:])
 
-    def chunk(totals: tuple, values: tuple[Array, Array, Array]) -> tuple[tuple, Array | None]:
+    values = (split(x_BTD), split(targets_BT), split(weights_BT))
+    if not differentiate:
+
+        def weighted(values: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+            x_GD, targets_G, weights_G = values
+            nll_G, correct_G = cross_entropy(tied_logits(x_GD, table, vocab_size, bias_V), targets_G)
+            return nll_G * weights_G, correct_G * weights_G
+
+        nll, correct = jax.lax.map(weighted, values)
+        return (accurate_sum(nll), accurate_sum(correct)), ()
+
+    def chunk(totals: tuple, values: tuple[Array, Array, Array]) -> tuple[tuple, Array]:
         (loss, correct), gradients = totals
         x_GD, targets_G, weights_G = values
         logits_GV = tied_logits(x_GD, table, vocab_size, bias_V)
@@ -139,8 +168,6 @@ def _local_chunks(vocab_size: int, arguments: Arguments, differentiate: bool) ->
         picked_G = jnp.take_along_axis(logits_GV, targets_G[:, None], 1)[:, 0]
         nll_G, correct_G = highest_G + jnp.log(total_G) - picked_G, (picked_G == highest_G).astype(jnp.float32)
         sums = (loss + (nll_G * weights_G).sum(), correct + (correct_G * weights_G).sum())
-        if not differentiate:
-            return (sums, None), None
         # The gradient of a logit is weight · (exp / total - hit). Its factor weight / total belongs to a whole row, so
         # it is left out here and multiplied in where a row has D columns instead of V.
         hit_G = jnp.exp(picked_G - highest_G) - total_G
@@ -155,9 +182,6 @@ def _local_chunks(vocab_size: int, arguments: Arguments, differentiate: bool) ->
         return (sums, jax.tree.map(jnp.add, gradients, (dtable_VD, dbias_V))), dx_GD.astype(x_GD.dtype)
 
     zero = jnp.zeros(())
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape), (table_VD, bias_V)) if differentiate else None
-    values = (split(x_BTD), split(targets_BT), split(weights_BT))
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape), (table_VD, bias_V))
     (sums, gradients), dx = jax.lax.scan(chunk, ((zero, zero), start), values)
-    if dx is None:
-        return sums, ()
     return sums, (dx.reshape(-1, x_BTD.shape[-1])[:tokens].reshape(x_BTD.shape), *gradients)

@@ -43,7 +43,7 @@ class ELMoConfig(LanguageModelConfig):
     # Convolutions over the characters of a word, as pairs of width (in characters) and number of filters.
     filters: tuple[Filter, ...] = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
     activation: Literal["relu", "tanh"] = "relu"  # Applied to the convolutions' maxima.
-    num_highways: Annotated[int, Bounds(0, 1024)] = 2  # Highway layers between the convolutions and the projection.
+    num_highways: Annotated[int, Bounds(0, 512)] = 2  # Highway layers between the convolutions and the projection.
     projection_size: Size = 512  # Width of an encoded word and of an LSTM's output; hidden states have twice that.
     hidden_size: Size = 4096  # Width of an LSTM's cell.
     num_layers: Layers = 2  # LSTM layers in each direction.

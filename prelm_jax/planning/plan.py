@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-import os
-import re
 import time
 from collections.abc import Callable
 
@@ -19,19 +17,15 @@ from prelm_jax.planning.topology import collective_seconds, compile_only_devices
 from prelm_jax.run import Run
 from prelm_jax.tokenizers import wordpiece, words
 from prelm_jax.tokenizers.base import Tokenizer
+from prelm_jax.training import memory
 from prelm_jax.training.chips import GiB, find_chip
 from prelm_jax.training.contract import Batches
+from prelm_jax.training.memory import TooLarge
 from prelm_jax.training.metrics import peak_flops
-from prelm_jax.training.sharding import batch_sharding
+from prelm_jax.training.sharding import abstract_batch
 from prelm_jax.training.step import TrainState, abstract_state, make_train_step
 
 LOCAL = "local"
-# Two messages of the compiler for TPUs when the step needs more memory than the chip has: while it places arrays, and
-# before it tries.
-OUT_OF_MEMORY = (
-    r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm",
-    r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)",
-)
 SYNTHETIC_TOKENS = (10_000, 1_000_000)  # At least some documents; at most what a second generates.
 SPECIAL_TOKENS = (*wordpiece.SPECIAL_TOKENS, *words.SPECIAL_TOKENS)
 ZIPF = 1.2  # The exponent at which random words repeat as often as in Simple English Wikipedia.
@@ -52,6 +46,7 @@ class Plan:
     compile_seconds: float
     model_flops: float  # Matmul FLOPs by the formula of the model.
     optimizer_flops: float  # Matmul FLOPs by the formula of the optimizer, in fp32; zero for most.
+    optimizer_seconds: float  # A part of the compute in `seconds_by`.
     compiled_flops: float  # By XLA, each loop counted as often as it runs; without custom kernels.
     bytes_accessed: float  # By XLA, like compiled_flops.
     memory_traffic: float  # The bytes of these that go to and from HBM; the rest stays on the chip between uses.
@@ -99,14 +94,6 @@ class Plan:
         """The fields and properties."""
         derived = ("bound", "seconds", "mfu", "mfu_by_all_bytes", "tokens_per_second", "days")
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
-
-
-class TooLarge(Exception):
-    """The step needs more memory than a chip has (both in bytes)."""
-
-    def __init__(self, needed: float, available: float):
-        super().__init__(needed, available)
-        self.needed, self.available = needed, available
 
 
 def plan(run: Run, topology: str, progress: Callable[[str], None] = lambda line: None) -> Plan:
@@ -174,31 +161,15 @@ def compile_step(run: Run, mesh: jax.sharding.Mesh) -> Step:
     batches = _synthetic_batches(run, vocab_size)
     example = batches[0]
     model.check(example)
-    batch = {
-        key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(batches.layout[key], x.shape, mesh))
-        for key, x in example.items()
-    }
+    batch = abstract_batch(example, batches.layout, mesh)
     start = time.perf_counter()
     with jax.set_mesh(mesh):
         state = abstract_state(model, run.optimizer, run.batch_size, mesh, run.loop.mesh.parameters)
         step = make_train_step(model, run.optimizer, run.accumulate, batches.layout, state)
-        lowered = step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0)))
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            raise too_large(error) from None
+        compiled = memory.compile_program(step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0))))
     seconds = time.perf_counter() - start
     optimizer_flops = run.optimizer.flops(state.params, model.matrices, mesh.shape["data"])
     return Step(compiled, state, batch, int(model.tokens(example)[1]), model.flops(example), optimizer_flops, seconds)
-
-
-def too_large(error: jax.errors.JaxRuntimeError) -> Exception:
-    """TooLarge for an error of the compiler that reports too little memory; any other error unchanged."""
-    found = next((match for form in OUT_OF_MEMORY if (match := re.search(form, str(error)))), None)
-    if not found:
-        return error
-    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    return TooLarge(float(found[1]) * units[found[2]], float(found[3]) * units[found[4]])
 
 
 def analyze(run: Run, topology: str, mesh: jax.sharding.Mesh, progress: Callable[[str], None]) -> Plan:
@@ -207,15 +178,17 @@ def analyze(run: Run, topology: str, mesh: jax.sharding.Mesh, progress: Callable
     progress(f"compiling a step of {run.batch_size} rows for {mesh.size} × {device}")
     step = compile_step(run, mesh)
     chip = find_chip(device)
-    text, costs, memory = step.compiled.as_text(), step.compiled.cost_analysis(), step.compiled.memory_analysis()
-    assert text and costs and memory, f"the compiler for {device} tells nothing about its program"
+    text, costs = step.compiled.as_text(), step.compiled.cost_analysis()
+    assert text and costs, f"the compiler for {device} tells nothing about its program"
     program = Program(text)
     # XLA counts the body of a loop once.
     flops, bytes_accessed = np.multiply((costs["flops"], costs["bytes accessed"]), program.repetition()).tolist()
     model_flops = step.flops / mesh.size
     peak = chip.flops if chip else peak_flops(jnp.dtype(run.precision), 1)
     memory_traffic = program.memory_traffic()
-    seconds_by = {"compute": max(flops, model_flops + step.optimizer_flops) / peak}
+    optimizer_flops = step.optimizer_flops  # XLA counts a product in fp32 like one in bf16.
+    optimizer_seconds = optimizer_flops / (chip.fp32_flops if chip else peak)
+    seconds_by = {"compute": max(flops - optimizer_flops, model_flops) / peak + optimizer_seconds}
     collectives = program.collectives()
     timed: list[tuple[Collective, float | None]] = [(collective, None) for collective in collectives]
     if chip is not None:
@@ -223,7 +196,6 @@ def analyze(run: Run, topology: str, mesh: jax.sharding.Mesh, progress: Callable
         times = [collective_seconds(collective, chip, shape) for collective in collectives]
         timed = list(zip(collectives, times, strict=True))
         seconds_by |= {"memory": memory_traffic / chip.bandwidth, "links": sum(times)}
-    arguments = memory.argument_size_in_bytes - memory.alias_size_in_bytes  # Without those that become outputs.
     state = step.state
     trees = {"parameters": state.params, "optimizer state": state.opt_state, "carry": state.carry, "batch": step.batch}
     return Plan(
@@ -233,11 +205,12 @@ def analyze(run: Run, topology: str, mesh: jax.sharding.Mesh, progress: Callable
         batch_size=run.batch_size,
         fits=True,
         advice="",
-        memory_needed=arguments + memory.temp_size_in_bytes + memory.output_size_in_bytes,
-        memory_available=chip.memory if chip else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / mesh.size,
+        memory_needed=memory.needed(step.compiled),
+        memory_available=chip.memory if chip else memory.host_memory() / mesh.size,
         compile_seconds=step.compile_seconds,
         model_flops=model_flops,
-        optimizer_flops=step.optimizer_flops,
+        optimizer_flops=optimizer_flops,
+        optimizer_seconds=optimizer_seconds,
         compiled_flops=flops,
         bytes_accessed=bytes_accessed,
         memory_traffic=memory_traffic,
@@ -290,8 +263,9 @@ def plan_table(plan: Plan) -> Table:
     flops = f"{plan.model_flops / 1e12:.2f} TFLOP by the model, {plan.compiled_flops / 1e12:.2f} as compiled"
     table.add_row("compute", flops)
     if plan.optimizer_flops:
-        share = plan.optimizer_flops / (plan.optimizer_flops + plan.model_flops)
-        table.add_row("  optimizer, in fp32", f"{plan.optimizer_flops / 1e12:.2f} TFLOP, {share:.1%} of the step's")
+        share = plan.optimizer_seconds / plan.seconds_by["compute"]
+        work = f"{plan.optimizer_flops / 1e12:.2f} TFLOP, {plan.optimizer_seconds * 1e3:.1f} ms"
+        table.add_row("  optimizer, in fp32", f"{work}: {share:.1%} of the time to compute")
     table.add_row("bytes accessed", f"{plan.bytes_accessed / 1e9:.1f} GB")
     table.add_row("memory traffic (HBM)", f"{plan.memory_traffic / 1e9:.1f} GB")
     for collective, seconds in plan.collectives:

@@ -30,13 +30,13 @@ class Tokenizer:
     def __init__(self, tokens: list[str], roles: Mapping[str, str]):
         self.tokens = tokens
         self.roles = roles
+        check_distinct(tokens)
         self.ids = {token: index for index, token in enumerate(tokens)}
-        if len(self.ids) < len(tokens):
-            repeated = next(token for index, token in enumerate(tokens) if self.ids[token] != index)
-            raise InputError(f"the vocabulary holds {repeated!r} more than once: remove all but one")
         if missing := [token for token in roles.values() if token not in self.ids]:
-            needed = f"a {type(self).__name__} vocabulary needs {' '.join(roles.values())}"
-            raise InputError(f"the vocabulary lacks {' '.join(missing)}: {needed}")
+            raise InputError(
+                f"the vocabulary lacks {' '.join(missing)}, which {type(self).__name__} needs: line numbers are "
+                "ids, so write them over unused entries or add them at the end"
+            )
         self.special_ids = {token: self.ids[token] for token in roles.values()}
         role_ids = {role: self.ids[token] for role, token in roles.items()}
         self.pad_id, self.cls_id, self.sep_id = role_ids.get("pad"), role_ids.get("cls"), role_ids.get("sep")
@@ -87,6 +87,14 @@ class TokenizerConfig(Protocol):
 
     def build(self, corpus: Corpus) -> Tokenizer:
         """A tokenizer trained on the training side of a corpus, or the cached result; `path` is ignored."""
+
+
+def check_distinct(tokens: list[str]) -> None:
+    """Raises InputError if a vocabulary, by id, holds a token twice."""
+    first: dict[str, int] = {}
+    for id, token in enumerate(tokens):
+        if first.setdefault(token, id) != id:
+            raise InputError(f"the vocabulary holds {token!r} more than once, as {first[token]} and as {id}")
 
 
 def write_files(directory: str | os.PathLike, files: Mapping[str, str | bytes]) -> None:

@@ -25,8 +25,9 @@ from prelm_jax.cache import digest
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
 from prelm_jax.storage import prefix_errors, read_json, read_lines
+from prelm_jax.tokenizers.added_tokens import AddedToken
 from prelm_jax.tokenizers.cached_encoder import CachedEncoder
-from prelm_jax.tokenizers.tokenizer_json import read_tokenizer_json, tokens_by_id
+from prelm_jax.tokenizers.saved import TOKENIZER, SavedTokenizer, tokens_by_id
 from prelm_jax.tokenizers.training import alphabet, train_once, train_subwords
 
 UNKNOWN = "<unk>"
@@ -35,11 +36,11 @@ END_OF_WORD = "</w>"
 # Vocabulary and merges under Hugging Face's names, and under OpenAI's.
 FILES = (("vocab.json", "merges.txt"), ("encoder_bpe_40000.json", "vocab_40000.bpe"))
 GPT1_BASE = 478  # Entries of GPT-1's vocabulary besides its 40,000 merges: <unk>, 238 characters twice, a newline.
-VERSION = 1  # Raise it when the same corpus would give another vocabulary.
+VERSION = 2  # Raise it when the same corpus would give another vocabulary.
 
 # The settings of a tokenizer.json that this package can apply.
 _CLEANING = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True}
-_TOKENIZER_JSON = {
+TOKENIZER_JSON = {
     "model": {"type": "BPE", "unk_token": UNKNOWN, "end_of_word_suffix": END_OF_WORD, "fuse_unk": False},
     "normalizer": {"type": "BertNormalizer", **_CLEANING},
     "pre_tokenizer": {"type": "BertPreTokenizer"},
@@ -51,19 +52,23 @@ Merge = tuple[str, str]
 class BPE(CachedEncoder):
     """GPT-1's tokenizer. `tokens` lists the vocabulary by id and must hold <unk>; `merges` are pairs of its entries.
 
+    `added`: tokens that are matched before a text is split into words.
+
     Raises InputError for a vocabulary with repeated entries, without <unk> or without an entry that ends a word, and
     for a merge whose parts or product it lacks.
     """
 
     lowercase: bool = True
 
-    def __init__(self, tokens: Iterable[str], merges: Iterable[Merge]):
+    def __init__(self, tokens: Iterable[str], merges: Iterable[Merge], added: Iterable[AddedToken] = ()):
         self.merges = [(first, second) for first, second in merges]
-        super().__init__(list(tokens), ROLES)
-        self.fingerprint = digest([self.tokens, self.merges])
+        super().__init__(list(tokens), ROLES, added)
+        self.fingerprint = digest([self.tokens, self.merges, *self._added_identity])
 
     @classmethod
-    def from_files(cls, vocabulary: str | os.PathLike, merges: str | os.PathLike) -> "BPE":
+    def from_files(
+        cls, vocabulary: str | os.PathLike, merges: str | os.PathLike, added: Iterable[AddedToken] = ()
+    ) -> "BPE":
         """Reads a vocabulary (a JSON object, token → id) and its merges ("a b" per line, after a line "#version…")."""
         tokens = tokens_by_id(vocabulary, read_json(vocabulary))
         lines = [line.removesuffix("\r") for line in read_lines(merges)]
@@ -75,39 +80,44 @@ class BPE(CachedEncoder):
                 raise InputError(f"{merges}:{number} is {line!r}: a merge is two subwords with a space between them")
             pairs.append((first, second))
         with prefix_errors(vocabulary):
-            return cls(tokens, pairs)
+            return cls(tokens, pairs, added)
 
     @classmethod
-    def from_directory(cls, directory: str | os.PathLike) -> "BPE":
+    def from_saved(cls, saved: SavedTokenizer) -> "BPE":
         """Reads a directory with tokenizer.json, or vocab.json and merges.txt, or OpenAI's two files."""
-        directory = Path(directory)
-        if (path := directory / "tokenizer.json").exists():
-            tokens, parts = read_tokenizer_json(path, _TOKENIZER_JSON)
-            merges = []
-            for merge in parts["model"]["merges"]:
-                subwords = merge.split(" ") if isinstance(merge, str) else merge  # A string before tokenizers 0.20.
-                if len(subwords) != 2:
-                    raise InputError(f"{path}: the merge {merge} has {len(subwords)} subwords: a merge joins two")
-                merges.append((subwords[0], subwords[1]))
-            with prefix_errors(path):
-                return cls(tokens, merges)
-        candidates = candidate_files(directory)
-        return cls.from_files(*next((files for files in candidates if files[0].exists()), candidates[0]))
+        saved.require_roles(ROLES)
+        if saved.parts is None:
+            candidates = candidate_files(saved.directory)
+            return cls.from_files(
+                *next((files for files in candidates if files[0].exists()), candidates[0]), saved.added
+            )
+        path = saved.directory / TOKENIZER
+        tokens, parts = saved.vocabulary(TOKENIZER_JSON)
+        merges = parts["model"].get("merges")
+        if not isinstance(merges, list):
+            raise InputError(f"{path}: the model has no merges")
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]  # Strings before 0.20.
+        for pair in pairs:
+            if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+                raise InputError(f"{path}: the merge {pair} is not one of two subwords")
+        with prefix_errors(path):
+            return cls(tokens, [(first, second) for first, second in pairs], saved.added)
 
     def _make_pipeline(self) -> tokenizers.Tokenizer:
-        if not any(token.endswith(END_OF_WORD) for token in self.tokens):
+        tokens = self.tokens[: self.known_size]
+        if not any(token.endswith(END_OF_WORD) for token in tokens):
             raise InputError(f"no entry of the vocabulary ends with {END_OF_WORD}: is it a byte-level one (GPT-2)?")
         for first, second in self.merges:
             if missing := [token for token in (first, second, first + second) if token not in self.ids]:
                 raise InputError(f"the merge {f'{first} {second}'!r} needs {missing[0]!r}: it is not in the vocabulary")
-        return _pipeline(self.tokens, self.merges)
+        return _pipeline(tokens, self.merges)
 
     def _settings(self) -> dict[str, object]:
         return {"tokenizer_class": "OpenAIGPTTokenizer"}
 
     def _vocabulary_files(self) -> dict[str, str | bytes]:
         return {
-            "vocab.json": json.dumps(self.ids, ensure_ascii=False) + "\n",
+            "vocab.json": json.dumps(dict(list(self.ids.items())[: self.known_size]), ensure_ascii=False) + "\n",
             "merges.txt": "".join(["#version: 0.2\n", *(f"{first} {second}\n" for first, second in self.merges)]),
         }
 
@@ -134,10 +144,10 @@ def train(corpus: Corpus, num_merges: int) -> tuple[list[str], list[Merge]]:
 
     The ids follow OpenAI's layout: <unk>; the characters by falling count, then code point; the same with "</w>"; the
     merged subwords in the order of merging. There are `num_merges` of them, or fewer if the corpus has fewer pairs that
-    occur at least twice.
+    occur at least twice. Words of more than 100 characters are left out.
     """
     tokenizer = _pipeline([UNKNOWN], [])
-    letters = alphabet(corpus, tokenizer.normalizer)
+    letters = alphabet(corpus, tokenizer)
     base = [UNKNOWN, *letters, *(letter + END_OF_WORD for letter in letters)]
     make = partial(trainers.BpeTrainer, vocab_size=len(base) + num_merges, end_of_word_suffix=END_OF_WORD)
     model = train_subwords(tokenizer, corpus, make, base, letters)

@@ -26,8 +26,14 @@ def build(config: TokenizerConfig, corpus: Corpus) -> Tokenizer:
         words = read(path, config.tokenize)
         check_order(words.tokens, count(corpus, words.tokenize), path)
         return words
-    lowercase = config.lowercase if isinstance(config, WordPieceConfig) else True
-    tokenizer = load(path, lowercase)
+    if isinstance(config, WordPieceConfig):
+        return load_subwords(path, config.lowercase, config.strip_accents)
+    return load_subwords(path)
+
+
+def load_subwords(path: Path, lowercase: bool = True, strip_accents: bool | None = None) -> Tokenizer:
+    """Like `load`. Raises InputError for a vocabulary of words."""
+    tokenizer = load(path, lowercase, strip_accents)
     if tokenizer.open_vocabulary:
         raise InputError(f"{path} is a vocabulary of words, for ELMo: give one of subwords with --tokenizer.path")
     return tokenizer

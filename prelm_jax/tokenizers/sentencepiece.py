@@ -2,7 +2,8 @@
 
 The `sentencepiece` package trains the vocabulary, as a unigram language model (Kudo 2018) or by byte-pair encoding.
 The `tokenizers` library applies it, so that transformers has the same ids: text in Unicode's NFKC, without control
-characters, lower-cased if asked, cut before each word. What the vocabulary cannot spell is unknown.
+characters but with the joiners that spell words (U+200C and U+200D), as the package keeps them, lower-cased if asked,
+cut before each word. What the vocabulary cannot spell is unknown.
 
 Divergence: the package's own segmentation differs in rare cases. It breaks ties between equal merges by position, and
 its .model expects normalized text.
@@ -14,10 +15,8 @@ import io
 import itertools
 import json
 import math
-import os
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -28,15 +27,18 @@ from prelm_jax.bounds import VocabularySize
 from prelm_jax.cache import digest
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
-from prelm_jax.storage import opened, prefix_errors, read_json
+from prelm_jax.storage import opened, prefix_errors
 from prelm_jax.tokenizers import bpe, wordpiece
-from prelm_jax.tokenizers.cached_encoder import CachedEncoder
+from prelm_jax.tokenizers.added_tokens import AddedToken
+from prelm_jax.tokenizers.cached_encoder import JOINERS, CachedEncoder, keeping_joiners
+from prelm_jax.tokenizers.saved import TOKENIZER, SavedTokenizer
 from prelm_jax.tokenizers.training import ALPHABET_COVERAGE, train_once, training_texts
+from prelm_jax.tokenizers.words import Splitter
 
 ROLES = {"bert": wordpiece.ROLES, "gpt": bpe.ROLES}
 BEGIN_OF_WORD = "▁"
 MODEL_FILE = "spiece.model"
-VERSION = 1  # Raise it when the same corpus would give another vocabulary.
+VERSION = 2  # Raise it when the same corpus would give another vocabulary.
 # A larger corpus is sampled evenly, line by line: the package holds all of its training text in memory.
 TRAINING_CHARACTERS = 10_000_000
 LINE_CHARACTERS = 1000
@@ -48,44 +50,58 @@ class SentencePiece(CachedEncoder):
     """A SentencePiece tokenizer.
 
     `model` is the "model" of a tokenizer.json: subwords with scores ("Unigram") or with merges ("BPE"). `proto` is the
-    package's own file of the same vocabulary, kept for `save`. The attribute `continuation` is bool [vocab_size]: true
-    for subwords that continue a word.
+    package's own file of the same vocabulary, kept for `save`; None if it is lost, as transformers loses it. `joiners`:
+    whether U+200C and U+200D are kept, which earlier versions dropped. `added`: tokens that are matched before a text
+    is split into words. The attribute `continuation` is bool [vocab_size]: true for subwords that continue a word.
 
     Raises InputError for a vocabulary with repeated subwords, or without the special tokens of BERT or GPT.
     """
 
-    def __init__(self, model: Model, lowercase: bool, proto: bytes):
-        self.model, self.lowercase, self.proto = model, lowercase, proto
+    def __init__(
+        self,
+        model: Model,
+        lowercase: bool,
+        proto: bytes | None = None,
+        joiners: bool = True,
+        added: Iterable[AddedToken] = (),
+    ):
+        self.model, self.lowercase, self.proto, self.joiners = model, lowercase, proto, joiners
         tokens = _tokens(model)
-        known = set(tokens)
-        roles = next((roles for roles in ROLES.values() if known.issuperset(roles.values())), wordpiece.ROLES)
-        super().__init__(tokens, roles)
-        begins = [token.startswith(BEGIN_OF_WORD) or token in self.special_ids for token in tokens]
+        super().__init__(tokens, find_roles(tokens), added)
+        begins = [token.startswith(BEGIN_OF_WORD) or token in self.special_ids for token in self.tokens]
         self.continuation = ~np.array(begins)
-        self.fingerprint = digest(["sentencepiece", model, lowercase])
+        identity = ["sentencepiece", model, lowercase, *(["joiners"] if joiners else [])]
+        self.fingerprint = digest([*identity, *self._added_identity])
 
     @classmethod
-    def from_directory(cls, directory: str | os.PathLike) -> "SentencePiece":
-        """Reads a directory written by `save`."""
-        path = Path(directory) / "tokenizer.json"
-        data = read_json(path)
-        with opened(Path(directory) / MODEL_FILE) as file:
-            proto = file.read()
+    def from_saved(cls, saved: SavedTokenizer) -> "SentencePiece":
+        """Reads a directory written by `save`, or by transformers after loading one."""
+        path, proto = saved.directory / TOKENIZER, None
+        parts = saved.parts or {}
+        if (saved.directory / MODEL_FILE).exists():
+            with opened(saved.directory / MODEL_FILE) as file:
+                proto = file.read()
         try:
-            lowercase = any(step.get("lowercase") for step in data["normalizer"]["normalizers"])
+            normalizer = json.dumps(parts["normalizer"])
+            options = (
+                '"lowercase": true' in normalizer,
+                proto,
+                any(json.dumps(joiner) in normalizer for joiner in JOINERS),
+            )
             with prefix_errors(path):
-                loaded = cls(data["model"], lowercase, proto)
+                loaded = cls(dict(parts["model"]), *options, saved.added)
+            saved.require_roles(loaded.roles)
             expected = json.loads(loaded._pipeline.to_str())
-            if differing := [part for part in ("normalizer", "pre_tokenizer") if data[part] != expected[part]]:
-                raise InputError(f"{path}: its {' and '.join(differing)} are not those of this package")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not a SentencePiece tokenizer of this package ({error!r})") from None
+        if differing := [part for part in ("normalizer", "pre_tokenizer") if parts[part] != expected[part]]:
+            raise InputError(f"{path}: its {' and '.join(differing)} are not those of this package")
         return loaded
 
     def _make_pipeline(self) -> tokenizers.Tokenizer:
         data = {"version": "1.0", "model": self.model, "added_tokens": []}
         pipeline = tokenizers.Tokenizer.from_str(json.dumps(data))
-        pipeline.normalizer = _normalizer(self.lowercase)
+        pipeline.normalizer = _normalizer(self.lowercase, self.joiners)
         # A unigram model does not know which entries are special: their names in a text are cut after one character.
         names = "|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in self.special_ids)
         pipeline.pre_tokenizer = pre_tokenizers.Sequence(
@@ -99,7 +115,7 @@ class SentencePiece(CachedEncoder):
         return {"tokenizer_class": "PreTrainedTokenizerFast"}
 
     def _vocabulary_files(self) -> dict[str, str | bytes]:
-        return {MODEL_FILE: self.proto}
+        return {} if self.proto is None else {MODEL_FILE: self.proto}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +182,12 @@ class SentencePieceConfig:
         return json.loads(tokenizers.Tokenizer(model).to_str())["model"], base64.b64encode(proto).decode()
 
 
+def find_roles(tokens: Iterable[str]) -> dict[str, str]:
+    """The roles of the special tokens: GPT's if a vocabulary has these alone, else BERT's."""
+    known = set(tokens)
+    return next((roles for roles in ROLES.values() if known.issuperset(roles.values())), wordpiece.ROLES)
+
+
 def _tokens(model: Model) -> list[str]:
     """The vocabulary by id. Raises KeyError or TypeError for a model without one."""
     vocabulary = model["vocab"]
@@ -189,10 +211,15 @@ def _merges(scored: list[tuple[str, float]]) -> list[tuple[str, str]]:
 
 def _lines(corpus: Corpus) -> Iterator[str]:
     """The lines of the training side, long ones cut; of a large corpus an even sample of TRAINING_CHARACTERS."""
-    characters = sum(map(len, training_texts(corpus, "counting characters")))
-    texts = training_texts(corpus, "training the vocabulary")
-    lines = (part for text in texts for line in text.split("\n") for part in _cut(line))
-    return itertools.islice(lines, 0, None, max(1, math.ceil(characters / TRAINING_CHARACTERS)))
+    split = Splitter(tokenize=True)  # Words between white space and punctuation; ideographs are words.
+
+    def texts(task: str) -> Iterator[str]:
+        return training_texts(corpus, task, split, LINE_CHARACTERS)
+
+    characters = sum(map(len, texts("counting characters")))
+    lines = (line for text in texts("training the vocabulary") for line in text.split("\n") if not line.isspace())
+    parts = (part for line in lines for part in _cut(line))
+    return itertools.islice(parts, 0, None, max(1, math.ceil(characters / TRAINING_CHARACTERS)))
 
 
 def _cut(line: str) -> Iterator[str]:
@@ -206,7 +233,8 @@ def _cut(line: str) -> Iterator[str]:
         begin = end
 
 
-def _normalizer(lowercase: bool) -> normalizers.Normalizer:
+def _normalizer(lowercase: bool, joiners: bool = True) -> normalizers.Normalizer:
     clean = normalizers.BertNormalizer(handle_chinese_chars=False, strip_accents=False, lowercase=lowercase)
     spaces = normalizers.Replace(Regex(f"[ {BEGIN_OF_WORD}]+"), " ")
-    return normalizers.Sequence([normalizers.NFKC(), clean, spaces, normalizers.Strip()])
+    steps = [normalizers.NFKC(), *(keeping_joiners(clean) if joiners else [clean]), spaces, normalizers.Strip()]
+    return normalizers.Sequence(steps)

@@ -1,16 +1,18 @@
 """WordPiece, BERT's tokenizer (Devlin et al. 2018; google-research/bert, tokenization.py), with transformers' ids.
 
-Text is cleaned (control characters dropped, CJK ideographs set apart) and, for a lower-cased vocabulary, lower-cased
-and stripped of accents. It is split at white space and punctuation. Each word is spelled greedily from its left by the
-longest subwords of the vocabulary, where subwords after the first are written with "##". A word that cannot be spelled,
-or has more than 100 characters, is [UNK]. The `tokenizers` library does the work.
+Text is cleaned (control characters dropped, joiners among them; CJK ideographs set apart) and, for a lower-cased
+vocabulary, lower-cased and, unless asked otherwise, stripped of accents. It is split at white space and punctuation.
+Each word is spelled greedily from its left by the longest subwords of the vocabulary, where subwords after the first
+are written with "##". A word that cannot be spelled, or has more than 100 characters, is [UNK]. The `tokenizers`
+library does the work.
 """
 
 import dataclasses
+import json
 import os
+import re
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -21,76 +23,116 @@ from prelm_jax.bounds import VocabularySize
 from prelm_jax.cache import digest
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
-from prelm_jax.storage import prefix_errors, read_json, read_lines
+from prelm_jax.storage import prefix_errors
+from prelm_jax.tokenizers.added_tokens import AddedToken
 from prelm_jax.tokenizers.cached_encoder import CachedEncoder
-from prelm_jax.tokenizers.tokenizer_json import read_tokenizer_json
-from prelm_jax.tokenizers.training import alphabet, train_once, train_subwords
+from prelm_jax.tokenizers.saved import SETTINGS, TOKENIZER, SavedTokenizer, read_vocab
+from prelm_jax.tokenizers.training import MAX_WORD_CHARACTERS, alphabet, train_once, train_subwords
 
 ROLES = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 SPECIAL_TOKENS = tuple(ROLES.values())
-MAX_WORD_CHARACTERS = 100
-VERSION = 1  # Raise it when the same corpus would give another vocabulary.
+VERSION = 2  # Raise it when the same corpus would give another vocabulary.
 
-# The settings of a tokenizer.json that this package can apply; lower-casing and accents may vary.
-_TOKENIZER_JSON = {
-    "model": {"type": "WordPiece", "continuing_subword_prefix": "##", "max_input_chars_per_word": MAX_WORD_CHARACTERS},
-    "normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True},
+# The settings of a tokenizer.json that this class can apply; lower-casing, accents and ideographs may vary.
+TOKENIZER_JSON = {
+    "model": {
+        "type": "WordPiece",
+        "unk_token": ROLES["unk"],
+        "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": MAX_WORD_CHARACTERS,
+    },
+    "normalizer": {"type": "BertNormalizer", "clean_text": True},
     "pre_tokenizer": {"type": "BertPreTokenizer"},
+}
+
+# The settings that may vary: in tokenizer_config.json, and in the normalizer of a tokenizer.json.
+SETTING_NAMES = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
 }
 
 
 class WordPiece(CachedEncoder):
     """A WordPiece tokenizer. `tokens` lists the vocabulary by id and must hold [PAD], [UNK], [CLS], [SEP] and [MASK].
 
-    `strip_accents=None` means the value of `lowercase`, as in BERT. The attribute `continuation` is bool [vocab_size]:
-    true for subwords that continue a word ("##ing").
+    `strip_accents=None` means the value of `lowercase`, as in BERT. `split_ideographs`: CJK ideographs are words of
+    their own. `added`: tokens that are matched before a text is split into words. The attribute `continuation` is bool
+    [vocab_size]: true for subwords that continue a word ("##ing").
 
     Raises InputError for a vocabulary with repeated entries or without one of the special tokens.
     """
 
-    def __init__(self, tokens: Iterable[str], lowercase: bool = True, strip_accents: bool | None = None):
-        self.lowercase, self.strip_accents = lowercase, strip_accents
-        super().__init__(list(tokens), ROLES)
+    def __init__(
+        self,
+        tokens: Iterable[str],
+        lowercase: bool = True,
+        strip_accents: bool | None = None,
+        split_ideographs: bool = True,
+        added: Iterable[AddedToken] = (),
+    ):
+        self.lowercase, self.strip_accents, self.split_ideographs = lowercase, strip_accents, split_ideographs
+        super().__init__(list(tokens), ROLES, added)
         self.continuation = np.array([token.startswith("##") for token in self.tokens])
-        self.fingerprint = digest([self.tokens, lowercase, lowercase if strip_accents is None else strip_accents])
+        identity: list[object] = [self.tokens, lowercase, lowercase if strip_accents is None else strip_accents]
+        identity += [] if split_ideographs else ["whole ideographs"]
+        self.fingerprint = digest([*identity, *self._added_identity])
 
     @classmethod
-    def from_vocab(cls, path: str | os.PathLike, lowercase: bool = True, strip_accents: bool | None = None) -> Self:
+    def from_vocab(
+        cls,
+        path: str | os.PathLike,
+        lowercase: bool = True,
+        strip_accents: bool | None = None,
+        split_ideographs: bool = True,
+        added: Iterable[AddedToken] = (),
+    ) -> Self:
         """Reads a `vocab.txt`: UTF-8, a token per line, the line number (from 0) its id."""
-        lines = [line.removesuffix("\r") for line in read_lines(path)]
-        for number, line in enumerate(lines, start=1):
-            if not line.strip(" \t"):
-                raise InputError(f"{path}:{number} is blank: a vocabulary has a token on every line")
+        tokens = read_vocab(path)
         with prefix_errors(path):
-            return cls(lines, lowercase, strip_accents)
+            return cls(tokens, lowercase, strip_accents, split_ideographs, added)
 
     @classmethod
-    def from_directory(cls, directory: str | os.PathLike, lowercase: bool = True) -> Self:
-        """Reads a Hugging Face directory: tokenizer.json or vocab.txt, with the settings of tokenizer_config.json.
+    def from_saved(cls, saved: SavedTokenizer, lowercase: bool = True, strip_accents: bool | None = None) -> Self:
+        """Reads a directory with tokenizer.json or vocab.txt.
 
-        `lowercase` applies to a directory without the setting.
+        `lowercase` and `strip_accents` apply where it has no such setting.
+
+        Raises InputError where transformers' default is used against tokenizer.json, which says something else.
         """
-        directory = Path(directory)
-        settings = {"do_lower_case": lowercase}
-        tokens = None
-        if (path := directory / "tokenizer.json").exists():
-            tokens, parts = read_tokenizer_json(path, _TOKENIZER_JSON)
-            normalizer = parts["normalizer"]
-            settings |= {"do_lower_case": normalizer["lowercase"], "strip_accents": normalizer["strip_accents"]}
-        if (config := directory / "tokenizer_config.json").exists():
-            settings |= read_json(config)
-        if not settings.get("tokenize_chinese_chars", True):
-            raise InputError(f"{config}: tokenize_chinese_chars=false is not supported")
-        options = (settings["do_lower_case"], settings.get("strip_accents"))
-        if tokens is None:
-            return cls.from_vocab(directory / "vocab.txt", *options)
+        saved.require_roles(ROLES)
+        options = (
+            bool(saved.flag("do_lower_case", lowercase)),
+            saved.flag("strip_accents", strip_accents, nullable=True),
+            bool(saved.flag("tokenize_chinese_chars", True)),
+        )
+        if saved.parts is None:
+            return cls.from_vocab(saved.directory / "vocab.txt", *options, saved.added)
+        path = saved.directory / TOKENIZER
+        tokens, parts = saved.vocabulary(TOKENIZER_JSON)
+        stored = tuple(parts["normalizer"].get(name) for name in SETTING_NAMES.values())
+        for name, value in zip(SETTING_NAMES.values(), stored, strict=True):
+            if not isinstance(value, bool) and (name, value) != ("strip_accents", None):
+                raise InputError(f"{path}: the normalizer has {name} {value!r}: give true or false")
+        if saved.is_generic:
+            options = (bool(stored[0]), None if stored[1] is None else bool(stored[1]), bool(stored[2]))
+        stored = (stored[0], None if stored[1] == options[0] else stored[1], stored[2])  # None: as `lowercase`.
+        for (key, name), value, used in zip(SETTING_NAMES.items(), stored, options, strict=True):
+            if not saved.is_generic and key not in saved.settings and value != used:
+                raise InputError(
+                    f"{path} has {name} {value}, but {saved.directory / SETTINGS}, which decides, has no {key}: "
+                    f'add "{key}": {json.dumps(value)} there{" or give --cased" if key == "do_lower_case" else ""}'
+                )
         with prefix_errors(path):
-            return cls(tokens, *options)
+            return cls(tokens, *options, saved.added)
 
     def _make_pipeline(self) -> tokenizers.Tokenizer:
-        model = models.WordPiece(self.ids, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_CHARACTERS)
+        ids = {token: id for id, token in enumerate(self.tokens[: self.known_size])}
+        model = models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_CHARACTERS)
         pipeline = tokenizers.Tokenizer(model)
-        pipeline.normalizer = normalizers.BertNormalizer(lowercase=self.lowercase, strip_accents=self.strip_accents)
+        pipeline.normalizer = normalizers.BertNormalizer(
+            handle_chinese_chars=self.split_ideographs, strip_accents=self.strip_accents, lowercase=self.lowercase
+        )
         pipeline.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         pipeline.decoder = decoders.WordPiece(prefix="##")
         return pipeline
@@ -99,12 +141,17 @@ class WordPiece(CachedEncoder):
         return {
             "do_lower_case": self.lowercase,
             "strip_accents": self.strip_accents,
-            "tokenize_chinese_chars": True,
+            "tokenize_chinese_chars": self.split_ideographs,
             "tokenizer_class": "BertTokenizer",
         }
 
     def _vocabulary_files(self) -> dict[str, str | bytes]:
-        return {"vocab.txt": "".join(f"{token}\n" for token in self.tokens)}
+        return {"vocab.txt": "".join(f"{token}\n" for token in self.tokens[: self.known_size])}
+
+
+def has_capitals(tokens: Iterable[str]) -> bool:
+    """Whether a vocabulary has capital letters (A-Z) outside of [CLS], <S> and the like; a lower-cased one has none."""
+    return any(re.search("[A-Z]", token) and not re.fullmatch(r"\[.*\]|<.*>", token) for token in tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +160,11 @@ class WordPieceConfig:
 
     # Entries of a trained vocabulary, special tokens included. Several thousand suit a small corpus.
     vocab_size: VocabularySize = 30522
-    # Lower-case text and strip accents; turn off where case matters, for names or German. For a trained vocabulary or
-    # a lone vocab.txt: a directory has its own setting.
+    # Lower-case text; turn off where case matters, for names or German. For a trained vocabulary or a lone vocab.txt: a
+    # directory has its own setting.
     lowercase: bool = True
+    # Strip accents; None: if text is lower-cased, as BERT does. False suits Hindi or Thai, whose vowels are accents.
+    strip_accents: bool | None = None
     path: str | None = None  # Load this directory or vocab.txt instead of training.
 
     @property
@@ -124,21 +173,21 @@ class WordPieceConfig:
 
     def build(self, corpus: Corpus) -> WordPiece:
         """A tokenizer trained on the training side of a corpus, or the cached result."""
-        tokens = train_once(self, VERSION, corpus, lambda: train(corpus, self.vocab_size, self.lowercase))
-        return WordPiece(tokens, self.lowercase)
+        options = (self.lowercase, self.strip_accents)
+        return WordPiece(train_once(self, VERSION, corpus, lambda: train(corpus, self.vocab_size, *options)), *options)
 
 
-def train(corpus: Corpus, vocab_size: int, lowercase: bool = True) -> list[str]:
+def train(corpus: Corpus, vocab_size: int, lowercase: bool = True, strip_accents: bool | None = None) -> list[str]:
     """A vocabulary from the training side of a corpus, the same in every process.
 
     In the order of ids: the special tokens; the characters by falling count, then code point; "##" with each character
     that can continue a word; the merged subwords in the order of merging. There are `vocab_size` entries, or fewer if
-    the corpus has fewer subwords that occur at least twice.
+    the corpus has fewer subwords that occur at least twice. Words of more than 100 characters are left out.
 
     Raises InputError if `vocab_size` is too small for the characters.
     """
-    tokenizer = WordPiece(SPECIAL_TOKENS, lowercase)._make_pipeline()
-    letters = alphabet(corpus, tokenizer.normalizer)
+    tokenizer = WordPiece(SPECIAL_TOKENS, lowercase, strip_accents)._make_pipeline()
+    letters = alphabet(corpus, tokenizer)
     continuing = [character for character in letters if _can_continue(character, tokenizer)]
     base = [*SPECIAL_TOKENS, *letters, *(f"##{character}" for character in continuing)]
     if len(base) > vocab_size:

@@ -6,10 +6,11 @@ every word.
 
 Divergence: the original was trained on tokenized text ("do n't"). Such text is read unchanged with `tokenize=False`,
 which splits at white space only. With `tokenize=True` words are found as for BERT and GPT-1 here, but keep case and
-accents: punctuation marks and CJK ideographs are words of their own ("don't" is three), control characters are dropped.
-The `tokenizers` library does the work.
+accents: punctuation marks and CJK ideographs are words of their own ("don't" is three), control characters are dropped,
+but for the joiners that spell words (U+200C and U+200D). The `tokenizers` library does the work.
 """
 
+import codecs
 import dataclasses
 import itertools
 import json
@@ -26,16 +27,18 @@ from prelm_jax.bounds import Bounds, Positive, VocabularySize
 from prelm_jax.cache import digest
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
-from prelm_jax.storage import opened, prefix_errors, read_json, read_lines
+from prelm_jax.storage import opened, prefix_errors, read_json
 from prelm_jax.tokenizers.base import Tokenizer, write_files
+from prelm_jax.tokenizers.cached_encoder import keeping_joiners
 from prelm_jax.tokenizers.characters import BEGIN_SENTENCE, END_SENTENCE
+from prelm_jax.tokenizers.saved import read_vocab
 from prelm_jax.tokenizers.training import train_once, training_texts
 
 UNKNOWN = "<UNK>"
 ROLES = {"bos": BEGIN_SENTENCE, "eos": END_SENTENCE, "unk": UNKNOWN}
 SPECIAL_TOKENS = tuple(ROLES.values())
 SETTINGS = "tokenizer_config.json"
-VERSION = 1  # Raise it when the same corpus would give another vocabulary.
+VERSION = 2  # Raise it when the same corpus would give another vocabulary.
 CACHED_CHUNKS = 1 << 20
 
 
@@ -59,21 +62,22 @@ class WordVocabulary(Tokenizer):
             raise InputError(f"the vocabulary begins with {' '.join(tokens[:3])}, not with {' '.join(SPECIAL_TOKENS)}")
         super().__init__(tokens, ROLES)
         self.tokenize = tokenize
-        self.fingerprint = digest(["words", tokens, tokenize])
+        # Earlier versions dropped the joiners inside of words when they tokenized.
+        self.fingerprint = digest(["words", tokens, "with joiners" if tokenize else False])
         self._split = Splitter(tokenize)
 
     @staticmethod
     def at(path: Path) -> bool:
         """Whether a `vocab.txt` is a vocabulary of words: its first three lines are the special tokens."""
         with opened(path) as file:
-            return {file.readline().strip() for _ in SPECIAL_TOKENS} == {token.encode() for token in SPECIAL_TOKENS}
+            lines = [file.readline() for _ in SPECIAL_TOKENS]
+        lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
+        return {line.strip() for line in lines} == {token.encode() for token in SPECIAL_TOKENS}
 
     @classmethod
     def from_vocab(cls, path: str | os.PathLike, tokenize: bool = False) -> "WordVocabulary":
         """Reads a `vocab.txt`: UTF-8, a word per line, the line number (from 0) its id."""
-        words = [line.strip() for line in read_lines(path)]
-        if "" in words:
-            raise InputError(f"{path}:{words.index('') + 1} is blank: a vocabulary has a word on every line")
+        words = [word.strip() for word in read_vocab(path)]
         with prefix_errors(path):
             return cls(words, tokenize)
 
@@ -125,7 +129,8 @@ class Splitter:
 
     def __init__(self, tokenize: bool):
         self._tokenize = tokenize
-        self._normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+        clean = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+        self._normalizer = normalizers.Sequence(keeping_joiners(clean))
         self._pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         self._known: dict[str, list[str]] = {}
 
@@ -177,13 +182,16 @@ class WordVocabularyConfig:
 
 
 def count(corpus: Corpus, tokenize: bool) -> Counter[str]:
-    """The number of occurrences of each word in the training side of a corpus. Memory holds every distinct word."""
+    """The number of occurrences of each word in the training side of a corpus. Memory holds every distinct word.
+
+    Words of more than 100 characters, of which the model reads half, are left out.
+    """
     chunks: Counter[str] = Counter()
-    for text in training_texts(corpus, "counting words"):
+    split = Splitter(tokenize)
+    for text in training_texts(corpus, "counting words", split):
         chunks.update(text.split())
     if not tokenize:
         return chunks
-    split = Splitter(tokenize)
     counts: Counter[str] = Counter()
     for chunk, n in chunks.items():
         for word in split(chunk):

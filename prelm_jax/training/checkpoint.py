@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, TypeVar, cast
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal, TypeVar
 
 import jax
 from etils import epath
@@ -45,14 +47,18 @@ class _Damaged(Exception):
         super().__init__(f"checkpoint {path} is damaged ({reason})")
 
 
+class _Gone(Exception):
+    """A trainer has deleted the checkpoint that was about to be read, or has saved a newer one: list again."""
+
+
 @contextlib.contextmanager
-def _reading(path: epath.Path) -> Iterator[None]:
+def _reading(path: epath.Path, reason: str) -> Iterator[None]:
     try:
         yield
-    except PermissionError as error:
-        raise InputError(f"cannot read the checkpoint {path}: {first_line(error)}") from error
     except Exception as error:  # A damaged file makes Orbax raise anything.
-        raise _Damaged(path, first_line(error)) from error
+        if isinstance(error, PermissionError) or "PERMISSION_DENIED" in str(error):  # TensorStore raises ValueErrors.
+            raise InputError(f"cannot read the checkpoint {path}: permission denied") from error
+        raise _Damaged(path, reason) from error
 
 
 @contextlib.contextmanager
@@ -67,44 +73,63 @@ def _writing(path: epath.Path) -> Iterator[None]:
 
 
 class _Directory:
-    """The checkpoints `<path>/<step>`. The directory is created by the first save."""
+    """The checkpoints `<path>/<step>`. The directory is created by the first save.
 
-    def __init__(self, path: epath.Path, policy: "_PreservationPolicy | None", writable: bool):
-        self.path, self._policy, self._writable = path, policy, writable
-        self._opened = None
-        if path.is_dir():
-            self._checkpointer()
+    It is listed each time, and read file by file: a trainer may save and delete while others read. Only saving is left
+    to Orbax's Checkpointer, which cannot list a directory with a damaged checkpoint in it.
+    """
 
-    def _checkpointer(self) -> ocp.training.Checkpointer:
-        if self._opened is None:
-            self._opened = ocp.training.Checkpointer(
-                self.path if is_remote(self.path) else self.path.absolute(),
-                preservation_policy=self._policy,
-                cleanup_tmp_directories=self._writable,
-            )
-        return self._opened
+    def __init__(self, path: epath.Path):
+        self.path = path
+        self._checkpointer = None
 
     @property
     def steps(self) -> list[int]:
-        return [] if self._opened is None else [checkpoint.step for checkpoint in self._opened.checkpoints]
+        """The steps of complete checkpoints. Other files and directories are nobody's business."""
+        try:
+            names = [path.name for path in self.path.iterdir()]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise InputError(f"cannot read {self.path}: {error.strerror or error}") from None
+        steps = sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+        return [step for step in steps if self._is_complete(self.path / str(step))]
+
+    def _is_complete(self, path: epath.Path) -> bool:
+        # In a bucket directories cannot be renamed: there Orbax writes a file at the end.
+        return (path / "commit_success.txt").exists() if is_remote(path) else path.is_dir()
 
     def metadata(self, step: int) -> dict:
         """`format`; `checksums`, by item and array; `record`, the fields of the Record."""
-        with _reading(self.path / str(step)):
-            return cast(dict, self._checkpointer().metadata(step).custom_metadata)
+        path = self.path / str(step)
+        with _reading(path, "its file _CHECKPOINT_METADATA is missing, or not what was written"):
+            metadata = json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+            # Of another format only the number is known.
+            if int(metadata["format"]) == FORMAT:
+                Record(**metadata["record"])
+                {int(x) for arrays in metadata["checksums"].values() for x in arrays.values()}
+            return metadata
 
     def save(self, step: int, items: Mapping[str, object], record: Record) -> ocp.AsyncResponse[bool] | None:
+        if self._checkpointer is None:
+            for known in self.steps:
+                try:
+                    self.metadata(known)
+                except _Damaged as error:
+                    print(f"{error}: moved to {self.put_aside(known, str(error))}", file=sys.stderr)
+            self._checkpointer = ocp.training.Checkpointer(
+                self.path if is_remote(self.path) else self.path.absolute(), cleanup_tmp_directories=True
+            )
         sums = {item: checksums_by_name(tree) for item, tree in items.items()}
         metadata: dict = {"format": FORMAT, "checksums": sums, "record": dataclasses.asdict(record)}
-        return self._checkpointer().save_checkpointables_async(
+        return self._checkpointer.save_checkpointables_async(
             step, dict(items), force=True, overwrite=step in self.steps, custom_metadata=metadata
         )
 
     def load(self, step: int, items: Mapping[str, Tree]) -> dict[str, Tree]:
         """The items of a checkpoint. Raises _Damaged, or InputError for another format or other arrays."""
         path, metadata = self.path / str(step), self.metadata(step)
-        with _reading(path):
-            saved_format, saved = metadata["format"], metadata["checksums"]
+        saved_format = int(metadata["format"])
         if saved_format != FORMAT:
             older = saved_format < FORMAT
             remedy = "use that version, or start in another --workdir" if older else "upgrade this one"
@@ -112,14 +137,15 @@ class _Directory:
                 f"{path} was written by {'an earlier' if older else 'a later'} version of prelm_jax (format "
                 f"{saved_format}, not {FORMAT}): {remedy}"
             )
+        saved = metadata["checksums"]
         for item, tree in items.items():
             if item not in saved:
                 raise InputError(f"{path} holds no {item}, only {', '.join(saved)}: choose another --step")
             names = {path_name(name) for name, _ in jax.tree_util.tree_leaves_with_path(tree)}
             if differing := names ^ saved[item].keys():
                 raise InputError(f"{path} is of another model or optimizer: {item}/{min(differing)} is only in one")
-        with _reading(path):
-            loaded = self._checkpointer().load_checkpointables(step, dict(items))
+        with _reading(path, "files of its arrays are missing, or not what was written"):
+            loaded = ocp.load_checkpointables(path if is_remote(path) else path.absolute(), dict(items))
         for item, tree in loaded.items():
             for name, checksum in checksums_by_name(tree).items():
                 if saved[item][name] != checksum:
@@ -134,13 +160,25 @@ class _Directory:
             (aside / f"{step}.txt").write_text(f"{complaint}\n")  # In a bucket this makes the directory, too.
             (self.path / str(step)).rename(aside / str(step))
         multihost_utils.sync_global_devices("put aside")  # Nobody lists the directory earlier.
-        self._checkpointer().reload()
         return aside / str(step)
 
+    def delete(self, step: int) -> None:
+        """Deletes a checkpoint. It disappears as a whole: Orbax would delete its files one by one."""
+        if jax.process_index() != 0:
+            return
+        path = doomed = self.path / str(step)
+        with contextlib.suppress(FileNotFoundError):
+            if is_remote(path):
+                (path / "commit_success.txt").unlink()
+            else:
+                # A name of Orbax's: it removes what is left of it after a kill.
+                doomed = path.rename(self.path / f"{step}.orbax-checkpoint-tmp-deleted")
+            doomed.rmtree()
+
     def close(self) -> None:
-        if self._opened is not None:
+        if self._checkpointer is not None:
             with contextlib.suppress(Exception):  # It raises again what a failed save has raised before.
-                self._opened.close()
+                self._checkpointer.close()
 
 
 class _PreservationPolicy:
@@ -155,15 +193,14 @@ class _PreservationPolicy:
         losses = [(x.evaluation_loss, step) for step, x in self.records.items() if x.evaluation_loss is not None]
         return min(losses, default=(math.inf, -1))
 
-    def should_preserve(self, checkpoints: Sequence[ocp.training.CheckpointMetadata], **_: object) -> Sequence[bool]:
-        """For each checkpoint, oldest first, whether it is kept. Orbax asks at each save."""
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        if self._keep is None:
-            return [True] * len(steps)
+    def superfluous(self, steps: Sequence[int]) -> list[int]:
+        """The steps, oldest first, that need not be kept."""
+        if self._keep is None or not steps:
+            return []
         scheduled = [step for step in steps if self.records.get(step, Record()).scheduled]
         kept = {*scheduled[-self._keep :], steps[-1], self.best()[1]}
         self.records = {step: record for step, record in self.records.items() if step in kept}
-        return [step in kept for step in steps]
+        return [step for step in steps if step not in kept]
 
 
 class Checkpoints:
@@ -172,17 +209,24 @@ class Checkpoints:
     keep: number of newest full checkpoints to keep, in addition to the one with the lowest evaluation loss; what
         `keep_parameters` saves is never deleted. None: for reading. A reader never creates, moves or deletes anything,
         so another process may be writing.
+    before_save: called before each save; what it raises prevents the save.
 
         step, items = Checkpoints("run/checkpoints").restore({"params": abstract_params}, step="best")
     """
 
-    def __init__(self, directory: epath.PathLike, keep: int | None = None):
-        self.directory = epath.Path(directory)
+    def __init__(
+        self, directory: epath.PathLike, keep: int | None = None, before_save: Callable[[], None] = lambda: None
+    ):
+        self.directory, self._before_save = epath.Path(directory), before_save
         self._writable, self._policy = keep is not None, _PreservationPolicy(keep)
-        self._full = _Directory(self.directory, self._policy, self._writable)
+        self._full = _Directory(self.directory)
         kept = self.directory.parent / f"{self.directory.name}.kept"
-        self._kept = _Directory(kept, None, self._writable)
+        self._kept = _Directory(kept)
         self._saving = None
+        self._read_records()
+
+    def _read_records(self) -> None:
+        self._policy.records.clear()
         for step in self._full.steps:
             with contextlib.suppress(Exception):  # Restoring the checkpoint tells what is wrong.
                 self._policy.records[step] = Record(**self._full.metadata(step)["record"])
@@ -200,6 +244,7 @@ class Checkpoints:
 
     def _save(self, directory: _Directory, step: int, items: Mapping[str, object], record: Record) -> None:
         path = directory.path / str(step)
+        self._before_save()
         with _writing(path):
             self._saving = (path, directory.save(step, items, record))
 
@@ -209,6 +254,8 @@ class Checkpoints:
             (path, saving), self._saving = self._saving, None
             with _writing(path):
                 saving.result()
+                for step in self._policy.superfluous(self._full.steps):
+                    self._full.delete(step)
 
     def close(self) -> None:
         """Waits, and releases what Orbax holds."""
@@ -219,6 +266,10 @@ class Checkpoints:
     def improves(self, evaluation_loss: float) -> bool:
         """Whether this loss is lower than that of every full checkpoint."""
         return evaluation_loss < self._policy.best()[0]
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the model was evaluated at the step of a full checkpoint."""
+        return self._policy.records.get(step, Record()).evaluation_loss is not None
 
     def tokens_seen(self, step: int) -> int:
         """The tokens seen by the training up to a full checkpoint; 0 if there is none of that step."""
@@ -238,18 +289,26 @@ class Checkpoints:
             InputError: for a step without a checkpoint, for a checkpoint that may not be read, has other items, arrays
                 or another format, and for a damaged one if there is no other.
         """
+        while True:
+            try:
+                return self._restore(items, step)
+            except _Gone:
+                self._read_records()
+
+    def _restore(self, items: Mapping[str, Tree], step: Step) -> tuple[int, dict[str, Tree]] | None:
         if step != "newest":
             step, directory = self._find(step)
             try:
-                return step, directory.load(step, items)
+                return step, self._load(directory, step, items)
             except _Damaged as error:
                 raise InputError(f"{error}: choose a --step: {self._listing()}") from error
         directories = {} if "opt_state" in items else dict.fromkeys(self._kept.steps, self._kept)
         directories |= dict.fromkeys(self._full.steps, self._full)
+        newest = max(directories, default=0)
         for step in sorted(directories, reverse=True):
             directory = directories[step]
             try:
-                return step, directory.load(step, items)
+                return step, self._load(directory, step, items, newest)
             except _Damaged as error:
                 complaint = str(error)
             self._policy.records.pop(step, None)
@@ -258,6 +317,20 @@ class Checkpoints:
         if directories:
             raise InputError(f"{self.directory}: all {len(directories)} checkpoints are damaged; use another --workdir")
         return None
+
+    def _load(
+        self, directory: _Directory, step: int, items: Mapping[str, Tree], newest: float = math.inf
+    ) -> dict[str, Tree]:
+        """The items of a checkpoint. Raises _Gone if a trainer deleted it, or saved one after `newest`, meanwhile."""
+        try:
+            return directory.load(step, items)
+        except _Damaged:
+            deadline = time.monotonic() + 1  # Deleting takes a moment.
+            while not self._writable and time.monotonic() < deadline:
+                if step not in directory.steps or max(self._full.steps, default=0) > newest:
+                    raise _Gone from None
+                time.sleep(0.05)
+            raise
 
     def _find(self, step: int | Literal["best"]) -> tuple[int, _Directory]:
         loss, best = self._policy.best()

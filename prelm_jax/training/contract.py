@@ -4,7 +4,7 @@ Whatever fulfills `Model` can be trained: a pretraining model, or an encoder wit
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeAlias, TypeVar
 
 import numpy as np
 import optax
@@ -82,6 +82,9 @@ class OptimizerConfig(Protocol):
     def schedule(self, step: Array | int) -> Array:
         """The learning rate of a step (counted from 0)."""
 
+    def ending_at(self, step: int) -> Self:
+        """The same optimizer with a schedule that ends at a step: that of a run of so many steps."""
+
     def build(self, matrices: Sequence[str]) -> optax.GradientTransformation:
         """The transformation of gradients into updates; `matrices` as declared by the model."""
 
@@ -108,6 +111,23 @@ class Batches(Protocol):
 BatchesT = TypeVar("BatchesT", bound=Batches)
 
 
+class EvaluationRows(Protocol):
+    """A whole text as rows that score each of its targets once, whatever the seed, the batch size and the devices.
+
+    `data.evaluation.EvaluationBatches` cuts them into batches.
+    """
+
+    num_rows: int
+    num_steps: int  # Parts of a row, each read from the carry that the one before left: 1 for models without a carry.
+
+    @property
+    def layout(self) -> Mapping[str, Layout]:
+        """How each key is spread over hosts and devices."""
+
+    def rows(self, step: int, row_B: np.ndarray) -> dict[str, np.ndarray]:
+        """Part `step` of the rows with these numbers. A row of zeros, in keys that hold rows, weighs nothing."""
+
+
 class DataConfig(Protocol[BatchesT]):
     """A configuration that builds batches from a token store, and knows how to read a model's results on them."""
 
@@ -118,8 +138,14 @@ class DataConfig(Protocol[BatchesT]):
     def build(self, store: "Store", tokenizer: "Tokenizer", batch_size: int, seed: int) -> BatchesT:
         """The batches of a run. Raises InputError for a store or tokenizer that does not fit."""
 
+    def evaluation(self, store: "Store", tokenizer: "Tokenizer") -> EvaluationRows:
+        """All of a text, to evaluate on. Raises InputError for a store without targets."""
+
     def baselines(self, batches: BatchesT, evaluation: Iterable[HostBatch]) -> dict[str, dict[str, float]]:
-        """Metric → baseline → value: trivial baselines on evaluation batches, fitted on the store of `batches`."""
+        """Metric → baseline → value: trivial baselines on evaluation batches, fitted on the store of `batches`.
+
+        `evaluation` is read once, and what is kept of it does not grow with its length.
+        """
 
     def derived_metrics(self, name: str, value: float, store: "Store") -> dict[str, float]:
         """Metrics derived from the metric `name` of a model on a store, by name: perplexity, bits per byte."""

@@ -3,29 +3,32 @@
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
 from prelm_jax.bounds import Bounds, NotNegative, Positive
 from prelm_jax.errors import Preempted
 from prelm_jax.training.checkpoint import Checkpoints, Record
-from prelm_jax.training.contract import Batch, Layout, Model, OptimizerConfig
+from prelm_jax.training.contract import Batch, Model, OptimizerConfig
 from prelm_jax.training.metrics import MetricsWriter, Report, peak_flops
 from prelm_jax.training.sharding import MeshConfig
-from prelm_jax.training.step import Keys, TrainState, make_train_step
+from prelm_jax.training.step import Keys, TrainState
+
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
     """How far to train, on which devices, and what to write down; all of it may differ between resumes."""
 
-    steps: Positive  # Train up to this step, counted from the start; raise it to continue a finished run.
+    steps: Positive  # Train up to this step, counted from the start; --extend-to goes past the end of the schedule.
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     # Steps between checkpoints; the last step, SIGTERM and a new best evaluation save as well.
     save_every: Positive = 1000
@@ -34,7 +37,8 @@ class LoopConfig:
     # The same, once this many words of the corpus were seen (a learning curve).
     keep_at_words: tuple[Annotated[int, Bounds(1, 2**53)], ...] = ()
     evaluate_every: Positive = 1000  # Steps between evaluations on held-out text; the last step is evaluated as well.
-    evaluate_batches: Positive = 32  # Number of held-out batches in an evaluation; more for a less noisy loss.
+    # Number of held-out batches that an evaluation during training samples; `prelm evaluate` reads all of the text.
+    evaluate_batches: Positive = 32
     log_every: Positive = 50  # Steps between lines of metrics.jsonl and of the terminal.
     tensorboard: bool = False  # Also write the metrics for TensorBoard.
     profile: NotNegative = 0  # Write a profiler trace of this many steps, from the 11th on, to profile/.
@@ -60,22 +64,42 @@ class TrainingConfig(Protocol):
 
 
 class _Stop:
-    """Whether SIGTERM has come; several processes agree on the step at which to stop."""
+    """Whether SIGTERM has come; several processes agree on the step at which to stop.
+
+    From `begin` on, when there is something to save. Before that SIGTERM does what it does outside of the loop.
+    """
 
     def __enter__(self) -> "_Stop":
-        self._asked = False
+        self._asked = self._interrupting = False
         self._previous = None
-        if jax.process_count() == 1:
-            with contextlib.suppress(ValueError):  # Not in the main thread: the program around it handles signals.
-                self._previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_asked", True))
         return self
+
+    def begin(self) -> None:
+        if self._previous is None and jax.process_count() == 1:
+            with contextlib.suppress(ValueError):  # Not in the main thread: the program around it handles signals.
+                self._previous = signal.signal(signal.SIGTERM, self._handle)
 
     def __exit__(self, *_: object) -> None:
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
 
+    def _handle(self, *_: object) -> None:
+        self._asked = True
+        if self._interrupting:
+            raise Preempted
+
     def at(self, step: int) -> bool:
         return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+
+    def unless_asked(self, compute: Callable[[], Result]) -> Result | None:
+        """The result of `compute`; None if SIGTERM came before its end."""
+        try:
+            self._interrupting = True
+            return None if self._asked else compute()
+        except Preempted:
+            return None
+        finally:
+            self._interrupting = False
 
 
 class _Profile:
@@ -100,9 +124,9 @@ def train(
     run: TrainingConfig,
     model: Model,
     state: TrainState,
+    train_step: Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]],
     batches: Iterable[tuple[int, Batch]],
-    layout: Mapping[str, Layout],
-    evaluate: Callable[[TrainState], dict[str, float]],
+    evaluate: Callable[[TrainState], dict[str, float]] | None,
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     workdir: Path,
@@ -110,11 +134,13 @@ def train(
 ) -> tuple[TrainState, dict[str, float] | None]:
     """Trains from `state.step` to `run.loop.steps`; resuming gives the same bits as never having stopped.
 
-    Returns the last state and its evaluation, or None instead of it if no step was left.
+    Returns the last state and its evaluation; None instead of it without one.
 
     Args:
+        train_step: as `make_train_step` returns it.
         batches: (step, batch on the devices) of each step left.
-        evaluate: the means by name over held-out text; the checkpoint with the lowest `loss` is the best.
+        evaluate: the means by name over held-out text; the checkpoint with the lowest `loss` is the best. None: no
+            evaluation, and so no best checkpoint.
         checkpoints: where `state` was restored from, unless it is new.
         tokens_per_word: tokens per word of the corpus, for `keep_at_words`.
 
@@ -123,7 +149,6 @@ def train(
         InputError: at the first loss or gradient that is not finite; such a state is never saved.
     """
     config, start = run.loop, int(state.step)
-    train_step = make_train_step(model, run.optimizer, run.accumulate, layout, state)
     count_tokens = jax.jit(model.tokens, out_shardings=P())
     dropout_key = Keys.from_seed(run.seed).dropout
     profile = _Profile(start, config.profile, config.steps, workdir / "profile")
@@ -131,7 +156,36 @@ def train(
     report = Report(model, writer, peak, start, config.steps, config.log_every)
     tokens_seen = checkpoints.tokens_seen(start)
     pending = evaluation = None
+
+    def evaluates(done: int) -> bool:
+        return evaluate is not None and (done == config.steps or done % config.evaluate_every == 0)
+
+    def evaluate_and_save(done: int, stopping: bool, keep_due: bool) -> None:
+        """Does what is due after a step. Raises Preempted if SIGTERM came, which can postpone the evaluation."""
+        nonlocal evaluation
+        last = done == config.steps
+        loss, improved, postponed, save_due = None, False, False, last or done % config.save_every == 0
+        if evaluate is not None and evaluates(done):
+            evaluation = stop.unless_asked(lambda: evaluate(state))
+            if evaluation is None:  # The step is evaluated, and saved if that is due, when the run resumes.
+                stopping, postponed, save_due = True, True, False
+            else:
+                report.evaluation(done, evaluation)
+                loss, improved = evaluation["loss"], checkpoints.improves(evaluation["loss"])
+        record = Record(tokens_seen, loss, scheduled=save_due or improved)
+        if record.scheduled or stopping:
+            checkpoints.save(done, state.items(), record)
+        if keep_due:
+            checkpoints.keep_parameters(done, state.items(), record)
+        report.restart_clock()
+        if stopping and (postponed or not last):
+            checkpoints.wait()
+            raise Preempted(f"stopped by SIGTERM after step {done}; the same command resumes from there")
+
     with contextlib.closing(report), _Stop() as stop:
+        if start and evaluates(start) and not checkpoints.evaluated(start):
+            stop.begin()
+            evaluate_and_save(start, False, False)
         for step, batch in batches:
             profile.before(step)
             with jax.transfer_guard("disallow"):  # Saving and evaluating copy arrays, a step does not.
@@ -145,28 +199,15 @@ def train(
                 before, tokens_seen = tokens_seen, tokens_seen + int(jax.device_get(tokens)[0])
                 pending = (done, metrics, batch, tokens_seen)
 
-            last, stopping = done == config.steps, stop.at(done)
+            stop.begin()
+            stopping = stop.at(done)
             words_due = any(before < words * tokens_per_word <= tokens_seen for words in config.keep_at_words)
             keep_due = words_due or done in config.keep_at_steps
-            evaluation_due = last or done % config.evaluate_every == 0
-            save_due = last or done % config.save_every == 0
-            if not (keep_due or evaluation_due or save_due or stopping):
-                continue
-
-            report.wait(pending)  # Checks the step: a state with NaNs is never saved.
-            pending, loss, improved = None, None, False
-            if evaluation_due:
-                evaluation = evaluate(state)
-                report.evaluation(done, evaluation)
-                loss, improved = evaluation["loss"], checkpoints.improves(evaluation["loss"])
-            record = Record(tokens_seen, loss, scheduled=save_due or improved)
-            if record.scheduled or stopping:
-                checkpoints.save(done, state.items(), record)
-            if keep_due:
-                checkpoints.keep_parameters(done, state.items(), record)
-            report.restart_clock()
-            if stopping and not last:
-                checkpoints.wait()
-                raise Preempted(f"stopped by SIGTERM after step {done}; the same command resumes from there")
-    checkpoints.wait()
+            save_due = done == config.steps or done % config.save_every == 0
+            compiled = done == start + 1  # By this step: the clock of the speed starts after it.
+            if compiled or keep_due or evaluates(done) or save_due or stopping:
+                report.wait(pending)  # Checks the step: a state with NaNs is never saved.
+                pending = None
+                evaluate_and_save(done, stopping, keep_due)
+        checkpoints.wait()
     return state, evaluation

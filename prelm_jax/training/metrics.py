@@ -4,18 +4,22 @@ import contextlib
 import io
 import json
 import math
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 
 from prelm_jax.errors import InputError
 from prelm_jax.progress import Progress
-from prelm_jax.storage import is_remote
+from prelm_jax.storage import is_remote, opened
 from prelm_jax.training.chips import find_chip
 from prelm_jax.training.contract import Batch, Model
+
+NOT_FINITE = ("inf", "-inf", "nan")
 
 
 def peak_flops(dtype: jnp.dtype, devices: int) -> float:
@@ -51,14 +55,10 @@ class MetricsWriter:
     """Appends to a file of JSON lines, one object with its `step` a line; to TensorBoard (next to the file) if asked.
 
     Only process 0 writes. Lines of steps after `resume_at` are dropped, because the training will write them again.
-    `evaluated` is called whenever an evaluation is written.
     """
 
-    def __init__(
-        self, path: Path, resume_at: int, tensorboard: bool = False, evaluated: Callable[[], None] = lambda: None
-    ):
+    def __init__(self, path: Path, resume_at: int, tensorboard: bool = False):
         self._file = self._tensorboard = None
-        self._evaluated = evaluated
         if jax.process_index() != 0:
             return
         if tensorboard:
@@ -67,8 +67,7 @@ class MetricsWriter:
             except ImportError:
                 raise InputError('--tensorboard needs a package: pip install "prelm_jax[tensorboard]"') from None
             self._tensorboard = SummaryWriter(str(path.parent), purge_step=resume_at)
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_at]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
+        text = "".join(_encode(line) for line in read_metrics(path) if line["step"] <= resume_at)
         if is_remote(path):
             self._file = _RemoteFile(path, text)
             return
@@ -78,21 +77,14 @@ class MetricsWriter:
         self._file = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one line. JSON has no infinity and no NaN: they become strings."""
+        """Writes one line."""
         if self._file is None:
             return
-        line = {"step": step} | {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(_encode({"step": step, **values}))
         self._file.flush()
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
-
-    def write_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes the metrics of an evaluation."""
-        self.write(step, {f"evaluation/{name}": value for name, value in values.items()})
-        if self._file is not None:
-            self._evaluated()
 
     def close(self) -> None:
         """Closes the files."""
@@ -102,14 +94,45 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a file of metrics, oldest first; lines that a kill has cut off, and foreign ones, are left out."""
-    found = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            metrics = json.loads(line)
-            if isinstance(metrics, dict) and isinstance(metrics.get("step"), int):
-                found.append(metrics)
-    return found
+    """The lines of a file of metrics, oldest first.
+
+    Left out are lines that a kill has cut off, lines that `MetricsWriter` cannot have written, and a line whose step
+    and kind (train, evaluation, …) a later one has as well.
+    """
+    found: dict[tuple[float, str], dict[str, float]] = {}
+    if not path.exists():
+        return []
+    with opened(path) as file:
+        lines = file.read().split(b"\n")
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            metrics = _decode(line)
+            kind = next((name.partition("/")[0] for name in metrics if name != "step"), "")
+            found.pop((metrics["step"], kind), None)
+            found[metrics["step"], kind] = metrics
+    return list(found.values())
+
+
+def _encode(metrics: Mapping[str, float]) -> str:
+    """A line of metrics.jsonl. JSON has no infinity and no NaN: they become strings."""
+    return json.dumps({name: x if math.isfinite(x) else str(x) for name, x in metrics.items()}) + "\n"
+
+
+def _decode(line: bytes) -> dict[str, float]:
+    """What `_encode` made a line of. Raises ValueError or RecursionError for any other line."""
+    metrics = json.loads(line.decode())
+    if not isinstance(metrics, dict) or type(metrics.get("step")) is not int or metrics["step"] < 0:
+        raise ValueError
+    "".join(metrics).encode()  # A lone surrogate in a name could not be printed.
+    return {name: _number(value) for name, value in metrics.items()}
+
+
+def _number(value: object) -> float:
+    if value in NOT_FINITE:
+        return float(cast(str, value))
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+        raise ValueError
+    return value
 
 
 class Report:
@@ -119,11 +142,17 @@ class Report:
         """`peak`: FLOP/s of all devices. `start`, `steps`: the steps done, and to do in all."""
         self._model, self._writer, self._peak, self._log_every = model, writer, peak, log_every
         self._progress = Progress("train" if jax.process_index() == 0 else None, steps, "steps", start)
-        self.restart_clock()
+        self._began: float | None = None  # When the counted steps began; the first, which compiles, is not counted.
+        self._finished = 0.0
+        self._steps, self._tokens, self._flops = 0, 0, 0.0
 
     def restart_clock(self) -> None:
-        """Leaves compilation, evaluation and saving out of the speed: timing restarts when the next step finishes."""
-        self._clock = None
+        """Leaves the time since the last step finished out of the speed: compilation, an evaluation, a save.
+
+        No step may be running: one that has run for a while would seem fast.
+        """
+        now = time.perf_counter()
+        self._began = now if self._began is None else self._began + now - self._finished
 
     def wait(self, pending: tuple[int, Mapping[str, jax.Array], Batch, int] | None) -> None:
         """Waits for (step, metrics, batch, tokens seen) and writes the metrics if due.
@@ -141,30 +170,28 @@ class Report:
             )
         self._progress.advance(1)
         tokens, positions = metrics.pop("tokens")
-        now = time.perf_counter()
-        if self._clock is None:
-            self._clock = (now, 0, 0, 0.0)
-        else:
-            began, steps, counted, flops = self._clock
-            self._clock = (began, steps + 1, counted + tokens, flops + self._model.flops(batch))
+        self._finished = now = time.perf_counter()
+        if self._began is not None:
+            self._steps += 1
+            self._tokens += tokens
+            self._flops += self._model.flops(batch)
         if step % self._log_every:
             return
         values = {f"train/{name}": value for name, value in metrics.items()}
         values |= {"train/padding": 1 - tokens / positions, "train/tokens_seen": tokens_seen}
-        began, steps, counted, flops = self._clock
-        if steps:
-            seconds = now - began
-            speed, mfu = counted / seconds, flops / seconds / self._peak
-            values |= {"perf/seconds_per_step": seconds / steps, "perf/tokens_per_second": speed, "perf/mfu": mfu}
-            self._clock = (now, 0, 0, 0.0)
+        if self._began is not None and self._steps:
+            seconds = now - self._began
+            speed, mfu = self._tokens / seconds, self._flops / seconds / self._peak
+            values |= {"perf/seconds_per_step": seconds / self._steps, "perf/tokens_per_second": speed, "perf/mfu": mfu}
+            self._began, self._steps, self._tokens, self._flops = now, 0, 0, 0.0
             losses = f"loss {metrics['loss']:.3f}  lr {metrics['learning_rate']:.1e}"
             self._progress.report(f"{losses}  {speed:,.0f} tokens/s  mfu {mfu:.0%}")
         self._writer.write(step, values)
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Writes an evaluation."""
-        self._writer.write_evaluation(step, values)
-        self._progress.say(f"step {step}  held-out  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        self._writer.write(step, {f"evaluation/{name}": value for name, value in values.items()})
+        self._progress.say(f"step {step}  held-out sample  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
 
     def close(self) -> None:
         self._progress.close(complete=False)

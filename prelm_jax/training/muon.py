@@ -20,6 +20,7 @@ import optax
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
+from prelm_jax.bounds import FractionBelow1, NotNegativeFloat
 from prelm_jax.training.contract import Params
 from prelm_jax.training.optimizer import AdamW, decays
 from prelm_jax.training.parameters import first_match, path_name
@@ -62,8 +63,8 @@ class Muon(AdamW):
     the outputs of a layer equally much at any width.
     """
 
-    matrix_learning_rate: float  # The highest learning rate of the layers' matrices; the schedule scales it too.
-    momentum: float = 0.95  # Decay rate of the matrices' momentum (Nesterov).
+    matrix_learning_rate: NotNegativeFloat  # The highest learning rate of the matrices, of the same schedule.
+    momentum: FractionBelow1 = 0.95  # Decay rate of the matrices' momentum (Nesterov).
 
     def build(self, matrices: Sequence[str]) -> optax.GradientTransformation:
         """The transformation of gradients into updates; `matrices` as in `groups`."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,10 @@ class AdamW:
         warming = self.learning_rate * step / max(1, self.warmup_steps)
         return jnp.where(step < self.warmup_steps, warming, self.learning_rate * fraction)
 
+    def ending_at(self, step: int) -> Self:
+        """The same optimizer with `step` as its `decay_steps`."""
+        return dataclasses.replace(self, decay_steps=step)
+
     def _rate(self, step: ArrayLike) -> Array:
         rate = self.schedule(step)
         if self.bias_correction != "rate":
@@ -108,6 +112,10 @@ class Adagrad:
     def schedule(self, step: ArrayLike) -> Array:
         """The learning rate of a step (counted from 0)."""
         return jnp.full(jnp.shape(step), self.learning_rate, jnp.float32)
+
+    def ending_at(self, step: int) -> Self:
+        """This optimizer: a constant rate has no end."""
+        return self
 
     def build(self, matrices: Sequence[str]) -> optax.GradientTransformation:
         """The transformation of gradients into updates, the same for all parameters."""

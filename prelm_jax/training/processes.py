@@ -8,38 +8,80 @@ Each process reads from its environment:
     PRELM_JOIN_SECONDS        how long to wait for the others; 300 if unset
 
 Where JAX detects the cluster (a TPU slice, Slurm), JAX_NUM_PROCESSES is enough. With all three there is a roll call
-before JAX connects, because JAX aborts every process without naming the missing one.
+before JAX connects, because JAX aborts every process without naming the missing one. The connections of the roll call
+stay open: a process that dies closes its own, and process 0 tells the others, which cannot go on without it.
 """
 
+import atexit
 import contextlib
 import os
+import signal
 import socket
+import sys
+import threading
 import time
+from collections.abc import Iterator
 
 import jax
 
 from prelm_jax.errors import InputError
 
 HERE = b"here\n"  # The answer of process 0 when all are there.
+STOPPED = 75  # Exit code: the same command resumes.
+DIED = -1
+GRACE_SECONDS = 20.0  # For this process to end by itself when another one has ended.
 
 
-def join() -> None:
-    """Connects this process with the others that the launcher started.
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """In the block, this process is connected with the others that the launcher started.
+
+    If another process dies meanwhile, this one prints a line and exits with 75, since the same command resumes. If
+    another one ends early with an exit code, this one has 20 seconds to end, and then exits with the same code.
 
     Raises InputError if one is missing, if two were told different things, or if JAX sees another number.
     """
+    peers = join()
+    code = 0
+    try:
+        yield
+    except Exception:
+        # With a dead process JAX fails here in many ways: wait for what the connections tell.
+        peers.wait()
+        code = 1
+        raise
+    except BaseException as error:
+        code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else STOPPED
+        raise
+    finally:
+        peers.end(code)
+
+
+def join() -> "Peers":
+    """Connects this process with the others that the launcher started; see `joined`."""
     address, count, index = (os.environ.get(f"JAX_{x}") for x in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"))
+    peers = Peers(0, {})
     try:
         count, index = int(count or 1), None if index is None else int(index)
         seconds = float(os.environ.get("PRELM_JOIN_SECONDS", 300))
         if address is not None and index is not None:
             if not (0 <= index < count and int(address.rpartition(":")[2])):
                 raise ValueError
-            roll_call(address, count, index, seconds)
+            peers = Peers(index, roll_call(address, count, index, seconds))
         elif address is not None or index is not None:
             raise ValueError
         if address is not None or "JAX_NUM_PROCESSES" in os.environ:
-            jax.distributed.initialize(address, count, index, initialization_timeout=max(1, round(seconds)))
+            # Without a roll call JAX itself notices the death of a process, by its heartbeat, and aborts. With one it
+            # must not: the connections tell, and name the process.
+            jax.config.update("jax_enable_recoverability", peers.connected)
+            heartbeat = 100 if peers.connected else 25
+            jax.distributed.initialize(
+                address,
+                count,
+                index,
+                initialization_timeout=max(1, round(seconds)),
+                heartbeat_timeout_seconds=heartbeat,
+            )
     except ValueError as error:
         raise InputError(
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID do not make a cluster "
@@ -51,57 +93,161 @@ def join() -> None:
             f"JAX sees {jax.process_count()} processes here, but JAX_NUM_PROCESSES says {count}: "
             "start the same command on every host, with the number of hosts (tpu/launch.sh does)"
         )
+    return peers
 
 
-def roll_call(address: str, count: int, index: int, seconds: float) -> None:
-    """Waits until all processes have called the address of process 0; else an InputError in each names who did not."""
+class Peers:
+    """The connections to other processes: process 0 has one to each, the others one to process 0.
+
+    Messages are lines: the number of a process, and its exit code, or -1 if it died.
+    """
+
+    def __init__(self, index: int, connections: dict[int, socket.socket]):
+        self._index, self._connections = index, connections
+        self._ended = threading.Event()
+        self._threads = [threading.Thread(target=self._listen, args=item, daemon=True) for item in connections.items()]
+        for connection in connections.values():
+            # Also the crash of a whole host is noticed within 20 seconds.
+            connection.settimeout(None)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+                if hasattr(socket, name):
+                    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def connected(self) -> bool:
+        """Whether there are others, and connections to them."""
+        return bool(self._connections)
+
+    def wait(self) -> None:
+        """Gives the threads time to end this process, if another one has died."""
+        if self.connected:
+            self._ended.wait(3)
+
+    def end(self, code: int) -> None:
+        """Says goodbye: this process ends now, with an exit code."""
+        self._ended.set()
+        if code and self.connected:
+            # JAX would wait for all processes, and abort those that process 0 does not wait for.
+            atexit.register(self._leave, code)
+        self._tell(self._index, code)
+        for connection in self._connections.values():
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_WR)
+
+    def _leave(self, code: int) -> None:
+        deadline = time.monotonic() + GRACE_SECONDS + 2
+        for thread in self._threads if self._index == 0 else ():
+            thread.join(max(0, deadline - time.monotonic()))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    def _listen(self, other: int, connection: socket.socket) -> None:
+        """Reads messages up to the end of the other process."""
+        with contextlib.suppress(OSError, ValueError), connection.makefile() as messages:
+            for message in messages:
+                number, code = map(int, message.split())
+                self._end_with(number, code)
+                if number == other:
+                    connection.recv(1)  # Up to its very end.
+                    return
+        self._end_with(other, DIED)
+
+    def _end_with(self, other: int, code: int) -> None:
+        """Ends this process, because another one has ended before its time."""
+        if code == 0 or self._ended.is_set():
+            return
+        if self._index == 0:
+            self._tell(other, code)
+        if code == DIED:
+            line, code = f"process {other} died: look at the log of that host; the same command resumes", STOPPED
+        elif self._ended.wait(GRACE_SECONDS):
+            return
+        else:
+            line = f"process {other} ended with exit code {code}: look at the log of that host"
+        if not self._ended.is_set():
+            print(f"prelm: process {self._index}: {line}", file=sys.stderr, flush=True)
+            os._exit(code)
+
+    def _tell(self, number: int, code: int) -> None:
+        for other, connection in self._connections.items():
+            if other != number:
+                with contextlib.suppress(OSError):
+                    connection.sendall(f"{number} {code}\n".encode())
+
+
+def roll_call(address: str, count: int, index: int, seconds: float) -> dict[int, socket.socket]:
+    """Waits until all processes have called the address of process 0; else an InputError in each names who did not.
+
+    Returns the connections: of process 0 to all others, of another one to process 0.
+    """
     deadline = time.monotonic() + seconds
-    answer = _report(address, count, index, deadline) if index else _take_roll(address, count, deadline)
-    if answer != HERE:
-        raise InputError(f"process {index} of {count}: {answer.decode().strip()}")
+    with contextlib.ExitStack() as stack:
+        call = _report if index else _take_roll
+        answer, connections = call(stack, address, count, index, deadline)
+        if answer != HERE:
+            raise InputError(f"process {index} of {count}: {answer.decode().strip()}")
+        stack.pop_all()
+    return connections
 
 
-def _take_roll(address: str, count: int, deadline: float) -> bytes:
+def _take_roll(
+    stack: contextlib.ExitStack, address: str, count: int, index: int, deadline: float
+) -> tuple[bytes, dict[int, socket.socket]]:
     """Process 0: hears the others, and sends each the answer."""
     port, missing, complaint = int(address.rpartition(":")[2]), set(range(1, count)), None
     both = socket.has_dualstack_ipv6()
-    with contextlib.ExitStack() as stack:
-        try:
-            family = socket.AF_INET6 if both else socket.AF_INET
-            server = stack.enter_context(socket.create_server(("", port), family=family, dualstack_ipv6=both))
-        except OSError as error:
-            raise InputError(f"JAX_COORDINATOR_ADDRESS {address}: cannot listen there ({error.strerror})") from None
-        callers = []
+    try:
+        family = socket.AF_INET6 if both else socket.AF_INET
+        server = socket.create_server(("", port), family=family, dualstack_ipv6=both)
+    except OSError as error:
+        raise InputError(f"JAX_COORDINATOR_ADDRESS {address}: cannot listen there ({error.strerror})") from None
+    callers = {}
+    with server:
         while missing and not complaint and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
             with contextlib.suppress(OSError, ValueError):  # Anything else may connect to a port, too.
                 caller = stack.enter_context(server.accept()[0])
                 caller.settimeout(min(left, 5))
-                other, others = map(int, caller.makefile().readline().split())
-                callers.append(caller)
+                other, others = map(int, _read_line(caller).split())
                 if others != count:
                     complaint = f"process {other} was told of {others} processes, process 0 of {count}"
                 elif other not in missing:
                     complaint = f"two processes have JAX_PROCESS_ID={other}"
+                callers[other if other in missing else -len(callers)] = caller
                 missing.discard(other)
-        if missing and not complaint:
-            names = ", ".join(map(str, sorted(missing)))
-            complaint = f"process {names} did not come to {address} in time; look at the log of that host"
-        answer = f"{complaint}\n".encode() if complaint else HERE
-        for caller in callers:
-            with contextlib.suppress(OSError):
-                caller.sendall(answer)
-    return answer
+    if missing and not complaint:
+        names = ", ".join(map(str, sorted(missing)))
+        complaint = f"process {names} did not come to {address} in time; look at the log of that host"
+    answer = f"{complaint}\n".encode() if complaint else HERE
+    for caller in callers.values():
+        with contextlib.suppress(OSError):
+            caller.sendall(answer)
+    return answer, callers
 
 
-def _report(address: str, count: int, index: int, deadline: float) -> bytes:
+def _report(
+    stack: contextlib.ExitStack, address: str, count: int, index: int, deadline: float
+) -> tuple[bytes, dict[int, socket.socket]]:
     """Any other process: calls process 0 until it answers."""
     host, _, port = address.rpartition(":")
     while (left := deadline - time.monotonic()) > 0:
-        with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), left) as first:
+        with contextlib.suppress(OSError):
+            first = stack.enter_context(socket.create_connection((host.strip("[]"), int(port)), left))
             first.settimeout(left + 5)  # Process 0 decides at its own deadline who is missing.
             first.sendall(f"{index} {count}\n".encode())
-            if answer := first.makefile("rb").readline():
-                return answer
+            if answer := _read_line(first):
+                return answer, {0: first}
         time.sleep(0.1)
-    return f"process 0 did not answer at {address} in time; look at the log of that host".encode()
+    return f"process 0 did not answer at {address} in time; look at the log of that host".encode(), {}
+
+
+def _read_line(connection: socket.socket) -> bytes:
+    """A line, and not a byte after it; "" if the connection ends before."""
+    line = b""
+    while not line.endswith(b"\n") and len(line) < 1000 and (byte := connection.recv(1)):
+        line += byte
+    return line if line.endswith(b"\n") else b""

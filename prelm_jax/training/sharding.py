@@ -107,6 +107,16 @@ def batch_sharding(layout: Layout, shape: tuple[int, ...], mesh: jax.sharding.Me
     return NamedSharding(mesh, ROWS if sharded else P())
 
 
+def abstract_batch(
+    batch: HostBatch, layout: Mapping[str, Layout], mesh: jax.sharding.Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A global batch as jax.ShapeDtypeStructs, sharded as on the devices."""
+    return {
+        key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(layout[key], x.shape, mesh))
+        for key, x in batch.items()
+    }
+
+
 def shard_batch(batch: HostBatch, layout: Mapping[str, Layout], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """Puts a batch on the devices of all processes.
 

@@ -1,5 +1,6 @@
 """The train state and the compiled steps over it: training, evaluation, prediction."""
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from prelm_jax.training.contract import Batch, Layout, Model, OptimizerConfig, Params, Predictor, Sums
 from prelm_jax.training.sharding import Tree, state_sharding
+
+Totals = dict[str, tuple[float, float]]  # by name a sum and its weight, as `Sums`, on the host
 
 
 @jax.tree_util.register_dataclass
@@ -62,14 +65,12 @@ def abstract_state(
     return _with_shardings(model, jax.eval_shape(fresh), mesh, parameters)
 
 
-def abstract_items(model: Model, batch_size: int, mesh: jax.sharding.Mesh) -> dict[str, Params]:
-    """The items of a checkpoint that an evaluation needs, in the same form, for any optimizer."""
-
-    def fresh() -> dict[str, Params]:
-        progress = {"step": jnp.zeros((), jnp.int32), "carry": model.init_carry(batch_size)}
-        return {"params": model.init_params(jax.random.key(0)), "progress": progress}
-
-    return _with_shardings(model, jax.eval_shape(fresh), mesh, "replicated")
+def fresh_carry(model: Model, batch_size: int, mesh: jax.sharding.Mesh) -> Params:
+    """The carry before the first batch, sharded by rows."""
+    fresh = functools.partial(model.init_carry, batch_size)
+    shapes = {"carry": jax.eval_shape(fresh)}
+    shardings = state_sharding(shapes, mesh, "replicated", model.replicated)
+    return jax.jit(fresh, out_shardings=shardings["carry"])()
 
 
 def _with_shardings(model: Model, shapes: Tree, mesh: jax.sharding.Mesh, parameters: str) -> Tree:
@@ -182,10 +183,11 @@ def means(model: Model, sums: Sums) -> dict[str, Array]:
 
 
 def make_evaluate(model: Model):
-    """`(params, carry, batches) -> {name: mean}` over all batches, without dropout.
+    """`(params, carry, batches, num_steps=None) -> {name: (sum, weight)}` over all batches, without dropout.
 
-    Models that sample inside their loss get a fixed key for each batch, so the same parameters give the same numbers
-    under any seed.
+    The sums of all batches are added up in float64. After `num_steps` batches (None: never) the carry is the given one
+    again. Models that sample inside their loss get a fixed key for each batch, so the same parameters give the same
+    numbers under any seed.
     """
 
     @jax.jit
@@ -194,17 +196,32 @@ def make_evaluate(model: Model):
         losses, metrics, carry = model.loss(params, carry, batch, key, False)
         return losses | metrics, carry, index + 1
 
-    first_index, all_means = jax.jit(lambda: jnp.zeros((), jnp.int32)), jax.jit(functools.partial(means, model))
+    first_index = jax.jit(lambda: jnp.zeros((), jnp.int32))
 
-    def evaluate(params: Params, carry: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        index, totals = first_index(), None
-        for batch in batches:
-            sums, carry, index = evaluate_step(params, carry, batch, index)
-            totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
-        values = jax.device_get(all_means(totals))
-        return {name: value.item() for name, value in values.items()}
+    def evaluate(params: Params, carry: Params, batches: Iterable[Batch], num_steps: int | None = None) -> Totals:
+        index, current, totals = first_index(), carry, collections.defaultdict(lambda: np.zeros(2))
+
+        def add(sums: Sums) -> None:
+            for name, values in jax.device_get(sums).items():
+                totals[name] += np.array(values, np.float64)
+
+        pending: Sums = {}
+        for number, batch in enumerate(batches, start=1):
+            sums, current, index = evaluate_step(params, current, batch, index)
+            if num_steps is not None and number % num_steps == 0:
+                current = carry
+            add(pending)  # Of the batch before, while the devices work on this one.
+            pending = sums
+        add(pending)
+        return {name: (float(total), float(weight)) for name, (total, weight) in totals.items()}
 
     return evaluate
+
+
+def evaluated_means(model: Model, totals: Totals) -> dict[str, float]:
+    """The mean of each loss and metric that has a weight, and the objective as `loss`."""
+    values = {name: total / weight for name, (total, weight) in totals.items() if weight}
+    return {"loss": sum(c * values[name] for name, c in model.coefficients.items() if name in values)} | values
 
 
 def make_predict(model: Predictor):

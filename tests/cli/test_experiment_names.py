@@ -53,6 +53,9 @@ def test_copy(tmp_path, monkeypatch, capsys, fails):
     for name in ("bert.py", "bert"):
         assert "bert.py already exists" in fails("experiments", "--copy", name)
     assert (tmp_path / "bert.py").read_text() == "mine = 1\n"
+    (tmp_path / "gpt1.py").symlink_to("elsewhere.py")
+    assert "gpt1.py already exists" in fails("experiments", "--copy", "gpt1.py")
+    assert not (tmp_path / "elsewhere.py").exists()
     assert "Did you mean elmo?" in fails("experiments", "--copy", "elmoo.py")
 
 
@@ -85,6 +88,10 @@ def test_an_experiment_that_is_none(folder, fails):
         ("binary.py", b"\x00\x01\xff", "binary.py: SyntaxError"),
         ("imports.py", b"\nimport not_a_package\n", "imports.py, line 2: ModuleNotFoundError"),
         ("raises.py", b"raise ValueError('two\\nlines')\n", "raises.py, line 1: ValueError: two lines"),
+        ("exits.py", b"\nimport sys\nsys.exit(0)\n", "exits.py, line 3: SystemExit: 0"),
+        ("escapes.py", b"class Odd(BaseException):\n    pass\nraise Odd\n", "escapes.py, line 3: Odd"),
+        ("decodes.py", b"\xff\xfe", "decodes.py, line 1: SyntaxError"),
+        ("endless.py", b"def demo():\n    return demo()\n", "endless.py, line 2: RecursionError"),
         ("empty.py", b"", "empty.py has no experiment 'demo'. It holds no function without arguments."),
         ("notes.txt", b"hello", "notes.txt is not a Python file"),
     ],
@@ -94,13 +101,27 @@ def test_a_file_of_no_experiments(tmp_path, fails, name, content, expected):
     assert expected in fails("pretrain", f"{tmp_path}/{name}:demo")
 
 
+def test_the_line_of_a_file_named_from_its_directory(tmp_path, fails, monkeypatch):
+    (tmp_path / "raises.py").write_text("raise ValueError\n")
+    monkeypatch.chdir(tmp_path)
+    assert fails("pretrain", "raises.py:demo").startswith("prelm: raises.py, line 1: ValueError")
+
+
+@pytest.mark.parametrize("field", ["tokenizer", "model", "data", "optimizer"])
+def test_a_component_that_is_no_config(folder, tmp_path, fails, field):
+    """It is named before a corpus is read."""
+    code = f"\n\ndef odd():\n    return dataclasses.replace(tiny(), {field}=3)\n"
+    (tmp_path / "odd.py").write_text((folder / "tiny.py").read_text() + code)
+    assert f"{tmp_path}/odd.py:odd: {field} is 3: must be a config" in fails("pretrain", f"{tmp_path}/odd.py:odd")
+
+
 def test_a_mistake_in_the_values_of_an_experiment(folder, tmp_path, fails):
     content = (
         folder / "tiny.py"
     ).read_text() + "\n\ndef empty():\n    return dataclasses.replace(tiny(), batch_size=0)\n"
     (tmp_path / "tiny.py").write_text(content)
     line = content.splitlines().index("def empty():") + 2
-    assert f"{tmp_path}/tiny.py, line {line}: --batch-size 0" in fails("pretrain", f"{tmp_path}/tiny.py:empty")
+    assert f"{tmp_path}/tiny.py, line {line}: batch_size is 0" in fails("pretrain", f"{tmp_path}/tiny.py:empty")
 
 
 def test_classes_of_an_experiment_file(folder, tmp_path, help_of):

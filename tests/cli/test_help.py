@@ -4,8 +4,9 @@ import re
 
 import pytest
 
+from prelm_jax.cli.dispatch import COMMANDS
 from prelm_jax.cli.experiments import docstrings, shipped_files
-from prelm_jax.cli.main import COMMANDS, main
+from prelm_jax.cli.main import main
 from prelm_jax.cli.tokenizers import KINDS
 
 OF_EXPERIMENTS = ("pretrain", "prepare", "batch", "plan")

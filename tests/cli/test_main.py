@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import prelm_jax
-from prelm_jax.cli import main as module
+from prelm_jax.cli import dispatch
 from prelm_jax.cli.main import main
 from prelm_jax.errors import Preempted
 
@@ -37,6 +37,8 @@ def test_misspelt_options(folder, fails):
         (Preempted("saved step 7"), 75, "prelm: saved step 7\n"),
         (PermissionError(13, "Permission denied", "/x"), 1, "prelm: cannot write /x: Permission denied\n"),
         (OSError(28, "No space left on device"), 1, "prelm: cannot write a file: No space left on device\n"),
+        (OSError(36, "File name too long", "/y"), 1, "prelm: cannot use /y: File name too long\n"),
+        (IsADirectoryError(21, "Is a directory", "/a\nb"), 1, "prelm: cannot write /a\\nb: Is a directory\n"),
         (KeyboardInterrupt(), 128 + signal.SIGINT, "prelm: interrupted\n"),
     ],
 )
@@ -44,18 +46,24 @@ def test_exit_codes(monkeypatch, capsys, error, code, message):
     def command():
         raise error
 
-    monkeypatch.setitem(module.COMMANDS, "experiments", command)
+    monkeypatch.setitem(dispatch.COMMANDS, "experiments", command)
     with pytest.raises(SystemExit) as stopped:
         main(["experiments"])
     assert stopped.value.code == code
     assert capsys.readouterr().err == message
 
 
+@pytest.mark.parametrize("arguments", [["caf\udce9"], ["fill", "m", "caf\udce9 [MASK]"], ["fill", "\ud800", "x"]])
+def test_arguments_are_utf8(fails, arguments):
+    """Bytes of an argument that are not UTF-8 are surrogates in Python."""
+    assert r"\ud" in fails(*arguments) and "must be UTF-8" in fails(*arguments)
+
+
 def test_defects_are_not_hidden(monkeypatch):
     def command():
         raise ZeroDivisionError
 
-    monkeypatch.setitem(module.COMMANDS, "experiments", command)
+    monkeypatch.setitem(dispatch.COMMANDS, "experiments", command)
     with pytest.raises(ZeroDivisionError):
         main(["experiments"])
 

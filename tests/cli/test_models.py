@@ -1,16 +1,22 @@
 """embed, score, fill, generate: of a work directory and of a model directory."""
 
 import json
+import os
 import re
 import shutil
 
 import h5py
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from prelm_jax.cli.main import main
 from prelm_jax.errors import InputError
+from prelm_jax.formats import huggingface_bert
+from prelm_jax.formats.base import LoadedModel
+from prelm_jax.models.bert import BertConfig
+from prelm_jax.tokenizers.wordpiece import WordPiece
 
 
 @pytest.mark.parametrize("model", ["run", "model"])
@@ -36,6 +42,53 @@ def test_fill_score_embed_tokenize(folder, model, tmp_path, capsys):
     main(["tokenize", str(tokenizer), f"{folder}/lines.txt"])
     ids = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert ids[1] == [] and len(ids[0]) == len(tokens) - 2
+
+
+def test_embed_never_replaces_its_inputs_or_a_device(folder, fails, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    lines = tmp_path / "lines.txt"
+    lines.write_text("The old cat")
+    (tmp_path / "hard.txt").hardlink_to(lines)
+    (tmp_path / "soft.txt").symlink_to(lines)
+    (tmp_path / "weights").hardlink_to(tmp_path / "model/model.safetensors")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    names = [
+        "lines.txt",
+        "hard.txt",
+        "soft.txt",
+        "model",
+        "model/config.json",
+        "model/new.hdf5",
+        "weights",
+        "model/../lines.txt",
+    ]
+    for output in (
+        *(tmp_path / name for name in names),
+        "/dev/null",
+        "/dev/full",
+        tmp_path,
+        tmp_path / "none/vectors.hdf5",
+    ):
+        assert f"{output}" in fails("embed", tmp_path / "model", lines, output)
+    os.mkfifo(tmp_path / "pipe")
+    assert " is a pipe" in fails("embed", tmp_path / "model", lines, tmp_path / "pipe")
+    (tmp_path / "pipe").unlink()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_byte_order_mark_and_carriage_returns_are_no_tokens(folder, tmp_path, capsys):
+    (tmp_path / "plain.txt").write_bytes(b"cat sees\n\na dog\n")
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfcat sees\r\n\r\na dog\r\n")
+    for model in ("run", "gpt", "elmo"):
+        printed, tokens = [], []
+        for name in ("plain", "marked"):
+            main(["embed", f"{folder}/{model}", f"{tmp_path}/{name}.txt", f"{tmp_path}/vectors.hdf5"])
+            with h5py.File(tmp_path / "vectors.hdf5") as file:
+                tokens.append([file[str(i)].attrs["tokens"] for i in range(3)])
+            main(["score", f"{folder}/{model}", f"{tmp_path}/{name}.txt"])
+            main(["tokenize", f"{folder}/{model}/tokenizer", f"{tmp_path}/{name}.txt"])
+            printed.append(capsys.readouterr().out)
+        assert tokens[0] == tokens[1] and printed[0] == printed[1]
 
 
 def test_generate(folder, capsys):
@@ -88,7 +141,31 @@ def test_steps_reach_load(monkeypatch, arguments):
     for option in ([], ["--step", "best"], ["--step", "30"]):
         with pytest.raises(SystemExit):
             main([*arguments, *option])
-    assert received == [("m", "newest"), ("m", "best"), ("m", 30)]
+    assert received == [("m", "newest", True), ("m", "best", True), ("m", 30, True)]
+
+
+def test_cased_is_for_a_vocab_txt_without_settings(tmp_path, capsys):
+    """As transformers does, a model directory that does not say whether it lower-cases is taken to."""
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "The", "cat"]
+    config = BertConfig(len(tokens), 16, 1, 2, 32)
+    params = config.build().init_params(jax.random.key(0))
+    huggingface_bert.FORMAT.write(LoadedModel(config, params, WordPiece(tokens, lowercase=False)), tmp_path)
+    (tmp_path / "lines.txt").write_text("The cat\n")
+
+    def results(*options) -> list[object]:
+        vectors = tmp_path / "vectors.hdf5"
+        main(["embed", f"{tmp_path}", f"{tmp_path}/lines.txt", f"{vectors}", *options])
+        main(["score", f"{tmp_path}", f"{tmp_path}/lines.txt", *options])
+        main(["fill", f"{tmp_path}", "The [MASK]", *options])
+        with h5py.File(vectors) as file:
+            return [json.loads(file["0"].attrs["tokens"])[1:-1], capsys.readouterr().out]
+
+    cased = results()
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / name).unlink()
+    assert results("--cased") == cased and cased[0] == ["The", "cat"]
+    lowercased = results()
+    assert lowercased[0] == ["[UNK]", "cat"] and lowercased[1] != cased[1]
 
 
 def test_a_family_without_the_command(folder, fails):

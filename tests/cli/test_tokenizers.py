@@ -38,4 +38,20 @@ def test_mistakes(folder, fails, tmp_path):
     message = fails("tokenizer", "train", "wordpiece", tmp_path / "it", *corpus, "--vocab-size", 3)
     assert re.search("vocab[_-]size[= ]3 ", message)
     assert f"{tmp_path}/none" in fails("tokenizer", "inspect", tmp_path / "none")
-    assert not (tmp_path / "it").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/vocab.txt").write_text("a cat")
+    message = fails("tokenizer", "train", "words", tmp_path / "full", "--corpus", tmp_path / "full/vocab.txt")
+    assert f"{tmp_path}/full is not empty" in message
+    for output in (tmp_path / "full/vocab.txt", "/dev/null"):
+        assert f"{output} is a " in fails("tokenizer", "train", "words", output, *corpus)
+    assert "/proc/none" in fails("tokenizer", "train", "words", "/proc/none", *corpus)
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "vocab.txt"]
+    assert (tmp_path / "full/vocab.txt").read_text() == "a cat"
+
+
+def test_a_file_whose_name_looks_like_an_option(folder, fails, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-dash.txt").write_bytes((folder / "corpus.txt").read_bytes())
+    assert "./-dash.txt" in fails("tokenizer", "train", "words", "it", "--corpus", "-dash.txt")
+    main(["tokenizer", "train", "words", "it", "--corpus", "./-dash.txt"])
+    assert "wrote it: " in capsys.readouterr().out

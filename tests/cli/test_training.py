@@ -40,7 +40,7 @@ def test_the_default_work_directory(folder, tmp_path, monkeypatch, capsys):
 
 def test_prepare_prints_statistics_of_the_corpus(folder, tmp_path, capsys):
     """A training that prepares prints the same, once."""
-    (tmp_path / "corpus.txt").write_text((folder / "corpus.txt").read_text() + "\n\n" + "A dog. " * 20)
+    (tmp_path / "corpus.txt").write_text((folder / "corpus.txt").read_text() + "\n\n" + "A dog. " * 20 + "\n\na")
     sources = [f"{tmp_path}/corpus.txt", f"{folder}/corpus.txt"]
     arguments = [f"{folder}/tiny.py:tiny", "--corpus", *sources, "--deduplicate", "--steps", "1"]
     main(["pretrain", *arguments, "--workdir", f"{tmp_path}/run"])
@@ -48,26 +48,32 @@ def test_prepare_prints_statistics_of_the_corpus(folder, tmp_path, capsys):
     main(["prepare", *(argument for argument in arguments)])
     table = capsys.readouterr().out
     assert table in printed
+    for name in ("documents of one sentence", "sentences of one token"):
+        (row,) = [line for line in table.splitlines() if name in line]
+        assert sum(map(int, re.findall(r"(\d+) \(\d+\.\d%\)", row))) == 1
     main(["prepare", *arguments, "--errors", "replace", "--held-out", "0.5"])  # A new store: printed once, too.
     assert "documents" not in capsys.readouterr().err
     counts = next(line for line in table.splitlines() if re.match(r"\W*documents\b", line))
     documents = len((folder / "corpus.txt").read_text().split("\n\n"))
-    assert sum(map(int, re.findall(r"\d+", counts))) == documents + 1
+    assert sum(map(int, re.findall(r"\d+", counts))) == documents + 2
     assert re.search(rf"\bduplicates\b.*\b{documents}\b", table)
     main(["pretrain", *arguments, "--workdir", f"{tmp_path}/run"])
     assert "duplicates" not in capsys.readouterr().err
 
 
-def test_prepare_finds_damage(folder, tmp_path, fails, monkeypatch):
-    """A training looks at sizes alone; preparing again reads it all."""
+def test_damage_of_the_cache_is_mended(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PRELM_CACHE", str(tmp_path))
     main(["prepare", f"{folder}/tiny.py:tiny"])
     (ids,) = tmp_path.glob("stores/*/training/ids")
-    content = bytearray(ids.read_bytes())
-    content[0] ^= 1
-    ids.write_bytes(content)
-    message = fails("prepare", f"{folder}/tiny.py:tiny")
-    assert f"{ids} is damaged" in message and f"delete {ids.parents[1]}" in message
+    (vocabulary,) = tmp_path.glob("vocabularies/*.txt")
+    contents = {path: path.read_bytes() for path in (ids, vocabulary)}
+    printed = capsys.readouterr().out
+    ids.write_bytes(bytes([contents[ids][0] ^ 1]) + contents[ids][1:])
+    vocabulary.write_bytes(contents[vocabulary].replace(b'"the"', b'"teh"'))
+    main(["prepare", f"{folder}/tiny.py:tiny"])
+    out, err = capsys.readouterr()
+    assert f"{ids} is damaged" in err and out == printed
+    assert contents == {path: path.read_bytes() for path in contents}
 
 
 @pytest.mark.parametrize("experiment", ["bert", "gpt", "elmo"])
@@ -88,14 +94,20 @@ def test_batch(folder, capsys, monkeypatch, tmp_path, experiment):
     assert not list(tmp_path.iterdir())
 
 
-def test_evaluate(folder, capsys):
-    main(["evaluate", f"{folder}/run"])
+def test_evaluate(folder, capsys, fails):
+    """The step of the weights, the part of the text and the number of targets stand beside the figures."""
+    evaluate = ["evaluate", f"{folder}/run", "--mesh.devices", "1"]
+    main(evaluate)
     held_out = capsys.readouterr().out
-    assert "masked lm loss" in held_out
-    main(["evaluate", f"{folder}/run", "--step", "3"])
+    assert "step 3, all of the text" in held_out and re.search(r"masked lm loss .* [\d,]+ +│\n", held_out)
+    main([*evaluate, "--step", "3", "--batch-size", "3"])
     assert capsys.readouterr().out == held_out
-    main(["evaluate", f"{folder}/run", "--corpus", f"{folder}/corpus.txt"])
+    main([*evaluate, "--corpus", f"{folder}/corpus.txt"])
     assert capsys.readouterr().out != held_out
+    main([*evaluate, "--sample", "0.3"])
+    assert re.search(r"step 3, [23]\d\.\d\d% of the text", capsys.readouterr().out)
+    for option, value in (("--sample", "0"), ("--batch-size", "0"), ("--mesh.devices", "9")):
+        assert f"{option} {value}" in fails(*evaluate, option, value)
 
 
 def test_evaluate_by_experiment(folder, capsys, fails):
@@ -129,8 +141,8 @@ def test_steps_reach_evaluate_and_export(folder, monkeypatch, word, step):
         with pytest.raises(SystemExit):
             main([*arguments, *option])
     assert received == [
-        ("somewhere", (), step, None),
-        ("somewhere", ("a", "b"), step, tiny.bert()),
+        ("somewhere", (), step, None, 1.0, None, None),
+        ("somewhere", ("a", "b"), step, tiny.bert(), 1.0, None, None),
         ("gs://somewhere", Path("there"), step),
     ]
 
@@ -186,9 +198,73 @@ def test_corpora_that_cannot_be_used(folder, fails, tmp_path):
     message = pretrain(b"A cat.\n\xff\n")
     assert f"{tmp_path}/text.txt" in message and "byte 7" in message and "--errors replace" in message
     one_document = b"The old cat sees a hen. The dog sees a cow.\n"
-    message = pretrain(one_document)
+    message = pretrain(one_document, "--held-out", 0)
     assert "1 documents, 1 with two sentences" in message and "--data.no-next-sentence" in message
-    assert "--held-out" in pretrain(one_document, "--data.no-next-sentence")
+
+
+@pytest.mark.parametrize("experiment", ["bert", "gpt", "elmo"])
+@pytest.mark.parametrize(
+    ("documents", "fraction", "parts"),
+    [
+        (1, 0.05, ["is one document", "text.txt,documents=line", "--validation", "--held-out 0"]),
+        (1, 0.99, ["is one document", "text.txt,documents=line", "--validation", "--held-out 0"]),
+        (4, 1e-9, ["4 documents", "none is held out", "--held-out 1e-09", "--validation", "--held-out 0"]),
+        (4, 0.999999, ["4 documents", "none is left to train on", "--held-out 0.999999"]),
+    ],
+)
+def test_a_corpus_that_the_fraction_held_out_does_not_split(fails, tmp_path, experiment, documents, fraction, parts):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"Document {i} sees a hen.\nThe dog sees a cow." for i in range(documents)))
+    options = ("--corpus", text, "--workdir", tmp_path / "run", "--held-out", fraction)
+    message = fails("pretrain", f"{TINY}:{experiment}", *options)
+    for part in [*parts, str(text)]:
+        assert part in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_to_evaluate_on_that_is_too_small(folder, fails, tmp_path):
+    """A message of the batches says which side it is about, and which option gives another."""
+    (tmp_path / "one.txt").write_text("A cat sees a hen. The dog sees a cow.")
+    options = ("--validation", tmp_path / "one.txt", "--workdir", tmp_path / "run")
+    message = fails("pretrain", f"{folder}/tiny.py:tiny", *options)
+    assert "the text to evaluate on" in message and "1 documents" in message and "another with --validation" in message
+
+
+@pytest.mark.slow
+def test_a_corpus_of_one_document_that_is_cut(folder, fails, tmp_path, capsys):
+    """What the message proposes works: lines as documents, a validation text, everything to train on."""
+    (tmp_path / "text.txt").write_text("\n".join((folder / "corpus.txt").read_text().split("\n\n")[0].split("\n") * 5))
+    text, validation = f"{tmp_path}/text.txt", f"{folder}/corpus.txt"
+    command = ["pretrain", f"{folder}/tiny.py:tiny", "--data.no-next-sentence", "--steps", "1"]
+    command += ["--tokenizer.path", f"{folder}/run/tokenizer", "--corpus"]
+    assert f"{text} is one document" in fails(*command, text, "--workdir", tmp_path / "none")
+    main([*command, f"{text},documents=line", "--workdir", str(tmp_path / "lines")])
+    main([*command, text, "--validation", validation, "--workdir", str(tmp_path / "validation")])
+    assert "masked lm loss" in capsys.readouterr().out
+    main([*command, text, "--held-out", "0", "--workdir", str(tmp_path / "all")])
+    out = capsys.readouterr().out
+    assert "masked lm loss" not in out and "nothing is held out" in out and "--extend-to" in out
+    assert "--corpus" in fails("evaluate", tmp_path / "all")
+
+
+def test_an_extension_ends_later(folder, fails):
+    options = ("--workdir", folder / "run", "--extend-to", 3)
+    assert "--extend-to 3: the run is at step 3" in fails("pretrain", f"{folder}/tiny.py:tiny", *options)
+
+
+@pytest.mark.slow
+def test_extending_by_the_command(folder, tmp_path, capsys):
+    """The hint at the end of a training tells how; the card lists both commands."""
+    run, command = tmp_path / "run", ["pretrain", f"{folder}/tiny.py:tiny", "--steps", "3", "--workdir"]
+    shutil.copytree(folder / "run", run)
+    main([*command, str(run), "--extend-to", "4"])
+    assert "--extend-to" in capsys.readouterr().out
+    main([*command, str(run)])
+    assert "steps 4 to 4" in capsys.readouterr().err
+    main(["export", str(run), str(tmp_path / "model")])
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "step 4 of the run" in card and "after step 4:" in card
+    assert "From step 3: `prelm" in card
 
 
 def test_a_corpus_too_short_for_a_window(folder, fails, tmp_path):
@@ -228,6 +304,9 @@ def test_work_directories_that_cannot_be_used(folder, fails, tmp_path, monkeypat
     assert f"cannot write {file}" in fails("pretrain", tiny, "--workdir", file)
     assert "cannot write" in fails("pretrain", tiny, "--workdir", file / "run")
     assert "cannot write" in fails("export", folder / "run", file / "model")
+    for inside in ("model", "checkpoints/model", "checkpoints/3", "."):
+        assert f"{folder}/run" in fails("export", folder / "run", folder / "run" / inside)
+    assert not (folder / "run/model").exists() and not (folder / "run/checkpoints/model").exists()
 
     def refuse(path, *arguments):
         raise PermissionError(13, "Permission denied", str(path))
@@ -236,6 +315,17 @@ def test_work_directories_that_cannot_be_used(folder, fails, tmp_path, monkeypat
         patch.setattr("os.mkdir", refuse)
         message = fails("pretrain", tiny, "--workdir", tmp_path / "run")
     assert f"cannot write {tmp_path}/run" in message
+
+
+def test_an_export_leaves_the_model_that_the_run_started_from(folder, fails, tmp_path):
+    for name in ("run", "model"):
+        shutil.copytree(folder / name, tmp_path / name)
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    record["identity"]["init_from"] = str(tmp_path / "model")
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    assert f"{tmp_path}/model" in fails("export", tmp_path / "run", tmp_path / "model")
+    assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
 
 
 def test_one_of_several_processes_needs_its_number(folder, fails, tmp_path, monkeypatch):

@@ -158,6 +158,26 @@ def test_content_is_hashed_once(write, monkeypatch):
     assert hashed == [path, other, path]
 
 
+def test_content_of_the_same_size_and_time_is_hashed_again(write):
+    path = write("a.txt", "one")
+    os.utime(path, ns=(1, 1))
+    first = Corpus((path,)).fingerprint
+    write("a.txt", "two")
+    os.utime(path, ns=(1, 1))
+    assert Corpus((path,)).fingerprint == Corpus((write("b.txt", "two"),)).fingerprint != first
+
+
+def test_fingerprints_are_those_of_earlier_versions(write):
+    """So that runs resume."""
+    content = "Am 3. Mai kam Dr. Bach.\n\nEr schlief.\n"
+    found = {
+        Corpus((write(name, content) + options,), held_out=0.25).fingerprint[:16]
+        for name, options in [("a.txt", ""), ("b.txt", ",language=en"), ("a", ",weight=1,sentences=library")]
+    }
+    assert found == {"254d47614028dfc2"}
+    assert Corpus((f"{write('a.txt', content)},language=de",), held_out=0.25).fingerprint[:16] not in found
+
+
 @pytest.mark.parametrize("held_out", [-0.1, 1.5, float("nan")])
 def test_held_out_is_a_fraction(held_out):
     with pytest.raises(InputError, match=f"held_out is (?i:{held_out})"):

@@ -39,6 +39,31 @@ def test_no_character_of_a_long_line_is_lost(text):
     assert without_space("".join(found)) == without_space(text)
 
 
+@pytest.mark.parametrize("language", sentences.LANGUAGES)
+@settings(deadline=None, max_examples=5)
+@given(text=st.one_of(st.text(), PROSE))
+@example(text="Am 3. Mai kam z.B. Dr. Bach nach Bonn! पहला वाक्य। «Oui. Non.» ¿Qué? Ναι; 今天。明天。 ዛሬ። Այսօր։")
+def test_no_character_is_lost_in_any_language(language, text):
+    assert without_space("".join(split(text, "library", language))) == without_space(text)
+
+
+@pytest.mark.parametrize(
+    ("language", "expected"),
+    [
+        ("de", ["Am 3. Mai kam Dr. Bach.", "Er schlief."]),
+        ("it", ["Il Sig. Rossi vide il dott. Bianchi.", "Dormiva."]),
+        ("uk", ["Це було в 1990 р. Київ.", "Він спав."]),
+        ("es", ["La Sra. García vino.", "Durmió."]),
+        ("el", ["Τι είναι αυτό;", "Δεν ξέρω."]),
+        ("zh", ["今天天气很好。", "我们去公园吧！"]),
+    ],
+)
+def test_each_language_has_its_rules(language, expected):
+    text = ("" if language == "zh" else " ").join(expected)
+    assert split(text, "library", language) == expected
+    assert (split(text, "library") == expected) == (language == "zh")
+
+
 def test_the_library_splits_within_lines():
     text = "Mr. Smith went home. He slept.\n\nIt was late"
     assert split(text, "library") == ["Mr. Smith went home.", "He slept.", "It was late"]

@@ -1,6 +1,9 @@
 """Sources: paths and globs, TensorFlow Datasets, Python's documentation."""
 
+import os
+import socket
 import sys
+import tempfile
 
 import pytest
 
@@ -24,6 +27,42 @@ def test_missing_files_are_named(error_of, tmp_path):
     assert "gs://bucket/*.txt: " in error_of("gs://bucket/*.txt")
     message = error_of(str(tmp_path))
     assert message.startswith(f"{tmp_path} is a directory") and f"{tmp_path}/*.txt" in message
+
+
+def test_what_is_no_file_is_named(write, error_of, texts, tmp_path):
+    """Alone and among the files of a glob, whose directories are left out."""
+    write("a.txt", "one")
+    (tmp_path / "directory.txt").mkdir()
+    assert texts(f"{tmp_path}/*.txt") == ["one"]
+    pipe, link, device = tmp_path / "pipe.txt", tmp_path / "link.txt", tmp_path / "device.txt"
+    os.mkfifo(pipe)
+    for source in (pipe, tmp_path / "*.txt"):
+        assert error_of(str(source)).startswith(f"{pipe} is a pipe, which can be read once")
+    pipe.unlink()
+    link.symlink_to(tmp_path / "gone")
+    for source in (link, tmp_path / "*.txt"):
+        assert error_of(str(source)).startswith(f"{link} is a link to a file that does not exist")
+    link.unlink()
+    device.symlink_to("/dev/null")
+    assert error_of(str(device)).startswith(f"{device} is a device")
+    device.unlink()
+    with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as server:  # Its path must be short.
+        server.bind(f"{short}/s")
+        assert error_of(f"{short}/s").startswith(f"{short}/s is a socket")
+    read, other = os.pipe()
+    assert error_of(f"/dev/fd/{read}").startswith(f"/dev/fd/{read} is a pipe")  # <(command)
+    os.close(read)
+    os.close(other)
+
+
+@pytest.mark.parametrize(
+    "name", ["x=1.txt", "-dash.txt", "a,b=c.txt", "field=notes.txt", "a b.txt", "weight", "[1].txt"]
+)
+def test_every_name_can_be_written(write, texts, tmp_path, monkeypatch, name):
+    write(name, "one")
+    monkeypatch.chdir(tmp_path)
+    spec = {"field=notes.txt": "./field=notes.txt", "a,b=c.txt": "a[,]b=c.txt"}.get(name, name)
+    assert texts(spec) == texts(f"{spec},sentences=line,weight=1") == ["one"]
 
 
 @pytest.mark.parametrize("content", ["", "\n \n\r\n"])

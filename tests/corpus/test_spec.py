@@ -1,6 +1,8 @@
 """SPECs: locations, options and errors."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.corpus.spec import OPTIONS, Spec, parse
@@ -19,6 +21,9 @@ from prelm_jax.errors import InputError
         ("a,b=1/c.txt,documents=line", Spec("a,b=1/c.txt", documents="line")),  # Options hold no slash.
         ("x=1.txt", Spec("x=1.txt")),
         ("./field=x", Spec("./field=x")),
+        ("a[,]b=1.txt", Spec("a[,]b=1.txt")),
+        ("a.txt,language=de,weight=2", Spec("a.txt", language="de", weight=2)),
+        ("a.json,field=body", Spec("a.json", field="body")),
     ],
 )
 def test_location_and_options(item, spec):
@@ -46,7 +51,15 @@ def test_an_option_without_a_source_is_refused(option):
     [
         ("a.txt,document=file", ["document:", *OPTIONS]),
         ("a.txt,documents=page", ["documents", "blank-line, file, line", "page"]),
+        ("a.txt,b=c.txt", ["b:", "[,]"]),
         ("a.txt,sentences=", ["sentences", "library, line", "nothing"]),
+        *(
+            (f"a.txt,language={language}", ["am, ar, bg,", "did you mean de?"])
+            for language in ("DE", "de-AT", "german")
+        ),
+        ("a.txt,language=xx", ["am, ar, bg,", "not xx; leave it out"]),
+        ("a.txt,language=", ["nothing"]),
+        ("a.txt,language=de,sentences=line", ["language="]),
         ("a.txt,cleaning=bert", ["cleaning", "none, gpt", "bert"]),
         ("python-docs,documents=line", ["documents="]),
         ("a.jsonl.gz,documents=line", ["documents="]),
@@ -69,6 +82,22 @@ def test_errors_name_the_item_and_the_option(item, names):
     message = str(error.value)
     assert message.startswith(f"{item}: ") and "\n" not in message
     assert all(name in message for name in names)
+
+
+TEXTS = st.one_of(st.text(), st.sampled_from([*OPTIONS, "line", "de", "gpt", "2", "1e18", "-1", "a.txt", "./", "[,]"]))
+
+
+@given(st.lists(st.one_of(TEXTS, st.sampled_from(",=,=")), min_size=1, max_size=8).map("".join))
+def test_any_text_is_a_spec_or_refused(item):
+    """In one line, before any file is read; a location that comes back is read as itself."""
+    try:
+        (spec,) = parse([item])
+    except InputError as error:
+        assert str(error) and "\n" not in str(error)
+    else:
+        assert 0 < spec.weight <= 1000 and item.startswith(spec.location)
+        assert item == spec.location or item[len(spec.location)] == ","
+        assert parse([spec.location]) == [Spec(spec.location)]
 
 
 def test_a_corpus_has_sources():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from prelm_jax.corpus.store import Store
 from prelm_jax.data import ngrams
-from prelm_jax.data.ngrams import trigram_loss
+from prelm_jax.data.ngrams import trigram_nll
 
 V = 6
 DOCUMENTS = st.lists(st.lists(st.integers(0, V - 1), min_size=1, max_size=12), min_size=1, max_size=12)
@@ -53,6 +53,10 @@ def reference(documents, queries):
                 weight = (sum(posteriors) + 0.5) / (len(pairs) + 1)
             weights[n][level] = weight
     return -sum(math.log(probability(ngram, 0, weights)) for ngram in queries) / len(queries)
+
+
+def trigram_loss(*arguments):
+    return trigram_nll(*arguments).mean()
 
 
 def as_array(queries):

@@ -293,6 +293,7 @@ def test_length_only_accuracy_detects_lengths_that_give_the_label_away():
         "segments": (column < first + second + 3).astype(np.int32),
         "token_types": ((column >= first + 2) & (column < first + second + 3)).astype(np.int32),
         "next_sentence_labels": labels,
+        "next_sentence_weights": np.ones_like(labels),
     }
     # 6 of the 20 lengths of a label tell it; for the others one can only guess.
     assert abs(length_only_accuracy(*halves(batch)) - (6 + 14 / 2) / 20) < 0.04

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from prelm_jax.bounds import check
 from prelm_jax.corpus.store import Store
-from prelm_jax.data.ngrams import trigram_loss
+from prelm_jax.data.ngrams import trigram_nll
 from prelm_jax.data.windows import WindowsConfig
 from prelm_jax.errors import InputError
 
@@ -187,7 +187,7 @@ def test_baselines(across):
     most_frequent = max(counts, key=lambda id: (counts[id], -id))
     assert result["lm_accuracy"] == {"most frequent token": targets.count(most_frequent) / len(targets)}
     store = Store.from_documents([document] for document in documents)
-    assert result["lm_loss"]["trigram"] == trigram_loss(store, vocab_size, np.array(trigrams).T)
+    assert result["lm_loss"]["trigram"] == trigram_nll(store, vocab_size, np.array(trigrams).T).mean()
 
 
 def test_derived_metrics():

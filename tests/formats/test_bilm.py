@@ -1,6 +1,7 @@
 """ELMo directories in bilm-tf's format."""
 
 import json
+import re
 import shutil
 
 import h5py
@@ -97,13 +98,19 @@ def configure(directory, group, **changed):
     [
         ("char_cnn", {"max_characters_per_token": 30}, "max_characters_per_token is 30; only 50 is supported"),
         ("char_cnn", {"n_characters": 6000}, "n_characters is 6000; only 262"),
-        ("char_cnn", {"activation": "gelu"}, "char_cnn.activation is 'gelu'; relu and tanh are supported"),
+        ("char_cnn", {"activation": "gelu"}, 'char_cnn.activation is "gelu": must be relu or tanh'),
         ("char_cnn", {"filters": 7}, "char_cnn.filters is 7"),
         ("char_cnn", {"embedding": None}, "char_cnn.embedding.dim is missing"),
         ("lstm", {"cell_clip": None}, "lstm.cell_clip is missing"),
-        ("lstm", {"dim": "many"}, "lstm.dim is 'many'"),
+        ("lstm", {"dim": "many"}, 'lstm.dim is "many"'),
         ("lstm", {"use_skip_connections": None}, "lstm.use_skip_connections is missing"),
-        ("lstm", {"n_layers": 3}, r"no dataset RNN_\d/RNN/MultiRNNCell/Cell2/LSTMCell/\w+ \["),
+        ("lstm", {"n_layers": 1}, "2 groups Cell…, but the options ask for 1"),
+        ("lstm", {"n_layers": 10**9}, "lstm.n_layers is 1000000000: must be at most"),
+        ("lstm", {"cell_clip": -3.0}, r"lstm.cell_clip is -3\.0: must be above 0"),
+        ("char_cnn", {"filters": [[1, 8], [2]]}, r"char_cnn.filters.1 is \[2\]: must be a list of 2"),
+        ("char_cnn", {"filters": []}, r"char_cnn.filters is \[\]"),
+        ("char_cnn", {"n_highway": 0}, "groups CNN_high_…, but the options ask for 0"),
+        ("lstm", {"n_layers": 3}, "2 groups Cell…, but the options ask for 3"),
         ("lstm", {"dim": 24}, r"dataset RNN_\d\S+ is \[64\] of float32, but the options ask for \[96\] of float32"),
     ],
 )
@@ -126,6 +133,7 @@ def test_a_model_without_characters_is_refused(spoiled):
         ("CNN/W_cnn_1", None, r"weights.hdf5: no dataset CNN/W_cnn_1 \[1, 2, 4, 8\]"),
         ("char_embed", np.zeros((262, 4), np.float32), r"char_embed is \[262, 4\] of float32, .* \[261, 4\]"),
         ("CNN_proj/b_proj", np.zeros(8, np.int32), r"CNN_proj/b_proj is \[8\] of int32"),
+        ("CNN_proj/b_proj", np.full(8, np.nan, np.float32), "CNN_proj/b_proj has 8 values that are NaN"),
         ("CNN_proj/b_proj", "text", r"CNN_proj/b_proj is \[\] of object"),
     ],
 )
@@ -150,8 +158,17 @@ def test_invalid_files_are_refused(spoiled):
         weights.write_bytes(content)
         with pytest.raises(InputError, match=r"elmo_tiny_weights.hdf5: cannot be read as HDF5"):
             read(spoiled)
+    groups = [match.start() for match in re.finditer(b"SNOD", whole)]
+    assert len(groups) > 10
+    for at in groups:
+        weights.write_bytes(whole[:at] + b"snod" + whole[at + 4 :])
+        with pytest.raises(InputError, match=r"elmo_tiny_weights.hdf5: "):
+            read(spoiled)
     weights.unlink()
-    with pytest.raises(InputError, match=r"exactly one file \*weights.hdf5, but here is none"):
+    with pytest.raises(InputError, match=r"exactly one file \*weights.hdf5, but here is none$"):
+        read(spoiled)
+    (spoiled / "model.ckpt-935588.index").touch()
+    with pytest.raises(InputError, match=r"here is none; .*dump_weights.py"):
         read(spoiled)
     shutil.copy(spoiled / "elmo_tiny_options.json", spoiled / "options.json")
     with pytest.raises(InputError, match=r"exactly one file \*options.json, but here is elmo_tiny_options.json, opt"):

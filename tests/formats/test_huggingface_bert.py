@@ -100,6 +100,45 @@ def test_sharded_files_are_read(bert_reference, model, save_bert, tmp_path):
     assert_params_equal(read(tmp_path).params, model.params)
 
 
+@pytest.mark.parametrize(
+    ("weight_map", "complaint"),
+    [
+        ([], r"weight_map is \[\]: must be an object"),
+        (None, "weight_map is null"),
+        ({"a": 1}, "weight_map.a is 1: must be UTF-8 text"),
+        ({"a": "../secret/s.safetensors"}, r"weight_map.a is \S+: must be the name of a .safetensors file"),
+        ({"a": "/secret/s.safetensors"}, "weight_map.a is"),
+        ({"a": r"..\s.safetensors"}, "weight_map.a is"),
+        ({"a": "s\0.safetensors"}, "weight_map.a is"),
+        ({"a": "pytorch_model.bin"}, "weight_map.a is"),
+        ({"a": "lost.safetensors"}, "lost.safetensors: cannot be read"),
+    ],
+)
+def test_an_index_holds_names_of_files(weight_map, complaint, copy):
+    """Files elsewhere are not read."""
+    (copy.parent / "secret").mkdir()
+    shutil.move(copy / "model.safetensors", copy.parent / "secret" / "s.safetensors")
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    with pytest.raises(InputError, match=f"model.safetensors.index.json: {complaint}|{copy}/{complaint}"):
+        read(copy)
+
+
+@pytest.mark.parametrize(
+    ("value", "complaint"),
+    [
+        (np.array([1, np.nan], np.float32), "has 1 values that are NaN or infinite"),
+        (np.array([-np.inf, np.inf], np.float16), "has 2 values"),
+        (np.array([1e300, 0], np.float64), "has 1 values"),
+        (np.zeros(2, np.int8), "is of int8; quantized"),
+    ],
+)
+def test_weights_are_finite(value, complaint, copy):
+    name = "cls.seq_relationship.bias"
+    change(copy, **{name: value})
+    with pytest.raises(InputError, match=f"tensor {name} {complaint}"):
+        read(copy)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_cast_to_fp32(dtype, bert_reference, save_bert, tmp_path):
     half = transformers.BertForPreTraining(bert_reference.config)
@@ -124,7 +163,19 @@ def test_a_vocabulary_larger_than_the_tokenizer_is_read(copy):
         ({"vocab_size": 7}, "config.json: vocab_size is 7, but the tokenizer has 45 tokens"),
         ({"vocab_size": 46}, r"cls.predictions.bias is \[45\], but config.json asks for \[46\]"),
         ({"intermediate_size": 64}, r"intermediate.dense.\w+ is .*48.*, but config.json asks for .*64"),
-        ({"num_hidden_layers": 3}, r"no tensor bert.encoder.layer.2.attention.\S+ \["),
+        ({"num_hidden_layers": 3}, "config.json: num_hidden_layers is 3, but 2 layers"),
+        ({"num_hidden_layers": 1}, "config.json: num_hidden_layers is 1, but 2 layers"),
+        ({"num_hidden_layers": -1}, "config.json: num_hidden_layers is -1: must be at least 1"),
+        ({"num_hidden_layers": 10**9}, "config.json: num_hidden_layers is 1000000000: must be at most"),
+        ({"num_hidden_layers": "2"}, 'config.json: num_hidden_layers is "2": must be an integer'),
+        ({"num_attention_heads": 5}, "config.json: num_attention_heads is 5: must divide the hidden size, 32"),
+        ({"num_attention_heads": 0}, "config.json: num_attention_heads is 0: must be at least 1"),
+        ({"hidden_size": 0}, "config.json: hidden_size is 0: must be at least 1"),
+        ({"hidden_size": True}, "config.json: hidden_size is true: must be an integer"),
+        ({"layer_norm_eps": "a"}, 'config.json: layer_norm_eps is "a": must be a finite number'),
+        ({"layer_norm_eps": float("nan")}, "config.json: layer_norm_eps is NaN"),
+        ({"hidden_dropout_prob": 1}, "config.json: hidden_dropout_prob is 1: must be below 1"),
+        ({"vocab_size": None}, "config.json: no vocab_size"),
     ],
 )
 def test_unsupported_settings_are_refused(settings, complaint, copy):

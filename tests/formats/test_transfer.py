@@ -10,7 +10,7 @@ from model_directories import ELMO_WORDS, GPT_TOKENS, assert_params_equal
 from prelm_jax.errors import InputError
 from prelm_jax.formats import bilm, huggingface_bert, huggingface_gpt
 from prelm_jax.formats.base import abstract_params
-from prelm_jax.formats.transfer import initial_params
+from prelm_jax.formats.transfer import initial_params, positions_note
 from prelm_jax.tokenizers.bpe import BPE
 from prelm_jax.tokenizers.wordpiece import WordPiece
 from prelm_jax.tokenizers.words import WordVocabulary
@@ -63,7 +63,7 @@ def test_a_longer_vocabulary_keeps_its_new_rows_fresh(bert):
         ({"hidden_size": 64}, "hidden_size is 32 in the model, but 64 in the run"),
         ({"num_layers": 3}, "num_layers is 2 in the model, but 3 in the run"),
         ({"num_heads": 2}, "num_heads is 4 in the model, but 2 in the run"),
-        ({"max_position_embeddings": 48}, "max_position_embeddings is 24 in the model, but 48 in the run"),
+        ({"type_vocab_size": 1}, "type_vocab_size is 2 in the model, but 1 in the run"),
     ],
 )
 def test_other_sizes_are_refused(changed, complaint, bert):
@@ -103,6 +103,28 @@ def test_a_longer_vocabulary_of_gpt_keeps_its_new_rows_fresh(gpt_directory):
     np.testing.assert_array_equal(table[:old], loaded.pop("token_embeddings")["embedding"][:old])
     np.testing.assert_array_equal(table[old:], 9.0)
     assert_params_equal(params, loaded)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt"])
+@pytest.mark.parametrize(
+    ("positions", "note"),
+    [(48, "has 24 positions; positions 24 to 47 start fresh"), (10, "24 positions, the first 10 are taken")],
+)
+def test_more_or_fewer_positions(family, positions, note, request):
+    """The first ones are copied; all else is as in the model."""
+    format = {"bert": huggingface_bert, "gpt": huggingface_gpt}[family]
+    model = format.read(request.getfixturevalue(f"{family}_directory"))
+    config = dataclasses.replace(model.config, max_position_embeddings=positions)
+    new = jax.tree.map(lambda leaf: jax.numpy.full(leaf.shape, 9.0), abstract_params(config))
+    params = initial_params(model, format.FORMAT, config, new, model.tokenizer)
+    loaded = dict(model.params)
+    table, old = params.pop("position_embeddings")["embedding"], loaded.pop("position_embeddings")["embedding"]
+    assert table.shape == (positions, 32)
+    np.testing.assert_array_equal(table[:24], old[:positions])
+    np.testing.assert_array_equal(table[24:], 9.0)
+    assert_params_equal(params, loaded, but=format.FORMAT.vocabulary_tables)  # Padded with fresh rows.
+    assert note in (positions_note(model.config, config) or "")
+    assert positions_note(model.config, model.config) is None
 
 
 # ELMo

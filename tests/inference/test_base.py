@@ -1,6 +1,8 @@
 """Embeddings as an HDF5 file."""
 
 import json
+import resource
+import signal
 
 import h5py
 import numpy as np
@@ -29,6 +31,21 @@ def test_embeddings_are_written(model, tmp_path):
             np.testing.assert_array_equal(file[str(i)], hidden)
             assert json.loads(file[str(i)].attrs["tokens"]) == tokens
         assert file["1"].shape == (3, 0, 32)
+
+
+def test_a_full_disk_is_named(model, tmp_path):
+    """Where HDF5's own files crash."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            write_embeddings(model, ["the cat"] * 20, tmp_path / "output.hdf5")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert error.value.filename == str(tmp_path / "output.hdf5")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_failed_embeddings_leave_the_old_file(model, tmp_path):

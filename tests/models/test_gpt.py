@@ -19,7 +19,7 @@ from prelm_jax.errors import InputError
 from prelm_jax.formats.base import abstract_params
 from prelm_jax.formats.huggingface_gpt import LAYOUT
 from prelm_jax.models import layers
-from prelm_jax.models.cross_entropy import tied_cross_entropy
+from prelm_jax.models.cross_entropy import accurate_sum, tied_cross_entropy
 from prelm_jax.models.gpt import GPTConfig
 from prelm_jax.models.layers import normal
 from prelm_jax.training.parameters import path_name
@@ -312,6 +312,12 @@ def chunked(request, monkeypatch):
     """`tied_cross_entropy` of 40 tokens in chunks of 1, of 7 (with a remainder), of all, and of more."""
     monkeypatch.setattr("prelm_jax.models.cross_entropy.CHUNK_TOKENS_ON_CPU", request.param)
     return lambda x, table, targets, weights: tied_cross_entropy(x, table, targets, weights, 100)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (100, 1000)])
+def test_an_accurate_sum_is_rounded_once(shape):
+    x = np.random.default_rng(0).lognormal(sigma=2, size=shape).astype(np.float32)
+    assert jax.jit(accurate_sum)(x) == np.float32(math.fsum(x.ravel().tolist()))
 
 
 def test_the_loss_in_chunks_equals_the_plain_one(chunked):

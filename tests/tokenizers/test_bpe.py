@@ -304,7 +304,7 @@ def test_missing_merges_are_refused(tmp_path, names):
         (lambda data: data["pre_tokenizer"].update(type="ByteLevel"), "pre_tokenizer has type 'ByteLevel'"),
         (lambda data: data["model"]["vocab"].update(z=99), f": the ids of the vocabulary are not 0 to {len(TOKENS)}"),
         (lambda data: data["model"]["merges"].append(["k", "w"]), ": the merge 'k w' needs 'kw'"),
-        (lambda data: data["model"]["merges"].append(["k"]), ": the merge ['k'] has 1 "),
+        (lambda data: data["model"]["merges"].append(["k"]), ": the merge ['k'] is not"),
         (lambda data: data["added_tokens"].append({"content": "<new>", "id": 99}), "<new>"),
     ],
 )

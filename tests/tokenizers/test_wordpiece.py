@@ -242,7 +242,7 @@ def error_of(call, *arguments) -> str:
         (b"[PAD]\n \t\r\n[UNK]\n", ":2 is blank"),
         (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n\n", ":6 is blank"),
         (b"\n", ":1 is blank"),
-        (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\na\n", ": the vocabulary holds 'a' more than once"),
+        (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\na\n", ":6 holds 'a', as line 8 does"),
         (b"[PAD]\n[UNK]\n[CLS]\na\n", ": the vocabulary lacks [SEP] [MASK]"),
         (b"[PAD]\nab\xff\n", " is not UTF-8 at byte 8"),
     ],
@@ -264,7 +264,7 @@ def test_a_wrong_path_is_refused(tmp_path):
     [
         (lambda data: data["model"].update(type="BPE"), "model has type 'BPE'"),
         (lambda data: data["model"].update(max_input_chars_per_word=99), "model has max_input_chars_per_word 99"),
-        (lambda data: data["normalizer"].update(handle_chinese_chars=False), "handle_chinese_chars False"),
+        (lambda data: data["normalizer"].update(handle_chinese_chars="no"), "handle_chinese_chars 'no'"),
         (lambda data: data.update(pre_tokenizer=None), "pre_tokenizer has type None"),
         (lambda data: data["model"]["vocab"].update(z=99), f"the ids of the vocabulary are not 0 to {len(TOKENS)}"),
         (lambda data: data["added_tokens"].append({"content": "<new>", "id": 99}), "<new>"),
@@ -285,8 +285,8 @@ def test_another_kind_of_tokenizer_json_is_refused(tmp_path, change, message):
 def test_settings_that_are_not_supported_or_not_json_are_refused(tmp_path):
     write_vocab(tmp_path)
     path = tmp_path / "tokenizer_config.json"
-    path.write_text('{"tokenize_chinese_chars": false}')
-    assert error_of(load, tmp_path).startswith(f"{path}: tokenize_chinese_chars=false")
+    path.write_text('{"tokenize_chinese_chars": "no"}')
+    assert error_of(load, tmp_path).startswith(f"{path}: tokenize_chinese_chars is 'no'")
     for content in ("[]", "{"):
         path.write_text(content)
         assert str(path) in error_of(load, tmp_path)

@@ -229,14 +229,115 @@ def test_another_tree_is_refused_and_not_called_damaged(directory):
     assert (directory / "3").is_dir()
 
 
-def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(directory, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), ValueError("PERMISSION_DENIED: Error opening local file")]
+)
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(directory, monkeypatch, error):
     def refuse(*arguments):
-        raise PermissionError(13, "Permission denied")
+        raise error
 
-    monkeypatch.setattr(checkpoint.ocp.training.Checkpointer, "load_checkpointables", refuse)
-    with pytest.raises(InputError, match=f"cannot read the checkpoint {directory / '3'}: .*Permission denied"):
+    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", refuse)
+    with pytest.raises(InputError, match=f"cannot read the checkpoint {directory / '3'}: permission denied"):
         restore(directory)
     assert (directory / "3").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("step", "content"),
+    [
+        ("2", b"[]"),
+        ("3", b"[]"),
+        ("3", b""),
+        ("3", b"\xff"),
+        ("3", b'{"custom_metadata": null}'),
+        ("3", b'{"custom_metadata": {"format": [3]}}'),
+        ("3", b'{"custom_metadata": {"format": 3, "checksums": 5, "record": {}}}'),
+        ("3", b'{"custom_metadata": {"format": 3, "checksums": {}, "record": {"tokens": 1}}}'),
+    ],
+)
+def test_metadata_of_any_form_are_damage_of_that_checkpoint_alone(directory, capsys, step, content):
+    """For a reader, which skips it, and for a trainer, which lists all checkpoints when it saves."""
+    (directory / step / "_CHECKPOINT_METADATA").write_bytes(content)
+    assert restore_params(directory, abstract(items(0)["params"]))[0] == 5 - int(step)
+    with contextlib.closing(Checkpoints(directory, keep=2)) as checkpoints:
+        assert checkpoints.restore(abstract(items(0)))[0] == 5 - int(step)
+        checkpoints.save(4, items(4))
+        checkpoints.wait()
+    assert restore(directory)[0] == 4
+    assert (directory.parent / "checkpoints.damaged" / step).is_dir()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(f"{directory / step} is damaged (its file _CHECKPOINT_METADATA" in line for line in lines)
+
+
+def test_other_files_in_the_directory_are_left_alone(directory):
+    for name in ("notes", "4.bak", "007", "-1", "٣", "5.orbax-checkpoint-tmp-1"):
+        (directory / name).mkdir()
+    (directory / "9").touch()
+    assert restore_params(directory, abstract(items(0)["params"]))[0] == 3
+    with contextlib.closing(Checkpoints(directory, keep=2)) as checkpoints:
+        assert checkpoints.restore(abstract(items(0)))[0] == 3
+        checkpoints.save(4, items(4))
+    assert restore(directory)[0] == 4
+    assert {"notes", "4.bak", "007", "-1", "٣", "9"} <= {path.name for path in directory.iterdir()}
+
+
+def test_a_reader_lists_again_when_the_trainer_deletes_what_it_reads(directory, monkeypatch, capsys):
+    """The files of a checkpoint are deleted one by one, after a newer one was saved."""
+    load, saved = checkpoint.ocp.load_checkpointables, []
+
+    def delete_and_load(*arguments):
+        if not saved:
+            saved.append(True)
+            with contextlib.closing(Checkpoints(directory, keep=1)) as checkpoints:
+                checkpoints.save(4, items(4))
+        return load(*arguments)
+
+    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", delete_and_load)
+    step, params = restore_params(directory, abstract(items(0)["params"]))
+    assert step == 4
+    jax.tree.map(np.testing.assert_array_equal, params, items(4)["params"])
+    saved.clear()
+    with pytest.raises(InputError, match=f"{directory}: no checkpoint of step 4; choose a --step: 5"):
+        monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", delete_and_load_of(directory, 5, load))
+        restore_params(directory, abstract(items(0)["params"]), step=4)
+    assert "damaged" not in capsys.readouterr().err
+
+
+def delete_and_load_of(directory, step, load):
+    def delete_and_load(*arguments):
+        with contextlib.closing(Checkpoints(directory, keep=1)) as checkpoints:
+            checkpoints.save(step, items(step))
+        return load(*arguments)
+
+    return delete_and_load
+
+
+def test_a_kill_while_a_checkpoint_is_deleted_leaves_no_half_of_it(directory, monkeypatch, capsys):
+    def kill(path, *arguments, **options):
+        (path / "_CHECKPOINT_METADATA").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, contextlib.closing(Checkpoints(directory, keep=1)) as checkpoints:
+        patch.setattr(type(checkpoints.directory), "rmtree", kill)
+        checkpoints.save(4, items(4))
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.wait()
+    assert len(list(directory.glob("*deleted"))) == 1
+    assert restore(directory)[0] == 4
+    assert save(directory, 1, (5, None, True)) == [5]  # Nothing else is left.
+    assert capsys.readouterr().err == ""
+
+
+def test_a_reader_waits_for_the_end_of_a_deletion(directory, monkeypatch, capsys):
+    """Half of the files are gone, and the directory follows a moment later."""
+    (directory / "3" / "_CHECKPOINT_METADATA").unlink()
+
+    def sleep(seconds):
+        (directory / "3").rename(directory / "3.orbax-checkpoint-tmp")
+
+    monkeypatch.setattr(checkpoint.time, "sleep", sleep)
+    assert restore_params(directory, abstract(items(0)["params"]))[0] == 2
+    assert capsys.readouterr().err == ""
 
 
 def test_a_reader_creates_nothing(tmp_path):

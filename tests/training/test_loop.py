@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prelm_jax.errors import InputError, Preempted
+from prelm_jax.errors import Preempted
 from prelm_jax.models.heads import ScalarMix
 from prelm_jax.training import loop
 from prelm_jax.training.checkpoint import Checkpoints
@@ -24,6 +24,7 @@ from prelm_jax.training.step import (
     Keys,
     TrainState,
     abstract_state,
+    evaluated_means,
     make_evaluate,
     make_predict,
     make_train_step,
@@ -131,8 +132,8 @@ def train(workdir, config, evaluate=lambda step: float(step), interrupt=None):
                 config,
                 model,
                 state,
+                make_train_step(model, config.optimizer, config.accumulate, LAYOUT, abstract),
                 batches(),
-                LAYOUT,
                 lambda state: {"loss": evaluate(int(jax.device_get(state.step)))},
                 checkpoints,
                 writer,
@@ -239,10 +240,26 @@ def test_saving_and_evaluating_may_copy_arrays(tmp_path, monkeypatch):
     assert copied == ["evaluation", "save"]
 
 
-def test_settings_below_one_are_refused():
-    for name in ("steps", "save_every", "keep", "evaluate_every", "evaluate_batches", "log_every"):
-        with pytest.raises(InputError, match=f"--{name.replace('_', '-')} 0: "):
-            LoopConfig(**{"steps": 1, name: 0})
+def test_the_speed_is_that_of_the_steps_alone(tmp_path, monkeypatch):
+    """Steps of 2 s; compilation, an evaluation and a save take 1000 s each, and a save comes every other step."""
+    now = 0.0
+
+    def wait(seconds):
+        nonlocal now
+        now += seconds
+
+    def evaluate(step):
+        wait(1000)
+        return float(step)
+
+    save = Checkpoints.save
+    monkeypatch.setattr("prelm_jax.training.metrics.time.perf_counter", lambda: now)
+    monkeypatch.setattr("prelm_jax.training.loop.peak_flops", lambda *_: 1.0)
+    monkeypatch.setattr(Checkpoints, "save", lambda *arguments: (wait(1000), save(*arguments)))
+    settings = LoopConfig(steps=12, mesh=MeshConfig(devices=1), save_every=2, evaluate_every=4, log_every=4)
+    train(tmp_path, Config(settings), evaluate, interrupt=lambda step: wait(2 if step else 1000))
+    written = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [line["perf/seconds_per_step"] for line in written if "train/loss" in line] == [2, 2, 2]
 
 
 # Training a head
@@ -276,10 +293,30 @@ def test_an_evaluation_does_not_depend_on_the_seed_but_on_the_batch():
     model = Toy()
     evaluate = make_evaluate(model)
     params, carry = model.init_params(jax.random.key(0)), model.init_carry(ROWS)
-    values = [evaluate(params, carry, [make_batch(0)] * n) for n in (1, 1, 2)]
+    values = [evaluated_means(model, evaluate(params, carry, [make_batch(0)] * n)) for n in (1, 1, 2)]
     assert values[0] == values[1]
     assert values[0]["noise"] != values[2]["noise"]
     assert {value["train"] for value in values} == {0}
+
+
+class Ticks(Toy):
+    """The sum of batch n after a fresh carry is 2^24 + 2n; the sum of two such sums may have no float32."""
+
+    def loss(self, params, carry, batch, key, train):
+        ticks = carry["rows"][0, 0]
+        one, nothing = jnp.ones(()), jnp.zeros(())
+        return {"error": (2.0**24 + 2 * ticks, one)}, {"never": (nothing, nothing)}, {"rows": carry["rows"] + 1}
+
+
+@pytest.mark.parametrize(("num_steps", "ticks"), [(None, 0 + 1 + 2 + 3 + 4), (2, 0 + 1 + 0 + 1 + 0), (1, 0)])
+def test_sums_of_an_evaluation_are_exact_and_rows_begin_with_a_fresh_carry(num_steps, ticks):
+    model = Ticks()
+    carry = model.init_carry(ROWS)
+    batches = (make_batch(0) for _ in range(5))
+    totals = make_evaluate(model)(model.init_params(jax.random.key(0)), carry, batches, num_steps)
+    assert totals["error"] == (5 * 2.0**24 + 2 * ticks, 5)
+    error = totals["error"][0] / 5
+    assert evaluated_means(model, totals) == {"loss": error, "error": error}  # What has no weight is left out.
 
 
 def test_a_step_gets_the_dropout_key_of_its_number():

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from prelm_jax.errors import InputError
-from prelm_jax.training.metrics import MetricsWriter, Report, peak_flops
+from prelm_jax.training.metrics import MetricsWriter, Report, peak_flops, read_metrics
 
 
 def write(workdir, resume_at, steps, tensorboard=False):
@@ -40,13 +42,61 @@ def test_infinity_is_still_json(tmp_path):
     assert lines(tmp_path) == [{"step": 1, "train/grad_norm": "inf"}]
 
 
+NAMES = st.sampled_from(["train/loss", "perf/mfu", "evaluation/loss", "baseline/loss/unigram"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(NAMES | st.text(), x, max_size=3),
+)
+LIKE_METRICS = st.fixed_dictionaries({"step": JSON | st.integers(0, 9)}, optional=dict.fromkeys(["train/x", "y"], JSON))
+DEEP, HUGE = b"[" * 100_000, b'{"step": 1, "train/loss": 1' + b"0" * 400 + b"}"
+LINES = st.one_of(
+    st.binary(max_size=40).filter(lambda line: b"\n" not in line),
+    (JSON | LIKE_METRICS).map(lambda x: json.dumps(x).encode()),
+    st.sampled_from([DEEP, HUGE, b'{"step": 1, "train/loss": 1e999}', b'{"step": 1, "\\ud800": 1}']),
+)
+
+
+@settings(max_examples=200)
+@given(st.lists(LINES, max_size=6), st.integers(0, 9))
+def test_lines_that_no_writer_wrote_are_left_out(tmp_path_factory, content, resume_at):
+    """What is read are steps and numbers, each kind of metrics once a step; to resume writes no other line again."""
+    path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
+    path.write_bytes(b"\n".join([b'{"step": 4, "train/loss": "inf"}', *content, b'{"step": 5, "train/lo']))
+    found = read_metrics(path)
+    for line in found:
+        assert type(line["step"]) is int and line["step"] >= 0
+        assert all(isinstance(x, int | float) and not isinstance(x, bool) for x in line.values())
+        assert [f"{name} {x:.4f}".encode() for name, x in line.items()]
+    kinds = [(line["step"], *(name.partition("/")[0] for name in line if name != "step")) for line in found]
+    assert len({kind[:2] for kind in kinds}) == len(found)
+    assert (4, "train") in {kind[:2] for kind in kinds}
+    MetricsWriter(path, resume_at).close()
+    kept = repr([line for line in found if line["step"] <= resume_at])
+    assert kept == repr(read_metrics(path)) == repr(lines_read_back(path))
+
+
+def lines_read_back(path):
+    """By JSON alone: each line is an object, infinite values are strings."""
+    parsed = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    return [{name: float(x) if isinstance(x, str) else x for name, x in line.items()} for line in parsed]
+
+
+def test_the_last_of_two_lines_of_a_step_and_kind_is_read(tmp_path):
+    lines = [{"step": 2, "train/loss": 1.0}, {"step": 2, "evaluation/loss": 3.0}, {"step": 2, "train/loss": 2.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_metrics(tmp_path / "metrics.jsonl") == lines[1:]
+
+
 def test_tensorboard(tmp_path):
     write(tmp_path, 0, [1], tensorboard=True)
     assert any(b"train/loss" in path.read_bytes() for path in tmp_path.glob("events.out.tfevents.*"))
 
 
 def test_the_speed_leaves_out_compilation_evaluations_and_saves(tmp_path, monkeypatch):
-    """Steps of 2 s and 100 tokens, 60 positions of 160 being padding; whatever happens between them takes 1000 s."""
+    """Steps of 2 s and 100 tokens, 60 positions of 160 being padding; whatever happens between them takes 1000 s.
+
+    Also if the clock restarts right before the step whose line is written.
+    """
     now = 0.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     model = types.SimpleNamespace(flops=lambda batch: 500.0)
@@ -55,10 +105,11 @@ def test_the_speed_leaves_out_compilation_evaluations_and_saves(tmp_path, monkey
     with contextlib.closing(MetricsWriter(tmp_path / "metrics.jsonl", 0)) as writer:
         report = Report(model, writer, peak=1000.0, start=0, steps=12, log_every=4)
         for step in range(1, 13):
-            now += 1000 if step in (1, 7) else 2
+            now += 1000 if step == 1 else 2
             report.wait((step, metrics, {}, 100 * step))
-            if step == 6:
+            if step in (1, 6, 11):
                 report.evaluation(step, {"loss": 2.0})
+                now += 1000
                 report.restart_clock()
         report.close()
     logged = [line for line in lines(tmp_path) if "train/loss" in line]

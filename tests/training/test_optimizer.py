@@ -1,12 +1,14 @@
 """Optimizers equal ten lines of NumPy, schedules their values at named steps; what decays."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import optax
 import pytest
 
+from prelm_jax.training.muon import Muon
 from prelm_jax.training.optimizer import Adagrad, AdamW, decays
 from prelm_jax.training.parameters import path_name
 
@@ -90,6 +92,22 @@ def test_trapezoid_and_no_decay_at_named_steps():
     for step, rate in {0: 0.0, 5: 5e-4, 10: 1e-3, 79: 1e-3, 80: 1e-3, 90: 5e-4, 99: 5e-5, 100: 0, 120: 0}.items():
         np.testing.assert_allclose(trapezoid.schedule(step), rate, rtol=1e-5, atol=1e-10)
         np.testing.assert_allclose(constant.schedule(step), rate if step < 10 else 1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine", "trapezoid"])
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_schedule_that_ends_at_another_step(muon, decay):
+    """That of an optimizer planned for so many steps; all else stays."""
+    options = {"learning_rate": 0.1, "warmup_steps": 2, "b1": 0.8, "decay": decay}
+    kind = functools.partial(Muon, matrix_learning_rate=0.2) if muon else AdamW
+    config = kind(**options, decay_steps=40).ending_at(60)
+    assert config == kind(**options, decay_steps=60)
+    assert config.schedule(59) > 0 == config.schedule(60)
+
+
+def test_a_constant_rate_has_no_end():
+    config = Adagrad(learning_rate=0.2, unroll_steps=8)
+    assert config.ending_at(60) == config
 
 
 def test_what_decays(tiny_bert):

@@ -22,7 +22,8 @@ def call(address: str, *processes: tuple[int, int], seconds: float = 20) -> list
 
     def run(i: int, index: int, count: int) -> None:
         try:
-            roll_call(address, count, index, seconds)
+            for connection in roll_call(address, count, index, seconds).values():
+                connection.close()
         except InputError as error:
             told[i] = str(error)
 

@@ -12,7 +12,15 @@ from prelm_jax.training.muon import Muon
 from prelm_jax.training.optimizer import AdamW, decays
 from prelm_jax.training.parameters import path_name
 from prelm_jax.training.sharding import MeshConfig, partition, shard_batch
-from prelm_jax.training.step import Keys, abstract_state, make_evaluate, make_train_step, means, new_state
+from prelm_jax.training.step import (
+    Keys,
+    abstract_state,
+    evaluated_means,
+    make_evaluate,
+    make_train_step,
+    means,
+    new_state,
+)
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 MUON = Muon(learning_rate=3e-3, matrix_learning_rate=0.02, warmup_steps=4, decay_steps=300, weight_decay=0.01)
@@ -143,7 +151,7 @@ def test_an_evaluation_is_one_division_without_dropout(tiny_bert, random_bert_ba
         picked = np.take_along_axis(logits, batch["masked_targets"][..., None], -1)[..., 0]
         total += ((log_normalizer - picked) * batch["masked_weights"]).sum()
         weight += batch["masked_weights"].sum()
-    values = make_evaluate(model)(params, {}, batches)
+    values = evaluated_means(model, make_evaluate(model)(params, {}, batches))
     np.testing.assert_allclose(values["masked_lm_loss"], total / weight, rtol=1e-5)
 
 

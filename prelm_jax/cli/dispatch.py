@@ -1,0 +1,62 @@
+"""The commands by name, and which one the arguments name."""
+
+import inspect
+import sys
+from collections.abc import Iterable
+
+from prelm_jax import __version__
+from prelm_jax.bounds import check
+from prelm_jax.cli import models, options, tokenizers, training
+from prelm_jax.cli.experiments import experiments
+from prelm_jax.errors import InputError
+
+COMMANDS = {
+    "experiments": experiments,
+    "pretrain": training.pretrain,
+    "evaluate": training.evaluate,
+    "report": training.report,
+    "export": training.export,
+    "prepare": training.prepare,
+    "batch": training.batch,
+    "plan": training.plan,
+    "embed": models.embed,
+    "score": models.score,
+    "fill": models.fill,
+    "generate": models.generate,
+    "tokenize": tokenizers.tokenize,
+    "tokenizer train": tokenizers.train,
+    "tokenizer inspect": tokenizers.inspect_tokenizer,
+}
+
+
+def dispatch(arguments: list[str]) -> None:
+    """Calls the command that the first argument names, or the first two: `tokenizer train`."""
+    for argument in arguments:
+        check(argument, str, ("the argument",))
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _print_commands("prelm", COMMANDS)
+        return
+    if arguments[0] == "--version":
+        print(f"prelm_jax {__version__}")
+        return
+    groups = {name.partition(" ")[0] for name in COMMANDS if " " in name}
+    words = 2 if arguments[0] in groups else 1
+    name, rest = " ".join(arguments[:words]), arguments[words:]
+    if name in COMMANDS:
+        options.call(COMMANDS[name], rest, f"prelm {name}")
+    elif name in groups or (words == 2 and arguments[1] in ("-h", "--help")):
+        _print_commands(f"prelm {arguments[0]}", [each for each in COMMANDS if each.startswith(f"{arguments[0]} ")])
+        sys.exit(1 if name in groups else 0)
+    else:
+        program = f"prelm {arguments[0]}" if words == 2 else "prelm"
+        known = [each for each in COMMANDS if words == 1 or each.startswith(f"{arguments[0]} ")]
+        found = options.suggestion(name, known)
+        raise InputError(f"there is no command {name!r}.{found} {program} --help lists the commands.")
+
+
+def _print_commands(program: str, names: Iterable[str]) -> None:
+    print(f"usage: {program} COMMAND … ({program} COMMAND --help explains a command and its options)\n")
+    for name in names:
+        print(f"  {name:18} {(inspect.getdoc(COMMANDS[name]) or '').partition(chr(10))[0]}")
+    if program == "prelm":
+        print("\n  --version          Print the version.")
