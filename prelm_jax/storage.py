@@ -138,8 +138,11 @@ def read_json(path: str | os.PathLike) -> dict: ...
 def read_json(path: str | os.PathLike, kind: type[list]) -> list: ...
 def read_json(path: str | os.PathLike, kind: type[dict] | type[list] = dict) -> dict | list:
     """The JSON object in a file, or the array with `kind=list`. Raises InputError if the file holds neither."""
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(text)
+        if "\\u" in text:  # An escape may be half of a surrogate pair, which no other file can hold.
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, kind):

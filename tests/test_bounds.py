@@ -203,6 +203,7 @@ def test_options_of_an_experiment(capsys, experiment, option, value, rule):
         "fill MODEL x --top-k 0",
         "fill MODEL x --top-k -1",
         "embed MODEL lines.txt out --batch-size 0",
+        "embed MODEL lines.txt out --batch-size 2147483647",
         "batch bert:demo --rows 0",
         "batch bert:demo --step -1",
         "tokenizer train words out --corpus x --vocab-size 3",

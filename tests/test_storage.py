@@ -70,6 +70,8 @@ def test_unreadable_input_is_named(tmp_path):
         (b"{", dict, "is not JSON: Expecting property name"),
         (b"[" * 100_000, dict, "is not JSON: "),
         (b"[1]", dict, "is not a JSON object"),
+        (rb'{"a": ["\ud800"]}', dict, "is not JSON: 'utf-8' codec can't encode"),
+        (rb'{"\udc00": 1}', dict, "is not JSON: 'utf-8' codec can't encode"),
         (b"{}", list, "is not a JSON array"),
         (b'{"a": "\xff"}', dict, "is not UTF-8 at byte 7: "),
     ],

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from prelm_jax.bounds import Bounds, Fraction, NotNegative, NotNegativeFloat, Positive, Seed
+from prelm_jax.bounds import Bounds, Fraction, NotNegative, NotNegativeFloat, Positive, Seed, Size
 from prelm_jax.cache import cache_compiled_programs
 from prelm_jax.cli.options import ModelPath, Positional, Step, TextFile
 from prelm_jax.errors import InputError
@@ -18,7 +18,7 @@ def embed(
     truncate: bool = False,
     tokenize: bool = False,
     state: Literal["zero", "warm", "carry"] | None = None,
-    batch_size: Positive | None = None,
+    batch_size: Size | None = None,
     cased: bool = False,
     step: Step = "newest",
 ) -> None:

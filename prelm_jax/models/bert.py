@@ -208,7 +208,8 @@ class Bert(LanguageModel):
         """Raises InputError where a batch asks for rows that the tables lack."""
         c = self.config
         positions = (c.max_position_embeddings, "max_position_embeddings")
-        check_rows(batch, tokens=(c.known_vocab_size, "vocab_size"), positions=positions)
+        types = (c.type_vocab_size, "type_vocab_size")
+        check_rows(batch, tokens=(c.known_vocab_size, "vocab_size"), positions=positions, token_types=types)
 
     def flops(self, batch: Batch) -> float:
         """Matmul FLOPs of one training step on a batch of these shapes: forward, and twice that for backward.

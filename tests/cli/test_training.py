@@ -292,6 +292,7 @@ def test_numbers_that_do_not_fit_each_other(folder, fails, tmp_path):
     assert "--batch-size 6" in message and "4 devices" in message and "multiple of 4" in message
     message = pretrain("--accumulate", 3)
     assert "--batch-size 8" in message and "3 micro-batches (--accumulate)" in message
+    assert "token_types go up to 1, but the model's type_vocab_size is 1" in pretrain("--model.type-vocab-size", 1)
     assert "--model.num-heads 3: must divide the hidden size, 16" in pretrain("--model.num-heads", 3)
     assert not (tmp_path / "run").exists(), "nothing is left behind"
 
