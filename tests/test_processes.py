@@ -219,11 +219,14 @@ main(sys.argv[1:])
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_for_longer_than_its_lease_saves_no_more(launch, tmp_path):
-    """SIGSTOP, another run takes over, SIGCONT."""
-    options = ("--save-every", 1, "--keep", 1)
+    """SIGSTOP between two saves, another run takes over, SIGCONT."""
+    options = ("--save-every", 10, "--keep", 1)
     sleeper = launch(tmp_path / "run", *options, "--steps", 100_000, *SLOW_DECAY, code=ON_A_NETWORK_DISK)
     wait_for_step(sleeper)
     sleeper.send_signal(signal.SIGSTOP)
+    while list((tmp_path / "run" / "checkpoints").glob("*tmp*")):
+        sleeper.send_signal(signal.SIGCONT)
+        sleeper.send_signal(signal.SIGSTOP)
     successor = launch(tmp_path / "run", *options, "--steps", 100_000, *SLOW_DECAY, code=ON_A_NETWORK_DISK)
     wait_for_step(successor)
     sleeper.send_signal(signal.SIGCONT)
