@@ -206,23 +206,20 @@ def test_finished_run_is_summed_up_again(run, uninterrupted):
 # ---- Extending -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def planned(run) -> Run:
-    """The run with a schedule that ends with its twelve steps; ELMo's has no end."""
-    return dataclasses.replace(run, optimizer=until(run.optimizer, 12))
-
-
-def until(optimizer, step: int):
-    return dataclasses.replace(optimizer, decay_steps=step) if isinstance(optimizer, AdamW) else optimizer
+def until(run: Run, step: int) -> Run:
+    """The run with a schedule that ends at a step; ELMo's has no end."""
+    if not isinstance(run.optimizer, AdamW):
+        return run
+    return dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, decay_steps=step))
 
 
 @pytest.fixture(scope="module")
-def extended(planned, tmp_path_factory):
+def extended(run, uninterrupted, tmp_path_factory):
     """Trained to step 12, extended to 17, and from there to 21 at another peak of the rate; not to be changed."""
     workdir = tmp_path_factory.mktemp("runs") / "extended"
-    pretrain(planned, workdir)
-    pretrain(planned, workdir, extend_to=17)
-    pretrain(with_rate(planned), workdir, extend_to=21)
+    shutil.copytree(uninterrupted, workdir)
+    pretrain(run, workdir, extend_to=17)
+    pretrain(with_rate(run), workdir, extend_to=21)
     return workdir
 
 
@@ -236,11 +233,11 @@ def rates(workdir) -> dict[int, float]:
 
 
 @bert_else_slow
-def test_an_extension_has_the_schedule_of_a_longer_run(planned, extended):
+def test_an_extension_has_the_schedule_of_a_longer_run(run, extended):
     """The record says so, each step has the rate of its segment, and the last one is not at zero."""
     first, second, third = WorkDir(extended).read_record().segments
     assert [(each.from_step, each.to_step) for each in (first, second, third)] == [(0, None), (12, 17), (17, 21)]
-    optimizers = [planned.optimizer, until(planned.optimizer, 17), until(with_rate(planned).optimizer, 21)]
+    optimizers = [each.optimizer for each in (run, until(run, 17), until(with_rate(run), 21))]
     for segment, optimizer in zip((first, second, third), optimizers, strict=True):
         assert segment.optimizer == {"name": type(optimizer).__name__, **dataclasses.asdict(optimizer)}
     for step, rate in rates(extended).items():
@@ -251,79 +248,82 @@ def test_an_extension_has_the_schedule_of_a_longer_run(planned, extended):
 
 @bert_else_slow
 @pytest.mark.parametrize("at", [pytest.param(8, marks=pytest.mark.slow), 12, pytest.param(19, marks=pytest.mark.slow)])
-def test_the_old_command_resumes_an_extended_run_with_the_same_bits(planned, extended, tmp_path, at):
+def test_the_old_command_resumes_an_extended_run_with_the_same_bits(run, extended, tmp_path, at):
     """Killed in any segment, on a machine that knows run.json alone; the command does not say a word of extensions."""
     workdir = tmp_path / "run"
     workdir.mkdir()
     shutil.copy(extended / "run.json", workdir)
     with interruption(at, crash), pytest.raises(Crash):
-        pretrain(planned, workdir)
-    pretrain(planned, workdir)
+        pretrain(run, workdir)
+    pretrain(run, workdir)
     assert_same_bits(workdir, extended)
     assert WorkDir(workdir).read_record().segments == WorkDir(extended).read_record().segments
 
 
 @pytest.mark.slow
-def test_an_extension_keeps_the_moments(planned, tmp_path):
+def test_an_extension_keeps_the_moments(run, tmp_path):
     """To the step that the run was planned for, with the schedule that it had: no bit changes."""
-    pretrain(planned, tmp_path / "whole")
-    pretrain(tiny.with_loop(planned, steps=6), tmp_path / "parts")
-    pretrain(tiny.with_loop(planned, steps=6), tmp_path / "parts", extend_to=12)
+    run = until(run, 12)
+    pretrain(run, tmp_path / "whole")
+    pretrain(tiny.with_loop(run, steps=6), tmp_path / "parts")
+    pretrain(tiny.with_loop(run, steps=6), tmp_path / "parts", extend_to=12)
     assert_same_bits(tmp_path / "parts", tmp_path / "whole")
 
 
 @bert_else_slow
-def test_a_killed_extension_resumes_by_either_command(planned, extended, tmp_path, monkeypatch):
+def test_a_killed_extension_resumes_by_either_command(run, uninterrupted, extended, tmp_path, monkeypatch):
     """Killed while it claims, the directory is as before; killed later, it is extended once."""
     workdir = tmp_path / "run"
-    pretrain(planned, workdir)
-    if planned.model.model_type != "elmo":
-        with pytest.raises(
-            InputError, match=r"--steps 30: the learning rate is zero from step 12 on; .*--extend-to 30"
-        ):
-            pretrain(tiny.with_loop(planned, steps=30), workdir)
-        with pytest.raises(InputError, match=r"--steps 30: .*--optimizer\.decay-steps"):
-            pretrain(tiny.with_loop(planned, steps=30), tmp_path / "new")
-        assert not (tmp_path / "new").exists()
+    shutil.copytree(uninterrupted, workdir)
     before = (workdir / "run.json").read_text()
     with monkeypatch.context() as patch, pytest.raises(Crash):
         patch.setattr(Path, "replace", lambda *_: crash())
-        pretrain(planned, workdir, extend_to=17)
+        pretrain(run, workdir, extend_to=17)
     assert (workdir / "run.json").read_text() == before
     with interruption(13, crash), pytest.raises(Crash):
-        pretrain(planned, workdir, extend_to=17)
+        pretrain(run, workdir, extend_to=17)
     with interruption(15, crash), pytest.raises(Crash):
-        pretrain(planned, workdir)
-    pretrain(planned, workdir, extend_to=17)
+        pretrain(run, workdir)
+    pretrain(run, workdir, extend_to=17)
     assert [segment.from_step for segment in WorkDir(workdir).read_record().segments] == [0, 12]
-    assert pretrain(with_rate(planned), workdir, extend_to=21).step == 21
+    assert pretrain(with_rate(run), workdir, extend_to=21).step == 21
     assert_same_bits(workdir, extended)
 
 
 @bert_else_slow
-def test_only_an_extension_extends(planned, extended, tmp_path):
+def test_only_an_extension_extends(run, extended, tmp_path):
     workdir = tmp_path / "extended"
     shutil.copytree(extended, workdir)
     with pytest.raises(InputError, match="--extend-to 21: the run is at step 21 already"):
-        pretrain(planned, workdir, extend_to=21)
+        pretrain(run, workdir, extend_to=21)
     with pytest.raises(InputError, match=rf"--extend-to 20: {tmp_path}/run holds no run"):
-        pretrain(planned, tmp_path / "run", extend_to=20)
+        pretrain(run, tmp_path / "run", extend_to=20)
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match=r"optimizer.learning_rate \(.* there, 0.002 here\).*--extend-to"):
-        pretrain(with_rate(planned), workdir)
+        pretrain(with_rate(run), workdir)
     with pytest.raises(InputError, match=r"optimizer.name \(.* there, .* here\)"):
-        other = tiny.elmo() if planned.model.model_type != "elmo" else tiny.bert()
-        pretrain(dataclasses.replace(planned, optimizer=other.optimizer), workdir, extend_to=30)
-    pretrain(tiny.with_loop(planned, steps=40), workdir)
+        other = tiny.elmo() if run.model.model_type != "elmo" else tiny.bert()
+        pretrain(dataclasses.replace(run, optimizer=other.optimizer), workdir, extend_to=30)
+    pretrain(tiny.with_loop(run, steps=40), workdir)
     assert max(line["step"] for line in metrics(workdir)) == 21
     shutil.rmtree(workdir / "checkpoints")
     with pytest.raises(InputError, match="--extend-to 30: the run has no checkpoint"):
-        pretrain(planned, workdir, extend_to=30)
+        pretrain(run, workdir, extend_to=30)
+
+
+def test_steps_past_the_end_of_the_schedule(corpus, tmp_path):
+    """Refused with the step where it ends and the way to train for longer, before anything is written."""
+    run = tiny.with_loop(until(dataclasses.replace(tiny.bert(), corpus=(corpus,)), 12), steps=30)
+    with pytest.raises(InputError, match=r"--steps 30: .* zero from step 12 on; raise --optimizer\.decay-steps"):
+        pretrain(run, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match=r"--steps 30: .* zero from step 12 on; .*--extend-to 30"):
+        check_schedule(run, resuming=True)
 
 
 def test_a_cosine_that_rounds_to_zero_has_not_ended():
     """Its last eight steps of 100,000 are zero in float32."""
-    run = dataclasses.replace(tiny.gpt(), optimizer=tiny.gpt().optimizer.ending_at(100_000))
+    run = until(tiny.gpt(), 100_000)
     assert run.optimizer.schedule(99_999) == 0
     check_schedule(tiny.with_loop(run, steps=100_000), resuming=False)
 
@@ -482,14 +482,13 @@ def test_batch_that_cannot_be_divided(run, tmp_path):
 
 @bert_else_slow
 def test_nothing_held_out(run, tmp_path):
-    """Training on everything: no evaluation, no best checkpoint, no figures in the card; other text is evaluated."""
+    """Training on everything: no evaluation, no best checkpoint, no figures in the card."""
     workdir, run = tmp_path / "run", dataclasses.replace(run, held_out=0.0)
     summary = pretrain(run, workdir)
     assert summary.evaluation == {} and summary.baselines == {}
     assert {name.partition("/")[0] for line in metrics(workdir) for name in line} == {"step", "train"}
     with pytest.raises(InputError, match=rf"{workdir} holds nothing out.*--corpus"):
         module.evaluate(workdir)
-    assert module.evaluate(workdir, run.corpus).evaluation["loss"] > 0
     with pytest.raises(InputError, match=r"no evaluated checkpoint; choose a --step: 10, 12"):
         module.export(workdir, tmp_path / "best", "best")
     module.export(workdir, tmp_path / "exported")

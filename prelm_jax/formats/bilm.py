@@ -14,7 +14,6 @@ import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from prelm_jax.bounds import read as read_value
 from prelm_jax.errors import InputError
@@ -139,10 +138,10 @@ def _options(config: ELMoConfig) -> dict[str, object]:
 def _read_params(source: Path, config: ELMoConfig) -> Params:
     """The parameters in a file of weights, fp32; the softmax is zeros."""
 
-    def parameter(path: tuple[object, ...], abstract: jax.ShapeDtypeStruct) -> Array:
+    def parameter(path: tuple[object, ...], abstract: jax.ShapeDtypeStruct) -> np.ndarray:
         name, shape = dataset_name(path_name(path)), abstract.shape
         if name is None:
-            return jnp.zeros(shape)
+            return np.zeros(shape, np.float32)
         if name.startswith("CNN/W_"):
             shape = (1, *shape)
         dataset = file.get(name)
@@ -151,7 +150,7 @@ def _read_params(source: Path, config: ELMoConfig) -> Params:
         if dataset.shape != shape or dataset.dtype.kind != "f":
             found = f"{list(dataset.shape or ())} of {dataset.dtype}"
             raise InputError(f"{source}: dataset {name} is {found}, but the options ask for {list(shape)} of float32")
-        return jnp.asarray(checked(dataset[()], f"{source}: dataset {name}").reshape(abstract.shape))
+        return checked(dataset[()], f"{source}: dataset {name}").reshape(abstract.shape)
 
     try:
         with h5py.File(source) as file:
@@ -164,9 +163,10 @@ def _read_params(source: Path, config: ELMoConfig) -> Params:
                 count = sum(name.startswith(layer) for name in cells) if isinstance(cells, h5py.Group) else 0
                 if count != number:
                     raise InputError(f"{source}: {count} groups {layer}…, but the options ask for {number} layers")
-            return jax.tree_util.tree_map_with_path(parameter, abstract_params(config))
-    except (OSError, TypeError, ValueError) as error:  # h5py raises any of the three for a damaged file.
+            arrays = jax.tree_util.tree_map_with_path(parameter, abstract_params(config))
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:  # h5py raises any for a damaged file.
         raise InputError(f"{source}: cannot be read as HDF5 ({error})") from error
+    return jax.tree.map(jnp.asarray, arrays)
 
 
 FORMAT = Format(

@@ -42,6 +42,7 @@ TRAIN_WORDS = "tokenizer train words {out} --corpus {file}"
 FILL = 'fill {copy} "The [MASK] sees a hen."'
 SCORE = "score {copy} {folder}/lines.txt"
 EMBED = "embed {copy} {folder}/lines.txt {out}"
+EXPORT = "export {copy} {out}"
 TOKENIZE = "tokenize {copy} {folder}/lines.txt"
 
 
@@ -61,10 +62,10 @@ KINDS = {
     "cached fingerprint": Kind("cache", "contents/*", PREPARE),
     "checkpoint": Kind("run", "checkpoints/*/**/*", FILL),
     "run.json": Kind("run", "run.json", FILL, VALUES),
-    "metrics": Kind("run", "metrics.jsonl", "export {copy} {out}", CONTENT | {"delete"}),
+    "metrics": Kind("run", "metrics.jsonl", EXPORT, CONTENT | {"delete"}),
     "tokenizer of a run": Kind("run", "tokenizer/*", FILL),
-    "tokenizer of a run of GPT": Kind("gpt", "tokenizer/*", SCORE),
-    "tokenizer of a run of ELMo": Kind("elmo", "tokenizer/*", SCORE),
+    "tokenizer of a run of GPT": Kind("gpt", "tokenizer/*", EXPORT),
+    "tokenizer of a run of ELMo": Kind("elmo", "tokenizer/*", EXPORT),
     "safetensors": Kind("model", "model.safetensors", FILL, VALUES),
     "config.json": Kind("model", "config.json", FILL, VALUES),
     "tokenizer.json": Kind("model", "tokenizer.json", TOKENIZE, VALUES | {"delete"}),

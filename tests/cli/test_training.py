@@ -317,6 +317,17 @@ def test_work_directories_that_cannot_be_used(folder, fails, tmp_path, monkeypat
     assert f"cannot write {tmp_path}/run" in message
 
 
+def test_an_export_leaves_the_model_that_the_run_started_from(folder, fails, tmp_path):
+    for name in ("run", "model"):
+        shutil.copytree(folder / name, tmp_path / name)
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    record["identity"]["init_from"] = str(tmp_path / "model")
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    assert f"{tmp_path}/model" in fails("export", tmp_path / "run", tmp_path / "model")
+    assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+
+
 def test_one_of_several_processes_needs_its_number(folder, fails, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")

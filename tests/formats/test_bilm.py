@@ -1,6 +1,7 @@
 """ELMo directories in bilm-tf's format."""
 
 import json
+import re
 import shutil
 
 import h5py
@@ -156,6 +157,12 @@ def test_invalid_files_are_refused(spoiled):
     for content in (b"", b"no HDF5", whole[:3000]):
         weights.write_bytes(content)
         with pytest.raises(InputError, match=r"elmo_tiny_weights.hdf5: cannot be read as HDF5"):
+            read(spoiled)
+    groups = [match.start() for match in re.finditer(b"SNOD", whole)]
+    assert len(groups) > 10
+    for at in groups:
+        weights.write_bytes(whole[:at] + b"snod" + whole[at + 4 :])
+        with pytest.raises(InputError, match=r"elmo_tiny_weights.hdf5: "):
             read(spoiled)
     weights.unlink()
     with pytest.raises(InputError, match=r"exactly one file \*weights.hdf5, but here is none$"):
