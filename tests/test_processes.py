@@ -95,7 +95,7 @@ def test_killed_run_equals_uninterrupted(launch, tmp_path):
 @pytest.mark.parametrize(("kind", "kills"), [("bert", 3), ("gpt", 1), ("elmo", 1), ("bert-fsdp", 1)])
 def test_kills_while_others_read_and_try_to_write(tmp_path, kind, kills):
     script = Path(__file__).with_name("kill_runs.py")
-    command = [sys.executable, script, tmp_path, "--kinds", kind, "--kills", str(kills)]
+    command = [sys.executable, script, tmp_path, str(kills), "--kinds", kind]
     path = os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
