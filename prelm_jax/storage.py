@@ -83,7 +83,12 @@ def copy_files(source: Path, target: Path) -> None:
     """Copies the files of a directory into another, which is created if need be. Either may be in a bucket."""
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
+        content = file.read_bytes()
+        if is_remote(target):
+            (target / file.name).write_bytes(content)
+        else:
+            with output_file(target / file.name) as unfinished:  # Others may be reading.
+                unfinished.write_bytes(content)
 
 
 @contextlib.contextmanager

@@ -131,7 +131,7 @@ class WorkDir:
 
     def open_checkpoints(self, keep: int | None = None) -> Checkpoints:
         """The checkpoints; `keep`: how many of the newest to keep, None: only read."""
-        return Checkpoints(self.path / "checkpoints", keep, before_save=self._check_hold)
+        return Checkpoints(self.path / "checkpoints", keep, before_write=self._check_hold)
 
     def read_params(self, abstract_params: Params, step: Step) -> tuple[int, Params]:
         """(step, parameters) of a checkpoint, on the first device; InputError where there is none."""

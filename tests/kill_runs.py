@@ -1,6 +1,6 @@
 """Kills tiny runs with SIGKILL, again and again, while others read and try to write; nothing may be lost or spoilt.
 
-    python tests/kill_runs.py DIRECTORY --kills 50
+    python tests/kill_runs.py DIRECTORY 50
 
 It trains each kind of run in many lives. Every life saves after each step and ends by a kill: half of them at any
 moment, half while a checkpoint is being written. All the time two readers use the newest checkpoint, and in each life a
@@ -9,7 +9,7 @@ rival starts the same command. In the end the run must have the bits of one that
 Findings are: other bits; a reader that fails once there is a checkpoint; a checkpoint called damaged; a rival that is
 not told who trains; a life that ends by itself.
 
-DIRECTORY/kills.json holds what was done; the same command goes on from there, also with more --kills.
+DIRECTORY/kills.json holds what was done; the same command goes on from there, also with more kills.
 """
 
 import argparse
@@ -51,7 +51,7 @@ KINDS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("directory", type=Path, help="directory for corpus, runs and kills.json")
-    parser.add_argument("--kills", type=int, default=50, help="kills of each kind of run")
+    parser.add_argument("kills", type=int, help="kills of each kind of run")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of runs")
     arguments = parser.parse_args()
     directory = arguments.directory.absolute()

@@ -95,7 +95,7 @@ def test_killed_run_equals_uninterrupted(launch, tmp_path):
 @pytest.mark.parametrize(("kind", "kills"), [("bert", 3), ("gpt", 1), ("elmo", 1), ("bert-fsdp", 1)])
 def test_kills_while_others_read_and_try_to_write(tmp_path, kind, kills):
     script = Path(__file__).with_name("kill_runs.py")
-    command = [sys.executable, script, tmp_path, "--kinds", kind, "--kills", str(kills)]
+    command = [sys.executable, script, tmp_path, str(kills), "--kinds", kind]
     path = os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -219,11 +219,14 @@ main(sys.argv[1:])
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_for_longer_than_its_lease_saves_no_more(launch, tmp_path):
-    """SIGSTOP, another run takes over, SIGCONT."""
-    options = ("--save-every", 1, "--keep", 1)
+    """SIGSTOP between two saves, another run takes over, SIGCONT."""
+    options = ("--save-every", 10, "--keep", 1)
     sleeper = launch(tmp_path / "run", *options, "--steps", 100_000, *SLOW_DECAY, code=ON_A_NETWORK_DISK)
     wait_for_step(sleeper)
     sleeper.send_signal(signal.SIGSTOP)
+    while list((tmp_path / "run" / "checkpoints").glob("*tmp*")):
+        sleeper.send_signal(signal.SIGCONT)
+        sleeper.send_signal(signal.SIGSTOP)
     successor = launch(tmp_path / "run", *options, "--steps", 100_000, *SLOW_DECAY, code=ON_A_NETWORK_DISK)
     wait_for_step(successor)
     sleeper.send_signal(signal.SIGCONT)

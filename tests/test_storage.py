@@ -6,6 +6,7 @@ Checkpoints are not covered: TensorStore has its own client for gs://.
 import contextlib
 import dataclasses
 import json
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -286,3 +287,20 @@ def test_an_unreachable_bucket_is_named(monkeypatch, failure, message):
     epath.backend.fsspec_backend._get_filesystem.cache_clear()
     with pytest.raises(InputError, match=f"gs://bucket/run: {message}"):
         reachable("gs://bucket/run")
+
+
+def test_who_reads_while_files_are_copied_sees_whole_ones(tmp_path, monkeypatch):
+    for name, content in (("source", "new"), ("target", "old")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(content * 1000)
+    seen, write_bytes = [], Path.write_bytes
+
+    def write_half_and_read(path, content):
+        write_bytes(path, content[: len(content) // 2])
+        seen.append((tmp_path / "target" / "file").read_text())
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write_half_and_read)
+    copy_files(tmp_path / "source", tmp_path / "target")
+    assert seen == ["old" * 1000] and (tmp_path / "target" / "file").read_text() == "new" * 1000
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["file"]

@@ -209,15 +209,15 @@ class Checkpoints:
     keep: number of newest full checkpoints to keep, in addition to the one with the lowest evaluation loss; what
         `keep_parameters` saves is never deleted. None: for reading. A reader never creates, moves or deletes anything,
         so another process may be writing.
-    before_save: called before each save; what it raises prevents the save.
+    before_write: called before each save and deletion, and after a save that failed; what it raises is raised instead.
 
         step, items = Checkpoints("run/checkpoints").restore({"params": abstract_params}, step="best")
     """
 
     def __init__(
-        self, directory: epath.PathLike, keep: int | None = None, before_save: Callable[[], None] = lambda: None
+        self, directory: epath.PathLike, keep: int | None = None, before_write: Callable[[], None] = lambda: None
     ):
-        self.directory, self._before_save = epath.Path(directory), before_save
+        self.directory, self._before_write = epath.Path(directory), before_write
         self._writable, self._policy = keep is not None, _PreservationPolicy(keep)
         self._full = _Directory(self.directory)
         kept = self.directory.parent / f"{self.directory.name}.kept"
@@ -244,7 +244,7 @@ class Checkpoints:
 
     def _save(self, directory: _Directory, step: int, items: Mapping[str, object], record: Record) -> None:
         path = directory.path / str(step)
-        self._before_save()
+        self._before_write()
         with _writing(path):
             self._saving = (path, directory.save(step, items, record))
 
@@ -253,7 +253,10 @@ class Checkpoints:
         if self._saving is not None:
             (path, saving), self._saving = self._saving, None
             with _writing(path):
-                saving.result()
+                try:
+                    saving.result()
+                finally:
+                    self._before_write()  # A process that has taken over may be why it failed.
                 for step in self._policy.superfluous(self._full.steps):
                     self._full.delete(step)
 

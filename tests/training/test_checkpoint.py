@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prelm_jax.errors import InputError
+from prelm_jax.errors import InputError, Preempted
 from prelm_jax.training import checkpoint
 from prelm_jax.training.checkpoint import Checkpoints, Record, restore_params
 from prelm_jax.training.checksums import checksums
@@ -310,6 +310,24 @@ def delete_and_load_of(directory, step, load):
         return load(*arguments)
 
     return delete_and_load
+
+
+def test_who_lost_the_directory_neither_saves_nor_deletes(directory):
+    lost = []
+
+    def check():
+        if lost:
+            raise Preempted("taken over")
+
+    checkpoints = Checkpoints(directory, keep=1, before_write=check)
+    checkpoints.save(4, items(4))
+    lost.append(True)
+    with pytest.raises(Preempted):
+        checkpoints.wait()
+    with pytest.raises(Preempted):
+        checkpoints.save(5, items(5))
+    checkpoints.close()
+    assert sorted(path.name for path in directory.iterdir()) == ["2", "3", "4"]
 
 
 def test_a_kill_while_a_checkpoint_is_deleted_leaves_no_half_of_it(directory, monkeypatch, capsys):
