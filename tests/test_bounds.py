@@ -9,10 +9,11 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prelm_jax.bounds import Bounds, Fraction, FractionBelow1, OutOfBounds, Positive, Seed, check, read
+from prelm_jax.bounds import Bounds, Fraction, FractionBelow1, OutOfBounds, Positive, Seed
 from prelm_jax.cli.experiments import load_run, shipped_files
 from prelm_jax.cli.main import main
 from prelm_jax.errors import InputError
+from prelm_jax.validation import check, read
 
 
 @dataclasses.dataclass(frozen=True)
