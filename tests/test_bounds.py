@@ -178,7 +178,7 @@ def test_a_run_checks_all_of_its_configs(family):
         ("bert:demo", "--data.masking.probability", "0", "above 0"),
         ("elmo:demo", "--model.cell-clip", "0", "above 0"),
         ("elmo:demo", "--tokenizer.min-count", 0, "at least 1"),
-        ("gpt1:demo", "--held-out", "1.5", "at most 1"),
+        ("gpt1:demo", "--held-out", "1.5", "below 1"),
         ("gpt1:demo", "--accumulate", 0, "at least 1"),
         ("gpt1:demo", "--profile", -1, "at least 0"),
     ],
