@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from prelm_jax import __version__
-from prelm_jax.bounds import FractionBelow1, NotNegative, OutOfBounds, Positive, Seed, Size, check, read
+from prelm_jax.bounds import FractionBelow1, NotNegative, OutOfBounds, Positive, Seed, Size
 from prelm_jax.corpus.readers import Errors
 from prelm_jax.errors import InputError
 from prelm_jax.training.contract import OptimizerConfig
 from prelm_jax.training.loop import LoopConfig
+from prelm_jax.validation import check, read
 
 RECORD_FORMAT = 3
 READABLE_FORMATS = (2, 3)  # Format 2 knows no extensions; a field that it lacks has its default.

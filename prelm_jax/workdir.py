@@ -19,7 +19,6 @@ from pathlib import Path
 import jax
 
 from prelm_jax import lock
-from prelm_jax.bounds import read
 from prelm_jax.errors import InputError
 from prelm_jax.run import READABLE_FORMATS, Run, RunRecord
 from prelm_jax.storage import copy_files, fetched, reachable, read_json
@@ -28,6 +27,7 @@ from prelm_jax.tokenizers.load import load as load_tokenizer
 from prelm_jax.training.checkpoint import Checkpoints, Step, restore_params
 from prelm_jax.training.contract import Params
 from prelm_jax.training.metrics import MetricsWriter, read_metrics
+from prelm_jax.validation import read
 
 BASELINE = "baseline"
 

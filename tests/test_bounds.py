@@ -9,10 +9,11 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prelm_jax.bounds import Bounds, Fraction, FractionBelow1, OutOfBounds, Positive, Seed, check, read
+from prelm_jax.bounds import Bounds, Fraction, FractionBelow1, OutOfBounds, Positive, Seed
 from prelm_jax.cli.experiments import load_run, shipped_files
 from prelm_jax.cli.main import main
 from prelm_jax.errors import InputError
+from prelm_jax.validation import check, read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +178,7 @@ def test_a_run_checks_all_of_its_configs(family):
         ("bert:demo", "--data.masking.probability", "0", "above 0"),
         ("elmo:demo", "--model.cell-clip", "0", "above 0"),
         ("elmo:demo", "--tokenizer.min-count", 0, "at least 1"),
-        ("gpt1:demo", "--held-out", "1.5", "at most 1"),
+        ("gpt1:demo", "--held-out", "1.5", "below 1"),
         ("gpt1:demo", "--accumulate", 0, "at least 1"),
         ("gpt1:demo", "--profile", -1, "at least 0"),
     ],

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "prelm_jax"
 
 # A group of rooms, and one room of each group directly below it. A module imports its own group and all groups below.
 BELOW = {
-    ("errors", "bounds"): (),
+    ("errors", "bounds", "validation"): (),
     ("storage", "cache", "progress", "lock"): ("errors",),
     ("corpus", "tokenizers"): ("storage",),
     ("data",): ("corpus",),

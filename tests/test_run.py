@@ -6,12 +6,12 @@ import json
 import pytest
 import tiny
 
-from prelm_jax.bounds import read
 from prelm_jax.data.masking import MaskingConfig
 from prelm_jax.errors import InputError
 from prelm_jax.families import find_family
 from prelm_jax.run import Run, RunRecord
 from prelm_jax.training.sharding import MeshConfig
+from prelm_jax.validation import read
 
 
 def record(run: Run, corpus: str = "c", tokenizer: str = "t") -> RunRecord:

@@ -5,10 +5,10 @@ import sys
 from collections.abc import Iterable
 
 from prelm_jax import __version__
-from prelm_jax.bounds import check
 from prelm_jax.cli import models, options, tokenizers, training
 from prelm_jax.cli.experiments import experiments
 from prelm_jax.errors import InputError
+from prelm_jax.validation import check
 
 COMMANDS = {
     "experiments": experiments,

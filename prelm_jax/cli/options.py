@@ -21,8 +21,9 @@ from typing import Annotated, Literal, TypeVar
 
 import tyro
 
-from prelm_jax.bounds import OutOfBounds, check
+from prelm_jax.bounds import OutOfBounds
 from prelm_jax.errors import InputError
+from prelm_jax.validation import check
 
 Positional = tyro.conf.Positional
 Bound = Callable[..., None]  # a command and the values of its parameters

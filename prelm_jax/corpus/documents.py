@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from prelm_jax.bounds import Fraction, check
+from prelm_jax.bounds import Fraction
 from prelm_jax.cache import cached, cached_file, digest
 from prelm_jax.corpus import cleaning, sources
 from prelm_jax.corpus.readers import Errors, File, endings
@@ -36,6 +36,7 @@ from prelm_jax.corpus.spec import Spec, Splitting, parse
 from prelm_jax.errors import InputError
 from prelm_jax.progress import Progress
 from prelm_jax.storage import opened
+from prelm_jax.validation import check
 
 Side = Literal["training", "held_out"]
 

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import numpy as np
 
-from prelm_jax.bounds import Bounds, Fraction, check
+from prelm_jax.bounds import Bounds, Fraction
 from prelm_jax.training.contract import EvaluationRows, Layout
+from prelm_jax.validation import check
 
 Sample = Annotated[Fraction, Bounds(above=0)]
 

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prelm_jax.bounds import read as read_value
 from prelm_jax.errors import InputError
 from prelm_jax.formats.base import ELMO_OPTIONS, ELMO_WEIGHTS, Format, LoadedModel, abstract_params, checked, require
 from prelm_jax.formats.transfer import rows_of_tokens
@@ -25,6 +24,7 @@ from prelm_jax.tokenizers.characters import MAX_CHARACTERS
 from prelm_jax.tokenizers.words import SPECIAL_TOKENS, WordVocabulary
 from prelm_jax.training.contract import Params
 from prelm_jax.training.parameters import path_name
+from prelm_jax.validation import read as read_value
 
 # Parameter path (a regular expression) -> dataset. Layouts are equal, except that kernels of convolutions have an
 # additional first axis of 1 there. As in ours, the bias of the forget gate lacks the 1 that is added to it.

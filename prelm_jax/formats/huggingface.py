@@ -15,7 +15,7 @@ from jax import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from prelm_jax.bounds import OutOfBounds, read
+from prelm_jax.bounds import OutOfBounds
 from prelm_jax.errors import InputError
 from prelm_jax.formats.base import Format, LoadedModel, abstract_params, checked, foreign_weights, require
 from prelm_jax.formats.transfer import rows_of_prefix
@@ -25,6 +25,7 @@ from prelm_jax.storage import read_json
 from prelm_jax.tokenizers import load as tokenizers
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training.parameters import path_name
+from prelm_jax.validation import read
 
 Tensors = dict[str, Callable[[], np.ndarray]]  # By name, a function that reads the tensor.
 

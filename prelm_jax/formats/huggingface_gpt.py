@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from prelm_jax import bounds
+from prelm_jax import validation
+from prelm_jax.bounds import VocabularySize
 from prelm_jax.errors import InputError
 from prelm_jax.formats import huggingface
 from prelm_jax.formats.base import ORIGINAL_GPT, LoadedModel
@@ -89,7 +90,7 @@ def _original_settings(directory: Path, has_num_heads: bool) -> dict[str, int]:
 
 def _original_shapes(directory: Path) -> list[list[int]]:
     source = directory / ORIGINAL_GPT
-    shapes = bounds.read(list[list[bounds.VocabularySize]], read_json(source, list), source)
+    shapes = validation.read(list[list[VocabularySize]], read_json(source, list), source)
     if len(shapes) < 2 or len(shapes) % len(ORIGINAL_LAYER) != 2:
         raise InputError(f"{source}: {len(shapes)} arrays; a GPT has 2, and {len(ORIGINAL_LAYER)} per layer")
     if [len(shape) for shape in shapes[:2]] != [2, 2]:

@@ -269,8 +269,8 @@ def test_extending_by_the_command(folder, tmp_path, capsys):
 
 def test_a_corpus_too_short_for_a_window(folder, fails, tmp_path):
     (tmp_path / "short.txt").write_text("A cat sees a hen.\n\nA dog.\n")
-    options = ("--corpus", tmp_path / "short.txt", "--workdir", tmp_path / "run", "--tokenizer.num-merges", 0)
-    message = fails("pretrain", f"{TINY}:gpt", *options)
+    options = ("--corpus", tmp_path / "short.txt", "--held-out", 0, "--tokenizer.num-merges", 0)
+    message = fails("pretrain", f"{TINY}:gpt", *options, "--workdir", tmp_path / "run")
     assert re.search(r"\d+ tokens .* \d documents .* 32\b", message)
 
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prelm_jax.bounds import check
 from prelm_jax.data.masking import MaskingConfig
 from prelm_jax.errors import InputError
+from prelm_jax.validation import check
 
 PAD, CLS, SEP, MASK, VOCAB_SIZE = 0, 1, 2, 3, 1000
 TOKENIZER = SimpleNamespace(

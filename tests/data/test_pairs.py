@@ -9,12 +9,12 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from prelm_jax.bounds import check
 from prelm_jax.corpus.store import Store
 from prelm_jax.data.baselines import length_only_accuracy
 from prelm_jax.data.masking import MaskingConfig
 from prelm_jax.data.pairs import PairsConfig
 from prelm_jax.errors import InputError
+from prelm_jax.validation import check
 
 PAD, CLS, SEP, MASK, FIRST_ID = 0, 1, 2, 3, 4
 

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prelm_jax.bounds import check
 from prelm_jax.corpus.store import Store
 from prelm_jax.data.ngrams import trigram_nll
 from prelm_jax.data.randomness import bits, key, permute, uniform
 from prelm_jax.data.streams import StreamsConfig, bucket, log_uniform
 from prelm_jax.errors import InputError
+from prelm_jax.validation import check
 
 VOCAB_SIZE = 20
 TOKENIZER = SimpleNamespace(vocab_size=VOCAB_SIZE, bos_id=0, eos_id=1, unknown_id=2)

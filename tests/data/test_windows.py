@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prelm_jax.bounds import check
 from prelm_jax.corpus.store import Store
 from prelm_jax.data.ngrams import trigram_nll
 from prelm_jax.data.windows import WindowsConfig
 from prelm_jax.errors import InputError
+from prelm_jax.validation import check
 
 KEYS = ["tokens", "targets", "positions", "segments", "weights"]
 

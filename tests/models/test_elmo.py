@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from prelm_jax.bounds import check, read
 from prelm_jax.errors import InputError
 from prelm_jax.formats.base import abstract_params
 from prelm_jax.models import layers
@@ -22,6 +21,7 @@ from prelm_jax.training.optimizer import Adagrad
 from prelm_jax.training.parameters import path_name
 from prelm_jax.training.sharding import MeshConfig, shard_batch
 from prelm_jax.training.step import Keys, abstract_state, make_train_step, new_state
+from prelm_jax.validation import check, read
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 CONFIG = ELMoConfig(

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, OpenAIGPTTokenizer
 
-from prelm_jax.bounds import check
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
 from prelm_jax.tokenizers import bpe
@@ -23,6 +22,7 @@ from prelm_jax.tokenizers.bpe import BPE, FILES, BPEConfig, train
 from prelm_jax.tokenizers.build import build
 from prelm_jax.tokenizers.load import load
 from prelm_jax.tokenizers.wordpiece import WordPiece
+from prelm_jax.validation import check
 
 CHARACTERS = [*"abeltu.,'<>/", "k", "n", "w", "漢", "é"]
 MERGES = [

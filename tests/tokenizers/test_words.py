@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prelm_jax.bounds import check
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.corpus.prepare import prepare
 from prelm_jax.corpus.sentences import split
@@ -22,6 +21,7 @@ from prelm_jax.tokenizers.load import load
 from prelm_jax.tokenizers.sentencepiece import SentencePieceConfig
 from prelm_jax.tokenizers.wordpiece import SPECIAL_TOKENS, WordPiece, WordPieceConfig
 from prelm_jax.tokenizers.words import WordVocabulary, WordVocabularyConfig
+from prelm_jax.validation import check
 
 TOKENS = ["<S>", "</S>", "<UNK>", "the", "The", ".", "é"]
 TEXT = """the cat, the dog. The cat's
