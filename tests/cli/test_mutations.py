@@ -118,9 +118,10 @@ def make(folder: Path, world: Path) -> None:
         shutil.copytree(folder / name, world / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRELM_CACHE", str(world / "cache"))
-        run(PREPARE.format(tiny=tiny.__file__, folder=folder))
+        run(PREPARE.format(tiny=tiny.__file__, folder=folder), folder, world / "nothing")
     corpus = f"{folder}/corpus.txt"
-    run(f"tokenizer train sentencepiece {world}/sentencepiece --corpus {corpus} --vocab-size 60")
+    train = f"tokenizer train sentencepiece {world}/sentencepiece --corpus {corpus} --vocab-size 60"
+    run(train, folder, world / "nothing")
     (world / "lines").mkdir()
     shutil.copy(folder / "lines.txt", world / "lines")
     make_models(world)
@@ -189,8 +190,8 @@ class Outcome:
         return self.code == 1 and messages == self.complaints[-1:] != []
 
 
-def run(command: str, copy: Path = Path(), out: Path = Path()) -> Outcome:
-    """The outcome of a command that writes to `out`; any exception but an exit is a failure."""
+def run(command: str, copy: Path, out: Path) -> Outcome:
+    """The outcome of a command that reads `copy` and writes `out`, which is deleted; exceptions are failures."""
     code = 0
     with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(io.StringIO()) as complaints:
         try:
