@@ -149,20 +149,22 @@ def test_cased_is_for_a_vocab_txt_without_settings(tmp_path, capsys):
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "The", "cat"]
     config = BertConfig(len(tokens), 16, 1, 2, 32)
     params = config.build().init_params(jax.random.key(0))
-    huggingface_bert.FORMAT.write(LoadedModel(config, params, WordPiece(tokens, lowercase=False)), tmp_path)
+    model = tmp_path / "model"
+    model.mkdir()
+    huggingface_bert.FORMAT.write(LoadedModel(config, params, WordPiece(tokens, lowercase=False)), model)
     (tmp_path / "lines.txt").write_text("The cat\n")
 
     def results(*options) -> list[object]:
         vectors = tmp_path / "vectors.hdf5"
-        main(["embed", f"{tmp_path}", f"{tmp_path}/lines.txt", f"{vectors}", *options])
-        main(["score", f"{tmp_path}", f"{tmp_path}/lines.txt", *options])
-        main(["fill", f"{tmp_path}", "The [MASK]", *options])
+        main(["embed", f"{model}", f"{tmp_path}/lines.txt", f"{vectors}", *options])
+        main(["score", f"{model}", f"{tmp_path}/lines.txt", *options])
+        main(["fill", f"{model}", "The [MASK]", *options])
         with h5py.File(vectors) as file:
             return [json.loads(file["0"].attrs["tokens"])[1:-1], capsys.readouterr().out]
 
     cased = results()
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        (tmp_path / name).unlink()
+        (model / name).unlink()
     assert results("--cased") == cased and cased[0] == ["The", "cat"]
     lowercased = results()
     assert lowercased[0] == ["[UNK]", "cat"] and lowercased[1] != cased[1]
