@@ -1,5 +1,5 @@
 """`python -m prelm_jax` is `prelm`."""
 
-from prelm_jax.cli.main import main
+from prelm_jax.cli.main import console
 
-main()
+console()

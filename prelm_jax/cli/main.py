@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from typing import TYPE_CHECKING
 
@@ -28,8 +29,23 @@ UNWRITABLE = {
 RESUMABLE = {"pretrain", "prepare"}
 
 
+def console() -> None:
+    """The console script: `main`, which after an error does not wait for the threads of libraries.
+
+    Python would, and those of a save that failed have been seen to wait for minutes.
+    """
+    try:
+        main()
+    except SystemExit as end:
+        if end.code and any(not each.daemon for each in threading.enumerate() if each is not threading.main_thread()):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(int(end.code))
+        raise
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """The console script."""
+    """Calls the command that the arguments name, by default those of the process. SystemExit for an error."""
     _hush_checkpoint_threads()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:

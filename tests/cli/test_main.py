@@ -2,6 +2,7 @@
 
 import runpy
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -72,3 +73,15 @@ def test_python_m_prelm_jax(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["prelm", "--help"])
     runpy.run_module("prelm_jax", run_name="__main__")
     assert "pretrain" in capsys.readouterr().out
+
+
+def test_an_error_does_not_wait_for_the_threads_of_libraries():
+    code = """
+import sys, threading
+from prelm_jax.cli.main import console
+threading.Thread(target=threading.Event().wait).start()
+sys.argv = ["prelm", "xyzzy"]
+console()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "'xyzzy'" in done.stderr
