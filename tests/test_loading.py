@@ -13,7 +13,7 @@ from prelm_jax.inference.bert import BertPretrained
 from prelm_jax.inference.elmo import ELMoPretrained
 from prelm_jax.loading import load
 from prelm_jax.models.elmo import ELMoConfig
-from prelm_jax.run import RunRecord
+from prelm_jax.run import RunRecord, Segment
 from prelm_jax.tokenizers.wordpiece import WordPiece
 from prelm_jax.tokenizers.words import WordVocabulary
 from prelm_jax.training.checkpoint import Checkpoints
@@ -21,6 +21,9 @@ from prelm_jax.training.checkpoint import Checkpoints
 ELMO = ELMoConfig(
     vocab_size=4, character_embedding_size=4, filters=((1, 4),), num_highways=1, projection_size=4, hidden_size=8
 )
+
+
+SEGMENTS = [Segment(0, {"name": "AdamW"})]
 
 
 def assert_equal(found, config, params, tokenizer):
@@ -31,7 +34,7 @@ def assert_equal(found, config, params, tokenizer):
 
 
 def write_run(workdir, config, tokenizer, *checkpoints):
-    record = RunRecord(config.model_type, {"model": dataclasses.asdict(config)}, [], {}, {}, [])
+    record = RunRecord(config.model_type, {"model": dataclasses.asdict(config)}, SEGMENTS, {}, {}, [])
     (workdir / "run.json").write_text(record.to_json())
     tokenizer.save(workdir / "tokenizer")
     saved = Checkpoints(workdir / "checkpoints", keep=len(checkpoints))
@@ -81,8 +84,11 @@ def test_a_work_directory_of_elmo_has_the_softmax(tmp_path):
         ({"config.json": "[]"}, "config.json is not a JSON object"),
         ({"config.json": "{}"}, "config.json: model_type is None; supported: bert"),
         ({"config.json": '{"model_type": "gpt2"}'}, "config.json: model_type is 'gpt2'; supported: bert, openai-gpt"),
-        ({"run.json": RunRecord("bert", {"model": {"depth": 1}}, [], {}, {}, []).to_json()}, "run.json: .*depth"),
-        ({"run.json": RunRecord("bert", {"model": {"vocab_size": 9}}, [], {}, {}, []).to_json()}, "no checkpoint"),
+        ({"run.json": RunRecord("bert", {"model": {"depth": 1}}, SEGMENTS, {}, {}, []).to_json()}, "run.json: .*depth"),
+        (
+            {"run.json": RunRecord("bert", {"model": {"vocab_size": 9}}, SEGMENTS, {}, {}, []).to_json()},
+            "no checkpoint",
+        ),
     ],
 )
 def test_other_directories_are_refused(files, complaint, tmp_path):

@@ -175,7 +175,11 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("kind", FILES)
+# Each case restores a checkpoint, or makes a store.
+SLOW = {"metadata", "manifest"}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in FILES])
 def test_files(world, kind):
     name, command = FILES[kind]
     (file,) = world.glob(name)
