@@ -97,6 +97,7 @@ def test_losses_do_not_depend_on_the_mesh(train, family, one_device, mesh_config
         assert moment.addressable_shards[0].data.size * moment_shards == moment.size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert"], indirect=True)
 def test_losses_with_muon_do_not_depend_on_the_mesh(train):
     """Each device of a slice iterates some of the matrices; test_muon.py tries other meshes and families."""
