@@ -68,8 +68,7 @@ def assert_equal(found, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [1, 8, 64])
-@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize(("batch_size", "devices"), [(1, 1), (8, 2), (64, 8)])
 def test_batch_size_and_devices_do_not_matter(workdir, texts, expected, batch_size, devices):
     assert_equal(evaluate(workdir, (f"{texts}/test.txt",), batch_size=batch_size, devices=devices), expected)
 

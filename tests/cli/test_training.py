@@ -253,8 +253,9 @@ def test_an_extension_ends_later(folder, fails):
 
 
 @pytest.mark.slow
-def test_extending_by_the_command(folder, tmp_path, capsys):
+def test_extending_by_the_command(folder, tmp_path, capsys, monkeypatch):
     """The hint at the end of a training tells how; the card lists both commands."""
+    monkeypatch.setattr(sys, "argv", ["prelm", "pretrain"])
     run, command = tmp_path / "run", ["pretrain", f"{folder}/tiny.py:tiny", "--steps", "3", "--workdir"]
     shutil.copytree(folder / "run", run)
     main([*command, str(run), "--extend-to", "4"])
