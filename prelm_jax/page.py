@@ -16,6 +16,7 @@ from html import escape
 import numpy as np
 
 from prelm_jax.errors import InputError
+from prelm_jax.report import words
 from prelm_jax.run import flatten
 from prelm_jax.workdir import WorkDir
 
@@ -117,7 +118,7 @@ def render(runs: Sequence[Curves]) -> str:
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{escape(title)}</h1>{_summary(runs)}",
         f"<h2>Curves</h2>against {buttons}<main>",
-        _section("Held-out text", [(name, _words(name.removeprefix(HELD_OUT))) for name in held_out], runs),
+        _section("Held-out text", [(name, words(name.removeprefix(HELD_OUT))) for name in held_out], runs),
         _section("Training", list(TRAINING.items()), runs),
         f"</main>{_differences(runs)}</body></html>\n",
     ]
@@ -230,7 +231,3 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _text(value: object) -> str:
     return "" if value is None else str(value)
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")

@@ -47,7 +47,7 @@ def summary_table(summary: Summary) -> Table:
     table = Table(f"step {summary.step:,}, {text}", "model", "baseline", *(["targets"] if summary.targets else []))
     for name, value in summary.evaluation.items():
         targets = [f"{summary.targets[name]:,}"] if name in summary.targets else []
-        table.add_row(_words(name), f"{value:.3f}", _baselines(summary.baselines.get(name, {}), ".3f"), *targets)
+        table.add_row(words(name), f"{value:.3f}", _baselines(summary.baselines.get(name, {}), ".3f"), *targets)
     table.add_section()
     if summary.evaluation:
         table.add_row("unknown tokens", f"{summary.unknown_tokens:.2%}", "")
@@ -155,7 +155,7 @@ def _held_out(workdir: WorkDir, run: Run, step: int) -> str:
     baselines = workdir.read_baselines() or {}
     values = {name.removeprefix(prefix): value for name, value in lines[-1].items() if name.startswith(prefix)}
     rows = [
-        f"| {_words(name)} | {value:.4f} | {_baselines(baselines.get(name, {}), '.4f')} |"
+        f"| {words(name)} | {value:.4f} | {_baselines(baselines.get(name, {}), '.4f')} |"
         for name, value in values.items()
     ]
     table = "\n".join(["| metric | model | baseline |", "|---|---|---|", *rows])
@@ -165,7 +165,8 @@ def _held_out(workdir: WorkDir, run: Run, step: int) -> str:
     return f"{text}, after step {step:,}:\n\n{table}"
 
 
-def _words(name: str) -> str:
+def words(name: str) -> str:
+    """A metric's name for people: "masked_lm_loss" is "masked lm loss"."""
     return name.replace("_", " ")
 
 

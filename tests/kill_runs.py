@@ -9,7 +9,7 @@ rival starts the same command. In the end the run must have the bits of one that
 Findings are: other bits; a reader that fails once there is a checkpoint; a checkpoint called damaged; a rival that is
 not told who trains; a life that ends by itself.
 
-DIRECTORY/kills.json holds what was done; the same command goes on from there, also with more kills.
+DIRECTORY/kills.json holds what was done; the same command resumes from there, with more kills if asked.
 """
 
 import argparse

@@ -45,7 +45,7 @@ def console() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Calls the command that the arguments name, by default those of the process. SystemExit for an error."""
+    """Calls the command that the arguments name; without any, the arguments of the process. Errors raise SystemExit."""
     _hush_checkpoint_threads()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:

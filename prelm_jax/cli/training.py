@@ -30,7 +30,7 @@ def pretrain(
 
     Args:
         workdir: Directory of the run, local or gs://…; if it holds a run of the same experiment, that run resumes.
-        extend_to: Train a run on to this step: from its newest checkpoint, on the schedule of a run of so many steps.
+        extend_to: Extend a run to this step: from its newest checkpoint on, with the schedule of a run of this length.
         take_over: On a bucket or a network disk, end the lease of another process at once; for one that is dead.
     """
     import jax

@@ -4,9 +4,9 @@ The index is a table in LevelDB's format: blocks of sorted keys, each block with
 them. A value describes a variable: its type, shape, place in the data files and checksum (tensorflow,
 core/lib/io/table_format.txt and core/protobuf/tensor_bundle.proto).
 
-All checksums are verified. Sizes are compared with those of the files before anything is read, so that a damaged size
-never allocates memory. Not supported: compressed indexes, which TensorFlow does not write; partitioned variables; the
-single-file format that TensorFlow wrote before version 0.12.
+All checksums are verified. Sizes are compared with the lengths of the files before anything is read, so that a damaged
+size never allocates memory. Not supported: compressed indexes, which TensorFlow does not write; partitioned variables;
+the single-file format that TensorFlow wrote before version 0.12.
 """
 
 import contextlib

@@ -20,8 +20,8 @@ def initial_params(
     """The initial parameters of a run with `config` and `tokenizer` that continues a loaded model.
 
     Values come from the model. Parameters that its directory lacks, and the rows of tokens and positions that are new
-    to it, keep their fresh initialization; positions beyond those of the run are left out. Arrays taken from the model
-    stay on the model's device.
+    to it, keep their fresh initialization; positions that the run does not have are left out. Arrays taken from the
+    model stay on its device.
 
     Raises InputError if the sizes differ, or if the vocabulary is not one that can continue the model's.
     """

@@ -45,7 +45,7 @@ def with_ids(added: Iterable[AddedToken], tokens: list[str]) -> list[AddedToken]
         if token.id not in (-1, id):
             raise InputError(
                 f"the added token {token.content!r} has the id {token.id}, but its place is {id}: ids of added tokens "
-                "follow those of the vocabulary without gaps"
+                "follow the ids of the vocabulary without gaps"
             )
         placed[token.content] = dataclasses.replace(token, id=id)
     return sorted(placed.values(), key=lambda token: token.id)

@@ -20,7 +20,7 @@ from prelm_jax.tokenizers.tokenizer_json import tokenizer_json
 
 CACHED_CHARACTERS = 1 << 23  # Of chunks in the cache; they and their ids take about 200 MB.
 CHARACTERS_AT_ONCE = 1 << 18
-COMMON_PUNCTUATION = ".,'\"-():;?!/"  # In so many texts that they do not tell where an added token is.
+COMMON_PUNCTUATION = ".,'\"-():;?!/"  # Too common to tell where an added token is.
 UNSEEN, SPACE, IN_SPAN = -3, -2, -1  # Kinds of characters; chunks of one character have their number instead.
 
 # The zero-width joiners spell words of Persian, Sinhala and others. Noncharacters, which no text has, in their place.

@@ -83,13 +83,13 @@ class OptimizerConfig(Protocol):
         """The learning rate of a step (counted from 0)."""
 
     def ending_at(self, step: int) -> Self:
-        """The same optimizer with a schedule that ends at a step: that of a run of so many steps."""
+        """The same optimizer with the schedule of a run that ends at this step."""
 
     def build(self, matrices: Sequence[str]) -> optax.GradientTransformation:
         """The transformation of gradients into updates; `matrices` as declared by the model."""
 
     def flops(self, params: Params, matrices: Sequence[str], devices: int) -> float:
-        """Matmul FLOPs of an update on each of the devices that share its work; those of the model are not counted."""
+        """Matmul FLOPs of an update on each of the devices that share its work, without the FLOPs of the model."""
 
 
 class Batches(Protocol):

@@ -82,7 +82,7 @@ class Muon(AdamW):
         )
 
     def flops(self, params: Params, matrices: Sequence[str], devices: int) -> float:
-        """Matmul FLOPs of an update on the busiest of the devices of a slice: those of the iterations."""
+        """Matmul FLOPs of an update on the busiest device of a slice: the FLOPs of the iterations."""
         taken = jax.tree.map(lambda leaf, group: leaf if group == "muon" else None, params, groups(params, matrices))
         stacks = _stacks([leaf.shape for leaf in jax.tree.leaves(taken)])
         return float(sum(math.ceil(len(members) / devices) * _flops(*shape) for shape, members in stacks.items()))

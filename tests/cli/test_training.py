@@ -95,7 +95,7 @@ def test_batch(folder, capsys, monkeypatch, tmp_path, experiment):
 
 
 def test_evaluate(folder, capsys, fails):
-    """The step of the weights, the part of the text and the number of targets stand beside the figures."""
+    """The step of the weights, the part of the text and the number of targets are printed with the figures."""
     evaluate = ["evaluate", f"{folder}/run", "--mesh.devices", "1"]
     main(evaluate)
     held_out = capsys.readouterr().out

@@ -97,7 +97,7 @@ def test_trapezoid_and_no_decay_at_named_steps():
 @pytest.mark.parametrize("decay", ["linear", "cosine", "trapezoid"])
 @pytest.mark.parametrize("muon", [False, True])
 def test_a_schedule_that_ends_at_another_step(muon, decay):
-    """That of an optimizer planned for so many steps; all else stays."""
+    """The schedule of an optimizer planned for that many steps; all else stays."""
     options = {"learning_rate": 0.1, "warmup_steps": 2, "b1": 0.8, "decay": decay}
     kind = functools.partial(Muon, matrix_learning_rate=0.2) if muon else AdamW
     config = kind(**options, decay_steps=40).ending_at(60)
