@@ -149,8 +149,9 @@ if os.environ.get("PRELM_LAYOUTS"):
 @pytest.mark.slow
 def test_resumed_on_other_layouts_equals_uninterrupted(launch_many, tmp_path):
     *stopped, last = LAYOUTS
+    decay = ("--optimizer.decay-steps", 500)
     for layout in stopped:
-        processes = launch_many(tmp_path / "moved", *layout, "--steps", 500)
+        processes = launch_many(tmp_path / "moved", *layout, *decay, "--steps", 500)
         wait_for_step(processes[0], 5)
         processes[-1].send_signal(signal.SIGTERM)
         for process in processes:
@@ -159,7 +160,7 @@ def test_resumed_on_other_layouts_equals_uninterrupted(launch_many, tmp_path):
             assert "stopped by SIGTERM after step" in err
     steps = max(20, metrics(tmp_path / "moved")[-1]["step"] + 5)
     for workdir, layout in [("moved", last), ("uninterrupted", (1, 8))]:
-        finish(*launch_many(tmp_path / workdir, *layout, "--steps", steps))
+        finish(*launch_many(tmp_path / workdir, *layout, *decay, "--steps", steps))
     moved, uninterrupted = losses(tmp_path / "moved"), losses(tmp_path / "uninterrupted")
     difference = np.abs(np.subtract(moved, uninterrupted) / uninterrupted)
     print(

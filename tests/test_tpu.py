@@ -225,6 +225,7 @@ def test_train_and_stop_on_two_hosts(cloud, tmp_path, free_port):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text(text(seed=0))
     options = ("--corpus", corpus, "--mesh.devices", "None", "--log-every", 1, "--steps", 500)
+    options += ("--optimizer.decay-steps", 500)
     for script in ("create.sh", "setup.sh"):
         assert cloud.run(script)[0] == 0
     assert cloud.run("launch.sh", *options)[0] == 0

@@ -132,15 +132,23 @@ class Peers:
         if code and self.connected:
             # JAX would wait for all processes, and abort those that process 0 does not wait for.
             atexit.register(self._leave, code)
+        elif self.connected and self._index:
+            jax.distributed.shutdown()  # Before process 0 does, whose end would abort this one.
         self._tell(self._index, code)
         for connection in self._connections.values():
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_WR)
+        if code == 0:
+            self._wait_for_others()
 
-    def _leave(self, code: int) -> None:
+    def _wait_for_others(self) -> None:
+        """Process 0 leaves last."""
         deadline = time.monotonic() + GRACE_SECONDS + 2
         for thread in self._threads if self._index == 0 else ():
             thread.join(max(0, deadline - time.monotonic()))
+
+    def _leave(self, code: int) -> None:
+        self._wait_for_others()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
