@@ -1,0 +1,44 @@
+"""Labelled examples: what the readers of files make, and what frames write as tokens."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+# What the label of an example is:
+# label   one name                                     "positive"
+# labels  several names or none                        ("toxic", "insult")
+# number  a number                                     3.8
+# choice  the number of the right sequence, from 0     2
+# tags    a name a word                                ("B-PER", "O")
+# spans   where the answer stands in the second part   Answers(("in 1912",), (84,))
+Kind = Literal["label", "labels", "number", "choice", "tags", "spans"]
+
+Part = str | tuple[str, ...]  # A text, or the words of a text that is to be tagged.
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The accepted answers to a question: their texts, and the character of the passage at which each begins.
+
+    A question that the passage does not answer has none: `Answers()`.
+    """
+
+    texts: tuple[str, ...] = ()
+    starts: tuple[int, ...] = ()
+
+
+Label = str | tuple[str, ...] | int | float | Answers
+
+
+@dataclass(frozen=True)
+class Example:
+    """One to many sequences of one or two parts, and their label.
+
+    One sequence, but for `choice`: there it is one for each option, (shared text, option). The parts of `spans` are
+    (question, passage), those of `tags` are (words,).
+
+    Example: `Example("0", (("Is it open?", "The shop is closed."),), "contradiction")`.
+    """
+
+    id: str  # From the file, or the example's number in it, from 0; unique in a file.
+    sequences: tuple[tuple[Part, ...], ...]
+    label: Label | None = None  # By kind, see Kind; None: not known.
