@@ -114,9 +114,8 @@ class SavedTokenizer:
             if (found := self.settings.get(f"{role}_token")) is not None and _token(path, found).content != token:
                 content = _token(path, found).content
                 raise InputError(f"{path}: {role}_token is {content!r}: only {token!r} is supported")
-        others = _tokens_of_processor((self.parts or {}).get("post_processor")) - {
-            *map(roles.get, ("bos", "cls", "sep"))
-        }
+        known = {roles.get(role) for role in ("bos", "cls", "sep")}
+        others = _tokens_of_processor((self.parts or {}).get("post_processor")) - known
         if others:
             found = f"the post_processor puts {min(map(str, others))!r} around a text"
             raise InputError(f"{self.directory / TOKENIZER}: {found}: only [CLS] and [SEP] are supported")

@@ -52,7 +52,8 @@ class SentencePiece(CachedEncoder):
     `model` is the "model" of a tokenizer.json: subwords with scores ("Unigram") or with merges ("BPE"). `proto` is the
     package's own file of the same vocabulary, kept for `save`; None if it is lost, as transformers loses it. `joiners`:
     whether U+200C and U+200D are kept, which earlier versions dropped. `added`: tokens that are matched before a text
-    is split into words. `frame`: see `CachedEncoder`. The attribute `continuation` is bool [vocab_size]: true for subwords that continue a word.
+    is split into words. `frame`: see `CachedEncoder`. The attribute `continuation` is bool [vocab_size]: true for
+    subwords that continue a word.
 
     Raises InputError for a vocabulary with repeated subwords, or without the special tokens of BERT or GPT.
     """

@@ -10,7 +10,7 @@ from tokenizers import processors
 def tokenizer_json(pipeline: tokenizers.Tokenizer, roles: Mapping[str, str]) -> str:
     """The content of tokenizer.json: `pipeline`, and the special tokens that readers put around texts.
 
-    They are `[CLS] A [SEP] B [SEP]` if the vocabulary has these roles, and GPT's `bos A sep B cls` if it has all of them.
+    They are `[CLS] A [SEP] B [SEP]` if the vocabulary has these roles, and GPT's `bos A sep B cls` if it has bos too.
     """
     pipeline = copy.deepcopy(pipeline)
     bos, cls, sep = (roles.get(role) for role in ("bos", "cls", "sep"))
