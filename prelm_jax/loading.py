@@ -6,6 +6,7 @@ from pathlib import Path
 from prelm_jax.errors import InputError
 from prelm_jax.families import find_family
 from prelm_jax.formats.base import LoadedModel, abstract_params, find_model_type
+from prelm_jax.hub import fetch, is_hub_name
 from prelm_jax.inference.base import Pretrained
 from prelm_jax.storage import is_remote
 from prelm_jax.training.checkpoint import Step
@@ -16,15 +17,17 @@ def load(path: str | os.PathLike, step: Step = "newest", lowercase: bool = True)
     """A pretrained model, on the first device.
 
     path: a model directory (Hugging Face's for BERT and GPT-1, Google's for BERT, OpenAI's for GPT-1, bilm-tf's for
-    ELMo), or a work directory, whose checkpoint of `step` is taken: a step number, "newest", or "best" (lowest
-    held-out loss). lowercase: whether text is lower-cased for a vocab.txt without tokenizer_config.json, as
-    transformers assumes.
+    ELMo), a model of the Hugging Face hub (hub:OWNER/NAME or hub:OWNER/NAME@REVISION), or a work directory, whose
+    checkpoint of `step` is taken: a step number, "newest", or "best" (lowest held-out loss). lowercase: whether text is
+    lower-cased for a vocab.txt without tokenizer_config.json, as transformers assumes.
 
     Raises InputError where there is none, naming what is missing.
 
         model = load("runs/bert-mini")
         model.fill("Paris is the [MASK] of France.")
     """
+    if is_hub_name(path):
+        _, path = fetch(str(path))
     workdir = WorkDir(path)
     if workdir.exists():
         return load_checkpoint(workdir, step)[1]

@@ -20,6 +20,7 @@ from prelm_jax.errors import InputError
 from prelm_jax.families import find_family
 from prelm_jax.formats.base import abstract_params, save
 from prelm_jax.formats.transfer import initial_params, positions_note
+from prelm_jax.hub import fetch, is_hub_name
 from prelm_jax.loading import load, load_checkpoint
 from prelm_jax.progress import Progress
 from prelm_jax.report import Summary
@@ -89,6 +90,8 @@ def pretrain(run: Run, workdir: str | os.PathLike, extend_to: int | None = None,
 
 
 def _pretrain(run: Run, directory: WorkDir, extend_to: int | None) -> Summary:
+    if run.init_from is not None and is_hub_name(run.init_from):
+        run = dataclasses.replace(run, init_from=fetch(run.init_from)[0])  # With its revision, which is recorded.
     corpus, validation, tokenizer, training, held_out = prepare(run)
     if run.split and not held_out.num_documents:
         _refuse_split(run, training.num_documents, "none is held out for evaluation")

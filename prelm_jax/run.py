@@ -44,7 +44,7 @@ class Run:
     seed: Seed = 0  # Decides initial values, batches, masks and dropout.
     precision: Literal["float32", "bfloat16"] = "float32"  # Of activations; parameters and moments stay float32.
     accumulate: Size = 1  # Micro-batches a batch is cut into, one after the other, to save memory.
-    # Model directory or work directory whose parameters to start from (continued pretraining).
+    # Model directory, work directory or hub:OWNER/NAME whose parameters to start from (continued pretraining).
     init_from: str | None = None
 
     def __post_init__(self):
