@@ -141,6 +141,17 @@ def tokens_by_id(path: object, ids: object) -> list[str]:
     return sorted(ids, key=ids.__getitem__)
 
 
+def read_max_length(directory: str | os.PathLike) -> int | None:
+    """The length in tokens at which readers of a directory truncate a text; None if it does not say."""
+    source = Path(directory) / SETTINGS
+    length = (_read(source) or {}).get("model_max_length")
+    if length is None:
+        return None
+    if isinstance(length, bool) or not isinstance(length, int | float) or length < 1:
+        raise InputError(f"{source}: model_max_length is {length!r}: give a number of tokens")
+    return int(length)
+
+
 def read_vocab(path: str | os.PathLike) -> list[str]:
     """The tokens of a vocab.txt by id, without white space after them, as other readers take them.
 
