@@ -153,16 +153,40 @@ def _metrics(
         return {"accuracy": _mean([p == g for p, g in zip(predictions, gold, strict=True)])}
     if kind == "tags":
         return _tag_metrics(cast(list[tuple], predictions), cast(list[tuple], gold), labels)
+    names, counts = label_counts(kind, predictions, gold, labels)
     if kind == "labels":
-        counts = _counts([[{(name,) for name in cast(tuple, x)} for x in each] for each in (predictions, gold)], labels)
         exact = _mean([set(cast(tuple, p)) == set(cast(tuple, g)) for p, g in zip(predictions, gold, strict=True)])
         return {"micro_f1": Metric(counts, _f1), "macro_f1": Metric(counts, _macro_f1), "exact_match": exact}
-    counts = _counts([[{(name,)} for name in each] for each in (predictions, gold)], labels)
     named = {"accuracy": _recall, "macro_f1": _macro_f1, "matthews": _matthews}
     if positive is not None:
-        place = list(labels).index(positive)
+        place = names.index(positive)
         named["f1"] = lambda sums: _f1(sums[..., place : place + 1])
     return {name: Metric(counts, value) for name, value in named.items()}
+
+
+def label_counts(
+    kind: Kind, predictions: Sequence[Label], gold: Sequence[Label], labels: Sequence[str]
+) -> tuple[list[str], np.ndarray]:
+    """The names that an example may have, and int64 [N, 3, K]: how often each is right, predicted and gold in each.
+
+    Tags in BIO are counted as spans, by type.
+    """
+    if kind == "tags" and is_bio(labels):
+        sides = [[set(spans_of(cast(tuple, tags))) for tags in side] for side in (predictions, gold)]
+        names = sorted({tag[2:] for tag in labels if tag != "O"})
+    elif kind == "tags":
+        sides = [
+            [{(tag, i) for i, tag in enumerate(cast(tuple, tags))} for tags in side] for side in (predictions, gold)
+        ]
+        names = list(labels)
+    else:
+        several = kind == "labels"
+        sides = [
+            [{(name,) for name in (cast(tuple, each) if several else (each,))} for each in side]
+            for side in (predictions, gold)
+        ]
+        names = list(labels)
+    return names, _counts(sides, names)
 
 
 def _counts(sides: Sequence[Sequence[set[tuple]]], names: Sequence[str]) -> np.ndarray:
@@ -242,12 +266,11 @@ def _tag_metrics(predictions: list[tuple], gold: list[tuple], labels: Sequence[s
     for number, (p, g) in enumerate(zip(predictions, gold, strict=True)):
         if len(p) != len(g):
             raise ValueError(f"{len(p)} predicted tags for the {len(g)} words of example {number}")
-    words = [[set(zip(tags, range(len(tags)), strict=True)) for tags in each] for each in (predictions, gold)]
+    words = [[set(zip(tags, range(len(tags)), strict=True)) for tags in side] for side in (predictions, gold)]
     accuracy = {"accuracy": Metric(_counts(words, labels), _recall)}
     if not is_bio(labels):
         return accuracy
-    spans = [[set(spans_of(tags)) for tags in each] for each in (predictions, gold)]
-    counts = _counts(spans, sorted({tag[2:] for tag in labels if tag != "O"}))
+    _, counts = label_counts("tags", predictions, gold, labels)
     named = {"span_f1": _f1, "span_precision": _precision, "span_recall": _recall}
     return {name: Metric(counts, value) for name, value in named.items()} | accuracy
 
@@ -320,6 +343,19 @@ def confusion(gold: Sequence[str], predicted: Sequence[str], labels: Sequence[st
     places = {name: place for place, name in enumerate(labels)}
     flat = [places[g] * len(labels) + places[p] for g, p in zip(gold, predicted, strict=True)]
     return np.bincount(np.array(flat, np.int64), minlength=len(labels) ** 2).reshape(len(labels), -1)
+
+
+def by_label(
+    kind: Kind, predictions: Sequence[Label], gold: Sequence[Label], labels: Sequence[str]
+) -> dict[str, tuple[int, float, float, float]]:
+    """label -> (how often it is gold, precision, recall, F1); of tags in BIO, type of span -> the same."""
+    names, counts = label_counts(kind, predictions, gold, labels)
+    sums = counts.sum(0)
+    found = {}
+    for place, name in enumerate(names):
+        own = sums[:, place : place + 1]
+        found[name] = (int(own[GOLD, 0]), float(_precision(own)), float(_recall(own)), float(_f1(own)))
+    return found
 
 
 class Calibration(NamedTuple):

@@ -249,6 +249,13 @@ def test_confusion():
     ]
 
 
+def test_by_label():
+    found = metrics.by_label("label", ["a", "a", "b"], ["a", "b", "b"], "abc")
+    assert found == {"a": (1, 1 / 2, 1, 2 / 3), "b": (2, 1, 1 / 2, 2 / 3), "c": (0, 0, 0, 0)}
+    found = metrics.by_label("tags", [("B-A", "I-A", "B-B")], [("B-A", "I-A", "I-A")], ("B-A", "I-A", "B-B", "O"))
+    assert found == {"A": (1, 0, 0, 0), "B": (0, 0, 0, 0)}
+
+
 def test_calibration_by_hand():
     """15 bins: 0.5 and 0.52 are in the eighth, (7/15, 8/15]; 0.9 and 0.91 in the fourteenth; 1 in the last."""
     found = metrics.calibration([0.5, 0.52, 0.9, 0.91, 1.0], [True, False, True, True, False])
