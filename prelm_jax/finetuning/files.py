@@ -138,10 +138,11 @@ def read_examples(spec: str, kind: Kind, columns: Columns | None = None, labelle
     parsed = FileSpec.parse(spec)
     counts: Counter[str] = Counter()
     examples: list[Example] = []
-    number = 0
+    number, unheaded = 0, False
     for name, location in _sources(parsed, kind):
         own = _completed(columns or Columns(), _defaults(name, kind))
         used = _used(kind, own, labelled)
+        unheaded = parsed.header is None and name in ("tsv", "csv") and None not in map(_number, used)
         for where, fields in _READERS[name](location, used, parsed.header, counts):
             try:
                 examples.append(_example(kind, own, fields, labelled, number))
@@ -157,9 +158,22 @@ def read_examples(spec: str, kind: Kind, columns: Columns | None = None, labelle
     name, occurrences = Counter(example.id for example in examples).most_common(1)[0]
     if occurrences > 1:
         raise InputError(f"{spec}: {occurrences} examples have the identifier {name}: name another column")
+    if kind == "label" and labelled and unheaded:
+        _check_first(spec, examples)
     if kind == "tags" and labelled:
         examples = _with_bio_tags(examples, counts)
     return LabelledData(examples, dict(counts))
+
+
+def _check_first(spec: str, examples: Sequence[Example]) -> None:
+    """Raises InputError if the label of the first line occurs nowhere else, and others do: it looks like a header."""
+    labels = Counter(example.label for example in examples)
+    first = examples[0].label
+    if len(labels) > 2 and labels[first] == 1 and all(number > 1 for label, number in labels.items() if label != first):
+        raise InputError(
+            f"{spec}: the label of the first line ({first}) occurs nowhere else: give ,header=yes if that line is a "
+            "header, else ,header=no"
+        )
 
 
 def label_names(examples: Iterable[Example], kind: Kind) -> tuple[str, ...]:
@@ -563,18 +577,16 @@ def _answers(value: object, passage: str) -> Answers:
     """Answers from [{"text", "answer_start"}, …] or {"text": […], "answer_start": […]}, checked against the passage."""
     try:
         if isinstance(value, dict):
-            texts, starts = list(value["text"]), list(value["answer_start"])
+            pairs = list(zip(value["text"], value["answer_start"], strict=True))
         else:
-            texts, starts = zip(*((each["text"], each["answer_start"]) for each in cast(list, value)), strict=True) or (
-                (),
-                (),
-            )
+            pairs = [(each["text"], each["answer_start"]) for each in cast(list[dict], value)]
+        found = [passage[start : start + len(text)] == text != "" for text, start in pairs]
     except (KeyError, TypeError, ValueError):
         raise Malformed(f"has answers {_shown(value)}, which are not objects with text and answer_start") from None
-    for text, start in zip(texts, starts, strict=True):
-        if passage[start : start + len(text)] != text or not text:
-            raise Malformed(f"has the answer {_shown(text)}, which is not in its passage at character {start}")
-    return Answers(tuple(texts), tuple(starts))
+    if not all(found):
+        text, start = pairs[found.index(False)]
+        raise Malformed(f"has the answer {_shown(text)}, which is not in its passage at character {start}")
+    return Answers(tuple(text for text, _ in pairs), tuple(start for _, start in pairs))
 
 
 def _shown(value: object) -> str:
