@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable
 
 from prelm_jax import __version__
-from prelm_jax.cli import models, options, tokenizers, training
+from prelm_jax.cli import models, options, tasks, tokenizers, training
 from prelm_jax.cli.experiments import experiments
 from prelm_jax.errors import InputError
 from prelm_jax.validation import check
@@ -23,6 +23,10 @@ COMMANDS = {
     "score": models.score,
     "fill": models.fill,
     "generate": models.generate,
+    "classify": tasks.classify,
+    "tag": tasks.tag,
+    "answer": tasks.answer,
+    "choose": tasks.choose,
     "tokenize": tokenizers.tokenize,
     "tokenizer train": tokenizers.train,
     "tokenizer inspect": tokenizers.inspect_tokenizer,
