@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -230,6 +230,10 @@ class HeldOut:
         placed = placed_batches(self._batches, 0, self._count, mesh)
         values = evaluated_means(self._model, self._evaluate(params, carry, (batch for _, batch in placed)))
         return values | _derived(self._data, values, self._store)
+
+    def describe(self, values: Mapping[str, float]) -> str:
+        """Metrics as a line for people."""
+        return "held-out sample  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """metric -> trivial baseline, fitted on the training side -> value."""

@@ -8,16 +8,19 @@ import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from prelm_jax.cli.options import Choice, Chosen, suggestion
 from prelm_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from prelm_jax.finetuning.config import FineTuning
     from prelm_jax.run import Run
+
+Experiment = TypeVar("Experiment")
 
 ADVICE = """\
 Every field of the experiment is an option. To change the class of its model, tokenizer, data or optimizer, edit a copy:
@@ -76,6 +79,17 @@ def load_run(reference: str) -> tuple[str, "Run", str]:
     """
     from prelm_jax.run import Run
 
+    return _load(reference, Run, ("tokenizer", "model", "data", "optimizer"))
+
+
+def load_task(reference: str) -> tuple[str, "FineTuning", str]:
+    """Like `load_run`, for a function that returns a FineTuning."""
+    from prelm_jax.finetuning.config import FineTuning
+
+    return _load(reference, FineTuning, ("head", "optimizer"))
+
+
+def _load(reference: str, kind: type[Experiment], components: Sequence[str]) -> tuple[str, Experiment, str]:
     file, name = reference.rsplit(":", 1) if ":" in reference else (reference, "")
     path = Path(file) if file.endswith(".py") or Path(file).exists() else _shipped_file(file)
     if not path.is_file():
@@ -91,9 +105,9 @@ def load_run(reference: str) -> tuple[str, "Run", str]:
         raise InputError(f"{file} {mistake} It holds {known}.")
     with _one_line_errors(path):
         run = getattr(module, name)()
-    if not isinstance(run, Run):
-        raise InputError(f"{reference} returns {type(run).__name__}: an experiment must return a Run.")
-    for component in ("tokenizer", "model", "data", "optimizer"):
+    if not isinstance(run, kind):
+        raise InputError(f"{reference} returns {type(run).__name__}: it must return a {kind.__name__}.")
+    for component in components:
         if not dataclasses.is_dataclass(config := getattr(run, component)):
             raise InputError(f"{reference}: {component} is {config!r}: must be a config, an instance of a dataclass")
     description = f"{reference}: {found[name] or 'no docstring.'}\n\n{ADVICE.format(file=path.name)}"
@@ -115,6 +129,15 @@ EXPERIMENT = Choice(
     help="Name of an experiment, or FILE.py:NAME: a function without arguments that returns a Run. Followed by --help, "
     "its description and its options, one for each field of the Run.",
     choose=lambda reference: Chosen(*load_run(reference)),
+    catalog=catalog,
+    placeholder="FILE-NAME",
+)
+
+TASK = Choice(
+    name="task",
+    help="Name of a task, or FILE.py:NAME: a function without arguments that returns a FineTuning. Followed by --help, "
+    "its description and its options, one for each field of the FineTuning.",
+    choose=lambda reference: Chosen(*load_task(reference)),
     catalog=catalog,
     placeholder="FILE-NAME",
 )

@@ -510,7 +510,6 @@ PUBLISHED = {
     ("ud-en-ewt/en_ewt-ud-dev.conllu", "tags", Columns()): (2001, 17, {"multiword": 363}),
     ("ud-en-ewt/en_ewt-ud-test.conllu", "tags", Columns(label="xpos")): (2077, 48, {"multiword": 356}),
     ("zh/ner/resume/dev.char.bmes,format=tsv", "tags", Columns("0", label="1")): (463, 17, {"tags": 6956}),
-    ("zh/ner/msra/test.ner", "tags", Columns()): (4365, 7, {"tags": 14428}),
     ("zh/ner/weibo/train.all.bmes", "tags", Columns()): (1350, 17, {"tags": 3107}),
     ("zh/ChnSentiCorp/train.tsv", "label", Columns("0", label="1")): (9600, 2, {}),
     ("zh/AFQMC/dev.txt", "label", Columns("0", "1", "2")): (4316, 2, {}),

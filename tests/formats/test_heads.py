@@ -312,7 +312,11 @@ def scores_of(case, outputs, batch):
     return outputs.mc_logits if case == "gpt-choice" else outputs.logits
 
 
-@pytest.mark.parametrize("case", CASES)
+FAST = ("label", "spans", "gpt-choice")
+SAME_ENCODER = ("labels", "number", "gpt-number")  # As another case: only the gradients of their losses are their own.
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in CASES])
 def test_scores_loss_and_gradients_are_those_of_transformers(case, published, tmp_path):
     reference, directory = published(case)
     task = read_task_of(case, directory)
@@ -322,6 +326,8 @@ def test_scores_loss_and_gradients_are_those_of_transformers(case, published, tm
     @jax.jit
     def compute(params):
         def objective(params):
+            if case in SAME_ENCODER:
+                params = {**jax.lax.stop_gradient(params), "head": params["head"]}
             losses, _, _ = module.loss(params, {}, batch, jax.random.key(0), train=False)
             total, weight = losses["label_loss"]
             return total / weight
@@ -347,7 +353,8 @@ def test_scores_loss_and_gradients_are_those_of_transformers(case, published, tm
         jax.tree.leaves(read_task_of(case, tmp_path / "gradients").params),
         strict=True,
     ):
-        np.testing.assert_allclose(ours, expected, atol=2e-5, rtol=0, err_msg=path_name(path))
+        if case not in SAME_ENCODER or path_name(path).startswith("head/"):
+            np.testing.assert_allclose(ours, expected, atol=2e-5, rtol=0, err_msg=path_name(path))
 
 
 def copy_module(module):
