@@ -6,8 +6,10 @@ from pathlib import Path
 from prelm_jax.errors import InputError
 from prelm_jax.families import find_family
 from prelm_jax.formats.base import LoadedModel, abstract_params, find_model_type
+from prelm_jax.formats.heads import split
 from prelm_jax.hub import fetch, is_hub_name
 from prelm_jax.inference.base import Pretrained
+from prelm_jax.inference.heads import TaskPretrained
 from prelm_jax.storage import is_remote
 from prelm_jax.training.checkpoint import Step
 from prelm_jax.workdir import WorkDir
@@ -21,7 +23,8 @@ def load(path: str | os.PathLike, step: Step = "newest", lowercase: bool = True)
     checkpoint of `step` is taken: a step number, "newest", or "best" (lowest held-out loss). lowercase: whether text is
     lower-cased for a vocab.txt without tokenizer_config.json, as transformers assumes.
 
-    Raises InputError where there is none, naming what is missing.
+    Raises InputError where there is none, naming what is missing. A fine-tuned model is a
+    `prelm_jax.inference.heads.TaskPretrained`.
 
         model = load("runs/bert-mini")
         model.fill("Paris is the [MASK] of France.")
@@ -37,7 +40,17 @@ def load(path: str | os.PathLike, step: Step = "newest", lowercase: bool = True)
     if is_remote(directory):
         raise InputError(f"{directory}: no work directory (no run.json); copy a model directory to this machine first")
     family = find_family(*find_model_type(Path(directory)))
-    return family.pretrained(family.format.read(Path(directory), lowercase))
+    task = family.format.read_task(Path(directory), lowercase)
+    if task is None:
+        return family.pretrained(family.format.read(Path(directory), lowercase))
+    encoder, _ = split(task)
+    return TaskPretrained(task, family.pretrained(encoder), family.frame)
+
+
+def load_encoder(path: str | os.PathLike) -> Pretrained:
+    """What `load` gives, without the head of a task."""
+    model = load(path)
+    return model.pretrained if isinstance(model, TaskPretrained) else model
 
 
 def load_checkpoint(workdir: WorkDir, step: Step = "newest") -> tuple[int, Pretrained]:

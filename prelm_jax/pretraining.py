@@ -21,7 +21,7 @@ from prelm_jax.families import find_family
 from prelm_jax.formats.base import abstract_params, save
 from prelm_jax.formats.transfer import initial_params, positions_note
 from prelm_jax.hub import fetch, is_hub_name
-from prelm_jax.loading import load, load_checkpoint
+from prelm_jax.loading import load_checkpoint, load_encoder
 from prelm_jax.progress import Progress
 from prelm_jax.report import Summary
 from prelm_jax.run import Run, RunRecord
@@ -103,7 +103,7 @@ def _pretrain(run: Run, directory: WorkDir, extend_to: int | None) -> Summary:
     record = RunRecord.from_run(run, corpus.fingerprint, tokenizer.fingerprint, fingerprint)
 
     def continued(fresh: Params) -> Params:
-        pretrained = load(str(run.init_from))
+        pretrained = load_encoder(str(run.init_from))
         format = find_family(pretrained.config.model_type, run.init_from).format
         if jax.process_index() == 0 and (note := positions_note(pretrained.config, run.model)):
             print(note, file=sys.stderr)

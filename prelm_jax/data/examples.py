@@ -1,7 +1,9 @@
 """Labelled examples: what the readers of files make, and what frames write as tokens."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from prelm_jax.bounds import Bounds
 
 # What the label of an example is:
 # label   one name                                     "positive"
@@ -42,3 +44,17 @@ class Example:
     id: str  # From the file, or the example's number in it, from 0; unique in a file.
     sequences: tuple[tuple[Part, ...], ...]
     label: Label | None = None  # By kind, see Kind; None: not known.
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where the parts of an example are: names of columns or fields, or numbers of columns, from 0 (-1: the last)."""
+
+    text: str | None = None  # Text, words (tags) or question (spans); text, tokens and question if unset.
+    pair: str | None = None  # Second text of a pair, passage (spans), or beginning of all options (choice).
+    label: str | None = None  # Label; if unset, label, and for some tasks labels, tags or answers.
+    # Several labels: columns of 0 and 1, one for each label, instead of --columns.label.
+    indicators: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()  # Choice: a column for each option, or one that lists them (options if unset).
+    first_option: Annotated[int, Bounds(0, 1)] = 0  # Choice: what the label of the first option is if it is a number.
+    id: str | None = None  # Identifier of an example in predictions; its number in the file if unset.

@@ -362,7 +362,7 @@ class ELMoFrame(Frame):
         batch = super().batch(rows, own, width, num_texts, num_read)
         distinct = _distinct(rows)
         words = np.searchsorted(distinct, batch["tokens"]).astype(np.int32) * batch["segments"]
-        padding = np.zeros(self._room(len(rows), num_texts, width) - len(distinct), np.int32)
+        padding = np.zeros(max(0, self._room(len(rows), num_texts, width) - len(distinct)), np.int32)
         characters = self._spellings().characters(np.append(distinct, padding), self._num_characters)
         read_and_labels = {key: batch[key] for key in batch if key not in ("tokens", "token_types", "positions")}
         return {"characters": characters, "words": words, **read_and_labels}

@@ -24,14 +24,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, NamedTuple, cast, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
-from prelm_jax.bounds import Bounds
 from prelm_jax.corpus import readers, tfds
 from prelm_jax.corpus.readers import File
 from prelm_jax.corpus.sources import matching_files
 from prelm_jax.corpus.spec import split_options
-from prelm_jax.data.examples import Answers, Example, Kind, Label
+from prelm_jax.data.examples import Answers, Columns, Example, Kind, Label
 from prelm_jax.errors import InputError
 from prelm_jax.storage import decode_utf8
 
@@ -43,21 +42,6 @@ ENDINGS: dict[Format, tuple[str, ...]] = {
     "conllu": (".conllu",),
 }
 CONLLU = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Where the parts of an example are: names of columns or fields, or numbers of columns, from 0 (-1: the last)."""
-
-    text: str | None = None  # Text, words (tags) or question (spans); text, tokens and question if unset.
-    pair: str | None = None  # Second text of a pair, passage (spans), or beginning of all options (choice).
-    label: str | None = None  # Label; if unset, label, and for some tasks labels, tags or answers.
-    indicators: tuple[
-        str, ...
-    ] = ()  # Several labels: columns of 0 and 1, one for each label, instead of --columns.label.
-    options: tuple[str, ...] = ()  # Choice: a column for each option, or one that lists them (options if unset).
-    first_option: Annotated[int, Bounds(0, 1)] = 0  # Choice: what the label of the first option is if it is a number.
-    id: str | None = None  # Identifier of an example in predictions; its number in the file if unset.
 
 
 DEFAULTS: dict[Kind, Columns] = {

@@ -11,18 +11,18 @@ import pytest
 import torch
 import transformers
 from model_directories import (
-    BERT_SIZES,
+    CASES,
     ELMO_OPTIONS,
-    GPT_SIZES,
     GPT_TOKENS,
+    NAMES,
     assert_params_equal,
     change,
     configure,
     contents,
     elmo_weights,
+    format_of,
     publish_elmo,
-    randomize,
-    save_gpt_vocabulary,
+    read_task_of,
 )
 from safetensors.numpy import load_file
 
@@ -35,74 +35,13 @@ from prelm_jax.models.task import TaskModelConfig
 from prelm_jax.tokenizers.words import WordVocabulary
 from prelm_jax.training.parameters import path_name
 
-NAMES = ("contradiction", "entailment", "neutral")
-MAPS = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
-CASES = {  # name: (class of transformers, its settings, our head)
-    "label": ("BertForSequenceClassification", MAPS, Label(num_labels=3)),
-    "labels": (
-        "BertForSequenceClassification",
-        {**MAPS, "problem_type": "multi_label_classification"},
-        Label(num_labels=3, kind="labels"),
-    ),
-    "number": (
-        "BertForSequenceClassification",
-        {"num_labels": 1, "problem_type": "regression", "classifier_dropout": 0.3},
-        Label(num_labels=1, kind="number", dropout=0.3),
-    ),
-    "choice": ("BertForMultipleChoice", {}, Choice()),
-    "tags": ("BertForTokenClassification", {**MAPS, "hidden_dropout_prob": 0.2}, Tags(num_tags=3, dropout=0.2)),
-    "spans": ("BertForQuestionAnswering", {}, Span()),
-    "gpt-label": ("OpenAIGPTForSequenceClassification", MAPS, Label(num_labels=3, bias=False)),
-    "gpt-number": (
-        "OpenAIGPTForSequenceClassification",
-        {"num_labels": 1, "problem_type": "regression"},
-        Label(num_labels=1, kind="number", bias=False),
-    ),
-    "gpt-choice": ("OpenAIGPTDoubleHeadsModel", {"summary_first_dropout": 0.4}, Choice(dropout=0.4)),
-}
-SPECIAL = ("_start_", "_delimiter_", "_classify_", "<pad>")
-
-
-@pytest.fixture(scope="session")
-def published(save_bert, tmp_path_factory):
-    """`published(case)` is (transformers' model with random parameters, its directory); do not change them."""
-    made = {}
-
-    def get(case):
-        if case not in made:
-            architecture, settings, _ = CASES[case]
-            directory = tmp_path_factory.mktemp(case)
-            if architecture.startswith("Bert"):
-                config = transformers.BertConfig(**BERT_SIZES, **settings)
-                model = randomize(getattr(transformers, architecture)(config))
-                save_bert(model, directory)
-            else:
-                sizes = {**GPT_SIZES, "vocab_size": len(GPT_TOKENS) + len(SPECIAL)}
-                config = transformers.OpenAIGPTConfig(**sizes, pad_token_id=len(GPT_TOKENS) + 3, **settings)
-                model = randomize(getattr(transformers, architecture)(config))
-                model.save_pretrained(directory)
-                save_gpt_vocabulary(directory)
-            made[case] = model, directory
-        return made[case]
-
-    return get
-
-
-def format_of(case):
-    return huggingface_gpt.FORMAT if case.startswith("gpt") else huggingface_bert.FORMAT
-
-
-def read_task(case, directory):
-    return format_of(case).read_task(directory, True)
-
-
 # Reading what transformers wrote
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_class_with_a_head_is_read_and_written_back(case, published, tmp_path):
     _, directory = published(case)
-    task = read_task(case, directory)
+    task = read_task_of(case, directory)
     assert task.config.head == CASES[case][2]
     assert task.labels == (NAMES if CASES[case][1].get("id2label") else ())
     assert (task.max_length, task.missing) == (24, frozenset())
@@ -113,7 +52,7 @@ def test_every_class_with_a_head_is_read_and_written_back(case, published, tmp_p
     assert set(theirs) == set(ours)
     for name, tensor in theirs.items():
         np.testing.assert_array_equal(tensor, ours[name], err_msg=name)
-    again = read_task(case, tmp_path / "again")
+    again = read_task_of(case, tmp_path / "again")
     assert (again.config, again.labels, again.max_length) == (task.config, task.labels, task.max_length)
     save(again, format_of(case), tmp_path / "third", "# A model\n")
     assert contents(tmp_path / "again") == contents(tmp_path / "third")
@@ -122,7 +61,9 @@ def test_every_class_with_a_head_is_read_and_written_back(case, published, tmp_p
 @pytest.mark.parametrize("case", CASES)
 def test_transformers_loads_what_is_written_without_a_complaint(case, published, tmp_path):
     reference, directory = published(case)
-    save(dataclasses.replace(read_task(case, directory), max_length=16), format_of(case), tmp_path / "model", "# A\n")
+    save(
+        dataclasses.replace(read_task_of(case, directory), max_length=16), format_of(case), tmp_path / "model", "# A\n"
+    )
     loaded, info = type(reference).from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     for (name, x), y in zip(reference.state_dict().items(), loaded.state_dict().values(), strict=True):
@@ -304,3 +245,120 @@ def test_a_damaged_file_of_a_head_is_refused(metadata, complaint, own, tmp_path)
     file.write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"head.safetensors.*cannot be read"):
         format.read_task(tmp_path / "model", True)
+
+
+# Parity with transformers
+
+
+def inputs_of(case, head):
+    """A batch as `models/task.py` has it, and the inputs of transformers for the same examples."""
+    rng = np.random.default_rng(0)
+    texts, length = (3 if isinstance(head, Choice) else 1), 12
+    shape = (4, texts, length)
+    lengths = np.full(shape[:2], length) if case == "spans" else rng.integers(5, length + 1, shape[:2])
+    real = np.arange(length) < lengths[..., None]
+    tokens = np.where(real, rng.integers(5, 45, shape), len(GPT_TOKENS) + 3 if "gpt" in case else 0)
+    types = (real & (np.arange(length) > 3)).astype(int)
+    read = (lengths - 1 if "gpt" in case else np.zeros_like(lengths))[..., None]
+    labels = {
+        "label": rng.integers(0, 3, 4),
+        "labels": rng.integers(0, 2, (4, 3)).astype(np.float32),
+        "number": rng.normal(size=4).astype(np.float32),
+        "choice": rng.integers(0, 3, 4),
+        "spans": rng.integers(0, length, (4, 2)),
+        "tags": rng.integers(0, 3, (4, length)),
+    }[case.removeprefix("gpt-")]
+    weights = np.ones(4, np.float32)
+    if case == "tags":
+        read = np.where(np.arange(length) < (lengths[..., None] - 1) // 2, 1 + 2 * np.arange(length), -1)
+        weights = (read[:, 0] >= 0).astype(np.float32)
+    integers = {
+        "tokens": tokens,
+        "token_types": types,
+        "positions": np.broadcast_to(np.arange(length), shape),
+        "segments": real,
+        "read_positions": read,
+    }
+    batch = {name: x.astype(np.int32) for name, x in integers.items()} | {"label_weights": weights}
+    batch["labels"] = labels if labels.dtype == np.float32 else labels.astype(np.int32)
+
+    def theirs(x):
+        return torch.tensor(x if texts > 1 else x[:, 0])
+
+    inputs = {"input_ids": theirs(tokens)}
+    if "gpt" not in case:  # Of choices, GPT takes no mask; padding comes after all that it reads.
+        inputs |= {"attention_mask": theirs(real.astype(int)), "token_type_ids": theirs(types)}
+    if case == "tags":
+        aligned = np.full((4, length), -100)
+        for row, (positions, found) in enumerate(zip(read[:, 0], labels, strict=True)):
+            aligned[row, positions[positions >= 0]] = found[positions >= 0]
+        inputs["labels"] = torch.tensor(aligned)
+    elif case == "spans":
+        inputs |= {"start_positions": torch.tensor(labels[:, 0]), "end_positions": torch.tensor(labels[:, 1])}
+    elif case == "gpt-choice":
+        inputs |= {"mc_token_ids": torch.tensor(read[..., 0]), "mc_labels": torch.tensor(labels)}
+    else:
+        inputs["labels"] = torch.tensor(labels)
+    return batch, inputs
+
+
+def scores_of(case, outputs, batch):
+    """The logits of transformers where ours are."""
+    if case == "spans":
+        return torch.stack([outputs.start_logits, outputs.end_logits], -1)
+    if case == "tags":
+        index = torch.tensor(batch["read_positions"][:, 0].clip(0))[..., None].expand(-1, -1, 3)
+        return outputs.logits.gather(1, index.long())
+    return outputs.mc_logits if case == "gpt-choice" else outputs.logits
+
+
+FAST = ("label", "spans", "gpt-choice")
+SAME_ENCODER = ("labels", "number", "gpt-number")  # As another case: only the gradients of their losses are their own.
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in CASES])
+def test_scores_loss_and_gradients_are_those_of_transformers(case, published, tmp_path):
+    reference, directory = published(case)
+    task = read_task_of(case, directory)
+    batch, inputs = inputs_of(case, task.config.head)
+    module = task.config.build()
+
+    @jax.jit
+    def compute(params):
+        def objective(params):
+            if case in SAME_ENCODER:
+                params = {**jax.lax.stop_gradient(params), "head": params["head"]}
+            losses, _, _ = module.loss(params, {}, batch, jax.random.key(0), train=False)
+            total, weight = losses["label_loss"]
+            return total / weight
+
+        return module.predict(params, {}, batch)["scores"], jax.value_and_grad(objective)(params)
+
+    scores, (loss, gradients) = compute(task.params)
+    theirs = copy_module(reference)
+    outputs = theirs(**inputs)
+    expected = scores_of(case, outputs, batch).detach().numpy()
+    real = batch["read_positions"][:, 0] >= 0 if case == "tags" else slice(None)
+    np.testing.assert_allclose(scores[real], expected[real], atol=2e-5, rtol=0)
+    their_loss = outputs.mc_loss if case == "gpt-choice" else outputs.loss
+    assert float(loss) == pytest.approx(their_loss.item(), abs=2e-5)
+    their_loss.backward()
+    # The gradients as a model, so that they are read by the names that parameters have.
+    for parameter in theirs.parameters():
+        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    shutil.copytree(directory, tmp_path / "gradients")
+    theirs.save_pretrained(tmp_path / "gradients")
+    for (path, ours), expected in zip(
+        jax.tree_util.tree_leaves_with_path(gradients),
+        jax.tree.leaves(read_task_of(case, tmp_path / "gradients").params),
+        strict=True,
+    ):
+        if case not in SAME_ENCODER or path_name(path).startswith("head/"):
+            np.testing.assert_allclose(ours, expected, atol=2e-5, rtol=0, err_msg=path_name(path))
+
+
+def copy_module(module):
+    """A copy with gradients of its own."""
+    copied = type(module)(module.config)
+    copied.load_state_dict(module.state_dict())
+    return copied.eval()
