@@ -107,8 +107,9 @@ class Frame:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The lengths that rows are padded to."""
-        return (*(width for width in WIDTHS if width < self.max_length), self.max_length)
+        """The lengths that rows are padded to, at most as many as WIDTHS."""
+        shorter = [width for width in WIDTHS if width < self.max_length]
+        return (*shorter[1 - len(WIDTHS) :], self.max_length)
 
     def fitting_width(self, rows: Sequence[Row], num_texts: int) -> int:
         """The least of the widths that holds some rows."""
