@@ -18,6 +18,7 @@ def classify() -> FineTuning:
         prelm finetune finetuning:classify --init-from DIR --train train.tsv --dev dev.tsv --columns.text sentence
     """
     return FineTuning(
+        name="classify",
         head=Label(),
         optimizer=_adamw(learning_rate=5e-5),
         batch_size=32,

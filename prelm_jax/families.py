@@ -1,13 +1,11 @@
 """The families of models: for each model_type its configs, its published format and its inference. Closed and lazy."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from prelm_jax.errors import InputError
 from prelm_jax.formats.base import Format
 from prelm_jax.inference.base import Pretrained
-from prelm_jax.tokenizers.base import Tokenizer
 
 if TYPE_CHECKING:
     from prelm_jax.data.frames import Frame
@@ -17,16 +15,15 @@ if TYPE_CHECKING:
 class Family:
     """One row of the table.
 
-    `model`, `data`: the classes of the configs in run.json. `frame`: how the examples of a task become tokens, from a
-    tokenizer, the longest row, and whether the texts of a pair have no order. `example`: what to try first with a
-    trained model, the command with {} for its path.
+    `model`, `data`: the classes of the configs in run.json. `frame`: how the examples of a task become tokens.
+    `example`: what to try first with a trained model, the command with {} for its path.
     """
 
     model: type
     data: type
     format: Format
     pretrained: type[Pretrained]
-    frame: Callable[[Tokenizer, int, bool], "Frame"]
+    frame: type["Frame"]
     example: str
 
 

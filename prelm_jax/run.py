@@ -145,6 +145,11 @@ class RunRecord:
         record = cls(model_type, fields | {**facts}, [Segment(0, with_name(optimizer))], found, loop, sys.argv[1:])
         return read(cls, json.loads(record.to_json()), "run.json")
 
+    @property
+    def is_task(self) -> bool:
+        """Whether it is the record of a fine-tuning, whose identity has a head."""
+        return "head" in self.identity
+
     def to_json(self) -> str:
         """The text of run.json."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -24,11 +24,16 @@ def finetune(
         seeds: Number of seeds, 0 and up, each trained on its own; complete ones are skipped.
         take_over: On a bucket or a network disk, end the lease of another process at once; for one that is dead.
     """
+    import jax
+
     from prelm_jax.finetuning import finetune
+    from prelm_jax.finetuning.results import results_table
+    from prelm_jax.report import print_table
     from prelm_jax.training import processes
 
     cache_compiled_programs()
     with processes.joined():
-        results = finetune.finetune(run, workdir, seeds, take_over)
-        for seed, result in results.items():
-            print(f"seed {seed}: " + "  ".join(f"{name} {value:.4f}" for name, value in result.values.items()))
+        path, results = finetune.finetune(run, workdir, seeds, take_over)
+        if jax.process_index() == 0:
+            print_table(results_table(results))
+            print(f"\nThe seeds are in {path}.\nNext:\n  prelm export {path} DIRECTORY\n  prelm report {path}")

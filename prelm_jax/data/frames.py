@@ -14,7 +14,7 @@ a window to the next; `_check_is_max_context`); openai/finetune-transformer-lm, 
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, cast
+from typing import ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 from tokenizers import Regex, pre_tokenizers
@@ -24,6 +24,7 @@ from prelm_jax.data.examples import Answers, Example, Kind, Label, Part
 from prelm_jax.errors import InputError
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.tokenizers.characters import BEGIN_SENTENCE, END_SENTENCE, Spellings
+from prelm_jax.tokenizers.words import SPECIAL_TOKENS, WordVocabulary
 from prelm_jax.training.contract import Layout
 
 # The lengths that rows are padded to, as far as the model has positions: few programs to compile, little padding.
@@ -73,25 +74,36 @@ class Framed(NamedTuple):
     num_cut: int
 
 
-class Frame:
-    """The frame of a family, by the roles of its tokens.
+Pairs = Literal["together", "orders", "apart"]
 
-    max_length: tokens of a row at most. pairs: how the pair of a Label is read: "together", as one text; "orders", as
-    two, a b and b a (GPT-1's for texts without an order); or "apart", each text by itself (ELMo's).
+
+class Frame:
+    """The frame of a family, by the roles of its tokens; `BertFrame` and its like know them.
+
+    max_length: tokens of a row at most. symmetric: the texts of a pair have no order.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        max_length: int,
-        before: Sequence[int],
-        between: Sequence[int],
-        after: Sequence[int],
-        reads: Literal["first", "last"],
-        pairs: Literal["together", "orders", "apart"] = "together",
-    ):
-        self.tokenizer, self.max_length, self.pairs = tokenizer, max_length, pairs
-        self._before, self._between, self._after, self._reads = list(before), list(between), list(after), reads
+    reads: ClassVar[Literal["first", "last"]] = "first"  # The position that sums a text up.
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int, symmetric: bool = False):
+        self.tokenizer, self.max_length = tokenizer, max_length
+        # How the pair of a Label is read: as one text, as two with its texts in both orders, or each text by itself.
+        self.pairs: Pairs = self._pairs(symmetric)
+        self._before, self._between, self._after = self._roles(tokenizer)
+
+    @staticmethod
+    def task_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
+        """The tokenizer that a task is trained with, from that of a pretrained model."""
+        if tokenizer is None:
+            raise InputError("the model has no tokenizer, without which it reads no texts")
+        return tokenizer
+
+    def _pairs(self, symmetric: bool) -> Pairs:
+        return "together"
+
+    def _roles(self, tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
+        """The tokens before the texts, between two of them, and after them."""
+        raise NotImplementedError
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -167,7 +179,7 @@ class Frame:
         second = [*between, *parts[1][: kept[1]]] if len(parts) > 1 else []
         ids = np.array([*first, *second, *self._after], np.int32)
         start = len(first) + len(between) if len(parts) > 1 else len(ids)
-        read = np.array([0 if self._reads == "first" else len(ids) - 1], np.int32)
+        read = np.array([0 if self.reads == "first" else len(ids) - 1], np.int32)
         return Text(ids, start, read), sum(kept) < sum(map(len, parts))
 
     # Tags
@@ -268,33 +280,53 @@ class Frame:
 class BertFrame(Frame):
     """[CLS] a [SEP] b [SEP]; token types are 1 from b on."""
 
-    def __init__(self, tokenizer: Tokenizer, max_length: int, symmetric: bool = False):
+    def _roles(self, tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
         cls, sep = (special_id(tokenizer, role, "the texts of a task") for role in ("cls", "sep"))
-        super().__init__(tokenizer, max_length, [cls], [sep], [sep], "first")
+        return [cls], [sep], [sep]
 
 
 class GPTFrame(Frame):
-    """start a delimiter b extract; a token that the vocabulary lacks is left out. symmetric: pairs have no order."""
+    """start a delimiter b extract; tokens that a published vocabulary lacks are left out."""
 
-    def __init__(self, tokenizer: Tokenizer, max_length: int, symmetric: bool = False):
+    reads = "last"
+
+    @staticmethod
+    def task_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
+        """The tokenizer with the tokens of the frame."""
+        return Frame.task_tokenizer(tokenizer).framed()
+
+    def _pairs(self, symmetric: bool) -> Pairs:
+        return "orders" if symmetric else "together"
+
+    def _roles(self, tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
         start, delimiter, extract = (
             [] if id is None else [id] for id in (tokenizer.bos_id, tokenizer.sep_id, tokenizer.cls_id)
         )
-        pairs = "orders" if symmetric else "together"
-        super().__init__(tokenizer, max_length, start, delimiter, extract, "last", pairs)
+        return start, delimiter, extract
 
 
 class ELMoFrame(Frame):
-    """<S> a </S>, in numbers of distinct words; a batch has the characters of its words. Pairs are read apart.
+    """<S> a </S>, in numbers of distinct words; a batch has the characters of its words.
 
-    Of a choice, the parts of a text are read as one.
+    The texts of a pair are read each by itself, those of a choice as one.
     """
 
     def __init__(self, tokenizer: Tokenizer, max_length: int, symmetric: bool = False):
+        super().__init__(tokenizer, max_length, symmetric)
         self.numbers = {BEGIN_SENTENCE: 0, END_SENTENCE: 1}
         self._known = Spellings.of(())
         self._num_characters = 0
-        super().__init__(tokenizer, max_length, [0], [], [1], "first", "apart")
+
+    @staticmethod
+    def task_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
+        """The tokenizer; words between white space for a directory without a vocabulary, which a task does not need."""
+        return WordVocabulary(SPECIAL_TOKENS) if tokenizer is None else tokenizer
+
+    def _pairs(self, symmetric: bool) -> Pairs:
+        return "apart"
+
+    def _roles(self, tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
+        return [0], [], [1]
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """The numbers of the words of each text."""

@@ -28,6 +28,7 @@ from prelm_jax.validation import check
 class FineTuning:
     """A task. The same FineTuning on the same mesh, devices and versions gives the same model, bit for bit."""
 
+    name: str  # Name of the task in reports, and in the default of --workdir.
     head: Any
     optimizer: Any
     batch_size: Size  # Examples of the global batch, over all devices and micro-batches; of tags and spans, windows.

@@ -21,22 +21,34 @@ from prelm_jax.families import find_family
 from prelm_jax.finetuning import metrics
 from prelm_jax.finetuning.config import FineTuning
 from prelm_jax.finetuning.files import check_labels, label_names, read_examples
+from prelm_jax.finetuning.results import (
+    PREDICTIONS,
+    RESULTS,
+    Results,
+    SeedResult,
+    read_results,
+    write_predictions,
+    write_results,
+)
 from prelm_jax.formats.base import LoadedModel, ModelConfig
 from prelm_jax.formats.transfer import initial_params
 from prelm_jax.hub import fetch, is_hub_name
 from prelm_jax.inference.base import Pretrained
+from prelm_jax.inference.decoding import Prediction, decode
 from prelm_jax.loading import load
 from prelm_jax.models import heads
 from prelm_jax.models.task import EncoderConfig, TaskModel, TaskModelConfig
 from prelm_jax.run import RunRecord, with_name
+from prelm_jax.storage import reachable
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.train import placed_batches, train
 from prelm_jax.training.contract import Params
+from prelm_jax.training.parameters import path_name
 from prelm_jax.training.step import make_predict
 from prelm_jax.workdir import WorkDir
 
 # The fields that say how examples and parameters are found. Both are compared by fingerprint.
-SOURCES = ("train", "dev", "init_from", "columns")
+SOURCES = ("name", "train", "dev", "init_from", "columns")
 
 
 class Task(NamedTuple):
@@ -55,14 +67,6 @@ class Task(NamedTuple):
     facts: dict[str, object]  # What decides the bits besides the fields of the run.
 
 
-class Result(NamedTuple):
-    """How the model of a seed does on the dev examples."""
-
-    step: int
-    values: dict[str, float]
-    predictions: list[Label]
-
-
 def prepare(run: FineTuning) -> Task:
     """Reads the files of a task and the model that it starts from. Raises InputError for what the user can mend."""
     missing = [f"--{name.replace('_', '-')}" for name in ("init_from", "train", "dev") if getattr(run, name) is None]
@@ -79,10 +83,8 @@ def prepare(run: FineTuning) -> Task:
     check_labels(str(run.dev), dev_data, run.kind, names)
 
     pretrained = load(str(run.init_from))
-    tokenizer = pretrained.tokenizer
-    if tokenizer is None:
-        raise InputError(f"{run.init_from} has no tokenizer")
     family = find_family(pretrained.config.model_type, run.init_from)
+    tokenizer = family.frame.task_tokenizer(pretrained.tokenizer)
     longest = getattr(pretrained.config, "max_position_embeddings", WIDTHS[-1])
     max_length = run.max_length or min(longest, WIDTHS[-1])
     if max_length > longest:
@@ -95,8 +97,9 @@ def prepare(run: FineTuning) -> Task:
             share = found.num_cut / found.num_examples
             print(f"{spec}: {found.num_cut:,} examples ({share:.1%}) cut to {max_length} tokens", file=sys.stderr)
         framed.append(found.rows)
+    vocab_size = max(pretrained.config.vocab_size or 0, tokenizer.vocab_size)
     config = TaskModelConfig(
-        cast(EncoderConfig, dataclasses.replace(pretrained.config, vocab_size=tokenizer.vocab_size)),
+        cast(EncoderConfig, dataclasses.replace(pretrained.config, vocab_size=vocab_size)),
         _head(run.head, names, framed[0]),
         run.tune,
         run.layer_decay,
@@ -106,6 +109,7 @@ def prepare(run: FineTuning) -> Task:
         "head": with_name(config.head),
         "encoder": config.encoder,
         "labels": names,
+        "max_length": max_length,
         "train_fingerprint": _fingerprint(train_data.examples),
         "dev_fingerprint": _fingerprint(dev_data.examples),
         "tokenizer_fingerprint": tokenizer.fingerprint,
@@ -128,19 +132,70 @@ def prepare(run: FineTuning) -> Task:
 
 def finetune(
     run: FineTuning, workdir: str | os.PathLike | None = None, seeds: int = 1, take_over: bool = False
-) -> dict[int, Result]:
-    """Trains a task with several seeds, 0 to `seeds` - 1, each in a work directory of its own; resumes what is there.
+) -> tuple[Path, Results]:
+    """Trains a task with the seeds 0 to `seeds` - 1, each in a work directory of its own; resumes what is there.
 
-    workdir: the directory above; by default runs/<task>-<stem of the training file>-<8 hex of the identity>.
+    Returns the directory above them and the results of all that are complete, which results.json there holds as well.
+
+    workdir: that directory; by default runs/<task>-<stem of the training file>-<8 hex of the identity>.
     Raises InputError for what the user can mend, Preempted when SIGTERM stopped a training after saving.
     """
     task = prepare(run)
-    path = Path(workdir) if workdir is not None else default_workdir(task)
-    results = {}
+    path = reachable(workdir) if workdir is not None else default_workdir(task)
     for seed in range(seeds):
-        print(f"seed {seed} of {seeds}, in {path / f'seed-{seed}'}", file=sys.stderr)
-        results[seed] = _train(task, seed, WorkDir(path / f"seed-{seed}"), take_over)
-    return results
+        directory = WorkDir(path / f"seed-{seed}")
+        with directory.hold(take_over):
+            results = _results(task, path)
+            if directory.exists() and any(
+                (each.seed, each.step) == (seed, task.run.loop.steps) for each in results.seeds
+            ):
+                seeded = dataclasses.replace(task.run, seed=seed)
+                directory.check(_record(task, seeded), seeded)
+                continue
+            if jax.process_index() == 0:
+                print(f"seed {seed} of {seeds}: {directory.path}", file=sys.stderr)
+            result, predictions = _train(task, seed, directory)
+            if jax.process_index() == 0:
+                labels = [each.label for each in predictions]
+                write_predictions(
+                    directory.path / PREDICTIONS, task.dev_examples, labels, _probabilities(task, predictions)
+                )
+                others = [each for each in _results(task, path).seeds if each.seed != seed]
+                ordered = sorted([*others, result], key=lambda each: each.seed)
+                write_results(path, dataclasses.replace(results, seeds=tuple(ordered)))
+    return path, _results(task, path)
+
+
+def _results(task: Task, path: Path) -> Results:
+    """The results in a directory, without seeds where there are none yet."""
+    run = task.run
+    if (path / RESULTS).is_file():
+        return read_results(path)
+    gold = [cast(Label, each.label) for each in task.dev_examples]
+    metric, *_ = metrics.scores(run.kind, task.dev_examples, gold, task.names)
+    return Results(
+        task=run.name,
+        kind=run.kind,
+        model_type=task.config.model_type,
+        init_from=None if run.scratch else run.init_from,
+        train=str(run.train),
+        dev=str(run.dev),
+        train_examples=len(task.train_examples),
+        dev_examples=len(task.dev_examples),
+        labels=task.names,
+        metric=metric,
+        baselines=metrics.baselines(run.kind, task.dev_examples, task.names, training=task.train_examples),
+        seeds=(),
+    )
+
+
+def _probabilities(task: Task, predictions: Sequence[Prediction]) -> list[dict[str, float]] | None:
+    """For each example the probability of each label or choice; None of tags, numbers and answers."""
+    if task.run.kind not in ("label", "labels", "choice"):
+        return None
+    return [
+        dict(zip(task.names or map(str, range(len(each.scores))), each.scores, strict=True)) for each in predictions
+    ]
 
 
 def default_workdir(task: Task) -> Path:
@@ -148,29 +203,39 @@ def default_workdir(task: Task) -> Path:
     stem = Path(str(task.run.train).partition(",")[0]).name.partition(".")[0]
     record = _record(task, dataclasses.replace(task.run, seed=0))
     identity = digest([record.model_type, record.identity, record.segments[0].optimizer])
-    return Path("runs") / f"{task.run.kind}-{stem}-{identity[:8]}"
+    return Path("runs") / f"{task.run.name}-{stem}-{identity[:8]}"
 
 
 def _record(task: Task, run: FineTuning) -> RunRecord:
     return RunRecord.of(run, task.config.model_type, SOURCES, task.facts)
 
 
-def _train(task: Task, seed: int, directory: WorkDir, take_over: bool) -> Result:
+def _train(task: Task, seed: int, directory: WorkDir) -> tuple[SeedResult, list[Prediction]]:
+    """Trains a seed to its end; its result and its predictions for the dev examples."""
     run = dataclasses.replace(task.run, seed=seed)
     model = task.config.build(jnp.dtype(run.precision))
     batches = TaskBatches(task.frame, task.train_rows, run.batch_size, seed)
     evaluation = DevEvaluation(task, model)
-    start = None if run.scratch else lambda fresh: _initial(task, fresh)
-    with directory.hold(take_over):
-        step, values = train(run, directory, _record(task, run), task.tokenizer, model, batches, evaluation, start)
-    return Result(step, values, evaluation.predictions)
+    start = None if run.scratch else lambda fresh: initial(task, fresh)
+    step, _ = train(run, directory, _record(task, run), task.tokenizer, model, batches, evaluation, start)
+    looks = sum("evaluation/loss" in line for line in directory.read_metrics())
+    labels = [each.label for each in evaluation.predictions]
+    scores = metrics.scores(run.kind, task.dev_examples, labels, task.names)
+    return SeedResult(seed, step, looks, scores), evaluation.predictions
 
 
-def _initial(task: Task, fresh: Params) -> Params:
-    """The parameters to start from: of the pretrained encoder, but for the top layers to reinitialize."""
+def initial(task: Task, fresh: Params) -> Params:
+    """The parameters to start from: the pretrained ones, but for new ones and the layers to reinitialize."""
     loaded = cast(LoadedModel[ModelConfig, Tokenizer], task.pretrained.loaded)
     format = find_family(task.config.model_type, task.run.init_from).format
-    return initial_params(loaded, format, cast(ModelConfig, task.config.encoder), fresh, task.tokenizer)
+    params = initial_params(loaded, format, cast(ModelConfig, task.config.encoder), fresh, task.tokenizer)
+    if not task.run.reinitialize_layers:
+        return params
+
+    def choose(path: tuple[object, ...], new: jax.Array, loaded: jax.Array) -> jax.Array:
+        return new if task.config.depth(path_name(path)) <= task.run.reinitialize_layers else loaded
+
+    return jax.tree_util.tree_map_with_path(choose, fresh, params)
 
 
 def _head(head: heads.Config, names: Sequence[str], rows: Sequence[Row]) -> heads.Config:
@@ -202,7 +267,8 @@ class DevEvaluation:
         self._task = task
         self._batches = TaskEvaluation(task.frame, task.dev_rows, task.run.batch_size)
         self._predict = make_predict(model)
-        self.predictions: list[Label] = []
+        self._baselines: dict[str, dict[str, float]] = {}
+        self.predictions: list[Prediction] = []
 
     def __call__(self, params: Params, carry: Params, mesh: jax.sharding.Mesh) -> dict[str, float]:
         """`loss`, the mean over the examples, and the metrics of the task by name."""
@@ -218,8 +284,10 @@ class DevEvaluation:
                 outputs[int(row)] = {name: values[i] for name, values in found.items()}
         assert len(outputs) == len(self._task.dev_rows)
         task = self._task
-        self.predictions = decode(task, [outputs[row] for row in range(len(outputs))])
-        scores = metrics.scores(task.run.kind, task.dev_examples, self.predictions, task.names)
+        ordered = [outputs[row] for row in range(len(outputs))]
+        self.predictions = decode(task.run.kind, task.dev_examples, task.dev_rows, ordered, task.names)
+        labels = [each.label for each in self.predictions]
+        scores = metrics.scores(task.run.kind, task.dev_examples, labels, task.names)
         return {"loss": loss / weight} | {name: score.value for name, score in scores.items()}
 
     def baselines(self) -> dict[str, dict[str, float]]:
@@ -228,18 +296,11 @@ class DevEvaluation:
         return metrics.baselines(task.run.kind, task.dev_examples, task.names, training=task.train_examples)
 
     def describe(self, values: Mapping[str, float]) -> str:
-        """Metrics beside their baselines."""
-        baselines = self.baselines()
+        """Metrics beside their best trivial baselines."""
+        self._baselines = self._baselines or self.baselines()
 
         def shown(name: str, value: float) -> str:
-            found = ", ".join(f"{baseline} {x:.4f}" for baseline, x in baselines.get(name, {}).items())
-            return f"{name} {value:.4f}" + (f" ({found})" if found else "")
+            best = max(self._baselines.get(name, {}).values(), default=None)
+            return f"{name} {value:.4f}" + ("" if best is None else f" (baseline {best:.4f})")
 
         return "dev  " + "  ".join(shown(name, value) for name, value in values.items())
-
-
-def decode(task: Task, outputs: Sequence[Mapping[str, np.ndarray]]) -> list[Label]:
-    """The prediction for each dev example from the outputs of its rows."""
-    if task.run.kind == "label":
-        return [task.names[int(output["scores"].argmax())] for output in outputs]
-    raise NotImplementedError(task.run.kind)

@@ -111,7 +111,8 @@ def _constants(kind: Kind, examples: Sequence[Example], positive: str | None) ->
         f1 = 2 * right / (np.arange(1, len(counts) + 1) * len(gold) + sum(count for _, count in counts))
         best = {int(f1.argmax()) + 1, len(counts)} if counts else set()
         constants = {tuple(name for name, _ in counts[:number]) for number in best}
-        return [[names] * len(gold) for names in {*constants, cast(tuple, Counter(gold).most_common(1)[0][0])}]
+        usual = Counter(tuple(sorted(cast(tuple, names))) for names in gold).most_common(1)[0][0]
+        return [[names] * len(gold) for names in {*constants, usual}]
     if kind == "number":
         return [[0.0] * len(gold)]
     if kind == "choice":
