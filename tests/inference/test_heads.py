@@ -1,6 +1,7 @@
 """Fine-tuned models in use, beside transformers' classes and pipelines."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -47,13 +48,19 @@ def exported(published, tmp_path_factory):
     return get
 
 
+@pytest.fixture(scope="session")
+def used(exported):
+    """`used(case)` is that directory, loaded."""
+    return functools.cache(lambda case: load(exported(case)))
+
+
 def pipeline(task, directory, **options):
     return transformers.pipeline(task, model=str(directory), device="cpu", **options)
 
 
 @pytest.mark.parametrize("case", ["label", "labels", "number", "gpt-label", "gpt-number"])
-def test_classify_is_the_pipeline_of_the_export(case, exported):
-    model = load(exported(case))
+def test_classify_is_the_pipeline_of_the_export(case, exported, used):
+    model = used(case)
     assert isinstance(model, TaskPretrained) and model.kind == case.removeprefix("gpt-")
     classifier = pipeline("text-classification", exported(case), top_k=None)
     pairs = [{"text": a, "text_pair": b} for a, b in PAIRS]
@@ -71,9 +78,9 @@ def test_classify_is_the_pipeline_of_the_export(case, exported):
         assert ours.label == (likely if model.kind == "labels" else best)
 
 
-def test_tags_are_those_of_the_first_subword_of_each_word(exported):
+def test_tags_are_those_of_the_first_subword_of_each_word(exported, used):
     sentences = ["the cats sat on the unmatable mat .", "cat", "u.s. cats!", "the " * 30 + "cat"]
-    model, tagger = load(exported("tags")), pipeline("token-classification", exported("tags"))
+    model, tagger = used("tags"), pipeline("token-classification", exported("tags"))
     found = model.tag([*sentences[:3], sentences[3].split()])
     for words, ours in zip(map(str.split, sentences[:3]), found, strict=False):
         encoded = tagger.tokenizer(words, is_split_into_words=True, return_tensors="pt")
@@ -90,9 +97,9 @@ def test_tags_are_those_of_the_first_subword_of_each_word(exported):
     assert tagged == list(model.tag(["the cats sat on the mat"])[0].label)
 
 
-def test_answers_are_those_of_the_exported_model(exported):
+def test_answers_are_those_of_the_exported_model(exported, used):
     question, passage = "the cat?", "the cat sat on the mat, the unmatable mat. on the mat sat cats! " * 3
-    model = load(exported("spans"))
+    model = used("spans")
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported("spans"))
     theirs = transformers.AutoModelForQuestionAnswering.from_pretrained(exported("spans")).eval()
     room = 24 - len(tokenizer.tokenize(question)) - 3
@@ -117,7 +124,6 @@ def test_answers_are_those_of_the_exported_model(exported):
         inside = [i for i, each in enumerate(encoded.sequence_ids(window)) if each == 1]
         for start, end in itertools.product(inside, repeat=2):
             text = passage[places[start][0] : places[end][1]]
-            # Words that are cut, and starts that another window shows more of, are not compared.
             best.setdefault(text, set()).add(round(float(starts[window, start] + ends[window, end]), 3))
     (found,), _ = model.predict([Example("0", ((question, passage),))], null_threshold=1e9, stride=7)
     assert found.candidates and found.label.texts[0] in passage
@@ -133,9 +139,9 @@ def test_answers_are_those_of_the_exported_model(exported):
 
 
 @pytest.mark.parametrize("case", ["choice", "gpt-choice"])
-def test_choices_are_those_of_the_exported_model(case, exported):
+def test_choices_are_those_of_the_exported_model(case, exported, used):
     choices = [("the cat sat", ["on the mat", "a", "cats"]), ("the mat", ["sat", "the cat sat on the unmatable mat"])]
-    model = load(exported(case))
+    model = used(case)
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported(case))
     name = "BertForMultipleChoice" if case == "choice" else "OpenAIGPTDoubleHeadsModel"
     theirs = getattr(transformers, name).from_pretrained(exported(case)).eval()
@@ -156,12 +162,12 @@ def test_choices_are_those_of_the_exported_model(case, exported):
 
 @pytest.fixture(scope="module")
 def elmo(tmp_path_factory):
-    """A directory of an ELMo with a CRF."""
+    """An ELMo with a CRF, from its directory."""
     directory = publish_elmo(tmp_path_factory.mktemp("elmo"), ELMO_OPTIONS, elmo_weights())
     encoder = dataclasses.replace(bilm.read(directory), tokenizer=WordVocabulary(["<S>", "</S>", "<UNK>"], True))
     config = TaskModelConfig(encoder.config, Tags(num_tags=3, crf=True, mix=True, lstm_size=6))
     save(with_random_head(config, encoder, NAMES), bilm.FORMAT, directory / "model", "# A model\n")
-    return directory / "model"
+    return load(directory / "model")
 
 
 def with_random_head(config, encoder, names, max_length=24):
@@ -176,36 +182,36 @@ def assert_same(found, expected):
     assert (found.label, found.scores, found.candidates) == (expected.label, expected.scores, expected.candidates)
 
 
-def test_predictions_are_the_same_in_any_company(exported, elmo):
-    classifier = load(exported("label"))
+def test_predictions_are_the_same_in_any_company(used, elmo):
+    classifier = used("label")
     texts = [*TEXTS, LONG, *PAIRS, *(" ".join(["cat", "mat"] * (i % 7)) for i in range(100))]
     together = classifier.classify(texts)
     for i in (0, 3, 7, 60):
         assert_same(classifier.classify([texts[i]])[0], together[i])
     assert_same(classifier.classify(texts[::-1])[-1], together[0])
-    tagger = load(elmo)
     sentences = ["the cat sat", "a", *(f"word{i} or a much longer word, {'x' * i}" for i in range(40)), LONG]
-    together = tagger.tag(sentences)
+    together = elmo.tag(sentences)
     for i in (0, 1, 41, 42):
-        assert_same(load(elmo).tag([sentences[i]])[0], together[i])
+        alone = TaskPretrained(elmo.loaded, elmo.pretrained, type(elmo.frame))
+        assert_same(alone.tag([sentences[i]])[0], together[i])
     assert len(together[42].label) == len(LONG.split())
 
 
 # What a model cannot do
 
 
-def test_a_task_is_asked_for_by_its_name(exported, elmo):
+def test_a_task_is_asked_for_by_its_name(used, elmo):
     for case, wrong, right in (("label", "tag", "classify"), ("tags", "answer", "tag"), ("spans", "choose", "answer")):
-        model = load(exported(case))
+        model = used(case)
         with pytest.raises(InputError, match=f"{model.kind}.*{wrong}.*{right}"):
             getattr(model, wrong)(["a"] if wrong == "tag" else [("a", "b")])
     with pytest.raises(InputError, match=r"example 0.*without words"):
-        load(elmo).tag([" "])
+        elmo.tag([" "])
     with pytest.raises(InputError, match="example 1 has no texts"):
-        load(exported("choice")).choose([("a", ["b"]), ("a", [])])
+        used("choice").choose([("a", ["b"]), ("a", [])])
 
 
-def test_a_gpt_without_a_frame_reads_the_last_token(published, gpt_ids_of):
+def test_a_gpt_without_a_frame_reads_the_last_token(gpt_ids_of, published):
     """As transformers does; there is nothing to read of a blank text."""
     reference, directory = published("gpt-label")
     model = load(directory)
@@ -216,33 +222,33 @@ def test_a_gpt_without_a_frame_reads_the_last_token(published, gpt_ids_of):
         model.classify([" "])
 
 
-def test_texts_that_were_encoded_apart_are_asked_for_as_trained(elmo, gpt_directory, exported):
-    encoder = load_encoder(elmo).loaded
+def test_texts_that_were_encoded_apart_are_asked_for_as_trained(elmo):
+    encoder = elmo.pretrained.loaded
     for pair, wrong in ((True, "a"), (False, ("a", "b"))):
         head = Label(num_labels=3, pair=pair, lstm_size=4)
         task = with_random_head(TaskModelConfig(encoder.config, head), encoder, NAMES)
-        model = TaskPretrained(task, load_encoder(elmo), load(elmo).frame.__class__)
+        model = TaskPretrained(task, elmo.pretrained, type(elmo.frame))
         assert model.classify([("a", "b") if pair else "a"])[0].label in NAMES
         with pytest.raises(InputError, match=r"example 0 has . texts.*trained on"):
             model.classify([wrong])
 
 
-def test_two_orders_of_a_pair_are_added(exported):
-    encoder = load_encoder(exported("gpt-label")).loaded
+def test_two_orders_of_a_pair_are_added(used):
+    encoder = used("gpt-label").pretrained
     head = Label(num_labels=3, bias=False, pair=True)
-    task = with_random_head(TaskModelConfig(encoder.config, head), encoder, NAMES)
-    model = TaskPretrained(task, load_encoder(exported("gpt-label")), load(exported("gpt-label")).frame.__class__)
+    task = with_random_head(TaskModelConfig(encoder.config, head), encoder.loaded, NAMES)
+    model = TaskPretrained(task, encoder, type(used("gpt-label").frame))
     forth, back = model.classify([("the cat", "a mat"), ("a mat", "the cat")])
     np.testing.assert_allclose(forth.scores, back.scores, atol=1e-6)
 
 
-def test_a_fine_tuned_model_still_embeds(exported, published):
+def test_a_fine_tuned_model_still_embeds(exported, used, published):
     for case, kind in (("label", BertPretrained), ("gpt-label", GPTPretrained)):
-        model, encoder = load(exported(case)), load_encoder(exported(case))
+        model, encoder = used(case), load_encoder(exported(case))
         assert type(encoder) is kind and type(model.pretrained) is kind
         (_, ours), (_, same) = *model.embed(["the cat"]), *encoder.embed(["the cat"])
         np.testing.assert_array_equal(ours, same)
     states = published("gpt-label")[0].transformer(
-        input_ids=torch.tensor([load(exported("gpt-label")).tokenizer.encode_batch(["the cat"])[0]])
+        input_ids=torch.tensor([used("gpt-label").tokenizer.encode_batch(["the cat"])[0]])
     )
     np.testing.assert_allclose(ours[-1], states.last_hidden_state[0].detach(), atol=2e-5)
