@@ -246,13 +246,8 @@ class Frame:
         return Framed(rows, len(examples), num_cut)
 
     def encode_with_characters(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of a text, and the characters [tokens, 2] at which their words begin and end."""
-        words = _SPLIT_WORDS.pre_tokenize_str(text)
-        encoded = self.encode([word for word, _ in words]) if words else []
-        characters = np.repeat(
-            np.array([place for _, place in words], int).reshape(-1, 2), [len(ids) for ids in encoded], 0
-        )
-        return np.concatenate([np.zeros(0, np.int32), *encoded]), characters
+        """The ids of a text, and the characters [tokens, 2] at which they begin and end."""
+        return self.tokenizer.encode_with_offsets(text)
 
     # Batches
 
@@ -337,6 +332,15 @@ class ELMoFrame(Frame):
     def encode_words(self, words: list[str]) -> list[np.ndarray]:
         """The number of each word, which is not split."""
         return [np.array([self.numbers.setdefault(word, len(self.numbers))], np.int32) for word in words]
+
+    def encode_with_characters(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a text, and the characters [tokens, 2] at which they begin and end."""
+        words = _SPLIT_WORDS.pre_tokenize_str(text)
+        encoded = self.encode([word for word, _ in words]) if words else []
+        characters = np.repeat(
+            np.array([place for _, place in words], int).reshape(-1, 2), [len(ids) for ids in encoded], 0
+        )
+        return np.concatenate([np.zeros(0, np.int32), *encoded]), characters
 
     def layout(self, keys: Iterable[str]) -> dict[str, Layout]:
         """As in pretraining, the characters are shared by all rows."""

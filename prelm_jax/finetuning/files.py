@@ -366,8 +366,7 @@ def _squad(path: str, used: Sequence[str], header: bool | None, counts: Counter[
         for article in cast(dict, content)["data"]:
             for paragraph in article["paragraphs"]:
                 for question in paragraph["qas"]:
-                    answers = [] if question.get("is_impossible") else question.get("answers")
-                    record = question | {"context": paragraph["context"], "answers": answers}
+                    record = question | {"context": paragraph["context"]}
                     yield f"{path}: question {question['id']}", _of_object(record)
     except (KeyError, TypeError, AttributeError) as error:
         problem = content if isinstance(content, Exception) else f"{type(error).__name__}: {error}"
@@ -611,5 +610,5 @@ def bio_tags(tags: Sequence[str]) -> tuple[str, ...]:
         prefix, _, name = tag.partition("-")
         continues = prefix in "IMEL" and name == inside
         result.append(tag if tag == "O" else f"{'I' if continues else 'B'}-{name}")
-        inside = "" if prefix in "OESLU" else name
+        inside = "" if tag == "O" else name
     return tuple(result)

@@ -373,7 +373,7 @@ class Calibration(NamedTuple):
 def calibration(confidences: Sequence[float], right: Sequence[bool]) -> Calibration:
     """The calibration of predictions with these probabilities."""
     confidence, hit = np.array(confidences, np.float64), np.array(right, np.float64)
-    bins = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
+    bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
     number, sums, hits = (np.bincount(bins, x, BINS) for x in (np.ones_like(hit), confidence, hit))
     error = np.abs(sums - hits).sum() / max(1, len(hit))
     filled = [(int(n), float(c / n), float(h / n)) for n, c, h in zip(number, sums, hits, strict=True) if n]

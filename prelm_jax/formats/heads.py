@@ -60,11 +60,22 @@ def join(
     head: Mapping[str, np.ndarray],
     labels: tuple[str, ...],
     max_length: int | None,
+    source: object = "the head",
 ) -> LoadedTask[Vocabulary]:
-    """An encoder from a directory with a head, whose parameters come by their paths without "head/"."""
+    """An encoder with a head, whose parameters come by their paths without "head/".
+
+    Raises InputError, naming the source, for parameters that are not those of the config.
+    """
+    abstract = abstract_params(config)
+    wanted = {path_name(path): list(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(abstract)}
+    found = {f"{HEAD}{path}": list(value.shape) for path, value in head.items()}
+    for path in sorted(found | {path: shape for path, shape in wanted.items() if path.startswith(HEAD)}):
+        if found.get(path) != wanted.get(path):
+            shapes = f"is {found.get(path, 'nothing')}, but its settings ask for {wanted.get(path, 'nothing')}"
+            raise InputError(f"{source}: {path} {shapes}")
     values = {path_name(path): value for path, value in jax.tree_util.tree_leaves_with_path(encoder.params)}
     values |= {f"{HEAD}{path}": jnp.asarray(value) for path, value in head.items()}
-    params = jax.tree_util.tree_map_with_path(lambda path, _: values[path_name(path)], abstract_params(config))
+    params = jax.tree_util.tree_map_with_path(lambda path, _: values[path_name(path)], abstract)
     paths = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     return LoadedTask(config, params, encoder.tokenizer, encoder.missing & paths, labels, max_length)
 
@@ -118,22 +129,7 @@ def read_head(encoder: LoadedModel[Config, Vocabulary], directory: Path) -> Load
     config = TaskModelConfig(cast(EncoderConfig, encoder.config), head)
     check_labels(head, found.labels, source)
     params = _from_torch({name: checked(x, f"{source}: tensor {name}") for name, x in tensors.items()})
-    check_shapes(config, params, source)
-    return join(config, encoder, params, found.labels, found.max_length)
-
-
-def check_shapes(config: TaskModelConfig, head: Mapping[str, np.ndarray], source: object) -> None:
-    """Raises InputError unless the parameters of a head, by their paths without "head/", are those of its config."""
-    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(config))
-    shapes = {path_name(path).removeprefix(HEAD): x.shape for path, x in leaves if path_name(path).startswith(HEAD)}
-    for path in sorted({*shapes, *head}):
-        found, wanted = (list(each[path]) if path in each else "nothing" for each in (_shapes(head), shapes))
-        if found != wanted:
-            raise InputError(f"{source}: {path} of the head is {found}, but its settings ask for {wanted}")
-
-
-def _shapes(params: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
-    return {path: value.shape for path, value in params.items()}
+    return join(config, encoder, params, found.labels, found.max_length, source)
 
 
 def has_names(head: heads.Config) -> bool:

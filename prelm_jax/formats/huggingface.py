@@ -27,7 +27,7 @@ from prelm_jax.formats.base import (
     foreign_weights,
     require,
 )
-from prelm_jax.formats.heads import check_labels, check_shapes, has_names, join, read_head, split, write_head
+from prelm_jax.formats.heads import check_labels, has_names, join, read_head, split, write_head
 from prelm_jax.formats.transfer import rows_of_prefix
 from prelm_jax.models import heads
 from prelm_jax.models.bert import BertConfig
@@ -221,9 +221,9 @@ class Layout(Generic[Config]):
         if not isinstance(head, heads.Label) or head.bias:
             parameters["classifier/bias"] = tensor("bias")
         config = TaskModelConfig(encoder.config, head)
-        check_shapes(config, parameters, directory)
         positions = encoder.config.max_position_embeddings
-        task = join(config, encoder, parameters, labels, min(positions, read_max_length(directory) or positions))
+        max_length = min(positions, read_max_length(directory) or positions)
+        task = join(config, encoder, parameters, labels, max_length, directory)
         if task.missing:
             lacking = self.tensor_name(min(task.missing))
             raise InputError(f"{directory}: no tensor {lacking}, so what the head of {name} reads was never trained")

@@ -62,6 +62,10 @@ class Tokenizer:
         """
         raise NotImplementedError
 
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a text, and the characters [tokens, 2] at which each begins and ends in it."""
+        raise NotImplementedError
+
     def number_flat(self, texts: list[str], numbers: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
         """Like `encode_flat`, with ids from `numbers`, to which new words are added; for an open vocabulary only."""
         raise NotImplementedError

@@ -112,6 +112,17 @@ def test_any_words_of_a_conll_file(write, sentences, separator):
     assert texts_and_labels(found) == expected
 
 
+def test_long_cells_and_spaces_around_names(write):
+    text = "long " * 30_000
+    data = read_examples(write("t.csv", f"text, label\n{text},x\n"), "label")
+    assert texts_and_labels(data) == [(text, "x")]
+
+
+def test_blank_lines_are_counted(write):
+    assert read_examples(write("t.tsv", "\ntext\tlabel\n \t\na\tx\n\n"), "label").counts == {"blank lines": 3}
+    assert read_examples(write("t.csv", "text,label\n\na,x\n,\n"), "label").counts == {"blank lines": 2}
+
+
 def test_quotation_marks_mean_something_in_csv_alone(write):
     content = 'text{0}label\n"a ""b"""{0}"x"\n'
     assert texts_and_labels(read_examples(write("t.csv", content.format(",")), "label")) == [('a "b"', "x")]
@@ -323,7 +334,7 @@ def test_answers(write, tmp_path):
             "answers": [{"text": "Ada", "answer_start": 0}, answer],
             "is_impossible": False,
         },
-        {"id": "b", "question": "Why?", "answers": [], "plausible_answers": [answer], "is_impossible": True},
+        {"id": "b", "question": "Why?", "answers": [], "plausible_answers": [answer]},
     ]
     squad = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": passage, "qas": questions}]}]}
     labels = [Answers(("Ada", "Ada"), (0, 24)), Answers()]

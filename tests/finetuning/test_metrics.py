@@ -86,6 +86,14 @@ def test_correlations_are_scipys(pairs):
 def test_a_constant_prediction_correlates_with_nothing():
     """Neither NaN nor an error: a model may start there."""
     assert scores("number", examples_of([1.0, 2.0, 3.0]), [0.1] * 3)["pearson"] == Score(0, 0)
+    # All are equal but one. Without it the correlation is 0, not the quotient of two rounding errors.
+    found = scores("number", examples_of([0.1, 0.3, 0.2, 0.9, 0.1]), [0.1, 0.1, 0.1, 0.7, 0.1])["pearson"]
+    without = [
+        scipy.stats.pearsonr(*(np.delete(x, i) for x in ([0.1, 0.3, 0.2, 0.9, 0.1], [0.1] * 3 + [0.7, 0.1])))
+        for i in (0, 1, 2, 4)
+    ]
+    values = [0.0, *(each.statistic for each in without)]
+    assert found.error == pytest.approx(math.sqrt(4 * np.var(values)))
 
 
 # ---- Tags ------------------------------------------------------------------------------------------------------------
@@ -147,6 +155,7 @@ def test_tags_without_spans_have_no_span_f1():
         ("in 1912 .", ["1912"], (0, 2 / 3), (0, 2 / 3)),
         ("“in”", ["in"], (0, 0), (0, 0)),  # only ASCII punctuation is removed
         ("The", ["a"], (1, 0), (1, 1)),  # nothing is left of both
+        ("an apple", ["apple"], (1, 1), (1, 1)),
         ("", ["one"], (0, 0), (0, 0)),
         ("one", ["the", "one"], (1, 1), (1, 1)),
         ("", ["the", "one"], (1, 0), (0, 0)),  # 2.0 leaves empty ones out while others are there
@@ -257,7 +266,7 @@ def test_by_label():
 
 
 def test_calibration_by_hand():
-    """15 bins: 0.5 and 0.52 are in the eighth, (7/15, 8/15]; 0.9 and 0.91 in the fourteenth; 1 in the last."""
+    """15 bins: 0.5 and 0.52 are in the eighth, from 7/15 to 8/15; 0.9 and 0.91 in the fourteenth; 1 in the last."""
     found = metrics.calibration([0.5, 0.52, 0.9, 0.91, 1.0], [True, False, True, True, False])
     assert found.error == pytest.approx((abs(1.02 - 1) + abs(1.81 - 2) + abs(1 - 0)) / 5)
     assert found.bins == [(2, pytest.approx(0.51), 0.5), (2, pytest.approx(0.905), 1.0), (1, 1.0, 0.0)]

@@ -464,3 +464,17 @@ def test_without_the_template_the_frame_is_text(tmp_path):
 def test_a_vocabulary_that_spells_a_token_of_the_frame_is_refused():
     with pytest.raises(InputError, match="_start_"):
         BPE([*BPE_TOKENS, "_start_"], MERGES).framed()
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece", "wordpiece", "quick-tour"])
+def test_offsets_are_those_of_transformers(kind, tmp_path):
+    SAVED[kind](tmp_path)
+    ours, theirs = load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("New  york, néw 漢字 idx1\tnew", "", " the\u00a0<unk> [MASK] ", "a\u0301b"):
+        ids, offsets = ours.encode_with_offsets(text)
+        if "[" not in text:  # Which is a special token there.
+            encoded = theirs(text, add_special_tokens=False, return_offsets_mapping=True)
+            assert ids.tolist() == encoded["input_ids"]
+            spans = [text[begin:end].strip() for begin, end in encoded["offset_mapping"]]
+            assert [text[begin:end] for begin, end in offsets] == spans
+        assert [ids.tolist()] == ours.encode_batch([text])
