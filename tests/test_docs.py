@@ -222,7 +222,7 @@ def test_fine_tuning_page(tmp_path):
         for value in re.findall(r"`([\w-]+)`", values) or ["csv"]:
             FileSpec.parse(f"a.txt,{name}={value}")
     flags = {f"`--columns.{field.name.replace('_', '-')}`" for field in dataclasses.fields(Columns)}
-    assert set(re.findall(r"^\| (`--columns\..*?`)", table(page, "flag"), re.MULTILINE)) == flags
+    assert set(re.findall(r"^\| (`--columns\..*?`)", table(page, "column"), re.MULTILINE)) == flags
     (tmp_path / "a.csv").write_text(next(blocks(page, "csv")))
     assert [each.label for each in read_examples(str(tmp_path / "a.csv"), "label").examples] == ["positive", "negative"]
     (tmp_path / "a.jsonl").write_text(next(blocks(page, "json")))
