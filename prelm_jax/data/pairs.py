@@ -54,7 +54,7 @@ class PairsConfig:
     # Fraction of examples that are cut to a random length, so that the model also sees short inputs (original: 0.1).
     short_sequence_probability: Fraction = 0.0
     next_sentence: bool = True  # Predict whether B follows A; turn it off for corpora of single sentences.
-    # Put several examples into a row instead of padding, so that a step reads more text (see `prelm batch`).
+    # Put several short examples into a row instead of padding, so that a step reads more text; see docs/corpora.md.
     packing: bool = False
 
     def check_together(self) -> None:
