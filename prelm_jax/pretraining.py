@@ -189,14 +189,17 @@ def evaluate(
     )
 
 
-def export(workdir: str | os.PathLike, directory: str | os.PathLike, step: Step = "newest") -> None:
-    """Writes a checkpoint of a work directory as a model directory, in the format that others read."""
+def export(workdir: str | os.PathLike, directory: str | os.PathLike, step: Step | None = None) -> None:
+    """Writes a checkpoint of a work directory as a model directory, in the format that others read.
+
+    step: by default the one with the lowest held-out loss, or the newest where none was evaluated.
+    """
     source = WorkDir(workdir)
     record = source.read_record()
     family = find_family(record.model_type, source.path)
     run = record.run(family.model, family.data)
     check_apart(directory, workdir, *filter(None, [run.init_from]))
-    found, model = load_checkpoint(source, step)
+    found, model = load_checkpoint(source, source.best_step() if step is None else step)
     card = report.model_card(source, run, found, model.loaded, family.format, Path(directory).name)
     save(model.loaded, family.format, directory, card)
 

@@ -59,6 +59,8 @@ def train(
     settings = run.loop
     mesh = settings.mesh.build()
     run.check_batch_size(mesh.size)
+    if evaluation is None and settings.stop_after_no_gain is not None:
+        raise InputError(f"--stop-after-no-gain {settings.stop_after_no_gain}: there is no text to evaluate on")
     example = batches[0]
     model.check(example)
     workdir.check(record, run, extending=extend_to is not None)

@@ -83,12 +83,13 @@ def evaluate(
     print_table(summary_table(summary))
 
 
-def export(workdir: Positional[AnyPath], directory: Positional[Path], step: Step = "newest") -> None:
+def export(workdir: Positional[AnyPath], directory: Positional[Path], step: Step | None = None) -> None:
     """Write a checkpoint as a model directory, in the published format that other tools read.
 
     Args:
         workdir: Work directory of the run.
         directory: Directory to write; a model directory that is already there is replaced.
+        step: Step of the checkpoint, best (lowest held-out loss) or newest; best if unset and any was evaluated.
     """
     from prelm_jax import pretraining
 
