@@ -92,7 +92,7 @@ def _pretrain(run: Run, directory: WorkDir, extend_to: int | None) -> Summary:
     corpus, validation, tokenizer, training, held_out = prepare(run)
     if run.split and not held_out.num_documents:
         _refuse_split(run, training.num_documents, "none is held out for evaluation")
-    run = dataclasses.replace(run, model=_with_vocabulary(run.model, tokenizer))
+    run = dataclasses.replace(run, model=with_vocabulary(run.model, tokenizer))
     model = run.model.build(jnp.dtype(run.precision))
     batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
     evaluation = HeldOut(run, model, tokenizer, batches, held_out) if held_out.num_documents else None
@@ -146,7 +146,7 @@ def evaluate(
     else:
         run = record.run(type(experiment.model), type(experiment.data))
     tokenizer = directory.read_tokenizer()
-    run = dataclasses.replace(run, model=_with_vocabulary(run.model, tokenizer))
+    run = dataclasses.replace(run, model=with_vocabulary(run.model, tokenizer))
     own, validation = _corpora(run)
     training, text = preparation.prepare(own, tokenizer)
     if corpus:
@@ -293,7 +293,8 @@ def _refuse_split(run: Run, documents: int, consequence: str) -> NoReturn:
     )
 
 
-def _with_vocabulary(model, tokenizer: Tokenizer):
+def with_vocabulary(model, tokenizer: Tokenizer):
+    """The config of a model with the size of the tokenizer's vocabulary, unless it has a larger one of its own."""
     if model.vocab_size is not None and model.vocab_size < tokenizer.vocab_size:
         raise InputError(
             f"--model.vocab-size {model.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens, whose ids would "

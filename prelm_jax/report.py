@@ -126,7 +126,8 @@ tags:
 
 {format.usage.format(name=name)}
 
-- Weights: step {step:,} of the run{_other_losses(workdir, step)}, {parameters:,} parameters; {model.config.vocab_size:,} tokens in the vocabulary.
+- Weights: step {step:,} of the run{_other_losses(workdir, step)}.
+- Size: {parameters:,} parameters; {model.config.vocab_size:,} tokens in the vocabulary.
 - Training: {step:,} steps of {run.batch_size} × {run.data.max_length} tokens ({positions:,} positions, padding \
 included), seed {run.seed}, {run.precision}.
 - Corpus ({run.split:.1%} of its documents held out; content `{fingerprint}`):

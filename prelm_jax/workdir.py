@@ -134,7 +134,7 @@ class WorkDir:
         return Checkpoints(self.path / "checkpoints", keep, before_write=self._check_hold)
 
     def best_step(self) -> Step:
-        """"best" where a checkpoint was evaluated, else "newest"."""
+        """ "best" where a checkpoint was evaluated, else "newest"."""
         with contextlib.closing(self.open_checkpoints()) as checkpoints:
             return "newest" if checkpoints.best_step is None else "best"
 

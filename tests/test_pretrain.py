@@ -388,7 +388,8 @@ def test_a_run_that_gains_nothing_stops(run, tmp_path, monkeypatch, capsys):
     run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, learning_rate=1e-30))
     run = tiny.with_loop(run, evaluate_every=2, stop_after_no_gain=2)
     summary = pretrain(run, tmp_path / "run")
-    evaluated = {line["step"]: line["evaluation/loss"] for line in metrics(tmp_path / "run") if "evaluation/loss" in line}
+    lines = [line for line in metrics(tmp_path / "run") if "evaluation/loss" in line]
+    evaluated = {line["step"]: line["evaluation/loss"] for line in lines}
     assert list(evaluated) == [2, 4, 6] and len(set(evaluated.values())) == 1 and summary.step == 6
     assert "stopped after step 6" in capsys.readouterr().err
     before = metrics(tmp_path / "run")
