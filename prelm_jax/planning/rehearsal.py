@@ -1,4 +1,4 @@
-"""A run before hours are spent on it: its corpus is prepared, its step is compiled and timed. It writes the cache only."""
+"""A run before hours are spent on it: prepared, its step compiled and timed. Only the cache is written."""
 
 import dataclasses
 import time
