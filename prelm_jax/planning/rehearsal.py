@@ -9,10 +9,10 @@ from rich.table import Table
 
 from prelm_jax.pretraining import prepare, with_vocabulary
 from prelm_jax.run import Run
-from prelm_jax.train import check_schedule, placed_batches
+from prelm_jax.train import check_schedule, placed_batches, step_memory
 from prelm_jax.training import memory
 from prelm_jax.training.chips import GiB
-from prelm_jax.training.step import Keys, abstract_state, make_train_step, new_state
+from prelm_jax.training.step import Keys, abstract_state, new_state
 
 TIMED_STEPS = 3
 
@@ -23,9 +23,9 @@ class Rehearsal:
 
     parameters: int
     steps: int
-    tokens: float  # Of a step, without padding: the mean of the timed steps.
+    tokens: float  # Of a step, without padding: the mean of the first ones.
     corpus_tokens: int  # Of the training side.
-    memory_needed: int  # Bytes of a device.
+    memory_needed: float  # Bytes of a device.
     memory_available: float
     checkpoint_bytes: int
     checkpoints: int  # At most so many stand on the disk at once.
@@ -55,35 +55,35 @@ def rehearse(run: Run) -> Rehearsal:
     run = dataclasses.replace(run, model=with_vocabulary(run.model, prepared.tokenizer))
     model = run.model.build(jnp.dtype(run.precision))
     batches = run.data.build(prepared.training, prepared.tokenizer, run.batch_size, run.seed)
-    model.check(batches[0])
+    example = batches[0]
+    model.check(example)
     count_tokens, tokens = jax.jit(model.tokens), 0
-    with jax.set_mesh(mesh), memory.explained("a step", "try --accumulate, or --mesh.parameters fsdp"):
+    with jax.set_mesh(mesh), memory.explained("the train state", "try --mesh.parameters fsdp or more devices"):
         abstract = abstract_state(model, run.optimizer, run.batch_size, mesh, settings.mesh.parameters)
-        state = new_state(model, run.optimizer, run.batch_size, run.seed, abstract)
-        step = make_train_step(model, run.optimizer, run.accumulate, batches.layout, abstract)
-        key, times = Keys.from_seed(run.seed).dropout, []
+        program = step_memory(run, model, abstract, example, batches.layout, mesh)
         began = time.perf_counter()
-        for number, batch in placed_batches(batches, 0, 1 + TIMED_STEPS, mesh):
-            if not number:  # The others have its shapes, but for ELMo's distinct words.
-                needed = memory.needed(step.lower(state, batch, key).compile())
-            else:
-                tokens += int(count_tokens(batch)[0])
-            state, _ = jax.block_until_ready(step(state, batch, key))
-            times.append(time.perf_counter() - began)
+        program.check()
+        compile_seconds = time.perf_counter() - began
+        state = new_state(model, run.optimizer, run.batch_size, run.seed, abstract)
+        key, times = Keys.from_seed(run.seed).dropout, []
+        for _, batch in placed_batches(batches, 0, 1 + TIMED_STEPS, mesh):
+            tokens += int(count_tokens(batch)[0])
             began = time.perf_counter()
+            state, _ = jax.block_until_ready(program.step(state, batch, key))
+            times.append(time.perf_counter() - began)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.items()))
         return Rehearsal(
             parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
             steps=settings.steps,
-            tokens=tokens / TIMED_STEPS,
+            tokens=tokens / len(times),
             corpus_tokens=prepared.training.num_tokens,
-            memory_needed=needed,
+            memory_needed=program.needed,
             memory_available=memory.available(mesh),
             checkpoint_bytes=size,
             # The best is kept as well, and one is being written.
             checkpoints=min(settings.keep + 2, 1 + settings.steps // settings.save_every),
-            compile_seconds=times[0],
-            step_seconds=min(times[1:]),
+            compile_seconds=compile_seconds,
+            step_seconds=min(times),
         )
 
 
