@@ -135,35 +135,9 @@ def evaluate(
     """
     directory = WorkDir(workdir)
     record = directory.read_record()
-    if experiment is None:
-        family = find_family(record.model_type, directory.path / "run.json")
-        run = record.run(family.model, family.data)
-    elif experiment.model.model_type != record.model_type:
-        raise InputError(
-            f"{directory.path} holds a run of model_type {record.model_type}, and the experiment is of model_type "
-            f"{experiment.model.model_type}: name the experiment of that run"
-        )
-    else:
-        run = record.run(type(experiment.model), type(experiment.data))
-    tokenizer = directory.read_tokenizer()
+    run, tokenizer = _run_of(directory, record, experiment), directory.read_tokenizer()
     run = dataclasses.replace(run, model=with_vocabulary(run.model, tokenizer))
-    own, validation = _corpora(run)
-    training, text = preparation.prepare(own, tokenizer)
-    if corpus:
-        _, text = preparation.prepare(_all_of(corpus, run), tokenizer)
-    else:
-        found = {"corpus": own.fingerprint, "validation": None if validation is None else validation.fingerprint}
-        for name, fingerprint in found.items():
-            if fingerprint != record.identity.get(f"{name}_fingerprint"):
-                sources = " ".join(getattr(run, name))
-                raise InputError(
-                    f"the {name} {sources} of {directory.path} has changed since: give a text with --corpus"
-                )
-        if validation is not None:
-            _, text = preparation.prepare(validation, tokenizer)
-    if not text.num_documents:
-        reason = f"{' '.join(corpus)} is empty" if corpus else f"the run in {directory.path} holds nothing out"
-        raise InputError(f"there is no text to evaluate on ({reason}): give one with --corpus")
+    training, text = _texts_of(directory, record, run, tokenizer, corpus)
     data: DataConfig[Batches] = run.data
     rows = data.evaluation(text, tokenizer)
     model = run.model.build(jnp.dtype(run.precision))
@@ -187,6 +161,43 @@ def evaluate(
         batches.share,
         {name: round(weight) for name, (_, weight) in totals.items()},
     )
+
+
+def _run_of(directory: WorkDir, record: RunRecord, experiment: Run | None) -> Run:
+    """The run in a work directory; its classes are those of its family, or of an experiment of the same model_type."""
+    if experiment is None:
+        family = find_family(record.model_type, directory.path / "run.json")
+        return record.run(family.model, family.data)
+    if experiment.model.model_type != record.model_type:
+        raise InputError(
+            f"{directory.path} holds a run of model_type {record.model_type}, and the experiment is of model_type "
+            f"{experiment.model.model_type}: name the experiment of that run"
+        )
+    return record.run(type(experiment.model), type(experiment.data))
+
+
+def _texts_of(
+    directory: WorkDir, record: RunRecord, run: Run, tokenizer: Tokenizer, corpus: tuple[str, ...]
+) -> tuple[Store, Store]:
+    """The text that a run was trained on, and the one to evaluate it on: `corpus`, else what the run evaluates on."""
+    own, validation = _corpora(run)
+    training, text = preparation.prepare(own, tokenizer)
+    if corpus:
+        _, text = preparation.prepare(_all_of(corpus, run), tokenizer)
+    else:
+        found = {"corpus": own.fingerprint, "validation": None if validation is None else validation.fingerprint}
+        for name, fingerprint in found.items():
+            if fingerprint != record.identity.get(f"{name}_fingerprint"):
+                sources = " ".join(getattr(run, name))
+                raise InputError(
+                    f"the {name} {sources} of {directory.path} has changed since: give a text with --corpus"
+                )
+        if validation is not None:
+            _, text = preparation.prepare(validation, tokenizer)
+    if not text.num_documents:
+        reason = f"{' '.join(corpus)} is empty" if corpus else f"the run in {directory.path} holds nothing out"
+        raise InputError(f"there is no text to evaluate on ({reason}): give one with --corpus")
+    return training, text
 
 
 def export(workdir: str | os.PathLike, directory: str | os.PathLike, step: Step | None = None) -> None:
