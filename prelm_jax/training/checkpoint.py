@@ -21,6 +21,7 @@ from prelm_jax.training.contract import Params
 from prelm_jax.training.parameters import path_name
 
 FORMAT = 3
+DELETING_SECONDS = 1.0  # A trainer needs less to delete a checkpoint.
 
 Tree = TypeVar("Tree")
 Step = int | Literal["newest", "best"]
@@ -334,7 +335,7 @@ class Checkpoints:
         try:
             return directory.load(step, items)
         except _Damaged:
-            deadline = time.monotonic() + 1  # Deleting takes a moment.
+            deadline = time.monotonic() + DELETING_SECONDS
             while not self._writable and time.monotonic() < deadline:
                 if step not in directory.steps or max(self._full.steps, default=0) > newest:
                     raise _Gone from None
