@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from prelm_jax.bounds import Bounds, Fraction, NotNegative, Positive, Size
+from prelm_jax.bounds import Bounds, Fraction, NotNegative, Positive, Seed, Size
 from prelm_jax.cache import cache_compiled_programs
 from prelm_jax.cli.experiments import EXPERIMENT, load_run
 from prelm_jax.cli.options import AnyPath, Positional, Remainder, Step
 from prelm_jax.errors import InputError
-from prelm_jax.storage import is_remote
+from prelm_jax.storage import is_remote, reachable
 
 if TYPE_CHECKING:
     from prelm_jax.run import Run
@@ -83,15 +83,27 @@ def evaluate(
     print_table(summary_table(summary))
 
 
-def export(workdir: Positional[AnyPath], directory: Positional[Path], step: Step = "newest") -> None:
-    """Write a checkpoint as a model directory, in the published format that other tools read.
+def export(
+    workdir: Positional[AnyPath], directory: Positional[Path], step: Step = "newest", seed: Seed | None = None
+) -> None:
+    """Write a trained model as a model directory, in the published format that other tools read.
 
     Args:
-        workdir: Work directory of the run.
+        workdir: Work directory of a run, or the directory above the seeds of a fine-tuning.
         directory: Directory to write; a model directory that is already there is replaced.
+        seed: Seed of a fine-tuning; the median one if unset.
     """
     from prelm_jax import pretraining
+    from prelm_jax.finetuning import finetune
+    from prelm_jax.finetuning.results import RESULTS
 
+    if (reachable(workdir) / RESULTS).is_file():
+        if step != "newest":
+            raise InputError(f"--step {step}: of a fine-tuning the last step of a seed is exported; choose with --seed")
+        print(f"wrote {directory} (seed {finetune.export(workdir, directory, seed)})")
+        return
+    if seed is not None:
+        raise InputError(f"--seed {seed}: {workdir} has no {RESULTS}, so it is not the directory of a fine-tuning")
     pretraining.export(workdir, directory, step)
     print(f"wrote {directory}")
 

@@ -16,9 +16,8 @@ from prelm_jax.bounds import (
     Seed,
     Size,
 )
-from prelm_jax.data.examples import Kind
+from prelm_jax.data.examples import Columns, Kind
 from prelm_jax.errors import InputError
-from prelm_jax.finetuning.files import Columns
 from prelm_jax.models import heads
 from prelm_jax.training.loop import LoopConfig
 from prelm_jax.validation import check
@@ -40,6 +39,8 @@ class FineTuning:
     init_from: str | None = None
     scratch: bool = False  # Take only sizes and tokenizer from there, not the parameters: what is pretraining worth?
     columns: Columns = dataclasses.field(default_factory=Columns)
+    metric: str | None = None  # Metric of the dev file by which the median seed is chosen; unset: the task's first.
+    positive: str | None = None  # Label whose precision and recall the metric `f1` is about.
     warmup: FractionBelow1 = 0.1  # Fraction of the steps in which the learning rate rises.
     # What is trained: all, or the head alone; then the encoder has neither dropout nor gradients.
     tune: Literal["all", "head"] = "all"

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,19 +28,20 @@ from prelm_jax.finetuning.results import (
     Results,
     SeedResult,
     read_results,
+    task_card,
     write_predictions,
     write_results,
 )
-from prelm_jax.formats.base import LoadedModel, ModelConfig
+from prelm_jax.formats.base import LoadedModel, ModelConfig, save
 from prelm_jax.formats.transfer import initial_params
 from prelm_jax.hub import fetch, is_hub_name
 from prelm_jax.inference.base import Pretrained
 from prelm_jax.inference.decoding import Prediction, decode
-from prelm_jax.loading import load
+from prelm_jax.loading import load_checkpoint, load_encoder
 from prelm_jax.models import heads
 from prelm_jax.models.task import EncoderConfig, TaskModel, TaskModelConfig
 from prelm_jax.run import RunRecord, with_name
-from prelm_jax.storage import reachable
+from prelm_jax.storage import check_apart, reachable
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.train import placed_batches, train
 from prelm_jax.training.contract import Params
@@ -48,7 +50,7 @@ from prelm_jax.training.step import make_predict
 from prelm_jax.workdir import WorkDir
 
 # The fields that say how examples and parameters are found. Both are compared by fingerprint.
-SOURCES = ("name", "train", "dev", "init_from", "columns")
+SOURCES = ("name", "train", "dev", "init_from", "columns", "metric", "positive")
 
 
 class Task(NamedTuple):
@@ -76,24 +78,32 @@ def prepare(run: FineTuning) -> Task:
         run = dataclasses.replace(run, init_from=fetch(str(run.init_from))[0])
     train_data, dev_data = (read_examples(str(spec), run.kind, run.columns) for spec in (run.train, run.dev))
     for spec, data in ((run.train, train_data), (run.dev, dev_data)):
-        for name, count in data.counts.items():
+        for name, count in data.counts.items() if jax.process_index() == 0 else ():
             print(f"{spec}: {count:,} {name}", file=sys.stderr)
     names = label_names(train_data.examples, run.kind)
     check_labels(str(run.train), train_data, run.kind, names)
     check_labels(str(run.dev), dev_data, run.kind, names)
 
-    pretrained = load(str(run.init_from))
+    if run.metric is not None and run.metric not in (
+        known := metrics.scores(run.kind, dev_data.examples, _gold(dev_data.examples), names, run.positive)
+    ):
+        raise InputError(f"--metric {run.metric}: the metrics of this task are {', '.join(known)}")
+    pretrained = load_encoder(str(run.init_from))
     family = find_family(pretrained.config.model_type, run.init_from)
     tokenizer = family.frame.task_tokenizer(pretrained.tokenizer)
     longest = getattr(pretrained.config, "max_position_embeddings", WIDTHS[-1])
     max_length = run.max_length or min(longest, WIDTHS[-1])
     if max_length > longest:
         raise InputError(f"--max-length {max_length}: the model has {longest} positions")
+    if not 0 <= run.reinitialize_layers <= pretrained.config.num_layers:
+        raise InputError(f"--reinitialize-layers {run.reinitialize_layers}: there are {pretrained.config.num_layers}")
+    if run.kind == "spans" and not family.frame.answers:
+        raise InputError(f"{run.init_from} reads from left to right (GPT), so it cannot tell where an answer begins")
     frame = family.frame(tokenizer, max_length, run.symmetric)
     framed = []
     for spec, data in ((run.train, train_data), (run.dev, dev_data)):
         found = frame.frame(data.examples, run.kind, names, run.stride)
-        if found.num_cut:
+        if found.num_cut and jax.process_index() == 0:
             share = found.num_cut / found.num_examples
             print(f"{spec}: {found.num_cut:,} examples ({share:.1%}) cut to {max_length} tokens", file=sys.stderr)
         framed.append(found.rows)
@@ -171,8 +181,6 @@ def _results(task: Task, path: Path) -> Results:
     run = task.run
     if (path / RESULTS).is_file():
         return read_results(path)
-    gold = [cast(Label, each.label) for each in task.dev_examples]
-    metric, *_ = metrics.scores(run.kind, task.dev_examples, gold, task.names)
     return Results(
         task=run.name,
         kind=run.kind,
@@ -183,9 +191,25 @@ def _results(task: Task, path: Path) -> Results:
         train_examples=len(task.train_examples),
         dev_examples=len(task.dev_examples),
         labels=task.names,
-        metric=metric,
-        baselines=metrics.baselines(run.kind, task.dev_examples, task.names, training=task.train_examples),
+        metric=run.metric or next(iter(_scores(task, _gold(task.dev_examples)))),
+        baselines=_baselines(task),
         seeds=(),
+    )
+
+
+def _gold(examples: Sequence[Example]) -> list[Label]:
+    return [cast(Label, example.label) for example in examples]
+
+
+def _scores(task: Task, labels: Sequence[Label]) -> dict[str, metrics.Score]:
+    """The metrics of predictions for the dev examples."""
+    return metrics.scores(task.run.kind, task.dev_examples, labels, task.names, task.run.positive)
+
+
+def _baselines(task: Task) -> dict[str, dict[str, float]]:
+    """metric -> trivial baseline -> value."""
+    return metrics.baselines(
+        task.run.kind, task.dev_examples, task.names, task.run.positive, training=task.train_examples
     )
 
 
@@ -196,6 +220,25 @@ def _probabilities(task: Task, predictions: Sequence[Prediction]) -> list[dict[s
     return [
         dict(zip(task.names or map(str, range(len(each.scores))), each.scores, strict=True)) for each in predictions
     ]
+
+
+def export(workdir: str | os.PathLike, directory: str | os.PathLike, seed: int | None = None) -> int:
+    """Writes the model of a seed as a model directory in the format that others read; returns the seed.
+
+    workdir: the directory above the seeds. seed: by default that of the median. Raises InputError for one that is not
+    complete.
+    """
+    results = read_results(workdir)
+    chosen = results.of_seed(seed)
+    source = WorkDir(reachable(workdir) / f"seed-{chosen.seed}")
+    check_apart(directory, source.path, *filter(None, [results.init_from]))
+    record = source.read_record()
+    _, model = load_checkpoint(source, chosen.step)
+    format = find_family(record.model_type, source.path).format
+    name, command = Path(directory).name, shlex.join(record.command)
+    card = task_card(results, chosen.seed, name, format.library, format.usage.format(name=name), command)
+    save(model.loaded, format, directory, card)
+    return chosen.seed
 
 
 def default_workdir(task: Task) -> Path:
@@ -219,8 +262,7 @@ def _train(task: Task, seed: int, directory: WorkDir) -> tuple[SeedResult, list[
     start = None if run.scratch else lambda fresh: initial(task, fresh)
     step, _ = train(run, directory, _record(task, run), task.tokenizer, model, batches, evaluation, start)
     looks = sum("evaluation/loss" in line for line in directory.read_metrics())
-    labels = [each.label for each in evaluation.predictions]
-    scores = metrics.scores(run.kind, task.dev_examples, labels, task.names)
+    scores = _scores(task, [each.label for each in evaluation.predictions])
     return SeedResult(seed, step, looks, scores), evaluation.predictions
 
 
@@ -286,14 +328,12 @@ class DevEvaluation:
         task = self._task
         ordered = [outputs[row] for row in range(len(outputs))]
         self.predictions = decode(task.run.kind, task.dev_examples, task.dev_rows, ordered, task.names)
-        labels = [each.label for each in self.predictions]
-        scores = metrics.scores(task.run.kind, task.dev_examples, labels, task.names)
+        scores = _scores(task, [each.label for each in self.predictions])
         return {"loss": loss / weight} | {name: score.value for name, score in scores.items()}
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """metric -> trivial baseline -> value."""
-        task = self._task
-        return metrics.baselines(task.run.kind, task.dev_examples, task.names, training=task.train_examples)
+        return _baselines(self._task)
 
     def describe(self, values: Mapping[str, float]) -> str:
         """Metrics beside their best trivial baselines."""

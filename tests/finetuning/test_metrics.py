@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 
 from prelm_jax.data.examples import Answers, Example, Kind, Label
 from prelm_jax.finetuning import metrics
@@ -46,6 +46,7 @@ def test_labels_by_brute_force(pairs):
     assert list(found) == ["accuracy", "macro_f1", "matthews", "f1"]
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=30))
 def test_matthews_of_two_labels_is_pearsons_correlation(pairs):
     gold, predicted = map(list, zip(*pairs, strict=True))
@@ -71,6 +72,7 @@ def test_choices():
 numbers = st.lists(st.tuples(st.integers(-9, 9), st.floats(-1e3, 1e3, width=16)), min_size=3, max_size=20)
 
 
+@settings(max_examples=40)
 @given(numbers)
 def test_correlations_are_scipys(pairs):
     gold, predicted = map(list, zip(*pairs, strict=True))
@@ -191,6 +193,7 @@ def test_best_constants():
     assert baselines("number", examples_of([1.0, 2.0])) == {"pearson": {CONSTANT: 0}, "spearman": {CONSTANT: 0}}
 
 
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.sampled_from("wxyz"), unique=True, max_size=4).map(tuple), min_size=1, max_size=8))
 def test_best_constants_of_several_labels_by_brute_force(gold):
     subsets = [tuple(x for i, x in enumerate("wxyz") if bits >> i & 1) for bits in range(16)]
