@@ -102,6 +102,9 @@ def print_run_header(
         print(f"{name} takes {share:.1%} of a step's matrix products: {size}", file=sys.stderr)
 
 
+LOSS = "evaluation/loss"
+
+
 def model_card(workdir: WorkDir, run: Run, step: int, model: LoadedModel, format: Format, name: str) -> str:
     """README.md of an exported checkpoint: usage, size, corpus, held-out metrics beside their baselines, command."""
     record = workdir.read_record()
@@ -123,7 +126,8 @@ tags:
 
 {format.usage.format(name=name)}
 
-- Weights: step {step:,} of the run, {parameters:,} parameters; {model.config.vocab_size:,} tokens in the vocabulary.
+- Weights: step {step:,} of the run{_other_losses(workdir, step)}.
+- Size: {parameters:,} parameters; {model.config.vocab_size:,} tokens in the vocabulary.
 - Training: {step:,} steps of {run.batch_size} × {run.data.max_length} tokens ({positions:,} positions, padding \
 included), seed {run.seed}, {run.precision}.
 - Corpus ({run.split:.1%} of its documents held out; content `{fingerprint}`):
@@ -144,12 +148,23 @@ def _commands(record: RunRecord, step: int) -> str:
     return "\n\n".join(lines)
 
 
+def _other_losses(workdir: WorkDir, step: int) -> str:
+    """` (held-out loss 4.0700; 4.1200 at the last evaluation, step 1,000)`; empty if the step was not evaluated."""
+    losses = {line["step"]: line[LOSS] for line in workdir.read_metrics() if LOSS in line}
+    if step not in losses:
+        return ""
+    last, lowest = max(losses), min(losses, key=losses.__getitem__)
+    others = [] if step == last else [f"{losses[last]:.4f} at the last evaluation, step {last:,}"]
+    others += [] if step == lowest else [f"{losses[lowest]:.4f} at the best, step {lowest:,}"]
+    return f" (held-out loss {'; '.join([f'{losses[step]:.4f}', *others])})"
+
+
 def _held_out(workdir: WorkDir, run: Run, step: int) -> str:
     """The evaluation of a step, as a table of a model card; without one, a sentence that says so."""
     if not run.split and not run.validation:
         return "Not evaluated: nothing was held out."
     prefix = "evaluation/"
-    lines = [line for line in workdir.read_metrics() if line["step"] == step and f"{prefix}loss" in line]
+    lines = [line for line in workdir.read_metrics() if line["step"] == step and LOSS in line]
     if not lines:
         return f"Not evaluated at step {step:,}."
     baselines = workdir.read_baselines() or {}

@@ -12,7 +12,7 @@ import stat
 import tempfile
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import cast, overload
 
@@ -135,6 +135,38 @@ def read_lines(path: str | os.PathLike) -> list[str]:
     r"""The lines of a UTF-8 file, split at \n only and without it; a \n at the end adds no empty line."""
     lines = read_text(path).split("\n")
     return lines[:-1] if lines[-1] == "" else lines
+
+
+def stream_lines(path: str | os.PathLike) -> Collection[str]:
+    """The same lines, to loop over; each loop reads the file again, so that it need not fit into memory.
+
+    A file that can be read only once, such as a pipe, is read into memory.
+    """
+    return _Lines(path) if kind_of_file(path) == "file" else read_lines(path)
+
+
+class _Lines(Collection[str]):
+    """The lines of a file, which is read once to count them: an unreadable one raises InputError at once."""
+
+    def __init__(self, path: str | os.PathLike):
+        self._path = path
+        self._count = sum(1 for _ in self)
+
+    def __iter__(self) -> Iterator[str]:
+        offset = 0
+        with opened(self._path) as file:
+            for line in file:
+                text = decode_utf8(self._path, offset, line)
+                text = text if offset else text.removeprefix("\ufeff")
+                offset += len(line)
+                if text:
+                    yield text.removesuffix("\n")
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __contains__(self, line: object) -> bool:
+        return any(each == line for each in self)
 
 
 @overload

@@ -61,6 +61,8 @@ def train(
     settings = run.loop
     mesh = settings.mesh.build()
     check_batch_size(run, mesh.size)
+    if evaluation is None and settings.stop_after_no_gain is not None:
+        raise InputError(f"--stop-after-no-gain {settings.stop_after_no_gain}: there is no text to evaluate on")
     example = batches[0]
     model.check(example)
     workdir.check(record, run, extending=extend_to is not None)
@@ -88,7 +90,7 @@ def train(
                 state = TrainState.from_items(restored[1])
         # The last part is called even if it is done: an evaluation may have been put off.
         left = [part for part in parts if done < part.loop.steps or part is parts[-1]]
-        programs = [_step_memory(part, model, abstract, example, batches.layout, mesh) for part in left]
+        programs = [step_memory(part, model, abstract, example, batches.layout, mesh) for part in left]
         report.print_run_header(record.model_type, run, model, example, state.params, done, mesh)
         if done < left[0].loop.steps:
             programs[0].check()
@@ -139,7 +141,7 @@ def check_schedule(run: Training, resuming: bool) -> None:
         raise InputError(f"--steps {steps}: the learning rate is zero from step {end} on; {remedy}")
 
 
-def _step_memory(
+def step_memory(
     run: Training,
     model: Model,
     state: TrainState,

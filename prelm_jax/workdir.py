@@ -133,6 +133,11 @@ class WorkDir:
         """The checkpoints; `keep`: how many of the newest to keep, None: only read."""
         return Checkpoints(self.path / "checkpoints", keep, before_write=self._check_hold)
 
+    def best_step(self) -> Step:
+        """ "best" where a checkpoint was evaluated, else "newest"."""
+        with contextlib.closing(self.open_checkpoints()) as checkpoints:
+            return "newest" if checkpoints.best_step is None else "best"
+
     def read_params(self, abstract_params: Params, step: Step) -> tuple[int, Params]:
         """(step, parameters) of a checkpoint, on the first device; InputError where there is none."""
         return restore_params(self.path / "checkpoints", abstract_params, step)

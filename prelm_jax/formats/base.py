@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -26,8 +26,7 @@ HEAD_FILE = "head.safetensors"  # A head that the format of its encoder has no p
 class ModelConfig(Protocol):
     """The config of a model, a frozen dataclass."""
 
-    @property
-    def model_type(self) -> str: ...
+    model_type: ClassVar[str]
 
     @property
     def vocab_size(self) -> int | None: ...
@@ -35,7 +34,7 @@ class ModelConfig(Protocol):
     def build(self) -> Model: ...
 
 
-Config = TypeVar("Config", bound=ModelConfig)
+Config = TypeVar("Config", bound=ModelConfig | TaskModelConfig)
 Vocabulary = TypeVar("Vocabulary", bound=Tokenizer | None)
 
 
@@ -116,7 +115,7 @@ def find_model_type(directory: Path) -> tuple[object, Path]:
     raise InputError(f"{directory}: neither a {model} nor a work directory (no run.json){foreign_weights(directory)}")
 
 
-def abstract_params(config: ModelConfig) -> Params:
+def abstract_params(config: ModelConfig | TaskModelConfig) -> Params:
     """The parameters of a config as jax.ShapeDtypeStruct; nothing is allocated."""
     return jax.eval_shape(config.build().init_params, jax.random.key(0))
 

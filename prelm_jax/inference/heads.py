@@ -1,7 +1,7 @@
 """A fine-tuned model in use: classify, tag, answer and choose, each example the same in any company."""
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import cast
 
@@ -63,11 +63,11 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
             return self._head.kind
         return KINDS[type(self._head)]
 
-    def embed(self, texts: Sequence[str], truncate: bool = False) -> Embeddings:
+    def embed(self, texts: Collection[str], truncate: bool = False) -> Embeddings:
         """The hidden states of the fine-tuned encoder; see `Pretrained`."""
         return self.pretrained.embed(texts, truncate)
 
-    def score(self, texts: Sequence[str]) -> list[tuple[float, int]]:
+    def score(self, texts: Collection[str]) -> Iterator[tuple[float, int]]:
         """The probability of texts, where the directory still has the pretraining heads; see `Pretrained`."""
         return self.pretrained.score(texts)
 
@@ -145,7 +145,7 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
             if not row.length:
                 raise InputError("a text without tokens: the model reads nothing that stands around a text")
             together[len(row.texts), self.frame.fitting_width([row], len(row.texts))].append(number)
-        outputs: list[Outputs] = [{}] * len(rows)
+        outputs: dict[int, Outputs] = {}
         with Progress(progress, len(rows), "rows") as shown:
             for (num_texts, width), numbers in sorted(together.items()):
                 batch_size = max(1, TOKENS_PER_BATCH // (num_texts * width))
@@ -157,7 +157,7 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
                     for i, number in enumerate(some):
                         outputs[number] = {name: x[i] for name, x in values.items()}
                     shown.advance(len(some))
-        return outputs
+        return [outputs[number] for number in range(len(rows))]
 
     def _batch(self, rows: Sequence[Row], num_texts: int, width: int) -> dict[str, np.ndarray]:
         num_read = width if self.kind == "tags" else 1

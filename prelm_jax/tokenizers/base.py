@@ -1,7 +1,8 @@
 """The base of all tokenizers and of their configurations."""
 
+import itertools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -13,6 +14,8 @@ from prelm_jax.errors import InputError
 # What GPT-1 puts around the texts of a task: `bos a cls`, and `bos a sep b cls` (openai/finetune-transformer-lm). The
 # ids follow the vocabulary in this order.
 FRAME_ROLES = {"bos": "_start_", "sep": "_delimiter_", "cls": "_classify_", "pad": "<pad>"}
+
+TEXTS_AT_ONCE = 1000
 
 
 class Tokenizer:
@@ -54,6 +57,12 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, without special tokens."""
         raise NotImplementedError
+
+    def encode_each(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """The ids of each text, as from `encode_batch`; a part of the texts at a time is in memory."""
+        texts = iter(texts)
+        while some := list(itertools.islice(texts, TEXTS_AT_ONCE)):
+            yield from self.encode_batch(some)
 
     def encode_flat(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts end to end (int32), and the number of ids of each text (int64).

@@ -21,6 +21,7 @@ from prelm_jax.training.contract import Params
 from prelm_jax.training.parameters import path_name
 
 FORMAT = 3
+DELETING_SECONDS = 1.0  # A trainer needs less to delete a checkpoint.
 
 Tree = TypeVar("Tree")
 Step = int | Literal["newest", "best"]
@@ -266,6 +267,12 @@ class Checkpoints:
         self._full.close()
         self._kept.close()
 
+    @property
+    def best_step(self) -> int | None:
+        """The step of the full checkpoint with the lowest evaluation loss; None if none was evaluated."""
+        loss, step = self._policy.best()
+        return step if loss < math.inf else None
+
     def improves(self, evaluation_loss: float) -> bool:
         """Whether this loss is lower than that of every full checkpoint."""
         return evaluation_loss < self._policy.best()[0]
@@ -328,7 +335,7 @@ class Checkpoints:
         try:
             return directory.load(step, items)
         except _Damaged:
-            deadline = time.monotonic() + 1  # Deleting takes a moment.
+            deadline = time.monotonic() + DELETING_SECONDS
             while not self._writable and time.monotonic() < deadline:
                 if step not in directory.steps or max(self._full.steps, default=0) > newest:
                     raise _Gone from None
@@ -336,8 +343,8 @@ class Checkpoints:
             raise
 
     def _find(self, step: int | Literal["best"]) -> tuple[int, _Directory]:
-        loss, best = self._policy.best()
-        if step == "best" and loss < math.inf:
+        best = self.best_step
+        if step == "best" and best is not None:
             return best, self._full
         for directory in (self._full, self._kept):
             if step in directory.steps:
@@ -347,7 +354,7 @@ class Checkpoints:
 
     def _listing(self) -> str:
         """`5, 10 (best), 12`"""
-        best = self._policy.best()[1]
+        best = self.best_step
         steps = sorted({*self._full.steps, *self._kept.steps})
         return ", ".join(f"{step} (best)" if step == best else str(step) for step in steps) or "there is none yet"
 

@@ -102,15 +102,18 @@ class StepMemory:
         rows: int,
         mesh: jax.sharding.Mesh,
     ):
-        """`make_step`: accumulate -> train step. `arguments`: of the step, may be abstract. `rows`: on each device."""
+        """`make_step`: accumulate -> train step. `arguments`: of the step, may be abstract. `rows`: on each device.
+
+        `needed` are the bytes that the step takes, NaN until `check` has compiled it.
+        """
         self.step = make_step(accumulate)
         self._make_step, self._arguments, self._mesh = make_step, arguments, mesh
-        self._accumulate, self._rows, self._needed = accumulate, rows, math.nan
+        self._accumulate, self._rows, self.needed = accumulate, rows, math.nan
 
     def check(self) -> None:
         """Compiles the step; raises InputError if it cannot fit."""
         with self:
-            self._needed = self._compile(self.step)
+            self.needed = self._compile(self.step)
 
     def _compile(self, step: jax.stages.Wrapped) -> int:
         """The bytes that a step needs; raises TooLarge if a device has fewer."""
@@ -125,7 +128,7 @@ class StepMemory:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None or not exhausted(error):
             return
-        size, limit = error.args if isinstance(error, TooLarge) else (self._needed, available(self._mesh))
+        size, limit = error.args if isinstance(error, TooLarge) else (self.needed, available(self._mesh))
 
         largest = math.inf if math.isnan(size) else size  # Where no size is known, a program that compiles fits.
 

@@ -193,5 +193,9 @@ class Report:
         self._writer.write(step, {f"evaluation/{name}": value for name, value in values.items()})
         self._progress.say(f"step {step}  {line}")
 
+    def say(self, line: str) -> None:
+        """Prints a line."""
+        self._progress.say(line)
+
     def close(self) -> None:
         self._progress.close(complete=False)
