@@ -114,10 +114,10 @@ def tokenizer(model_type: str) -> Tokenizer:
     return WordVocabulary(["<S>", "</S>", "<UNK>", *WORDS])
 
 
-def directory(path: Path, model_type: str, seed: int = 0) -> Path:
-    """A model directory with random parameters."""
+def directory(path: Path, model_type: str, seed: int = 0, **sizes: object) -> Path:
+    """A model directory with random parameters; `sizes`: other fields of the config."""
     known = tokenizer(model_type)
-    config = dataclasses.replace(FAMILIES[model_type]().model, vocab_size=known.vocab_size)
+    config = dataclasses.replace(FAMILIES[model_type]().model, vocab_size=known.vocab_size, **sizes)
     params = jax.jit(config.build().init_params)(jax.random.key(seed))
     path.mkdir()
     find_family(model_type, path).format.write(LoadedModel(config, params, known), path)

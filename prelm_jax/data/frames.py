@@ -84,6 +84,7 @@ class Frame:
     """
 
     reads: ClassVar[Literal["first", "last"]] = "first"  # The position that sums a text up.
+    answers: ClassVar[bool] = True  # Whether a token is read together with what comes after it, as spans need.
 
     def __init__(self, tokenizer: Tokenizer, max_length: int, symmetric: bool = False):
         self.tokenizer, self.max_length = tokenizer, max_length
@@ -285,6 +286,7 @@ class GPTFrame(Frame):
     """start a delimiter b extract; tokens that a published vocabulary lacks are left out."""
 
     reads = "last"
+    answers = False
 
     @staticmethod
     def task_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:

@@ -84,6 +84,10 @@ def prepare(run: FineTuning) -> Task:
     check_labels(str(run.train), train_data, run.kind, names)
     check_labels(str(run.dev), dev_data, run.kind, names)
 
+    if run.metric is not None and run.metric not in (
+        known := metrics.scores(run.kind, dev_data.examples, _gold(dev_data.examples), names, run.positive)
+    ):
+        raise InputError(f"--metric {run.metric}: the metrics of this task are {', '.join(known)}")
     pretrained = load_encoder(str(run.init_from))
     family = find_family(pretrained.config.model_type, run.init_from)
     tokenizer = family.frame.task_tokenizer(pretrained.tokenizer)
@@ -91,6 +95,10 @@ def prepare(run: FineTuning) -> Task:
     max_length = run.max_length or min(longest, WIDTHS[-1])
     if max_length > longest:
         raise InputError(f"--max-length {max_length}: the model has {longest} positions")
+    if not 0 <= run.reinitialize_layers <= pretrained.config.num_layers:
+        raise InputError(f"--reinitialize-layers {run.reinitialize_layers}: there are {pretrained.config.num_layers}")
+    if run.kind == "spans" and not family.frame.answers:
+        raise InputError(f"{run.init_from} reads from left to right (GPT), so it cannot tell where an answer begins")
     frame = family.frame(tokenizer, max_length, run.symmetric)
     framed = []
     for spec, data in ((run.train, train_data), (run.dev, dev_data)):
@@ -173,9 +181,6 @@ def _results(task: Task, path: Path) -> Results:
     run = task.run
     if (path / RESULTS).is_file():
         return read_results(path)
-    known = _scores(task, [cast(Label, each.label) for each in task.dev_examples])
-    if run.metric is not None and run.metric not in known:
-        raise InputError(f"--metric {run.metric}: the metrics of this task are {', '.join(known)}")
     return Results(
         task=run.name,
         kind=run.kind,
@@ -186,10 +191,14 @@ def _results(task: Task, path: Path) -> Results:
         train_examples=len(task.train_examples),
         dev_examples=len(task.dev_examples),
         labels=task.names,
-        metric=run.metric or next(iter(known)),
+        metric=run.metric or next(iter(_scores(task, _gold(task.dev_examples)))),
         baselines=_baselines(task),
         seeds=(),
     )
+
+
+def _gold(examples: Sequence[Example]) -> list[Label]:
+    return [cast(Label, example.label) for example in examples]
 
 
 def _scores(task: Task, labels: Sequence[Label]) -> dict[str, metrics.Score]:

@@ -86,7 +86,7 @@ def test_crf_against_all_sequences():
 
 def test_the_gradient_of_a_crf_is_its_marginals_less_the_tags():
     tags = np.zeros((5, WORDS), int)
-    gradient = jax.jit(jax.grad(lambda scores: crf_nll(scores, tags, KNOWN, *TRANSITIONS).sum()))(SCORES)
+    gradient = jax.jit(jax.grad(lambda *x: crf_nll(*x).sum()))(SCORES, tags, KNOWN, *TRANSITIONS)
     sequences, scores = all_scores(SCORES[1], LENGTHS[1])
     probabilities = np.exp(scores) / np.exp(scores).sum()
     for word in range(3):
