@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from prelm_jax.errors import InputError, Preempted, first_line
-from prelm_jax.storage import is_remote, is_shared
+from prelm_jax.storage import is_remote, is_shared, write_file
 
 RENEW_SECONDS = 20.0
 STALE_SECONDS = 90.0
@@ -163,9 +163,7 @@ class Files:
         if is_remote(self._directory):
             self._files.pipe_file(self._path(number), content)
             return
-        unfinished = self._directory / f".{number}"  # On a disk a reader could see half of it.
-        unfinished.write_bytes(content)
-        unfinished.replace(self._directory / str(number))
+        write_file(self._directory / str(number), content)
 
     def delete(self, number: int) -> None:
         """Deletes a file, if there is one."""

@@ -21,7 +21,7 @@ import jax
 from prelm_jax import lock
 from prelm_jax.errors import InputError
 from prelm_jax.run import READABLE_FORMATS, Run, RunRecord
-from prelm_jax.storage import copy_files, fetched, reachable, read_json
+from prelm_jax.storage import copy_files, fetched, reachable, read_json, write_file
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.tokenizers.load import load as load_tokenizer
 from prelm_jax.training.checkpoint import Checkpoints, Step, restore_params
@@ -90,9 +90,7 @@ class WorkDir:
         with tempfile.TemporaryDirectory() as written:
             tokenizer.save(written)
             copy_files(Path(written), self.path / "tokenizer")
-        temporary = self._record_path.with_suffix(".tmp")
-        temporary.write_text(record.to_json())
-        temporary.replace(self._record_path)
+        write_file(self._record_path, record.to_json().encode())
 
     def read_tokenizer(self) -> Tokenizer:
         """The tokenizer of the run; InputError where its files were changed."""

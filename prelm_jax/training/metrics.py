@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from prelm_jax.errors import InputError
 from prelm_jax.progress import Progress
-from prelm_jax.storage import is_remote, opened
+from prelm_jax.storage import is_remote, opened, write_file
 from prelm_jax.training.chips import find_chip
 from prelm_jax.training.contract import Batch, Model
 
@@ -71,9 +71,7 @@ class MetricsWriter:
         if is_remote(path):
             self._file = _RemoteFile(path, text)
             return
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
+        write_file(path, text.encode())
         self._file = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
