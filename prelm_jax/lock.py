@@ -59,7 +59,7 @@ def _identity() -> dict[str, object]:
 
 
 def _taken(directory: Path | str, content: bytes, remedy: str) -> InputError:
-    """The complaint about a directory that another process holds; `content`: what it says of itself."""
+    """The complaint about a directory that another process holds; `content`: of its lock or lease, which names it."""
     return InputError(
         f"{directory}: a run is in progress here ({_named(content)}): {remedy}, or choose another --workdir"
     )

@@ -80,9 +80,9 @@ def reachable(path: str | os.PathLike) -> Path:
 
 
 def kind_of_file(path: str | os.PathLike) -> str:
-    """What stands at a path, links followed: "file", "directory", "pipe", "socket" or "device"; "" for nothing.
+    """The kind of file at a path, links followed: "file", "directory", "pipe", "socket" or "device"; "" for none.
 
-    Raises InputError if this user may not know.
+    Raises InputError if permission is denied.
     """
     try:
         mode = os.stat(path).st_mode
@@ -211,7 +211,7 @@ def check_apart(output: str | os.PathLike, *inputs: str | os.PathLike) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Creates or replaces a file, local or in a bucket. Who reads meanwhile sees the old content or the new one."""
+    """Creates or replaces a file, local or in a bucket. Readers see the old content or the new, never a part."""
     if is_remote(path):
         path.write_bytes(content)
         return
@@ -271,7 +271,7 @@ def _real(path: str | os.PathLike) -> Path:
 
 
 def _beside(path: Path) -> Path:
-    """A name in the same directory that nobody else has."""
+    """A unique name in the same directory."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
 
 
@@ -289,7 +289,7 @@ def prefix_errors(path: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike, temporary: str | os.PathLike | None = None) -> Iterator[None]:
-    """Names the file in OSErrors raised in the block that name none, as of a full disk, or its temporary file."""
+    """Names `path` in OSErrors raised in the block that name no file (such as of a full disk), or `temporary`."""
     try:
         yield
     except OSError as error:

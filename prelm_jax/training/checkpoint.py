@@ -29,7 +29,7 @@ Step = int | Literal["newest", "best"]
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a checkpoint tells about its training.
+    """What a checkpoint records about its training.
 
     evaluation_loss: of the evaluation at this step, if there was one.
     scheduled: False if only SIGTERM made the save due; such a checkpoint is deleted at the next save, so that a resumed
@@ -81,12 +81,13 @@ class _Directory:
     """
 
     def __init__(self, path: epath.Path):
-        self.path, self._checkpointer = path, None
+        self.path = path
+        self._checkpointer = None
         self._absolute = path if is_remote(path) else path.absolute()  # Orbax takes no other.
 
     @property
     def steps(self) -> list[int]:
-        """The steps of complete checkpoints. Other files and directories are nobody's business."""
+        """The steps of complete checkpoints. Other files and directories are ignored."""
         try:
             names = [path.name for path in self.path.iterdir()]
         except FileNotFoundError:
@@ -170,7 +171,7 @@ class _Directory:
             if is_remote(path):
                 (path / "commit_success.txt").unlink()
             else:
-                # A name of Orbax's: it removes what is left of it after a kill.
+                # Orbax removes directories of such a name: after a kill, the rest of this one.
                 doomed = path.rename(self.path / f"{step}.orbax-checkpoint-tmp-deleted")
             doomed.rmtree()
 
@@ -186,7 +187,7 @@ class Checkpoints:
     keep: number of newest full checkpoints to keep, in addition to the one with the lowest evaluation loss; what
         `keep_parameters` saves is never deleted. None: for reading. A reader never creates, moves or deletes anything,
         so another process may be writing.
-    before_write: called before each save and deletion, and after a save that failed; what it raises is raised instead.
+    before_write: called before each save and deletion, and after a save that failed; its exceptions take precedence.
 
         step, items = Checkpoints("run/checkpoints").restore({"params": abstract_params}, step="best")
     """
@@ -213,7 +214,7 @@ class Checkpoints:
         self._save(self._full, step, items, record)
 
     def keep_parameters(self, step: int, items: Mapping[str, object], record: Record = Record()) -> None:
-        """The same for a checkpoint without the item `opt_state`, to keep forever."""
+        """Starts to save a checkpoint without the item `opt_state`, which is never deleted."""
         self.wait()
         self._save(self._kept, step, {item: tree for item, tree in items.items() if item != "opt_state"}, record)
 
@@ -265,7 +266,7 @@ class Checkpoints:
         return self._record(step).evaluation_loss is not None
 
     def tokens_seen(self, step: int) -> int:
-        """The tokens seen by the training up to a full checkpoint; 0 if there is none of that step."""
+        """The number of tokens trained on up to a full checkpoint; 0 if the step has none."""
         return self._record(step).tokens_seen
 
     def _record(self, step: int) -> Record:

@@ -117,7 +117,7 @@ def _encode(metrics: Mapping[str, float]) -> str:
 
 
 def _decode(line: bytes) -> dict[str, float]:
-    """What `_encode` made a line of. Raises ValueError or RecursionError for any other line."""
+    """The metrics in a line of `_encode`. Raises ValueError or RecursionError for any other line."""
     metrics = json.loads(line.decode())
     if not isinstance(metrics, dict) or type(metrics.get("step")) is not int or metrics["step"] < 0:
         raise ValueError
