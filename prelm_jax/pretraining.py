@@ -95,6 +95,8 @@ def _pretrain(run: Run, directory: WorkDir, extend_to: int | None) -> Summary:
     run = dataclasses.replace(run, model=with_vocabulary(run.model, tokenizer))
     model = run.model.build(jnp.dtype(run.precision))
     batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
+    if jax.process_index() == 0:
+        print(run.data.describe(batches), file=sys.stderr)
     evaluation = HeldOut(run, model, tokenizer, batches, held_out) if held_out.num_documents else None
     fingerprint = None if validation is None else validation.fingerprint
     record = RunRecord.from_run(run, corpus.fingerprint, tokenizer.fingerprint, fingerprint)

@@ -565,6 +565,29 @@ def test_without_next_sentences(tmp_path):
     assert summary.evaluation["loss"] == summary.evaluation["masked_lm_loss"]
 
 
+def test_packing(corpus, tmp_path, capsys):
+    """A switch of the data: several examples in a row, on two devices and in two micro-batches."""
+    run = dataclasses.replace(
+        tiny.with_loop(tiny.bert(), mesh=MeshConfig(devices=2), steps=8, evaluate_every=8, log_every=1),
+        corpus=(corpus,),
+        data=dataclasses.replace(tiny.bert().data, short_sequence_probability=0.5, packing=True),
+        accumulate=2,
+    )
+    summary = pretrain(run, tmp_path / "run")
+    lines = capsys.readouterr().err.splitlines()
+    (described,) = [i for i, line in enumerate(lines) if "packed into 512 rows" in line]
+    (header,) = [i for i, line in enumerate(lines) if "parameters on" in line]
+    assert described < header
+    packed, unpacked = (
+        float(x) / 100 for x in re.findall(r"([\d.]+)% (?:of the positions|with one)", lines[described])
+    )
+    padding = [line["train/padding"] for line in metrics(tmp_path / "run") if "train/padding" in line]
+    assert len(padding) == 8 and np.mean(padding) == pytest.approx(1 - packed, abs=0.05) and packed > unpacked + 0.1
+    assert 0.4 < summary.baselines["next_sentence_accuracy"]["lengths only"] < 0.7
+    shown = list(module.show_batch(run, 0))
+    assert len(shown) == 8 and any(re.search(r", 2 examples\n 1: .* B .*\n  A .*\n  B .*\n 2: ", row) for row in shown)
+
+
 def test_bits_per_byte_are_those_of_the_text(corpus, tmp_path):
     """From the loss and the held-out documents themselves; the baselines' as well, and the unknown tokens beside it."""
     run = dataclasses.replace(tiny.gpt(), corpus=(corpus,), loop=dataclasses.replace(tiny.gpt().loop, steps=2))
