@@ -30,9 +30,9 @@ RESUMABLE = {"pretrain", "prepare"}
 
 
 def console() -> None:
-    """The console script: `main`, which after an error does not wait for the threads of libraries.
+    """The console script: `main`, but after an error the process ends without waiting for the threads of libraries.
 
-    Python would, and those of a save that failed have been seen to wait for minutes.
+    Python waits for them at its end, and the threads of a failed save have taken minutes.
     """
     try:
         main()
@@ -54,23 +54,23 @@ def main(arguments: list[str] | None = None) -> None:
 
             dispatch(arguments)
     except InputError as error:
-        print(f"prelm: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        _exit(error, USER_ERROR)
     except Preempted as stop:
-        print(f"prelm: {stop}", file=sys.stderr)
-        sys.exit(PREEMPTED)
+        _exit(stop, PREEMPTED)
     except BrokenPipeError:  # `prelm … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno not in UNWRITABLE and error.filename is None:
             raise
         verb = "write" if error.errno in UNWRITABLE else "use"
-        message = InputError(f"cannot {verb} {error.filename or 'a file'}: {error.strerror}")
-        print(f"prelm: {message}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        _exit(InputError(f"cannot {verb} {error.filename or 'a file'}: {error.strerror}"), USER_ERROR)
     except KeyboardInterrupt:
-        print("prelm: interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        _exit("interrupted", 128 + signal.SIGINT)
+
+
+def _exit(message: object, code: int) -> None:
+    print(f"prelm: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _hush_checkpoint_threads() -> None:

@@ -59,6 +59,14 @@ Step = Annotated[
     tyro.conf.arg(help="Checkpoint of a work directory: number of its step, best (lowest held-out loss) or newest."),
 ]
 ModelPath = Annotated[AnyPath, Positional, tyro.conf.arg(help="Model directory or work directory.")]
+TokenizerPath = Annotated[
+    Path,
+    Positional,
+    tyro.conf.arg(help="Directory of a tokenizer or model, a vocab.txt, or a vocab.json with its merges next to it."),
+]
+Cased = Annotated[
+    bool, tyro.conf.arg(help="Keep capitals. Only for a tokenizer without do_lower_case, such as a lone vocab.txt.")
+]
 TextFile = Annotated[Path, Positional, tyro.conf.arg(help="Text file in UTF-8, one text per line; lines end at LF.")]
 
 
@@ -224,7 +232,7 @@ def _unknown_option(arguments: Sequence[str], known: Sequence[str]) -> str | Non
 
 
 def _one_line(complaint: str) -> str:
-    """The first section of tyro's box as one line; of what is missing, the names alone."""
+    """The first section of tyro's box as one line; for missing options, their names alone."""
     title, *rows = complaint.splitlines()
     section = []
     for row in rows:
