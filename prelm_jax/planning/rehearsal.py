@@ -29,7 +29,7 @@ class Rehearsal:
     memory_needed: float  # Bytes of a device.
     memory_available: float
     checkpoint_bytes: int
-    checkpoints: int  # At most so many stand on the disk at once.
+    checkpoints: int  # The largest number on disk at once.
     compile_seconds: float
     step_seconds: float
 

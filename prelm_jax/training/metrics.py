@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from prelm_jax.errors import InputError
 from prelm_jax.progress import Progress
-from prelm_jax.storage import is_remote, opened
+from prelm_jax.storage import is_remote, opened, write_file
 from prelm_jax.training.chips import find_chip
 from prelm_jax.training.contract import Batch, Model
 
@@ -71,9 +71,7 @@ class MetricsWriter:
         if is_remote(path):
             self._file = _RemoteFile(path, text)
             return
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
+        write_file(path, text.encode())
         self._file = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -119,7 +117,7 @@ def _encode(metrics: Mapping[str, float]) -> str:
 
 
 def _decode(line: bytes) -> dict[str, float]:
-    """What `_encode` made a line of. Raises ValueError or RecursionError for any other line."""
+    """The metrics in a line of `_encode`. Raises ValueError or RecursionError for any other line."""
     metrics = json.loads(line.decode())
     if not isinstance(metrics, dict) or type(metrics.get("step")) is not int or metrics["step"] < 0:
         raise ValueError
