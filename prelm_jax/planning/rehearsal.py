@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from prelm_jax.pretraining import prepare, with_vocabulary
-from prelm_jax.run import Run
+from prelm_jax.run import Run, check_batch_size
 from prelm_jax.train import check_schedule, placed_batches, step_memory
 from prelm_jax.training import memory
 from prelm_jax.training.chips import GiB
@@ -51,7 +51,7 @@ def rehearse(run: Run) -> Rehearsal:
     """
     settings, prepared = run.loop, prepare(run)
     mesh = settings.mesh.build()
-    run.check_batch_size(mesh.size)
+    check_batch_size(run, mesh.size)
     check_schedule(run, resuming=False)
     run = dataclasses.replace(run, model=with_vocabulary(run.model, prepared.tokenizer))
     model = run.model.build(jnp.dtype(run.precision))
