@@ -4,11 +4,17 @@ import os
 from pathlib import Path
 
 from prelm_jax.errors import InputError
-from prelm_jax.families import find_family
-from prelm_jax.formats.base import LoadedModel, abstract_params, find_model_type
+from prelm_jax.families import Family, find_family
+from prelm_jax.formats.base import LoadedModel, LoadedTask, abstract_params, find_model_type
+from prelm_jax.formats.heads import HEADS, split
+from prelm_jax.hub import fetch, is_hub_name
 from prelm_jax.inference.base import Pretrained
+from prelm_jax.inference.heads import TaskPretrained
+from prelm_jax.models.task import TaskModelConfig
+from prelm_jax.run import RunRecord
 from prelm_jax.storage import is_remote
 from prelm_jax.training.checkpoint import Step
+from prelm_jax.validation import read
 from prelm_jax.workdir import WorkDir
 
 
@@ -16,15 +22,18 @@ def load(path: str | os.PathLike, step: Step = "newest", lowercase: bool = True)
     """A pretrained model, on the first device.
 
     path: a model directory (Hugging Face's for BERT and GPT-1, Google's for BERT, OpenAI's for GPT-1, bilm-tf's for
-    ELMo), or a work directory, whose checkpoint of `step` is taken: a step number, "newest", or "best" (lowest
-    held-out loss). lowercase: whether text is lower-cased for a vocab.txt without tokenizer_config.json, as
-    transformers assumes.
+    ELMo), a model of the Hugging Face hub (hub:OWNER/NAME or hub:OWNER/NAME@REVISION), or a work directory, whose
+    checkpoint of `step` is taken: a step number, "newest", or "best" (lowest held-out loss). lowercase: whether text is
+    lower-cased for a vocab.txt without tokenizer_config.json, as transformers assumes.
 
-    Raises InputError where there is none, naming what is missing.
+    Raises InputError where there is none, naming what is missing. A fine-tuned model is a
+    `prelm_jax.inference.heads.TaskPretrained`.
 
         model = load("runs/bert-mini")
         model.fill("Paris is the [MASK] of France.")
     """
+    if is_hub_name(path):
+        _, path = fetch(str(path))
     workdir = WorkDir(path)
     if workdir.exists():
         return load_checkpoint(workdir, step)[1]
@@ -34,13 +43,40 @@ def load(path: str | os.PathLike, step: Step = "newest", lowercase: bool = True)
     if is_remote(directory):
         raise InputError(f"{directory}: no work directory (no run.json); copy a model directory to this machine first")
     family = find_family(*find_model_type(Path(directory)))
-    return family.pretrained(family.format.read(Path(directory), lowercase))
+    task = family.format.read_task(Path(directory), lowercase)
+    if task is None:
+        return family.pretrained(family.format.read(Path(directory), lowercase))
+    encoder, _ = split(task)
+    return TaskPretrained(task, family.pretrained(encoder), family.frame)
+
+
+def load_encoder(path: str | os.PathLike) -> Pretrained:
+    """What `load` gives, without the head of a task."""
+    model = load(path)
+    return model.pretrained if isinstance(model, TaskPretrained) else model
 
 
 def load_checkpoint(workdir: WorkDir, step: Step = "newest") -> tuple[int, Pretrained]:
     """The step and the model of a checkpoint in a work directory."""
     record = workdir.read_record()
     family = find_family(record.model_type, workdir.path / "run.json")
+    if record.is_task:
+        return _load_task(workdir, record, family, step)
     config = record.model(family.model)
     found, params = workdir.read_params(abstract_params(config), step)
     return found, family.pretrained(LoadedModel(config, params, workdir.read_tokenizer()))
+
+
+def _load_task(workdir: WorkDir, record: RunRecord, family: Family, step: Step) -> tuple[int, TaskPretrained]:
+    source = f"{workdir.path / 'run.json'}: identity"
+    settings = read(dict[str, object], record.identity.get("head"), f"{source}.head")
+    kind = HEADS.get(str(settings.pop("name", None)))
+    if kind is None:
+        raise InputError(f"{source}.head: name must be one of {', '.join(HEADS)}")
+    encoder = read(family.model, record.identity.get("encoder"), f"{source}.encoder")
+    config = TaskModelConfig(encoder, read(kind, settings, f"{source}.head"))
+    labels = read(tuple[str, ...], record.identity.get("labels"), f"{source}.labels")
+    max_length = read(int, record.identity.get("max_length"), f"{source}.max_length")
+    found, params = workdir.read_params(abstract_params(config), step)
+    task = LoadedTask(config, params, workdir.read_tokenizer(), frozenset(), labels, max_length)
+    return found, TaskPretrained(task, family.pretrained(split(task)[0]), family.frame)

@@ -101,8 +101,8 @@ def read_curves(path: str | os.PathLike) -> Curves:
     )
 
 
-def render(runs: Sequence[Curves]) -> str:
-    """The page of one or more runs, as HTML."""
+def render(runs: Sequence[Curves], sections: Sequence[str] = ()) -> str:
+    """The page of one or more runs, as HTML; `sections` are HTML too, and stand before the curves."""
     if not runs:
         raise InputError("a report needs a run: give the path of a work directory")
     held_out = dict.fromkeys(name for run in runs for name in run.series if name.startswith(HELD_OUT))
@@ -117,6 +117,7 @@ def render(runs: Sequence[Curves]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{escape(title)}</h1>{_summary(runs)}",
+        *sections,
         f"<h2>Curves</h2>against {buttons}<main>",
         _section("Held-out text", [(name, words(name.removeprefix(HELD_OUT))) for name in held_out], runs),
         _section("Training", list(TRAINING.items()), runs),
@@ -142,7 +143,7 @@ def _summary(runs: Sequence[Curves]) -> str:
                 *((f"{best[1]:.4f}", f"{best[0]:,.0f}") if best is not None else ("not evaluated", "")),
             ]
         )
-    return _table(("run", *AXES, "best held-out loss", "at step"), rows)
+    return table(("run", *AXES, "best held-out loss", "at step"), rows)
 
 
 def _differences(runs: Sequence[Curves]) -> str:
@@ -155,7 +156,7 @@ def _differences(runs: Sequence[Curves]) -> str:
         return "<h2>Settings</h2><p>The runs have the same settings.</p>"
     title = "Settings" if len(runs) == 1 else "Settings that differ"
     rows = [[escape(name), *map(escape, values[name])] for name in shown]
-    return f"<h2>{title}</h2>{_table(('', *(escape(run.name) for run in runs)), rows)}"
+    return f"<h2>{title}</h2>{table(('', *(escape(run.name) for run in runs)), rows)}"
 
 
 def _section(title: str, series: Sequence[tuple[str, str]], runs: Sequence[Curves]) -> str:
@@ -218,7 +219,7 @@ def _thinned(points: np.ndarray) -> np.ndarray:
     return np.stack([part.mean(0) for part in np.array_split(points, POINTS)]) if len(points) > POINTS else points
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of cells that are HTML already."""
     lines = ["".join(f"<th>{cell}</th>" for cell in header)]
     lines += ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -20,7 +20,8 @@ from prelm_jax.errors import InputError
 from prelm_jax.families import find_family
 from prelm_jax.formats.base import abstract_params, save
 from prelm_jax.formats.transfer import initial_params, positions_note
-from prelm_jax.loading import load, load_checkpoint
+from prelm_jax.hub import fetch, is_hub_name
+from prelm_jax.loading import load_checkpoint, load_encoder
 from prelm_jax.progress import Progress
 from prelm_jax.report import Summary
 from prelm_jax.run import Run, RunRecord
@@ -89,6 +90,8 @@ def pretrain(run: Run, workdir: str | os.PathLike, extend_to: int | None = None,
 
 
 def _pretrain(run: Run, directory: WorkDir, extend_to: int | None) -> Summary:
+    if run.init_from is not None and is_hub_name(run.init_from):
+        run = dataclasses.replace(run, init_from=fetch(run.init_from)[0])  # With its revision, which is recorded.
     corpus, validation, tokenizer, training, held_out = prepare(run)
     if run.split and not held_out.num_documents:
         _refuse_split(run, training.num_documents, "none is held out for evaluation")
@@ -102,7 +105,7 @@ def _pretrain(run: Run, directory: WorkDir, extend_to: int | None) -> Summary:
     record = RunRecord.from_run(run, corpus.fingerprint, tokenizer.fingerprint, fingerprint)
 
     def continued(fresh: Params) -> Params:
-        pretrained = load(str(run.init_from))
+        pretrained = load_encoder(str(run.init_from))
         format = find_family(pretrained.config.model_type, run.init_from).format
         if jax.process_index() == 0 and (note := positions_note(pretrained.config, run.model)):
             print(note, file=sys.stderr)
@@ -243,6 +246,10 @@ class HeldOut:
         placed = placed_batches(self._batches, 0, self._count, mesh)
         values = evaluated_means(self._model, self._evaluate(params, carry, (batch for _, batch in placed)))
         return values | _derived(self._data, values, self._store)
+
+    def describe(self, values: Mapping[str, float]) -> str:
+        """Metrics as a line for people."""
+        return "held-out sample  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """metric -> trivial baseline, fitted on the training side -> value."""

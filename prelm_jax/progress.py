@@ -29,7 +29,7 @@ class Progress:
         self,
         description: str | None,
         total: float,
-        unit: Literal["batches", "bytes", "lines", "steps"],
+        unit: Literal["batches", "bytes", "lines", "rows", "steps"],
         done: float = 0,
     ):
         self.description, self.total, self.unit, self.done = description, total, unit, done

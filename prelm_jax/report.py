@@ -13,7 +13,7 @@ from rich.table import Table
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.corpus.store import Store
 from prelm_jax.formats.base import Format, LoadedModel
-from prelm_jax.run import Run, RunRecord
+from prelm_jax.run import Run, RunRecord, Training
 from prelm_jax.training.contract import Batch, HostBatch, Model, Params
 from prelm_jax.workdir import WorkDir
 
@@ -84,14 +84,14 @@ def corpus_table(corpus: Corpus, training: Store, held_out: Store) -> Table:
 
 
 def print_run_header(
-    run: Run, model: Model, batch: HostBatch, params: Params, step: int, mesh: jax.sharding.Mesh
+    model_type: str, run: Training, model: Model, batch: HostBatch, params: Params, step: int, mesh: jax.sharding.Mesh
 ) -> None:
     """Prints, on process 0, the model, devices and steps of a run; `batch`: any batch of the run, for its shapes."""
     if jax.process_index() != 0:
         return
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(
-        f"{run.model.model_type} with {parameters:,} parameters on {mesh.size} × {jax.devices()[0].device_kind}, "
+        f"{model_type} with {parameters:,} parameters on {mesh.size} × {jax.devices()[0].device_kind}, "
         f"steps {step:,} to {run.loop.steps:,}",
         file=sys.stderr,
     )

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import math
 import sys
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Protocol, TypeVar, cast
 
 import tyro
 
@@ -13,7 +14,7 @@ from prelm_jax.bounds import FractionBelow1, NotNegative, OutOfBounds, Positive,
 from prelm_jax.corpus.readers import Errors
 from prelm_jax.errors import InputError
 from prelm_jax.training.contract import OptimizerConfig
-from prelm_jax.training.loop import LoopConfig
+from prelm_jax.training.loop import LoopConfig, TrainingConfig
 from prelm_jax.validation import check, read
 
 RECORD_FORMAT = 3
@@ -44,7 +45,7 @@ class Run:
     seed: Seed = 0  # Decides initial values, batches, masks and dropout.
     precision: Literal["float32", "bfloat16"] = "float32"  # Of activations; parameters and moments stay float32.
     accumulate: Size = 1  # Micro-batches a batch is cut into, one after the other, to save memory.
-    # Model directory or work directory whose parameters to start from (continued pretraining).
+    # Model directory, work directory or hub:OWNER/NAME whose parameters to start from (continued pretraining).
     init_from: str | None = None
 
     def __post_init__(self):
@@ -55,13 +56,24 @@ class Run:
         """The fraction of the corpus that is held out: none of it where there is a validation text."""
         return 0.0 if self.validation else self.held_out
 
-    def check_batch_size(self, devices: int) -> None:
-        """Raises InputError where micro-batches and devices do not divide the batch."""
-        if self.batch_size % (self.accumulate * devices):
-            raise InputError(
-                f"--batch-size {self.batch_size} cannot be divided into {self.accumulate} micro-batches (--accumulate) "
-                f"on {devices} devices: choose a multiple of {self.accumulate * devices}"
-            )
+
+class Training(TrainingConfig, Protocol):
+    """The fields of any experiment, pretraining or fine-tuning, that decide how a model is trained."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+
+TrainingT = TypeVar("TrainingT", bound=Training)
+
+
+def check_batch_size(run: Training, devices: int) -> None:
+    """Raises InputError where micro-batches and devices do not divide the batch."""
+    if run.batch_size % (run.accumulate * devices):
+        raise InputError(
+            f"--batch-size {run.batch_size} cannot be divided into {run.accumulate} micro-batches (--accumulate) "
+            f"on {devices} devices: choose a multiple of {run.accumulate * devices}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,25 +125,37 @@ class RunRecord:
         cls, run: Run, corpus_fingerprint: str, tokenizer_fingerprint: str, validation_fingerprint: str | None = None
     ) -> "RunRecord":
         """The record of a run whose vocabulary size is known."""
-        fields = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
-        sources = {name: fields.pop(name) for name in SOURCES}
-        loop, optimizer = fields.pop("loop"), fields.pop("optimizer")
-        identity = fields | {
+        facts = {
             "held_out": run.split,
             "corpus_fingerprint": corpus_fingerprint,
             "tokenizer_fingerprint": tokenizer_fingerprint,
             "validation_fingerprint": validation_fingerprint,
         }
-        segments = [Segment(0, _with_name(optimizer))]
-        record = cls(run.model.model_type, identity, segments, sources, loop, sys.argv[1:])
+        return cls.of(run, run.model.model_type, SOURCES, facts)
+
+    @classmethod
+    def of(cls, run: Training, model_type: str, sources: Sequence[str], facts: Mapping[str, object]) -> "RunRecord":
+        """The record of an experiment, a dataclass; `sources`: fields that say where data is found.
+
+        facts: what decides the bits besides the other fields, or instead of those of the same name.
+        """
+        fields = {field.name: getattr(run, field.name) for field in dataclasses.fields(cast(Any, run))}
+        found = {name: fields.pop(name) for name in sources}
+        loop, optimizer = fields.pop("loop"), fields.pop("optimizer")
+        record = cls(model_type, fields | {**facts}, [Segment(0, with_name(optimizer))], found, loop, sys.argv[1:])
         return read(cls, json.loads(record.to_json()), "run.json")
+
+    @property
+    def is_task(self) -> bool:
+        """Whether it is the record of a fine-tuning, whose identity has a head."""
+        return "head" in self.identity
 
     def to_json(self) -> str:
         """The text of run.json."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return json.dumps(fields, indent=1, ensure_ascii=False, default=dataclasses.asdict) + "\n"
 
-    def differences(self, other: "RunRecord", run: Run, extending: bool = False) -> list[str]:
+    def differences(self, other: "RunRecord", run: Training, extending: bool = False) -> list[str]:
         """What decides the bits and differs, as "model.num_layers (2 there, 3 here)".
 
         Here is `other`, the record of `run`. A field that is missing there was added to its class later, and has its
@@ -158,7 +182,7 @@ class RunRecord:
 
         If the last segment is that one already, nothing is added: the same command resumes an extension.
         """
-        segment = Segment(step, _with_name(optimizer.ending_at(to_step)), to_step, self.command)
+        segment = Segment(step, with_name(optimizer.ending_at(to_step)), to_step, self.command)
         last, segments = earlier.segments[-1], earlier.segments
         if (last.to_step, last.optimizer) != (to_step, segment.optimizer):
             if not step:
@@ -168,14 +192,14 @@ class RunRecord:
             segments = [*(each for each in segments if each.from_step < step), segment]
         return dataclasses.replace(self, segments=segments, command=earlier.command)
 
-    def parts(self, run: Run) -> list[Run]:
+    def parts(self, run: TrainingT) -> list[TrainingT]:
         """The run of each segment: with its optimizer, up to the step at which the next one begins."""
         if len(self.segments) == 1:
             return [run]
 
-        def part(segment: Segment, end: int) -> Run:
+        def part(segment: Segment, end: int) -> TrainingT:
             loop = dataclasses.replace(run.loop, steps=end)
-            return dataclasses.replace(run, optimizer=segment.config(type(run.optimizer)), loop=loop)
+            return dataclasses.replace(cast(Any, run), optimizer=segment.config(type(run.optimizer)), loop=loop)
 
         ends = [*(segment.from_step for segment in self.segments[1:]), self.segments[-1].to_step or run.loop.steps]
         return list(map(part, self.segments, ends))
@@ -192,7 +216,7 @@ class RunRecord:
         return read(cls, self.identity.get("model"), "run.json: identity.model")
 
 
-def _with_name(optimizer: Any) -> dict[str, object]:
+def with_name(optimizer: Any) -> dict[str, object]:
     """The fields of an optimizer as JSON has them, and the `name` of its class."""
     return {"name": type(optimizer).__name__, **json.loads(json.dumps(dataclasses.asdict(optimizer)))}
 

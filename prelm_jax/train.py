@@ -2,7 +2,6 @@
 
 import bisect
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Protocol
@@ -12,7 +11,7 @@ import jax
 from prelm_jax import report
 from prelm_jax.data import loader
 from prelm_jax.errors import InputError
-from prelm_jax.run import Run, RunRecord
+from prelm_jax.run import RunRecord, Training, TrainingT, check_batch_size
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training import loop, memory
 from prelm_jax.training.contract import Batch, Batches, HostBatch, Layout, Model, Params
@@ -31,9 +30,12 @@ class Evaluation(Protocol):
     def baselines(self) -> dict[str, dict[str, float]]:
         """metric -> trivial baseline -> value, on the same text."""
 
+    def describe(self, values: Mapping[str, float]) -> str:
+        """Metrics as a line for people."""
+
 
 def train(
-    run: Run,
+    run: TrainingT,
     workdir: WorkDir,
     record: RunRecord,
     tokenizer: Tokenizer,
@@ -58,7 +60,7 @@ def train(
     """
     settings = run.loop
     mesh = settings.mesh.build()
-    run.check_batch_size(mesh.size)
+    check_batch_size(run, mesh.size)
     if evaluation is None and settings.stop_after_no_gain is not None:
         raise InputError(f"--stop-after-no-gain {settings.stop_after_no_gain}: there is no text to evaluate on")
     example = batches[0]
@@ -79,7 +81,7 @@ def train(
                 raise InputError(f"--extend-to {extend_to}: {workdir.path} holds no run to train on")
             record = record.extended(earlier, done, extend_to, run.optimizer)
         parts = record.parts(run)
-        run = dataclasses.replace(run, loop=parts[-1].loop)
+        run = parts[-1]
         check_schedule(parts[-1], resuming=earlier is not None)
         with memory.explained("the train state", "try --mesh.parameters fsdp or more devices"):
             if restored is None:
@@ -89,7 +91,7 @@ def train(
         # The last part is called even if it is done: an evaluation may have been put off.
         left = [part for part in parts if done < part.loop.steps or part is parts[-1]]
         programs = [step_memory(part, model, abstract, example, batches.layout, mesh) for part in left]
-        report.print_run_header(run, model, example, state.params, done, mesh)
+        report.print_run_header(record.model_type, run, model, example, state.params, done, mesh)
         if done < left[0].loop.steps:
             programs[0].check()
         workdir.claim(record, tokenizer)
@@ -112,7 +114,7 @@ def train(
                         state,
                         program.step,
                         steps,
-                        None if evaluation is None else evaluate,
+                        None if evaluation is None else loop.Evaluation(evaluate, evaluation.describe),
                         checkpoints,
                         writer,
                         workdir.path,
@@ -123,7 +125,7 @@ def train(
         return int(state.step), values or evaluate(state)
 
 
-def check_schedule(run: Run, resuming: bool) -> None:
+def check_schedule(run: Training, resuming: bool) -> None:
     """Raises InputError where steps would be trained at a learning rate of zero.
 
     The last thousandth of them is not looked at: there a cosine is zero in float32.
@@ -140,7 +142,12 @@ def check_schedule(run: Run, resuming: bool) -> None:
 
 
 def step_memory(
-    run: Run, model: Model, state: TrainState, example: HostBatch, layout: Mapping[str, Layout], mesh: jax.sharding.Mesh
+    run: Training,
+    model: Model,
+    state: TrainState,
+    example: HostBatch,
+    layout: Mapping[str, Layout],
+    mesh: jax.sharding.Mesh,
 ) -> StepMemory:
     """The compiled train step of a run; `state`: abstract, with shardings."""
 

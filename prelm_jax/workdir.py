@@ -20,7 +20,7 @@ import jax
 
 from prelm_jax import lock
 from prelm_jax.errors import InputError
-from prelm_jax.run import READABLE_FORMATS, Run, RunRecord
+from prelm_jax.run import READABLE_FORMATS, RunRecord, Training
 from prelm_jax.storage import copy_files, fetched, reachable, read_json, write_file
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.tokenizers.load import load as load_tokenizer
@@ -69,7 +69,7 @@ class WorkDir:
             raise InputError(f"{path} was written by {writer} version of prelm_jax: use that version to read it")
         return read(RunRecord, fields, path)
 
-    def check(self, record: RunRecord, run: Run, extending: bool = False) -> None:
+    def check(self, record: RunRecord, run: Training, extending: bool = False) -> None:
         """Raises InputError where the directory is another run's, naming what differs, or holds unknown checkpoints.
 
         extending: `run` has the optimizer of a new segment, which may differ.

@@ -12,8 +12,9 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from prelm_jax.formats import bilm
+from prelm_jax.formats import bilm, huggingface_bert, huggingface_gpt
 from prelm_jax.formats.base import LoadedModel, abstract_params
+from prelm_jax.models.heads import Choice, Label, Span, Tags
 from prelm_jax.tokenizers.words import WordVocabulary
 from prelm_jax.training.parameters import path_name
 
@@ -161,6 +162,69 @@ def gpt_ids_of(tmp_path_factory):
     save_gpt_vocabulary(directory)
     tokenizer = transformers.OpenAIGPTTokenizer.from_pretrained(directory)
     return lambda text: tokenizer.encode(text)
+
+
+# Models with the heads of tasks, of transformers.
+
+NAMES = ("contradiction", "entailment", "neutral")
+MAPS = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
+CASES = {  # name: (class of transformers, its settings, our head)
+    "label": ("BertForSequenceClassification", MAPS, Label(num_labels=3)),
+    "labels": (
+        "BertForSequenceClassification",
+        {**MAPS, "problem_type": "multi_label_classification"},
+        Label(num_labels=3, kind="labels"),
+    ),
+    "number": (
+        "BertForSequenceClassification",
+        {"num_labels": 1, "problem_type": "regression", "classifier_dropout": 0.3},
+        Label(num_labels=1, kind="number", dropout=0.3),
+    ),
+    "choice": ("BertForMultipleChoice", {}, Choice()),
+    "tags": ("BertForTokenClassification", {**MAPS, "hidden_dropout_prob": 0.2}, Tags(num_tags=3, dropout=0.2)),
+    "spans": ("BertForQuestionAnswering", {}, Span()),
+    "gpt-label": ("OpenAIGPTForSequenceClassification", MAPS, Label(num_labels=3, bias=False)),
+    "gpt-number": (
+        "OpenAIGPTForSequenceClassification",
+        {"num_labels": 1, "problem_type": "regression"},
+        Label(num_labels=1, kind="number", bias=False),
+    ),
+    "gpt-choice": ("OpenAIGPTDoubleHeadsModel", {"summary_first_dropout": 0.4}, Choice(dropout=0.4)),
+}
+SPECIAL = ("_start_", "_delimiter_", "_classify_", "<pad>")
+
+
+@pytest.fixture(scope="session")
+def published(save_bert, tmp_path_factory):
+    """`published(case)` is (transformers' model with random parameters, its directory); do not change them."""
+    made = {}
+
+    def get(case):
+        if case not in made:
+            architecture, settings, _ = CASES[case]
+            directory = tmp_path_factory.mktemp(case)
+            if architecture.startswith("Bert"):
+                config = transformers.BertConfig(**BERT_SIZES, **settings)
+                model = randomize(getattr(transformers, architecture)(config))
+                save_bert(model, directory)
+            else:
+                sizes = {**GPT_SIZES, "vocab_size": len(GPT_TOKENS) + len(SPECIAL)}
+                config = transformers.OpenAIGPTConfig(**sizes, pad_token_id=len(GPT_TOKENS) + 3, **settings)
+                model = randomize(getattr(transformers, architecture)(config))
+                model.save_pretrained(directory)
+                save_gpt_vocabulary(directory)
+            made[case] = model, directory
+        return made[case]
+
+    return get
+
+
+def format_of(case):
+    return huggingface_gpt.FORMAT if case.startswith("gpt") else huggingface_bert.FORMAT
+
+
+def read_task_of(case, directory):
+    return format_of(case).read_task(directory, True)
 
 
 def elmo_weights(seed=0):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prelm_jax.bounds import Bounds, Fraction, FractionBelow1, OutOfBounds, Positive, Seed
-from prelm_jax.cli.experiments import load_run, shipped_files
+from prelm_jax.cli.experiments import docstrings, load_run, load_task, shipped_files
 from prelm_jax.cli.main import main
 from prelm_jax.errors import InputError
 from prelm_jax.validation import check, read
@@ -138,6 +138,9 @@ def test_no_size_of_a_paper_is_out_of_bounds():
         for name in ("demo", "base", "large", "original"):
             if f"def {name}(" in file.read_text():
                 check(load_run(f"{file.stem}:{name}")[1])
+        if file.stem == "finetuning":
+            for name in docstrings(file):
+                check(load_task(f"finetuning:{name}")[1])
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -1,6 +1,7 @@
 """The pages tell the truth: their commands parse; their options, links, paths and names exist. Nothing is trained."""
 
 import contextlib
+import dataclasses
 import functools
 import io
 import pkgutil
@@ -19,7 +20,10 @@ from prelm_jax.cli.main import main
 from prelm_jax.cli.tokenizers import KINDS
 from prelm_jax.corpus import readers, spec
 from prelm_jax.corpus.sentences import LANGUAGES
+from prelm_jax.data.examples import Columns
 from prelm_jax.errors import InputError
+from prelm_jax.finetuning.files import ENDINGS, FileSpec, Format, read_examples
+from prelm_jax.finetuning.results import read_predictions
 from prelm_jax.storage import is_remote
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +57,9 @@ def commands(text: str) -> Iterator[list[str]]:
         start = next((i for i, word in enumerate(words) if Path(word).name == "prelm"), None)
         if start is not None:
             yield [
-                word.replace("EXPERIMENT", "bert:mini").replace(":NAME", ":demo")
+                word.replace("EXPERIMENT", "bert:mini")
+                .replace("finetuning:NAME", "finetuning:classify")
+                .replace(":NAME", ":demo")
                 for word in words[start + 1 :]
                 if word != "OPTIONS"
             ]
@@ -97,8 +103,12 @@ def parse(monkeypatch, capsys, tmp_path):
         except SystemExit as stopped:
             return capsys.readouterr().err if stopped.code else None
         for values in called:
-            corpus = values["run"].corpus if "run" in values else values.get("corpus")
+            run = values.get("run")
+            corpus = getattr(run, "corpus", values.get("corpus"))
+            labelled = [source for name in ("train", "dev") if (source := getattr(run, name, None))]
             try:
+                for source in labelled:
+                    FileSpec.parse(source)
                 remote = [source.location for source in spec.parse(corpus or ["a.txt"]) if is_remote(source.location)]
             except InputError as error:
                 return str(error)
@@ -114,6 +124,7 @@ def options():
     """Every option of every command and of the scripts for TPUs."""
     arguments = [name.split() for name in COMMANDS]
     arguments += [["pretrain", name] for name in ("bert:mini", "gpt1:mini", "elmo:small")]
+    arguments += [["finetune", "finetuning:classify"]]
     arguments += [["tokenizer", "train", kind] for kind in KINDS]
     known = "".join(path.read_text() for path in (ROOT / "tpu").glob("*.sh"))
     for words in arguments:
@@ -129,7 +140,8 @@ def options():
     + [
         f"pretrain bert:mini {wrong}"
         for wrong in ("--stepz 3", "--steps x", "3", "--corpus a.txt,lines=1", "--corpus gs://a/b")
-    ],
+    ]
+    + ["finetune finetuning:classify --train a.txt,lines=1"],
 )
 def test_wrong_commands_are_found(command, parse):
     assert parse(command.split())
@@ -159,6 +171,7 @@ def test_options_exist(page, options):
             *readers.KINDS,
             *readers.FOREIGN,
             *readers.DECOMPRESSORS,
+            *(ending for endings in ENDINGS.values() for ending in endings),
         }:
             assert any(name.endswith(code) for name in options), code
 
@@ -199,6 +212,21 @@ def test_table_of_spec_options(page):
     for name, values in rows:
         if name in choices:
             assert re.findall(r"`([\w-]+)`", values) == list(get_args(choices[name]))
+
+
+def test_fine_tuning_page(tmp_path):
+    """Its tables have every format, option and column; its files are read."""
+    page = (ROOT / "docs/finetuning.md").read_text()
+    assert set(re.findall(r"^\| `([\w-]+)`", table(page, "format"), re.MULTILINE)) == set(get_args(Format))
+    for name, values in re.findall(r"^\| `(\w+)` \| (.*?) \|", table(page, "option"), re.MULTILINE):
+        for value in re.findall(r"`([\w-]+)`", values) or ["csv"]:
+            FileSpec.parse(f"a.txt,{name}={value}")
+    flags = {f"`--columns.{field.name.replace('_', '-')}`" for field in dataclasses.fields(Columns)}
+    assert set(re.findall(r"^\| (`--columns\..*?`)", table(page, "column"), re.MULTILINE)) == flags
+    (tmp_path / "a.csv").write_text(next(blocks(page, "csv")))
+    assert [each.label for each in read_examples(str(tmp_path / "a.csv"), "label").examples] == ["positive", "negative"]
+    (tmp_path / "a.jsonl").write_text(next(blocks(page, "json")))
+    assert read_predictions(tmp_path / "a.jsonl")[0].prediction == "positive"
 
 
 def test_languages_of_sentences():

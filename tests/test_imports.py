@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "prelm_jax"
 # A group of rooms, and one room of each group directly below it. A module imports its own group and all groups below.
 BELOW = {
     ("errors", "bounds", "validation"): (),
-    ("storage", "cache", "progress", "lock"): ("errors",),
+    ("storage", "cache", "progress", "lock", "hub"): ("errors",),
     ("corpus", "tokenizers"): ("storage",),
     ("data",): ("corpus",),
     ("models",): ("storage",),
@@ -57,6 +57,7 @@ HOMES = {
     "apache_beam": ("corpus/beam.py",),
     "pyarrow": ("corpus/readers.py",),
     "matplotlib": ("page.py",),
+    "huggingface_hub": ("hub.py",),
     "tensorboardX": ("training/metrics.py",),
     "tyro": ("cli/", "run.py"),
     "h5py": ("formats/", "inference/"),

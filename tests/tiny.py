@@ -5,6 +5,7 @@ import dataclasses
 import json
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,13 +15,16 @@ from prelm_jax.data import loader
 from prelm_jax.data.pairs import PairsConfig
 from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.data.windows import WindowsConfig
+from prelm_jax.families import find_family
+from prelm_jax.formats.base import LoadedModel
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.elmo import ELMoConfig
 from prelm_jax.models.gpt import GPTConfig
 from prelm_jax.run import Run
-from prelm_jax.tokenizers.bpe import BPEConfig
-from prelm_jax.tokenizers.wordpiece import WordPieceConfig
-from prelm_jax.tokenizers.words import WordVocabularyConfig
+from prelm_jax.tokenizers.base import Tokenizer
+from prelm_jax.tokenizers.bpe import BPE, BPEConfig
+from prelm_jax.tokenizers.wordpiece import WordPiece, WordPieceConfig
+from prelm_jax.tokenizers.words import WordVocabulary, WordVocabularyConfig
 from prelm_jax.training.checkpoint import Checkpoints
 from prelm_jax.training.loop import LoopConfig
 from prelm_jax.training.optimizer import Adagrad, AdamW
@@ -97,6 +101,27 @@ def with_loop(run: Run, **changes: object) -> Run:
 
 
 FAMILIES = {"bert": bert, "openai-gpt": gpt, "elmo": elmo}
+
+
+def tokenizer(model_type: str) -> Tokenizer:
+    """A tokenizer that knows WORDS, letter by letter if it reads subwords."""
+    letters = sorted({letter for word in WORDS for letter in word})
+    if model_type == "bert":
+        subwords = [*dict.fromkeys([*WORDS, *letters]), *(f"##{letter}" for letter in letters)]
+        return WordPiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *subwords])
+    if model_type == "openai-gpt":
+        return BPE(["<unk>", *letters, *(f"{letter}</w>" for letter in letters)], [])
+    return WordVocabulary(["<S>", "</S>", "<UNK>", *WORDS])
+
+
+def directory(path: Path, model_type: str, seed: int = 0, **sizes: object) -> Path:
+    """A model directory with random parameters; `sizes`: other fields of the config."""
+    known = tokenizer(model_type)
+    config = dataclasses.replace(FAMILIES[model_type]().model, vocab_size=known.vocab_size, **sizes)
+    params = jax.jit(config.build().init_params)(jax.random.key(seed))
+    path.mkdir()
+    find_family(model_type, path).format.write(LoadedModel(config, params, known), path)
+    return path
 
 
 class Crash(Exception):

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable
 
 from prelm_jax import __version__
-from prelm_jax.cli import models, options, tokenizers, training
+from prelm_jax.cli import finetuning, models, options, tasks, tokenizers, training
 from prelm_jax.cli.experiments import experiments
 from prelm_jax.errors import InputError
 from prelm_jax.validation import check
@@ -13,6 +13,7 @@ from prelm_jax.validation import check
 COMMANDS = {
     "experiments": experiments,
     "pretrain": training.pretrain,
+    "finetune": finetuning.finetune,
     "evaluate": training.evaluate,
     "report": training.report,
     "export": training.export,
@@ -23,6 +24,10 @@ COMMANDS = {
     "score": models.score,
     "fill": models.fill,
     "generate": models.generate,
+    "classify": tasks.classify,
+    "tag": tasks.tag,
+    "answer": tasks.answer,
+    "choose": tasks.choose,
     "tokenize": tokenizers.tokenize,
     "tokenizer train": tokenizers.train,
     "tokenizer inspect": tokenizers.inspect_tokenizer,

@@ -8,16 +8,20 @@ import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from prelm_jax.cli.options import Choice, Chosen, suggestion
 from prelm_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from prelm_jax.finetuning.config import FineTuning
     from prelm_jax.run import Run
+
+Experiment = TypeVar("Experiment")
 
 ADVICE = """\
 Every field of the experiment is an option. To change the class of its model, tokenizer, data or optimizer, edit a copy:
@@ -37,8 +41,8 @@ def experiments(copy: str | None = None) -> None:
                 file.write(source.read_bytes())
         except FileExistsError:
             raise InputError(f"{target} already exists. Move it, or copy from another directory.") from None
-        name = next(iter(docstrings(source)))
-        print(f"wrote {target}. Edit it, then: prelm pretrain {target}:{name}")
+        name, docstring = next(iter(docstrings(source).items()))
+        print(f"wrote {target}. Edit it, then: prelm {_command(docstring)} {target}:{name}")
         return
     for file in shipped_files():
         for name, docstring in docstrings(file).items():
@@ -46,7 +50,7 @@ def experiments(copy: str | None = None) -> None:
             for line in (docstring.partition("\n")[0], *_facts(docstring)):
                 print(textwrap.fill(line, 100, initial_indent="    ", subsequent_indent="    "))
             print()
-    print("prelm pretrain EXPERIMENT starts one; prelm pretrain EXPERIMENT --help explains its options.")
+    print("prelm pretrain EXPERIMENT and prelm finetune TASK start one; with --help after it they explain its options.")
 
 
 def shipped_files() -> list[Path]:
@@ -76,6 +80,19 @@ def load_run(reference: str) -> tuple[str, "Run", str]:
     """
     from prelm_jax.run import Run
 
+    path, name, run, description = _load(reference, Run, ("tokenizer", "model", "data", "optimizer"))
+    return f"{path.stem}-{name}".replace("_", "-"), run, description
+
+
+def load_task(reference: str) -> tuple[str, "FineTuning", str]:
+    """Like `load_run`, for a function that returns a FineTuning: its name, the FineTuning, and a description."""
+    from prelm_jax.finetuning.config import FineTuning
+
+    return _load(reference, FineTuning, ("head", "optimizer"))[1:]
+
+
+def _load(reference: str, kind: type[Experiment], components: Sequence[str]) -> tuple[Path, str, Experiment, str]:
+    """The file, the name of the function, what it returns, and its description."""
     file, name = reference.rsplit(":", 1) if ":" in reference else (reference, "")
     path = Path(file) if file.endswith(".py") or Path(file).exists() else _shipped_file(file)
     if not path.is_file():
@@ -91,23 +108,29 @@ def load_run(reference: str) -> tuple[str, "Run", str]:
         raise InputError(f"{file} {mistake} It holds {known}.")
     with _one_line_errors(path):
         run = getattr(module, name)()
-    if not isinstance(run, Run):
-        raise InputError(f"{reference} returns {type(run).__name__}: an experiment must return a Run.")
-    for component in ("tokenizer", "model", "data", "optimizer"):
+    if not isinstance(run, kind):
+        raise InputError(f"{reference} returns {type(run).__name__}: it must return a {kind.__name__}.")
+    for component in components:
         if not dataclasses.is_dataclass(config := getattr(run, component)):
             raise InputError(f"{reference}: {component} is {config!r}: must be a config, an instance of a dataclass")
     description = f"{reference}: {found[name] or 'no docstring.'}\n\n{ADVICE.format(file=path.name)}"
-    return f"{path.stem}-{name}".replace("_", "-"), run, description
+    return path, name, run, description
 
 
-def catalog() -> str:
-    """A line for each experiment of the package."""
+def catalog(command: str, title: str) -> str:
+    """A line for each experiment of the package that a command takes, after a title."""
     lines = [
-        f"  {f'{file.stem}:{name}':20} {docstring.partition(chr(10))[0]}"
+        f"  {f'{file.stem}:{name}':26} {docstring.partition(chr(10))[0]}"
         for file in shipped_files()
         for name, docstring in docstrings(file).items()
+        if _command(docstring) == command
     ]
-    return "\n".join(["experiments (`prelm experiments` says more):", *lines])
+    return "\n".join([f"{title} (`prelm experiments` says more):", *lines])
+
+
+def _command(docstring: str) -> str:
+    """The command that takes an experiment, by its docstring: pretrain, unless it says `prelm finetune`."""
+    return "finetune" if re.search(r"^ *prelm finetune ", docstring, re.MULTILINE) else "pretrain"
 
 
 EXPERIMENT = Choice(
@@ -115,7 +138,16 @@ EXPERIMENT = Choice(
     help="Name of an experiment, or FILE.py:NAME: a function without arguments that returns a Run. Followed by --help, "
     "its description and its options, one for each field of the Run.",
     choose=lambda reference: Chosen(*load_run(reference)),
-    catalog=catalog,
+    catalog=partial(catalog, "pretrain", "experiments"),
+    placeholder="FILE-NAME",
+)
+
+TASK = Choice(
+    name="task",
+    help="Name of a task, or FILE.py:NAME: a function without arguments that returns a FineTuning. Followed by --help, "
+    "its description and its options, one for each field of the FineTuning.",
+    choose=lambda reference: Chosen(*load_task(reference)),
+    catalog=partial(catalog, "finetune", "tasks"),
     placeholder="FILE-NAME",
 )
 

@@ -26,7 +26,7 @@ UNWRITABLE = {
 }
 
 # Commands that leave nothing half done, so that the same command resumes after a signal.
-RESUMABLE = {"pretrain", "prepare"}
+RESUMABLE = {"pretrain", "finetune", "prepare"}
 
 
 def console() -> None:

@@ -40,7 +40,7 @@ def embed(
     check_apart(output, input, model)
     options = {"truncate": truncate, "tokenize": tokenize, "state": state, "batch_size": batch_size}
     given = {name: value for name, value in options.items() if value is not None and value is not False}
-    write_embeddings(_load(model, step, Pretrained, "embed", cased), stream_lines(input), output, **given)
+    write_embeddings(load_kind(model, step, Pretrained, "embed", cased), stream_lines(input), output, **given)
 
 
 def score(model: ModelPath, input: TextFile, cased: Cased = False, step: Step = "newest") -> None:
@@ -51,7 +51,7 @@ def score(model: ModelPath, input: TextFile, cased: Cased = False, step: Step = 
     from prelm_jax.inference.base import Pretrained
     from prelm_jax.storage import stream_lines
 
-    for log_probability, tokens in _load(model, step, Pretrained, "score", cased).score(stream_lines(input)):
+    for log_probability, tokens in load_kind(model, step, Pretrained, "score", cased).score(stream_lines(input)):
         print(f"{log_probability:.6f}\t{tokens}")
 
 
@@ -66,7 +66,7 @@ def fill(
     """
     from prelm_jax.inference.bert import BertPretrained
 
-    for candidates in _load(model, step, BertPretrained, "fill", cased).fill(text, top_k):
+    for candidates in load_kind(model, step, BertPretrained, "fill", cased).fill(text, top_k):
         print("  ".join(f"{token} {probability:.3f}" for token, probability in candidates))
 
 
@@ -92,18 +92,26 @@ def generate(
     """
     from prelm_jax.inference.gpt import GPTPretrained
 
-    loaded = _load(model, step, GPTPretrained, "generate")
+    loaded = load_kind(model, step, GPTPretrained, "generate")
     print(loaded.generate(prompt, max_tokens, temperature, top_k, top_p, seed))
 
 
-def _load(
+def load_kind(
     path: str | Path, step: int | Literal["best", "newest"], kind: type[Kind], command: str, cased: bool = False
 ) -> Kind:
-    """The model at a path; InputError if it is not of the kind that the command needs."""
+    """The model at a path; InputError if it is not of the kind that the command needs.
+
+    Without the head of a task, if the command needs none.
+    """
+    from prelm_jax.inference.heads import TaskPretrained
     from prelm_jax.loading import load
 
     cache_compiled_programs()
     model = load(path, step, not cased)
+    if isinstance(model, TaskPretrained) and not isinstance(model, kind):
+        model = model.pretrained
+    if kind is TaskPretrained and not isinstance(model, kind):
+        raise InputError(f"{path} has no head of a task, so it cannot {command}; prelm finetune trains one")
     if not isinstance(model, kind):
         raise InputError(f"{path} is a model of type {model.config.model_type}, which cannot {command}.")
     return model

@@ -58,7 +58,7 @@ Step = Annotated[
     _word("N|best|newest", _parse_step),
     tyro.conf.arg(help="Checkpoint of a work directory: number of its step, best (lowest held-out loss) or newest."),
 ]
-ModelPath = Annotated[AnyPath, Positional, tyro.conf.arg(help="Model directory or work directory.")]
+ModelPath = Annotated[AnyPath, Positional, tyro.conf.arg(help="Model directory, work directory or hub:OWNER/NAME.")]
 TokenizerPath = Annotated[
     Path,
     Positional,

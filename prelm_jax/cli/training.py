@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from prelm_jax.bounds import Bounds, Fraction, NotNegative, Positive, Size
+from prelm_jax.bounds import Bounds, Fraction, NotNegative, Positive, Seed, Size
 from prelm_jax.cache import cache_compiled_programs
 from prelm_jax.cli.experiments import EXPERIMENT, load_run
 from prelm_jax.cli.options import AnyPath, Positional, Remainder, Step
 from prelm_jax.errors import InputError
-from prelm_jax.storage import is_remote
+from prelm_jax.storage import is_remote, reachable
 
 if TYPE_CHECKING:
     from prelm_jax.run import Run
@@ -90,16 +90,28 @@ def evaluate(
     print_table(summary_table(summary))
 
 
-def export(workdir: Positional[AnyPath], directory: Positional[Path], step: Step | None = None) -> None:
-    """Write a checkpoint as a model directory, in the published format that other tools read.
+def export(
+    workdir: Positional[AnyPath], directory: Positional[Path], step: Step | None = None, seed: Seed | None = None
+) -> None:
+    """Write a trained model as a model directory, in the published format that other tools read.
 
     Args:
-        workdir: Work directory of the run.
+        workdir: Work directory of a run, or the directory above the seeds of a fine-tuning.
         directory: Directory to write; a model directory that is already there is replaced.
         step: Step of the checkpoint, best (lowest held-out loss) or newest; best if unset and any was evaluated.
+        seed: Seed of a fine-tuning; the median one if unset.
     """
     from prelm_jax import pretraining
+    from prelm_jax.finetuning import finetune
+    from prelm_jax.finetuning.results import RESULTS
 
+    if (reachable(workdir) / RESULTS).is_file():
+        if step is not None:
+            raise InputError(f"--step {step}: of a fine-tuning the last step of a seed is exported; choose with --seed")
+        print(f"wrote {directory} (seed {finetune.export(workdir, directory, seed)})")
+        return
+    if seed is not None:
+        raise InputError(f"--seed {seed}: {workdir} has no {RESULTS}, so it is not the directory of a fine-tuning")
     pretraining.export(workdir, directory, step)
     print(f"wrote {directory}")
 
@@ -108,13 +120,17 @@ def report(paths: Positional[tuple[AnyPath, ...]], output: Path = Path("report.h
     """Draw the curves of runs beside their baselines in one HTML page, and list the settings in which they differ.
 
     Args:
-        paths: Work directories; a picture shows all of them.
+        paths: Work directories of runs, or of fine-tunings with all their seeds; a picture shows all of them.
         output: HTML file to write.
     """
+    from prelm_jax.finetuning.results import seed_directories
+    from prelm_jax.finetuning.sections import section
     from prelm_jax.page import read_curves, render
     from prelm_jax.storage import output_file
 
-    page = render([read_curves(path) for path in paths])
+    seeds = {path: seed_directories(path) for path in paths}
+    curves = [read_curves(each) for path, found in seeds.items() for each in found or [path]]
+    page = render(curves, [section(path) for path, found in seeds.items() if found])
     with output_file(output) as file:
         file.write_text(page, encoding="utf-8")
     print(f"wrote {output}: open it in a browser")

@@ -7,19 +7,23 @@ system) and at \n in the documents. Errors name the file and the byte, line or r
 
 import bz2
 import codecs
+import contextlib
 import gzip
 import json
 import lzma
 import os
 import re
-from collections.abc import Callable, Iterator
-from typing import IO, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, TYPE_CHECKING, Literal, NamedTuple
 
 import zstandard
 
 from prelm_jax.errors import InputError, first_line
 from prelm_jax.progress import Advance
 from prelm_jax.storage import decode_utf8, opened
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 Errors = Literal["strict", "replace"]  # Bytes that are not UTF-8: an error, or U+FFFD.
 
@@ -51,14 +55,17 @@ def endings(path: str) -> tuple[str | None, str | None]:
 
     Example: `endings("a.ndjson.gz") == (".jsonl", ".gz")`, `endings("a.parquet") == (".parquet", None)`.
     """
-    stem, compression = _without_compression(path)
-    return KINDS.get(os.path.splitext(stem)[1].lower()), compression
+    return KINDS.get(extension(path)), _without_compression(path)[1]
+
+
+def extension(path: str) -> str:
+    """The ending of a name without that of a compression: `extension("a.CSV.gz") == ".csv"`."""
+    return os.path.splitext(_without_compression(path)[0])[1].lower()
 
 
 def check_name(path: str) -> None:
     """Raises InputError for a name that promises a format that is not read."""
-    ending = os.path.splitext(_without_compression(path)[0])[1].lower()
-    if ending in FOREIGN:
+    if (ending := extension(path)) in FOREIGN:
         raise InputError(
             f"{path}: {ending} files are not read: {FOREIGN[ending]} (docs/corpora.md), or name it .txt if it is text"
         )
@@ -228,7 +235,7 @@ def _check_beginning(path: str, head: bytes, unpacked: bool) -> None:
         )
 
 
-def _lines(file: File, advance: Advance) -> Iterator[tuple[int, bytes]]:
+def lines(file: File, advance: Advance) -> Iterator[tuple[int, bytes]]:
     """The lines of a file, each with its line end and its byte offset in the decompressed file."""
     offset, parts, held = 0, [], b""
     for chunk in _chunks(file, advance):
@@ -264,20 +271,20 @@ def as_document(text: str) -> list[str]:
 
 def plain_texts(file: File, documents: str, errors: Errors, advance: Advance) -> Iterator[str]:
     """The documents of a plain text file, which end at each "blank-line", at each "line", or with the "file"."""
-    start, lines = 0, []
-    for offset, line in _lines(file, advance):
-        if not lines:
+    start, document = 0, []
+    for offset, line in lines(file, advance):
+        if not document:
             start = offset
-        lines.append(line)
+        document.append(line)
         if documents == "line" or (documents == "blank-line" and not line.strip()):
-            yield from as_document(decode(file.path, start, b"".join(lines), errors))
-            lines = []
-    yield from as_document(decode(file.path, start, b"".join(lines), errors))
+            yield from as_document(decode(file.path, start, b"".join(document), errors))
+            document = []
+    yield from as_document(decode(file.path, start, b"".join(document), errors))
 
 
 def json_texts(file: File, field: str, errors: Errors, advance: Advance) -> Iterator[str]:
     """The documents of a file of JSON objects, one a line, each with a string `field`."""
-    for number, (offset, line) in enumerate(_lines(file, advance), start=1):
+    for number, (offset, line) in enumerate(lines(file, advance), start=1):
         if not (decoded := decode(file.path, offset, line, errors)).strip():
             continue
         try:
@@ -302,29 +309,67 @@ def json_texts(file: File, field: str, errors: Errors, advance: Advance) -> Iter
 def parquet_texts(file: File, field: str, errors: Errors, advance: Advance) -> Iterator[str]:
     """The documents of a Parquet file, one a row, in the string column `field`; one row group in memory at a time."""
     import pyarrow
+
+    with _parquet(file, [field]) as table:
+        row = 0
+        for group in range(table.num_row_groups):
+            column = table.read_row_group(group, columns=[field], use_threads=False).column(0)
+            file.check()
+            try:
+                # As bytes: pyarrow does not check that its strings are UTF-8.
+                texts = column.cast(pyarrow.large_binary())
+            except pyarrow.ArrowNotImplementedError:
+                raise InputError(f"{file.path}: the column `{field}` holds {column.type}, not text") from None
+            for data in texts:
+                row += 1
+                if not data.is_valid:
+                    raise InputError(f"{file.path}: row {row} has no `{field}`: fill it or leave the row out")
+                yield from as_document(decode(f"{file.path}, row {row},", 0, data.as_py(), errors))
+            advance(file.size / table.num_row_groups)
+
+
+def parquet_rows(file: File, fields: Sequence[str]) -> Iterator[dict[str, object]]:
+    """The rows of a Parquet file with these columns; classes of Hugging Face's datasets are names."""
+    with _parquet(file, fields) as table:
+        metadata = json.loads((table.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+        features = metadata.get("info", {}).get("features", {})
+        classes = {name: names for name in fields if (names := _class_names(features.get(name, {})))}
+        for group in range(table.num_row_groups):
+            rows = table.read_row_group(group, columns=list(fields), use_threads=False)
+            file.check()
+            for batch in rows.to_batches(1024):
+                for row in batch.to_pylist():
+                    yield row | {name: class_name(row[name], names) for name, names in classes.items()}
+
+
+def _class_names(feature: dict) -> list[str]:
+    return feature.get("names") or feature.get("feature", {}).get("names") or []
+
+
+def class_name(value: object, names: Sequence[str]) -> object:
+    """The name of a class given by its number, or the names of several; None for -1, which stands for no label."""
+    if isinstance(value, list):
+        return [class_name(each, names) for each in value]
+    if isinstance(value, int) and not 0 <= value < len(names):
+        return None
+    return names[value] if isinstance(value, int) else value
+
+
+@contextlib.contextmanager
+def _parquet(file: File, fields: Sequence[str]) -> Iterator["ParquetFile"]:
+    """Opens a Parquet file that has these columns; damage that is found in the block becomes an InputError."""
+    import pyarrow
     import pyarrow.parquet
 
     with opened(file.path) as raw:
         try:
             table = pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True)
-            schema = table.schema_arrow
-            if field not in schema.names:
-                raise InputError(f"{file.path} has no column `{field}`, only {', '.join(schema.names)}")
-            row = 0
-            for group in range(table.num_row_groups):
-                column = table.read_row_group(group, columns=[field], use_threads=False).column(0)
-                file.check()
-                try:
-                    # As bytes: pyarrow does not check that its strings are UTF-8.
-                    texts = column.cast(pyarrow.large_binary())
-                except pyarrow.ArrowNotImplementedError:
-                    raise InputError(f"{file.path}: the column `{field}` holds {column.type}, not text") from None
-                for data in texts:
-                    row += 1
-                    if not data.is_valid:
-                        raise InputError(f"{file.path}: row {row} has no `{field}`: fill it or leave the row out")
-                    yield from as_document(decode(f"{file.path}, row {row},", 0, data.as_py(), errors))
-                advance(file.size / table.num_row_groups)
+            names = table.schema_arrow.names
+            if missing := [field for field in fields if field not in names]:
+                raise InputError(f"{file.path} has no column `{missing[0]}`, only {', '.join(names)}")
+            yield table
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file.path} has text that is not UTF-8 ({error}): convert it") from None
         except (pyarrow.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno:  # Of the disk; pyarrow's own are about the content.
                 raise

@@ -74,7 +74,10 @@ class TextFiles(Source):
     """The files of a path or glob, sorted: plain text, JSON lines or Parquet, by the ending of each name."""
 
     def paths(self) -> list[str]:
-        return _matching_files(self.spec.location)
+        paths = matching_files(self.spec.location)
+        for path in paths:
+            readers.check_name(path)
+        return paths
 
     def parts(self, files: list[File]) -> Iterator[Part]:
         group: list[File] = []
@@ -130,32 +133,27 @@ class PythonDocs(Source):
             advance(document_bytes)
 
 
-def _matching_files(location: str) -> list[str]:
+def matching_files(location: str) -> list[str]:
+    """The files of a path or glob, sorted. Raises InputError where there is none, and for what cannot be read twice."""
     if is_remote(location):
-        raise InputError(f"{location}: a corpus is read from local files only: copy it, or mount the bucket")
+        raise InputError(f"{location}: only local files are read: copy it, or mount the bucket")
     path = os.path.expanduser(location)
     if os.path.isdir(path):
         raise InputError(f"{location} is a directory: give its files, for example {os.path.join(location, '*.txt')}")
     if os.path.lexists(path):
         matches = [path]
     elif not glob.has_magic(path):
-        raise InputError(f"there is no file {location}: give a path, a glob, python-docs or tfds:name")
+        raise InputError(f"there is no file {location}: give a path, a glob or tfds:name")
     else:
         matches = sorted(match for match in glob.glob(path, recursive=True) if not os.path.isdir(match))
     if not matches:
-        raise InputError(f"no file matches {location}: give the files of your text with --corpus")
+        raise InputError(f"no file matches {location}: correct the glob")
     for match in matches:
-        _check_file(match)
+        kind = kind_of_file(match)
+        if kind == "pipe":
+            raise InputError(f"{match} is a pipe, which can be read once, and files are read again: write it to a file")
+        if not kind:
+            raise InputError(f"{match} is a link to a file that does not exist: mend it or leave it out")
+        if kind != "file":
+            raise InputError(f"{match} is a {kind}: give a file")
     return matches
-
-
-def _check_file(path: str) -> None:
-    """Raises InputError for what cannot be read several times, and for names of formats that are not read."""
-    kind = kind_of_file(path)
-    if kind == "pipe":
-        raise InputError(f"{path} is a pipe, which can be read once, and a corpus is read again: write it to a file")
-    if not kind:
-        raise InputError(f"{path} is a link to a file that does not exist: mend it or leave it out")
-    if kind != "file":
-        raise InputError(f"{path} is a {kind}: give a file")
-    readers.check_name(path)

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, get_args
 
 from prelm_jax.corpus import cleaning
@@ -77,18 +77,24 @@ def parse(items: Iterable[str]) -> list[Spec]:
     return specs
 
 
-def _parse(item: str) -> Spec:
-    if item.partition("=")[0] in OPTIONS and "=" in item:
+def split_options(item: str, names: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """LOCATION and options of a SPEC. Raises InputError for an unknown option, and where the location is missing."""
+    if item.partition("=")[0] in names and "=" in item:
         raise InputError(f"{item} has no source: options follow a source after commas: SOURCE,{item}")
     # The longest ending that is nothing but options: a path may hold commas too.
     suffix = re.findall(r"(?:,[A-Za-z_-]+=[^,/]*)*\Z", item)[0]
     location, options = item.removesuffix(suffix), dict(text.split("=", 1) for text in suffix.split(",")[1:])
     for name in options:
-        if name not in OPTIONS:
+        if name not in names:
             raise InputError(
-                f"{item}: no option is called {name}: the options are {', '.join(OPTIONS)}; in the name of a file, "
+                f"{item}: no option is called {name}: the options are {', '.join(names)}; in the name of a file, "
                 "write [,] for the comma"
             )
+    return location, options
+
+
+def _parse(item: str) -> Spec:
+    location, options = split_options(item, OPTIONS)
     build: Callable[..., Spec] = Spec
     spec = build(location, **{name: _value(item, name, text) for name, text in options.items()})
     kind, compression = endings(location)

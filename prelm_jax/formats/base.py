@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from prelm_jax.errors import InputError
+from prelm_jax.models.task import TaskModelConfig
 from prelm_jax.storage import read_json
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training.contract import Model, Params
@@ -19,6 +20,7 @@ from prelm_jax.training.contract import Model, Params
 ORIGINAL_GPT = "params_shapes.json"  # GPT-1, as its authors published it
 ORIGINAL_BERT = "bert_config.json"  # BERT, as its authors published it: a TensorFlow checkpoint
 ELMO_OPTIONS, ELMO_WEIGHTS = "*options.json", "*weights.hdf5"  # ELMo; exactly one of each
+HEAD_FILE = "head.safetensors"  # A head that the format of its encoder has no place for, see `prelm_jax.formats.heads`.
 
 
 class ModelConfig(Protocol):
@@ -32,7 +34,7 @@ class ModelConfig(Protocol):
     def build(self) -> Model: ...
 
 
-Config = TypeVar("Config", bound=ModelConfig)
+Config = TypeVar("Config", bound=ModelConfig | TaskModelConfig)
 Vocabulary = TypeVar("Vocabulary", bound=Tokenizer | None)
 
 
@@ -46,6 +48,14 @@ class LoadedModel(Generic[Config, Vocabulary]):
     missing: frozenset[str] = frozenset()  # Paths ("pooler/kernel") that the directory lacks; zeros in `params`.
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadedTask(LoadedModel[TaskModelConfig, Vocabulary]):
+    """An encoder and the head of a task, with what turns examples into inputs and scores into predictions."""
+
+    labels: tuple[str, ...] = ()  # Names of classes or tags by number; none for numbers, choices and spans.
+    max_length: int | None = None  # Longest text, in tokens with the special ones; None: any.
+
+
 @dataclasses.dataclass(frozen=True)
 class Format(Generic[Config, Vocabulary]):
     """A published format of model directories, for one family of models."""
@@ -53,6 +63,9 @@ class Format(Generic[Config, Vocabulary]):
     # (directory, whether a vocab.txt without settings lower-cases); InputError for missing or misshapen contents.
     read: Callable[[Path, bool], LoadedModel[Config, Vocabulary]]
     write: Callable[[LoadedModel[Config, Vocabulary], Path], None]  # Into an existing directory.
+    # The same with the head of a task; None for a directory without one.
+    read_task: Callable[[Path, bool], LoadedTask[Vocabulary] | None]
+    write_task: Callable[[LoadedTask[Vocabulary], Path], None]
     library: str  # The library that reads the format, by its name on a model card.
     usage: str  # How the library loads a directory, in Markdown, for a model card; {name} is the path of the directory.
     settings_file: str  # Nothing loads a directory without this file.
@@ -102,7 +115,7 @@ def find_model_type(directory: Path) -> tuple[object, Path]:
     raise InputError(f"{directory}: neither a {model} nor a work directory (no run.json){foreign_weights(directory)}")
 
 
-def abstract_params(config: ModelConfig) -> Params:
+def abstract_params(config: ModelConfig | TaskModelConfig) -> Params:
     """The parameters of a config as jax.ShapeDtypeStruct; nothing is allocated."""
     return jax.eval_shape(config.build().init_params, jax.random.key(0))
 
@@ -126,9 +139,12 @@ def require(settings: Mapping[str, object], fixed: Mapping[str, object], source:
 
 
 def save(
-    model: LoadedModel[Config, Vocabulary], format: Format[Config, Vocabulary], directory: str | os.PathLike, card: str
+    model: LoadedModel[Config, Vocabulary] | LoadedTask[Vocabulary],
+    format: Format[Config, Vocabulary],
+    directory: str | os.PathLike,
+    card: str,
 ) -> None:
-    """Saves a model directory with the text `card` as its README.md.
+    """Saves a model directory, with the head of a task if it has one, and with the text `card` as its README.md.
 
     An existing model directory of the format is overwritten, except for files that the format does not have.
     Raises InputError for any other directory that is not empty. If saving fails, the directory is unchanged; if the
@@ -144,10 +160,14 @@ def save(
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as temporary:
         written = Path(temporary)
-        format.write(model, written)
+        if isinstance(model, LoadedTask):
+            format.write_task(model, written)
+        else:
+            format.write(model, written)
         (written / "README.md").write_text(card, encoding="utf-8")
         directory.mkdir(exist_ok=True)
         # The settings file is removed first and comes last, so that a mixture of two models is never loadable.
         settings.unlink(missing_ok=True)
+        (directory / HEAD_FILE).unlink(missing_ok=True)  # Of an earlier model.
         for file in sorted(written.iterdir(), key=lambda file: (file.name == format.settings_file, file.name)):
             os.replace(file, directory / file.name)

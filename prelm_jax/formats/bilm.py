@@ -9,6 +9,7 @@ Read: any character-based model of the format, with or without vocab.txt.
 import json
 import re
 from pathlib import Path
+from typing import cast
 
 import h5py
 import jax
@@ -16,8 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from prelm_jax.errors import InputError
-from prelm_jax.formats.base import ELMO_OPTIONS, ELMO_WEIGHTS, Format, LoadedModel, abstract_params, checked, require
+from prelm_jax.formats.base import (
+    ELMO_OPTIONS,
+    ELMO_WEIGHTS,
+    HEAD_FILE,
+    Format,
+    LoadedModel,
+    LoadedTask,
+    abstract_params,
+    checked,
+    require,
+)
 from prelm_jax.formats.hdf5 import hdf5_file
+from prelm_jax.formats.heads import read_head, split, write_head
 from prelm_jax.formats.transfer import rows_of_tokens
 from prelm_jax.models.elmo import ELMoConfig
 from prelm_jax.storage import read_json
@@ -170,9 +182,23 @@ def _read_params(source: Path, config: ELMoConfig) -> Params:
     return jax.tree.map(jnp.asarray, arrays)
 
 
+def read_task(directory: Path, lowercase: bool = False) -> LoadedTask[WordVocabulary | None] | None:
+    """The model in a directory with its head; None for a directory without one."""
+    return read_head(read(directory), directory) if (directory / HEAD_FILE).is_file() else None
+
+
+def write_task(task: LoadedTask[WordVocabulary | None], directory: Path) -> None:
+    """Writes a model with the head of a task, which the format has no place for, into an existing directory."""
+    encoder, _ = split(task)
+    write(cast(LoadedModel[ELMoConfig, WordVocabulary | None], encoder), directory)
+    write_head(task, directory)
+
+
 FORMAT = Format(
     read=read,
     write=write,
+    read_task=read_task,
+    write_task=write_task,
     library="allennlp",
     usage="""```python
 from allennlp.modules.elmo import Elmo, batch_to_ids

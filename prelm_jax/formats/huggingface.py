@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,26 @@ from safetensors.numpy import save
 
 from prelm_jax.bounds import OutOfBounds
 from prelm_jax.errors import InputError
-from prelm_jax.formats.base import Format, LoadedModel, abstract_params, checked, foreign_weights, require
+from prelm_jax.formats.base import (
+    HEAD_FILE,
+    Format,
+    LoadedModel,
+    LoadedTask,
+    abstract_params,
+    checked,
+    foreign_weights,
+    require,
+)
+from prelm_jax.formats.heads import check_labels, has_names, join, read_head, split, write_head
 from prelm_jax.formats.transfer import rows_of_prefix
+from prelm_jax.models import heads
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.gpt import GPTConfig
+from prelm_jax.models.task import TaskModelConfig
 from prelm_jax.storage import read_json
 from prelm_jax.tokenizers import load as tokenizers
 from prelm_jax.tokenizers.base import Tokenizer
+from prelm_jax.tokenizers.saved import read_max_length
 from prelm_jax.training.parameters import path_name
 from prelm_jax.validation import read
 
@@ -31,7 +44,20 @@ Tensors = dict[str, Callable[[], np.ndarray]]  # By name, a function that reads 
 
 LEAVES = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias", "masked_lm_bias": "bias"}
 
+PROBLEM_TYPES = {"single_label_classification": "label", "multi_label_classification": "labels", "regression": "number"}
+
 Config = TypeVar("Config", bound=BertConfig | GPTConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A class of transformers: an encoder with the head of a task."""
+
+    head: heads.Config  # With the settings that the class implies; its number of classes is that of a directory.
+    classifier: str  # The module of the classifier.
+    dropout: str | None = None  # The key of the dropout before the classifier; None: the class has none.
+    written: Mapping[str, object] = dataclasses.field(default_factory=dict)  # Further keys of config.json.
+    older: tuple[str, ...] = ()  # Earlier names of that module.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +76,8 @@ class Layout(Generic[Config]):
     transposed: bool = False  # Their kernels are [out, in]; ours are always [in, out].
     fused: tuple[str, ...] = ()  # Modules that are one tensor there, concatenated in this order along the last axis.
     prefix: str = ""  # Comes before every tensor's name in files that are written.
+    architectures: Mapping[str, Architecture] = dataclasses.field(default_factory=dict)  # Classes with heads, by name.
+    bare_architecture: str = ""  # The class of an encoder whose head is in a file of its own.
 
     def tensor_name(self, path: str) -> str:
         """The name of the tensor that holds the parameter at a path."""
@@ -115,8 +143,18 @@ class Layout(Generic[Config]):
         params = jax.tree_util.tree_map_with_path(parameter, abstract_params(config))
         return LoadedModel(config, params, tokenizer, frozenset(missing))
 
-    def write(self, model: LoadedModel[Config, Tokenizer], directory: Path) -> None:
+    def write(
+        self,
+        model: LoadedModel[Config, Tokenizer],
+        directory: Path,
+        head: Mapping[str, np.ndarray] = {},
+        head_settings: Mapping[str, object] = {},
+        max_length: int | None = None,
+    ) -> None:
         """Writes model.safetensors (fp32), config.json and the tokenizer into an existing directory.
+
+        head, head_settings: further tensors, and keys of config.json that come before others. max_length: at which
+        readers truncate; None: all positions.
 
         InputError if a field of the config that the format lacks does not have its default.
         """
@@ -137,15 +175,85 @@ class Layout(Generic[Config]):
             name: np.ascontiguousarray(np.concatenate([by_part[i] for i in sorted(by_part, key=lambda i: i or 0)], -1))
             for name, by_part in parts.items()
         }
+        tensors |= head
         # Not save_file, which makes a file that only its owner may read.
         (directory / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
         settings = {key: getattr(model.config, field) for field, key in self.settings.items()}
         # Without a padding token transformers classifies no batch. GPT-1 has none: its unknown token rarely is last.
         pad_id = next((id for id in (model.tokenizer.pad_id, model.tokenizer.unknown_id) if id is not None), 0)
         settings |= {**self.written, "model_type": model.config.model_type, "dtype": "float32", "pad_token_id": pad_id}
+        settings |= head_settings
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")
-        model.tokenizer.save(directory, model_max_length=model.config.max_position_embeddings)
+        model.tokenizer.save(directory, max_length or model.config.max_position_embeddings)
+
+    def read_task(
+        self, read: Callable[[Path, bool], LoadedModel[Config, Tokenizer]], directory: Path, lowercase: bool = True
+    ) -> LoadedTask[Tokenizer] | None:
+        """The encoder and the head of a directory; None for one without a head. `read` reads the encoder.
+
+        Raises InputError for a head without parameters: it was never trained.
+        """
+        if (directory / HEAD_FILE).is_file():
+            return read_head(read(directory, lowercase), directory)
+        source = directory / "config.json"
+        settings = read_json(source) if source.is_file() else {}
+        names = settings.get("architectures")
+        name = names[0] if isinstance(names, list) and names else None
+        if not isinstance(name, str) or name not in self.architectures:
+            return None
+        architecture, encoder = self.architectures[name], read(directory, lowercase)
+        tensors = open_tensors(directory, lambda tensor: tensor)
+        modules = (architecture.classifier, *architecture.older)
+        module = next((module for module in modules if f"{module}.weight" in tensors), modules[0])
+
+        def tensor(leaf: str) -> np.ndarray:
+            tensor = f"{module}.{leaf}"
+            if tensor not in tensors:
+                raise InputError(f"{directory}: no tensor {tensor}, so the head of {name} was never trained")
+            return checked(tensors[tensor](), f"{directory}: tensor {tensor}")
+
+        kernel = tensor("weight").T
+        head = _head(architecture, settings, kernel.shape[-1], encoder.config, source)
+        labels = _labels(settings, kernel.shape[-1], source) if has_names(head) else ()
+        check_labels(head, labels, source)
+        parameters = {"classifier/kernel": kernel}
+        if not isinstance(head, heads.Label) or head.bias:
+            parameters["classifier/bias"] = tensor("bias")
+        config = TaskModelConfig(encoder.config, head)
+        positions = encoder.config.max_position_embeddings
+        max_length = min(positions, read_max_length(directory) or positions)
+        task = join(config, encoder, parameters, labels, max_length, directory)
+        if task.missing:
+            lacking = self.tensor_name(min(task.missing))
+            raise InputError(f"{directory}: no tensor {lacking}, so what the head of {name} reads was never trained")
+        return task
+
+    def write_task(self, task: LoadedTask[Tokenizer], directory: Path) -> None:
+        """Writes an encoder with the head of a task: as the class of transformers that has it, or head.safetensors."""
+        model, parameters = split(task)
+        encoder = cast(LoadedModel[Config, Tokenizer], model)
+        head, max_length = task.config.head, task.max_length
+        name = next((name for name, each in self.architectures.items() if each.head == _plain(head)), None)
+        if name is None:
+            self.write(encoder, directory, {}, {"architectures": [self.bare_architecture]}, max_length)
+            write_head(task, directory)
+            return
+        architecture = self.architectures[name]
+        settings: dict[str, object] = {"architectures": [name], **architecture.written}
+        if architecture.dropout is not None:
+            settings[architecture.dropout] = head.dropout
+        if isinstance(head, heads.Label):
+            settings["problem_type"] = next(each for each, kind in PROBLEM_TYPES.items() if kind == head.kind)
+        if isinstance(head, heads.Label | heads.Tags):
+            labels = task.labels or ("LABEL_0",)  # A number has no name; transformers wants one.
+            settings["id2label"] = {str(i): label for i, label in enumerate(labels)}
+            settings["label2id"] = {label: i for i, label in enumerate(labels)}
+        tensors = {
+            f"{architecture.classifier}.{'weight' if path.endswith('kernel') else 'bias'}": np.ascontiguousarray(x.T)
+            for path, x in parameters.items()
+        }
+        self.write(encoder, directory, tensors, settings, max_length)
 
     def format(
         self, read: Callable[[Path, bool], LoadedModel[Config, Tokenizer]], task: str, example: str
@@ -156,6 +264,8 @@ class Layout(Generic[Config]):
         return Format(
             read=read,
             write=self.write,
+            read_task=partial(self.read_task, read),
+            write_task=self.write_task,
             library="transformers",
             usage=f"```python\n{code}\n```",
             settings_file="config.json",
@@ -180,6 +290,52 @@ class Layout(Generic[Config]):
         """The part of its fused tensor that a parameter is; None for a tensor of its own."""
         module = path.split("/")[-2] if "/" in path else ""
         return self.fused.index(module) if module in self.fused else None
+
+
+def _head(
+    architecture: Architecture,
+    settings: Mapping[str, object],
+    classes: int,
+    config: BertConfig | GPTConfig,
+    source: Path,
+) -> heads.Config:
+    """The head of a class of transformers, as config.json has it."""
+    head, fields = architecture.head, dataclasses.asdict(architecture.head)
+    if architecture.dropout is not None:
+        dropout = settings.get(architecture.dropout)
+        fields["dropout"] = config.hidden_dropout if dropout is None else dropout
+    if isinstance(head, heads.Label):
+        problem = settings.get("problem_type")
+        if problem is None:  # As transformers decides where nothing says what the labels are.
+            problem = "regression" if classes == 1 else "single_label_classification"
+        if problem not in PROBLEM_TYPES:
+            raise InputError(f"{source}: problem_type is {problem!r}: must be {' or '.join(PROBLEM_TYPES)}")
+        if problem == "regression" and classes != 1:
+            raise InputError(f"{source}: problem_type is {problem!r} of {classes} numbers; only one is supported")
+        fields |= {"num_labels": classes, "kind": PROBLEM_TYPES[problem]}
+    if isinstance(head, heads.Tags):
+        fields["num_tags"] = classes
+    return read(type(head), fields, source)
+
+
+def _labels(settings: Mapping[str, object], classes: int, source: Path) -> tuple[str, ...]:
+    """The names of the classes by number: of id2label, else of label2id, else those that transformers gives."""
+    names, numbers = settings.get("id2label"), settings.get("label2id")
+    if names is None and isinstance(numbers, dict):
+        names = {str(number): name for name, number in numbers.items()}
+    if names is None:
+        names = {str(i): f"LABEL_{i}" for i in range(classes)}
+    if not isinstance(names, dict) or set(names) != {str(i) for i in range(classes)}:
+        found = f"{len(names)} labels" if isinstance(names, dict) else "no object"
+        raise InputError(f"{source}: id2label names {found}, but the classifier has {classes}, from 0 to {classes - 1}")
+    return read(tuple[str, ...], [names[str(i)] for i in range(classes)], f"{source}: id2label")
+
+
+def _plain(head: heads.Config) -> heads.Config:
+    """The head without what transformers' classes leave open."""
+    left_open = {"dropout", "num_labels", "kind", "num_tags"}
+    fields = {name: value for name, value in dataclasses.asdict(head).items() if name not in left_open}
+    return type(head)(**fields)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from prelm_jax.errors import InputError
 from prelm_jax.formats import huggingface
 from prelm_jax.formats.base import ORIGINAL_BERT, LoadedModel, foreign_weights
 from prelm_jax.formats.tensorflow import open_checkpoint
+from prelm_jax.models import heads
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.storage import read_json
 from prelm_jax.tokenizers.base import Tokenizer
@@ -63,6 +64,13 @@ LAYOUT = huggingface.Layout(
     vocabulary_tables=frozenset({"word_embeddings/embedding", "masked_lm_bias"}),
     optional=("pooler/", "masked_lm_", "next_sentence/"),
     transposed=True,
+    architectures={
+        "BertForSequenceClassification": huggingface.Architecture(heads.Label(), "classifier", "classifier_dropout"),
+        "BertForMultipleChoice": huggingface.Architecture(heads.Choice(), "classifier", "classifier_dropout"),
+        "BertForTokenClassification": huggingface.Architecture(heads.Tags(), "classifier", "classifier_dropout"),
+        "BertForQuestionAnswering": huggingface.Architecture(heads.Span(), "qa_outputs"),
+    },
+    bare_architecture="BertModel",
 )
 
 

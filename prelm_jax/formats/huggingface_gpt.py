@@ -17,6 +17,7 @@ from prelm_jax.bounds import VocabularySize
 from prelm_jax.errors import InputError
 from prelm_jax.formats import huggingface
 from prelm_jax.formats.base import ORIGINAL_GPT, LoadedModel
+from prelm_jax.models import heads
 from prelm_jax.models.gpt import GPTConfig
 from prelm_jax.storage import read_json
 from prelm_jax.tokenizers.base import Tokenizer
@@ -50,6 +51,18 @@ LAYOUT = huggingface.Layout(
     vocabulary_tables=frozenset({"token_embeddings/embedding"}),
     prefix="transformer.",  # Some files lack it.
     fused=("query", "key", "value"),
+    architectures={
+        "OpenAIGPTForSequenceClassification": huggingface.Architecture(heads.Label(bias=False), "score"),
+        "OpenAIGPTDoubleHeadsModel": huggingface.Architecture(
+            heads.Choice(),
+            "multiple_choice_head.summary",
+            "summary_first_dropout",
+            # The summary is at the token that the caller names, and is projected to one score.
+            written={"summary_type": "cls_index", "summary_use_proj": True, "summary_proj_to_labels": True},
+            older=("multiple_choice_head.linear",),
+        ),
+    },
+    bare_architecture="OpenAIGPTLMHeadModel",
 )
 
 # The arrays of a layer in the authors' format, in order. Positions and tokens come before the first layer.

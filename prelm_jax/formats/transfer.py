@@ -19,9 +19,9 @@ def initial_params(
 ) -> Params:
     """The initial parameters of a run with `config` and `tokenizer` that continues a loaded model.
 
-    Values come from the model. Parameters that its directory lacks, and the rows of tokens and positions that are new
-    to it, keep their fresh initialization; positions that the run does not have are left out. Arrays taken from the
-    model stay on its device.
+    Values come from the model. Parameters that its directory lacks or that are not its own (the head of a task), and
+    the rows of tokens and positions that are new to it, keep their fresh initialization; positions that the run does
+    not have are left out. Arrays taken from the model stay on its device.
 
     Raises InputError if the sizes differ, or if the vocabulary is not one that can continue the model's.
     """
@@ -33,11 +33,13 @@ def initial_params(
             raise InputError(f"--init-from: {field} is {theirs} in the model, but {ours} in the run")
     rows_V = format.rows_to_copy(model.tokenizer, tokenizer)
     copied = np.flatnonzero(rows_V >= 0)
+    values = {path_name(path): value for path, value in jax.tree_util.tree_leaves_with_path(model.params)}
 
-    def choose(path: tuple[object, ...], new: jax.Array, loaded: jax.Array) -> jax.Array:
+    def choose(path: tuple[object, ...], new: jax.Array) -> jax.Array:
         name = path_name(path)
-        if name in model.missing:
+        if name not in values or name in model.missing:
             return new
+        loaded = values[name]
         if name in format.vocabulary_tables:
             return new.at[copied].set(loaded[rows_V[copied]])
         if name in format.position_tables and len(new) != len(loaded):
@@ -45,7 +47,7 @@ def initial_params(
             return new.at[:number].set(loaded[:number])
         return loaded
 
-    return jax.tree_util.tree_map_with_path(choose, fresh, model.params)
+    return jax.tree_util.tree_map_with_path(choose, fresh)
 
 
 def positions_note(model_config: ModelConfig, config: ModelConfig) -> str | None:

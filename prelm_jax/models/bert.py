@@ -19,7 +19,7 @@ from jax import Array
 from prelm_jax.bounds import Size
 from prelm_jax.models.attention import attention_mask
 from prelm_jax.models.cross_entropy import accurate_sum, cross_entropy, tied_logits
-from prelm_jax.models.language_model import LanguageModel
+from prelm_jax.models.language_model import Encoder, LanguageModel
 from prelm_jax.models.layers import (
     Dense,
     Dropout,
@@ -50,7 +50,7 @@ class BertConfig(TransformerConfig):
 
     def encoder(self, dtype: jnp.dtype = jnp.float32) -> "BertEncoder":
         """The encoder alone, computing in `dtype`."""
-        return BertEncoder(self, dtype)
+        return BertEncoder(self, dtype, parent=None)  # Nobody's submodule, wherever it is made.
 
     @property
     def embedding_width(self) -> int:
@@ -82,7 +82,7 @@ class BertEmbeddings(nn.Module):
         return self.embeddings_dropout(self.embeddings_layer_norm(x_BTD).astype(self.dtype), train)
 
 
-class BertEncoder(nn.Module):
+class BertEncoder(Encoder):
     """Embeddings and Transformer.
 
     shared_embeddings: a module that several encoders read, whose parameters then belong to the module that made it;
@@ -95,6 +95,7 @@ class BertEncoder(nn.Module):
 
     replicated: ClassVar[tuple[str, ...]] = ()
     matrices: ClassVar[tuple[str, ...]] = (r"(^|/)encoder/layer_\d+/.*kernel$",)
+    has_summary: ClassVar[bool] = True
 
     def setup(self):
         c = self.config
@@ -106,6 +107,7 @@ class BertEncoder(nn.Module):
         if c.embedding_width != c.hidden_size:
             self.embeddings_projection = Dense(c.hidden_size, glorot_uniform)
         self.encoder = Transformer(c, c.intermediate_size, gelu, truncated_normal(c.initializer_range))
+        self.pooler = Dense(c.hidden_size, truncated_normal(c.initializer_range))  # Unused by `hidden_states`.
 
     def hidden_states(self, batch: Batch, train: bool = False) -> tuple[Array, ...]:
         """The `num_layers` + 1 hidden states [B, T, D]: after the embeddings and after each layer.
@@ -116,6 +118,28 @@ class BertEncoder(nn.Module):
         if self.config.embedding_width != self.config.hidden_size:
             x_BTD = self.embeddings_projection(x_BTD)
         return self.encoder(x_BTD, attention_mask(batch["segments"]), train)
+
+    def summary(self, last_BTD: Array, positions_BK: Array) -> Array:
+        """[B, K, D]: tanh of a dense layer over the last hidden states of the first token of each pair ([CLS])."""
+        return jnp.tanh(self.pooler(jnp.take_along_axis(last_BTD, positions_BK[..., None], 1)))
+
+    def check(self, batch: HostBatch) -> None:
+        """Raises InputError where a batch asks for rows that the tables lack."""
+        c = self.config
+        positions = (c.max_position_embeddings, "max_position_embeddings")
+        types = (c.type_vocab_size, "type_vocab_size")
+        check_rows(batch, tokens=(c.known_vocab_size, "vocab_size"), positions=positions, token_types=types)
+
+    def flops(self, batch: Batch) -> float:
+        """Matmul FLOPs of the hidden states of a batch of these shapes, forward.
+
+        Per token and layer 8·D² (projections) + 4·D·F (feed-forward) + 4·D·T (scores and sums); with embeddings of a
+        width E of their own 2·E·D per token. Padding counts, elementwise work does not.
+        """
+        c, length = self.config, batch["tokens"].shape[-1]
+        layer = 8 * c.hidden_size**2 + 4 * c.hidden_size * c.intermediate_size + 4 * c.hidden_size * length
+        projection = 2 * c.embedding_width * c.hidden_size if c.embedding_width != c.hidden_size else 0
+        return float(batch["tokens"].size * (c.num_layers * layer + projection))
 
 
 class MaskedLMHead(nn.Module):
@@ -146,22 +170,20 @@ class Bert(LanguageModel):
 
     def setup(self):
         c = self.config
-        initializer = truncated_normal(c.initializer_range)
         # One scope for all, so that the names of parameters do not say which module made them.
         self.bert = BertEncoder(c, self.dtype)
         nn.share_scope(self, self.bert)
         self.masked_lm = MaskedLMHead(c)
         nn.share_scope(self, self.masked_lm)
-        self.pooler = Dense(c.hidden_size, initializer)
-        self.next_sentence = Dense(2, initializer)
+        self.next_sentence = Dense(2, truncated_normal(c.initializer_range))
 
     def masked_lm_logits(self, hidden: Array) -> Array:
         """[..., padded vocabulary], fp32, from the last hidden states [..., D] of masked tokens."""
         return self.masked_lm(hidden, self.bert.embeddings.word_embeddings.table)
 
     def pooled(self, last_hidden_BTD: Array, positions_BK: Array) -> Array:
-        """[B, K, D]: tanh of a dense layer over the first token of each pair ([CLS])."""
-        return jnp.tanh(self.pooler(jnp.take_along_axis(last_hidden_BTD, positions_BK[..., None], 1)))
+        """[B, K, D]: see `BertEncoder.summary`."""
+        return self.bert.summary(last_hidden_BTD, positions_BK)
 
     def next_sentence_logits(self, pooled_BKD: Array) -> Array:
         """[B, K, 2], fp32: index 0 says that B follows A (the reference's polarity)."""
@@ -206,24 +228,16 @@ class Bert(LanguageModel):
 
     def check(self, batch: HostBatch) -> None:
         """Raises InputError where a batch asks for rows that the tables lack."""
-        c = self.config
-        positions = (c.max_position_embeddings, "max_position_embeddings")
-        types = (c.type_vocab_size, "type_vocab_size")
-        check_rows(batch, tokens=(c.known_vocab_size, "vocab_size"), positions=positions, token_types=types)
+        self.config.encoder().check(batch)
 
     def flops(self, batch: Batch) -> float:
         """Matmul FLOPs of one training step on a batch of these shapes: forward, and twice that for backward.
 
-        Per token and layer 8·D² (projections) + 4·D·F (feed-forward) + 4·D·T (scores and sums); with embeddings of a
-        width E of their own 2·E·D per token; per masked position 2·D·E + 2·E·V. Padding counts, elementwise work does
-        not.
+        To those of the encoder, the head adds per masked position 2·D·E + 2·E·V.
         """
-        c, (batch_size, length), masked = self.config, batch["tokens"].shape, batch["masked_positions"].size
-        width = c.embedding_width
-        layer = 8 * c.hidden_size**2 + 4 * c.hidden_size * c.intermediate_size + 4 * c.hidden_size * length
-        projection = 2 * width * c.hidden_size if width != c.hidden_size else 0
-        head = 2 * c.hidden_size * width + 2 * width * c.known_vocab_size
-        return 3.0 * (batch_size * length * (c.num_layers * layer + projection) + masked * head)
+        c = self.config
+        head = 2 * c.hidden_size * c.embedding_width + 2 * c.embedding_width * c.known_vocab_size
+        return 3.0 * (c.encoder().flops(batch) + batch["masked_positions"].size * head)
 
 
 def _weighted(x: Array, weights: Array, train: bool) -> tuple[Array, Array]:

@@ -21,9 +21,9 @@ from jax.sharding import PartitionSpec
 from prelm_jax.bounds import Bounds, FractionBelow1, Layers, OutOfBounds, PositiveFloat, Size
 from prelm_jax.models.character_cnn import CharacterCNN
 from prelm_jax.models.cross_entropy import log_expected_count, sampled_nll, tied_cross_entropy, tied_logits
-from prelm_jax.models.language_model import LanguageModel, LanguageModelConfig
+from prelm_jax.models.language_model import Encoder, LanguageModel, LanguageModelConfig
 from prelm_jax.models.layers import Dropout, Embedding, check_rows, normal, padded_vocabulary, uniform
-from prelm_jax.models.lstm import LSTMStack, State, lstm
+from prelm_jax.models.lstm import LSTMStack, State, lstm, reverse
 from prelm_jax.tokenizers.characters import MAX_CHARACTERS, NUM_CHARACTERS, PAD
 from prelm_jax.training.contract import Batch, HostBatch, Params, Sums
 
@@ -63,7 +63,7 @@ class ELMoConfig(LanguageModelConfig):
 
     def encoder(self, dtype: jnp.dtype = jnp.float32) -> "ELMoEncoder":
         """The model without its softmax, computing in `dtype`."""
-        return ELMoEncoder(self, dtype)
+        return ELMoEncoder(self, dtype, parent=None)  # Nobody's submodule, wherever it is made.
 
 
 class Softmax(nn.Module):
@@ -78,7 +78,7 @@ class Softmax(nn.Module):
         return table, self.param("bias", nn.initializers.zeros, (self.rows,))
 
 
-class ELMoEncoder(nn.Module):
+class ELMoEncoder(Encoder):
     """The encoder of words and an LSTM stack for each direction."""
 
     config: ELMoConfig
@@ -128,16 +128,12 @@ class ELMoEncoder(nn.Module):
         Returns for "forward" and "backward" the outputs of the layers [L, B, T, P], 0 in padding, and the new states.
         The backward direction begins at the last real word of a row. Padding leaves a state as it is.
         """
-        # A row of length 3 in T = 5: positions [0 1 2 3 4] -> reversed [2 1 0 3 4]; its own inverse.
-        positions_BT = jnp.broadcast_to(jnp.arange(words_BTP.shape[1])[None], words_BTP.shape[:2])
-        real_BT = positions_BT < lengths_B[:, None]
-        reversed_BT1 = jnp.where(real_BT, lengths_B[:, None] - 1 - positions_BT, positions_BT)[..., None]
 
         def order(direction: str, x_BTP: Array) -> Array:
-            return x_BTP if direction == "forward" else jnp.take_along_axis(x_BTP, reversed_BT1, 1)
+            return x_BTP if direction == "forward" else reverse(x_BTP, lengths_B)
 
         outputs, carry = self.layers({d: order(d, words_BTP) for d in DIRECTIONS}, carry, train, lengths_B)
-        real_BT1 = real_BT[..., None]
+        real_BT1 = (jnp.arange(words_BTP.shape[1])[None] < lengths_B[:, None])[..., None]
         return {d: jnp.stack([jnp.where(real_BT1, order(d, x), 0) for x in outputs[d]]) for d in DIRECTIONS}, carry
 
     def layers(
@@ -165,6 +161,28 @@ class ELMoEncoder(nn.Module):
                 outputs[d].append(x[d])
                 new[d][name] = state
         return outputs, new
+
+    def flops(self, batch: Batch) -> float:
+        """Matmul FLOPs of the hidden states of a batch of these shapes, forward; padding counts.
+
+        For each distinct word its convolutions, 4·F² for each highway and 2·F·P for the projection; for each position,
+        direction and layer 16·P·E (gates) + 2·E·P.
+        """
+        return self.word_flops(batch["characters"]) + 2.0 * batch["words"].size * self.position_flops
+
+    def word_flops(self, characters_UC: Array) -> float:
+        """Matmul FLOPs of `encode`."""
+        c, (words, length) = self.config, characters_UC.shape
+        length = padded_length(c, length)
+        convolutions = sum(2 * (length - w + 1) * w * c.character_embedding_size * n for w, n in c.filters)
+        features = sum(n for _, n in c.filters)
+        word = convolutions + 4 * c.num_highways * features**2 + 2 * features * c.projection_size
+        return float(words * word)
+
+    @property
+    def position_flops(self) -> int:
+        """Matmul FLOPs of all layers of a direction at a position."""
+        return self.config.num_layers * 18 * self.config.projection_size * self.config.hidden_size
 
 
 class ELMo(LanguageModel):
@@ -257,18 +275,13 @@ class ELMo(LanguageModel):
     def flops(self, batch: Batch) -> float:
         """Matmul FLOPs of one training step on a batch of these shapes: forward, and twice that for backward.
 
-        For each distinct word its convolutions, 4·F² for each highway and 2·F·P for the projection; for each position,
-        direction and layer 16·P·E (gates) + 2·E·P; for each position and direction 2·P for every word in the softmax.
+        To those of the encoder, each position and direction adds 2·P for every word in the softmax.
         """
-        c, (words, length), positions = self.config, batch["characters"].shape, batch["forward_words"].size
-        length = padded_length(c, length)
-        convolutions = sum(2 * (length - w + 1) * w * c.character_embedding_size * n for w, n in c.filters)
-        features = sum(n for _, n in c.filters)
-        word = convolutions + 4 * c.num_highways * features**2 + 2 * features * c.projection_size
-        layer = 18 * c.projection_size * c.hidden_size
+        c, encoder, positions = self.config, self.config.encoder(), batch["forward_words"].size
         negatives = batch.get("forward_negatives")
         softmax = 2 * c.projection_size * (c.known_vocab_size if negatives is None else 1 + negatives.size)
-        return 3.0 * (words * word + 2 * positions * (c.num_layers * layer + softmax))
+        words = encoder.word_flops(batch["characters"])
+        return 3.0 * (words + 2 * positions * (encoder.position_flops + softmax))
 
 
 def initial_states(config: ELMoConfig, rows: int) -> States:

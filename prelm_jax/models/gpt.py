@@ -19,7 +19,7 @@ from jax import Array
 from prelm_jax.bounds import Epsilon, FractionBelow1
 from prelm_jax.models.attention import Mask, attention_mask
 from prelm_jax.models.cross_entropy import tied_cross_entropy, tied_logits
-from prelm_jax.models.language_model import LanguageModel
+from prelm_jax.models.language_model import Encoder, LanguageModel
 from prelm_jax.models.layers import Dropout, Embedding, check_rows, gelu_tanh, normal, padded_vocabulary
 from prelm_jax.models.transformer import Transformer, TransformerConfig
 from prelm_jax.training.contract import Batch, HostBatch, Params, Sums
@@ -42,10 +42,10 @@ class GPTConfig(TransformerConfig):
 
     def encoder(self, dtype: jnp.dtype = jnp.float32) -> "GPTEncoder":
         """The model without its softmax, computing in `dtype`."""
-        return GPTEncoder(self, dtype)
+        return GPTEncoder(self, dtype, parent=None)  # Nobody's submodule, wherever it is made.
 
 
-class GPTEncoder(nn.Module):
+class GPTEncoder(Encoder):
     """Embeddings and Transformer; a token attends to itself and to earlier tokens."""
 
     config: GPTConfig
@@ -53,6 +53,8 @@ class GPTEncoder(nn.Module):
 
     replicated: ClassVar[tuple[str, ...]] = ()
     matrices: ClassVar[tuple[str, ...]] = (r"(^|/)decoder/layer_\d+/.*kernel$",)
+    has_summary: ClassVar[bool] = True
+    reads_forward: ClassVar[bool] = True
 
     def setup(self):
         c = self.config
@@ -74,6 +76,33 @@ class GPTEncoder(nn.Module):
         """The hidden states under any mask."""
         x_BTD = self.token_embeddings(tokens_BT) + self.position_embeddings(positions_BT)
         return self.decoder(self.embeddings_dropout(x_BTD.astype(self.dtype), train), mask, train)
+
+    def summary(self, last_BTD: Array, positions_BK: Array) -> Array:
+        """[B, K, D]: the last hidden states at these positions, which a task's frame gives a token of their own."""
+        return jnp.take_along_axis(last_BTD, positions_BK[..., None], 1)
+
+    def next_token_loss(self, last_BTD: Array, batch: Batch) -> Array:
+        """The sum over rows of the mean loss of a row's tokens after its first; 0 for a row without such tokens."""
+        same_BT = batch["segments"][:, 1:] == batch["segments"][:, :-1]
+        weights_BT = (same_BT & (batch["segments"][:, 1:] != 0)).astype(jnp.float32)
+        weights_BT /= jnp.maximum(1, weights_BT.sum(1, keepdims=True))
+        targets_BT, vocab_size = batch["tokens"][:, 1:], self.config.known_vocab_size
+        return tied_cross_entropy(last_BTD[:, :-1], self.token_embeddings.table, targets_BT, weights_BT, vocab_size)[0]
+
+    def check(self, batch: HostBatch) -> None:
+        """Raises InputError where a batch asks for rows that the tables lack."""
+        c = self.config
+        positions = (c.max_position_embeddings, "max_position_embeddings")
+        check_rows(batch, tokens=(c.known_vocab_size, "vocab_size"), positions=positions)
+
+    def flops(self, batch: Batch) -> float:
+        """Matmul FLOPs of the hidden states of a batch of these shapes, forward.
+
+        Per token and layer 24·D² (projections and feed-forward) + 4·D·T (scores and sums, later tokens included).
+        Padding counts, elementwise work does not.
+        """
+        c, tokens = self.config, batch["tokens"]
+        return float(tokens.size * c.num_layers * (24 * c.hidden_size**2 + 4 * c.hidden_size * tokens.shape[-1]))
 
 
 class GPT(LanguageModel):
@@ -142,17 +171,13 @@ class GPT(LanguageModel):
 
     def check(self, batch: HostBatch) -> None:
         """Raises InputError where a batch asks for rows that the tables lack."""
-        c = self.config
-        vocabulary = (c.known_vocab_size, "vocab_size")
-        positions = (c.max_position_embeddings, "max_position_embeddings")
-        check_rows(batch, tokens=vocabulary, targets=vocabulary, positions=positions)
+        self.config.encoder().check(batch)
+        check_rows(batch, targets=(self.config.known_vocab_size, "vocab_size"))
 
     def flops(self, batch: Batch) -> float:
         """Matmul FLOPs of one training step on a batch of these shapes: forward, and twice that for backward.
 
-        Per token 24·D² (projections and feed-forward) + 4·D·T (scores and sums, later tokens included) for each layer,
-        and 2·D·V for the softmax. Padding counts, elementwise work does not.
+        To those of the encoder, the softmax adds 2·D·V per token.
         """
-        c, (batch_size, length) = self.config, batch["tokens"].shape
-        layer = 24 * c.hidden_size**2 + 4 * c.hidden_size * length
-        return 3.0 * batch_size * length * (c.num_layers * layer + 2 * c.hidden_size * c.known_vocab_size)
+        softmax = 2 * self.config.hidden_size * self.config.known_vocab_size
+        return 3.0 * (self.config.encoder().flops(batch) + batch["tokens"].size * softmax)

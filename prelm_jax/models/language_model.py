@@ -1,7 +1,7 @@
-"""The base of all families: the size of the vocabulary, and the common part of the `Model` contract."""
+"""The bases of all families: of configs, of encoders, and of models, with the common part of the `Model` contract."""
 
 import dataclasses
-from typing import cast
+from typing import ClassVar, cast
 
 import flax.linen as nn
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from prelm_jax.bounds import VocabularySize
-from prelm_jax.training.contract import Batch, Params, Sums
+from prelm_jax.training.contract import Batch, HostBatch, Params, Sums
 
 SAMPLE = 1  # Folded into the key of a step for whatever samples inside a loss; dropout uses the key itself.
 
@@ -27,6 +27,34 @@ class LanguageModelConfig:
         if self.vocab_size is None:
             raise ValueError("vocab_size is None; set it to the size of the tokenizer's vocabulary")
         return self.vocab_size
+
+
+class Encoder(nn.Module):
+    """Base of a model without its pretraining heads; a task can put another head on it (see `models.task`)."""
+
+    replicated: ClassVar[tuple[str, ...]] = ()  # See `Model`.
+    matrices: ClassVar[tuple[str, ...]] = ()
+    has_summary: ClassVar[bool] = False  # Whether there is a token that sums a text up.
+    reads_forward: ClassVar[bool] = False  # Whether there is a loss of the next tokens.
+
+    def hidden_states(self, batch: Batch, train: bool = False) -> tuple[Array, ...]:
+        """The layers + 1 hidden states [B, T, D]."""
+        raise NotImplementedError
+
+    def summary(self, last_BTD: Array, positions_BK: Array) -> Array:
+        """[B, K, D]: what a head reads of texts, at the tokens that sum them up; only with `has_summary`."""
+        raise NotImplementedError
+
+    def next_token_loss(self, last_BTD: Array, batch: Batch) -> Array:
+        """The sum over rows of the mean loss of a row's tokens after its first; only with `reads_forward`."""
+        raise NotImplementedError
+
+    def check(self, batch: HostBatch) -> None:
+        """Raises InputError where a batch asks for rows that the tables lack."""
+
+    def flops(self, batch: Batch) -> float:
+        """Matmul FLOPs of the hidden states of a batch of these shapes, forward."""
+        raise NotImplementedError
 
 
 class LanguageModel(nn.Module):
@@ -56,6 +84,10 @@ class LanguageModel(nn.Module):
         rngs = {"sample": jax.random.fold_in(key, SAMPLE)} | ({"dropout": key} if train else {})
         outputs = self.apply({"params": params}, batch, carry, train, rngs=rngs, method="losses")
         return cast(tuple[Sums, Sums, Params], outputs)
+
+    def rate(self, path: str) -> float:
+        """Factor of the learning rate of the parameter at a path: 1."""
+        return 1.0
 
     def tokens(self, batch: Batch) -> Array:
         """int32 [2]: the tokens of a batch that are not padding, and all its positions."""

@@ -102,6 +102,15 @@ def lstm(
     return outputs
 
 
+def reverse(x_BTP: Array, lengths_B: Array) -> Array:
+    """The first `lengths_B` steps of each row in reverse order, the rest as they are; its own inverse."""
+    # A row of length 3 in T = 5: positions [0 1 2 3 4] -> reversed [2 1 0 3 4].
+    positions_BT = jnp.broadcast_to(jnp.arange(x_BTP.shape[1])[None], x_BTP.shape[:2])
+    ends_B1 = lengths_B[:, None]
+    reversed_BT = jnp.where(positions_BT < ends_B1, ends_B1 - 1 - positions_BT, positions_BT)
+    return jnp.take_along_axis(x_BTP, reversed_BT[..., None], 1)
+
+
 def _forward(
     weights: list[Weights], inputs: list[Array], states: list[State], cell_clip: float, projection_clip: float
 ) -> tuple[tuple[list[Array], list[State], list[Array]], tuple]:

@@ -14,7 +14,7 @@ from prelm_jax.corpus.store import Store
 from prelm_jax.errors import InputError
 from prelm_jax.planning.hlo import Collective, Program
 from prelm_jax.planning.topology import collective_seconds, compile_only_devices, shape_of
-from prelm_jax.run import Run
+from prelm_jax.run import Run, check_batch_size
 from prelm_jax.tokenizers import wordpiece, words
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training import memory
@@ -109,7 +109,7 @@ def plan(run: Run, topology: str, progress: Callable[[str], None] = lambda line:
     """
     devices = jax.devices() if topology == LOCAL else compile_only_devices(topology, run.loop.mesh.slices)
     mesh = run.loop.mesh.build(devices)
-    run.check_batch_size(mesh.size)
+    check_batch_size(run, mesh.size)
     try:
         return analyze(run, topology, mesh, progress)
     except TooLarge as error:

@@ -4,12 +4,16 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
+
+# What GPT-1 puts around the texts of a task: `bos a cls`, and `bos a sep b cls` (openai/finetune-transformer-lm). The
+# ids follow the vocabulary in this order.
+FRAME_ROLES = {"bos": "_start_", "sep": "_delimiter_", "cls": "_classify_", "pad": "<pad>"}
 
 TEXTS_AT_ONCE = 1000
 
@@ -67,8 +71,19 @@ class Tokenizer:
         """
         raise NotImplementedError
 
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a text, and the characters [tokens, 2] at which each begins and ends in it."""
+        raise NotImplementedError
+
     def number_flat(self, texts: list[str], numbers: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
         """Like `encode_flat`, with ids from `numbers`, to which new words are added; for an open vocabulary only."""
+        raise NotImplementedError
+
+    def framed(self) -> Self:
+        """The tokenizer with a special token for each of FRAME_ROLES; itself if it has them.
+
+        New ones follow the vocabulary. `save` then writes that the frame is put around texts.
+        """
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:

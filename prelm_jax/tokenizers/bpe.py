@@ -13,7 +13,7 @@ ideographs are set apart, and words end at white space and punctuation: "don't" 
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -52,7 +52,7 @@ Merge = tuple[str, str]
 class BPE(CachedEncoder):
     """GPT-1's tokenizer. `tokens` lists the vocabulary by id and must hold <unk>; `merges` are pairs of its entries.
 
-    `added`: tokens that are matched before a text is split into words.
+    `added`: tokens that are matched before a text is split into words. `frame`: see `CachedEncoder`.
 
     Raises InputError for a vocabulary with repeated entries, without <unk> or without an entry that ends a word, and
     for a merge whose parts or product it lacks.
@@ -60,9 +60,15 @@ class BPE(CachedEncoder):
 
     lowercase: bool = True
 
-    def __init__(self, tokens: Iterable[str], merges: Iterable[Merge], added: Iterable[AddedToken] = ()):
+    def __init__(
+        self,
+        tokens: Iterable[str],
+        merges: Iterable[Merge],
+        added: Iterable[AddedToken] = (),
+        frame: Mapping[str, str] = {},
+    ):
         self.merges = [(first, second) for first, second in merges]
-        super().__init__(list(tokens), ROLES, added)
+        super().__init__(list(tokens), ROLES, added, frame)
         self.fingerprint = digest([self.tokens, self.merges, *self._added_identity])
 
     @classmethod
@@ -101,7 +107,10 @@ class BPE(CachedEncoder):
             if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
                 raise InputError(f"{path}: the merge {pair} is not one of two subwords")
         with prefix_errors(path):
-            return cls(tokens, [(first, second) for first, second in pairs], saved.added)
+            return cls(tokens, [(first, second) for first, second in pairs], saved.added, saved.frame)
+
+    def _with_frame(self, added: list[AddedToken], frame: Mapping[str, str]) -> "BPE":
+        return BPE(self.tokens[: self.known_size], self.merges, added, frame)
 
     def _make_pipeline(self) -> tokenizers.Tokenizer:
         tokens = self.tokens[: self.known_size]

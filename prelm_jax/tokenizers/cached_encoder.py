@@ -8,6 +8,7 @@ import re
 import string
 from array import array
 from collections.abc import Iterable, Mapping
+from typing import Self
 
 import numpy as np
 import tokenizers
@@ -15,7 +16,7 @@ from tokenizers import normalizers
 
 from prelm_jax.errors import InputError
 from prelm_jax.tokenizers.added_tokens import AddedToken, with_added_tokens, with_ids
-from prelm_jax.tokenizers.base import Tokenizer, check_distinct, write_files
+from prelm_jax.tokenizers.base import FRAME_ROLES, Tokenizer, check_distinct, write_files
 from prelm_jax.tokenizers.tokenizer_json import tokenizer_json
 
 CACHED_CHARACTERS = 1 << 23  # Of chunks in the cache; they and their ids take about 200 MB.
@@ -38,7 +39,8 @@ class CachedEncoder(Tokenizer):
     """A vocabulary, and a pipeline whose words depend on nothing outside of them and never contain a space.
 
     The pipeline does not know the special tokens of roles: "[MASK]" or "<unk>" in a text is text. `added` are other
-    tokens that are matched in a text before it is split into words; those that `tokens` lacks follow it.
+    tokens that are matched in a text before it is split into words; those that `tokens` lacks follow it. `frame`: the
+    tokens of FRAME_ROLES, all of them in `tokens` or `added`.
 
     A text is cut into chunks: single characters that are words of their own in any company (for BERT, punctuation and
     ideographs), and the spans of other characters between these and spaces. No word extends beyond its chunk. So each
@@ -51,10 +53,18 @@ class CachedEncoder(Tokenizer):
 
     isolates_characters: bool = True  # Whether there may be characters that are words of their own in any company.
 
-    def __init__(self, tokens: list[str], roles: Mapping[str, str], added: Iterable[AddedToken] = ()):
+    def __init__(
+        self,
+        tokens: list[str],
+        roles: Mapping[str, str],
+        added: Iterable[AddedToken] = (),
+        frame: Mapping[str, str] = {},
+    ):
         check_distinct(tokens)
         placed = with_ids(added, tokens)
-        super().__init__([*tokens, *(token.content for token in placed if token.id >= len(tokens))], roles)
+        further = [token.content for token in placed if token.id >= len(tokens)]
+        super().__init__([*tokens, *further], {**roles, **frame})
+        self.frame = frame
         self.added = [token for token in placed if token.content not in self.special_ids]
         self.known_size = len(tokens)  # Without added tokens.
         if self.unknown_id is None or self.unknown_id >= len(tokens):
@@ -74,8 +84,17 @@ class CachedEncoder(Tokenizer):
 
     @property
     def _added_identity(self) -> list[object]:
-        """What a fingerprint covers of the added tokens: nothing where there are none."""
-        return [[dataclasses.astuple(token) for token in self.added]] if self.added else []
+        """What a fingerprint covers of the added tokens and the frame: nothing where there are none."""
+        identity: list[object] = [[dataclasses.astuple(token) for token in self.added]] if self.added else []
+        return [*identity, *([self.tokens, dict(self.frame)] if self.frame else [])]
+
+    def framed(self) -> Self:
+        """The tokenizer with a special token for each of FRAME_ROLES; itself if it has them."""
+        frame = {role: self.roles.get(role, token) for role, token in FRAME_ROLES.items()}
+        if taken := [token for role, token in frame.items() if role not in self.roles and token in self.ids]:
+            raise InputError(f"the vocabulary has {taken[0]!r} as text, which GPT-1 puts around texts: rename it there")
+        new = [AddedToken(token, special=True, normalized=False) for token in frame.values() if token not in self.ids]
+        return self._with_frame([*self.added, *new], frame) if new else self
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, without special tokens."""
@@ -113,6 +132,20 @@ class CachedEncoder(Tokenizer):
         """The ids of a text, all of it encoded by the library, which knows the added tokens."""
         library, ids = self._library
         return [ids.get(id, id) for id in library.encode(text, add_special_tokens=False).ids]
+
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a text, and the characters [tokens, 2] at which each begins and ends in it, without white space.
+
+        Slower than `encode_batch`, by the library alone.
+        """
+        library, ids = self._library
+        encoded = library.encode(text, add_special_tokens=False)
+        offsets = np.array(encoded.offsets, np.int64).reshape(-1, 2)
+        for i, (begin, end) in enumerate(encoded.offsets):
+            piece = text[begin:end]
+            offsets[i, 0] += len(piece) - len(piece.lstrip())
+            offsets[i, 1] -= len(piece) - len(piece.rstrip()) if piece.strip() else 0
+        return np.array([ids.get(id, id) for id in encoded.ids], np.int32), offsets
 
     @functools.cached_property
     def _library(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
@@ -267,6 +300,10 @@ class CachedEncoder(Tokenizer):
             ids = {token: id for token, id in self.ids.items() if id >= self.known_size}
             files["added_tokens.json"] = json.dumps(ids, indent=2, ensure_ascii=False) + "\n"
         write_files(directory, files | self._vocabulary_files())
+
+    def _with_frame(self, added: list[AddedToken], frame: Mapping[str, str]) -> Self:
+        """The same vocabulary with other added tokens and a frame."""
+        raise NotImplementedError
 
     def _make_pipeline(self) -> tokenizers.Tokenizer:
         """The pipeline of the vocabulary, which is complete when this is called."""

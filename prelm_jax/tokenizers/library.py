@@ -37,7 +37,7 @@ class LibraryTokenizer(CachedEncoder):
 
     isolates_characters: bool = False
 
-    def __init__(self, parts: Mapping[str, Part], added: Iterable[AddedToken] = ()):
+    def __init__(self, parts: Mapping[str, Part], added: Iterable[AddedToken] = (), frame: Mapping[str, str] = {}):
         self.parts = {name: parts.get(name) or None for name in (*TYPES, "decoder")}
         self.parts["normalizer"] = self.parts["normalizer"] or {"type": "Sequence", "normalizers": []}
         for part, supported in TYPES.items():
@@ -50,7 +50,7 @@ class LibraryTokenizer(CachedEncoder):
         )
         tokens = tokens_by_id("model", self._make_pipeline().get_vocab())
         added = list(added)
-        super().__init__(tokens, find_roles([*tokens, *(token.content for token in added)]), added)
+        super().__init__(tokens, find_roles([*tokens, *(token.content for token in added)]), added, frame)
         model = parts["model"]
         if model.get("dropout"):
             raise InputError(f"the model has dropout {model['dropout']}, which makes ids random: set it to null")
@@ -68,9 +68,12 @@ class LibraryTokenizer(CachedEncoder):
     def from_saved(cls, saved: SavedTokenizer) -> "LibraryTokenizer":
         """Reads a directory with tokenizer.json."""
         with prefix_errors(saved.directory / TOKENIZER):
-            loaded = cls(saved.parts or {}, saved.added)
+            loaded = cls(saved.parts or {}, saved.added, saved.frame)
         saved.require_roles(loaded.roles)
         return loaded
+
+    def _with_frame(self, added: list[AddedToken], frame: Mapping[str, str]) -> "LibraryTokenizer":
+        return LibraryTokenizer({name: part or {} for name, part in self.parts.items()}, added, frame)
 
     def _make_pipeline(self) -> tokenizers.Tokenizer:
         data = {"version": "1.0", "added_tokens": [], **self.parts}

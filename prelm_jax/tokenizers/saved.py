@@ -17,6 +17,7 @@ from pathlib import Path
 from prelm_jax.errors import InputError
 from prelm_jax.storage import read_json, read_text
 from prelm_jax.tokenizers.added_tokens import AddedToken
+from prelm_jax.tokenizers.base import FRAME_ROLES
 
 TOKENIZER, SETTINGS, CONFIG = "tokenizer.json", "tokenizer_config.json", "config.json"
 SPECIAL_TOKENS_MAP, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
@@ -75,6 +76,16 @@ class SavedTokenizer:
         """Whether tokenizer.json is applied as it is; if not, tokenizer_config.json has the settings."""
         return self.parts is not None and (self.class_name is None or self.class_name in GENERIC_CLASSES)
 
+    @property
+    def frame(self) -> dict[str, str]:
+        """The tokens of FRAME_ROLES, where tokenizer.json puts them around a text; empty where it does not."""
+        named = {role: self.settings.get(f"{role}_token") for role in FRAME_ROLES}
+        tokens = {role: _token(self.directory / SETTINGS, token).content for role, token in named.items() if token}
+        single = ((self.parts or {}).get("post_processor") or {}).get("single")
+        steps = [next(iter(step.values())) for step in single if step] if isinstance(single, list) else []
+        ids = [step.get("id") for step in steps]
+        return tokens if {"bos", "sep", "cls"} <= set(tokens) and ids == [tokens["bos"], "A", tokens["cls"]] else {}
+
     def difference(self, expected: Mapping[str, Mapping[str, object]]) -> str | None:
         """The first setting of tokenizer.json that is not the expected one; None if there is none."""
         for part, settings in expected.items():
@@ -98,12 +109,13 @@ class SavedTokenizer:
 
     def require_roles(self, roles: Mapping[str, str]) -> None:
         """Raises InputError if the settings give a role to another token, or change how special tokens are read."""
-        path = self.directory / SETTINGS
+        path, roles = self.directory / SETTINGS, {**roles, **self.frame}
         for role, token in roles.items():
             if (found := self.settings.get(f"{role}_token")) is not None and _token(path, found).content != token:
                 content = _token(path, found).content
                 raise InputError(f"{path}: {role}_token is {content!r}: only {token!r} is supported")
-        others = _tokens_of_processor((self.parts or {}).get("post_processor")) - {roles.get("cls"), roles.get("sep")}
+        known = {roles.get(role) for role in ("bos", "cls", "sep")}
+        others = _tokens_of_processor((self.parts or {}).get("post_processor")) - known
         if others:
             found = f"the post_processor puts {min(map(str, others))!r} around a text"
             raise InputError(f"{self.directory / TOKENIZER}: {found}: only [CLS] and [SEP] are supported")
@@ -127,6 +139,17 @@ def tokens_by_id(path: object, ids: object) -> list[str]:
     if not all(type(index) is int for index in ids.values()) or set(ids.values()) != set(range(len(ids))):
         raise InputError(f"{path}: the ids of the vocabulary are not 0 to {len(ids) - 1}")
     return sorted(ids, key=ids.__getitem__)
+
+
+def read_max_length(directory: str | os.PathLike) -> int | None:
+    """The length in tokens at which readers of a directory truncate a text; None if it does not say."""
+    source = Path(directory) / SETTINGS
+    length = (_read(source) or {}).get("model_max_length")
+    if length is None:
+        return None
+    if isinstance(length, bool) or not isinstance(length, int | float) or length < 1:
+        raise InputError(f"{source}: model_max_length is {length!r}: give a number of tokens")
+    return int(length)
 
 
 def read_vocab(path: str | os.PathLike) -> list[str]:

@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 import numpy as np
@@ -52,7 +52,8 @@ class SentencePiece(CachedEncoder):
     `model` is the "model" of a tokenizer.json: subwords with scores ("Unigram") or with merges ("BPE"). `proto` is the
     package's own file of the same vocabulary, kept for `save`; None if it is lost, as transformers loses it. `joiners`:
     whether U+200C and U+200D are kept, which earlier versions dropped. `added`: tokens that are matched before a text
-    is split into words. The attribute `continuation` is bool [vocab_size]: true for subwords that continue a word.
+    is split into words. `frame`: see `CachedEncoder`. The attribute `continuation` is bool [vocab_size]: true for
+    subwords that continue a word.
 
     Raises InputError for a vocabulary with repeated subwords, or without the special tokens of BERT or GPT.
     """
@@ -64,10 +65,11 @@ class SentencePiece(CachedEncoder):
         proto: bytes | None = None,
         joiners: bool = True,
         added: Iterable[AddedToken] = (),
+        frame: Mapping[str, str] = {},
     ):
         self.model, self.lowercase, self.proto, self.joiners = model, lowercase, proto, joiners
         tokens = _tokens(model)
-        super().__init__(tokens, find_roles(tokens), added)
+        super().__init__(tokens, find_roles(tokens), added, frame)
         begins = [token.startswith(BEGIN_OF_WORD) or token in self.special_ids for token in self.tokens]
         self.continuation = ~np.array(begins)
         identity = ["sentencepiece", model, lowercase, *(["joiners"] if joiners else [])]
@@ -89,7 +91,7 @@ class SentencePiece(CachedEncoder):
                 any(json.dumps(joiner) in normalizer for joiner in JOINERS),
             )
             with prefix_errors(path):
-                loaded = cls(dict(parts["model"]), *options, saved.added)
+                loaded = cls(dict(parts["model"]), *options, saved.added, saved.frame)
             saved.require_roles(loaded.roles)
             expected = json.loads(loaded._pipeline.to_str())
         except (KeyError, TypeError, ValueError) as error:
@@ -97,6 +99,9 @@ class SentencePiece(CachedEncoder):
         if differing := [part for part in ("normalizer", "pre_tokenizer") if parts[part] != expected[part]]:
             raise InputError(f"{path}: its {' and '.join(differing)} are not those of this package")
         return loaded
+
+    def _with_frame(self, added: list[AddedToken], frame: Mapping[str, str]) -> "SentencePiece":
+        return SentencePiece(self.model, self.lowercase, self.proto, self.joiners, added, frame)
 
     def _make_pipeline(self) -> tokenizers.Tokenizer:
         data = {"version": "1.0", "model": self.model, "added_tokens": []}

@@ -8,16 +8,16 @@ from tokenizers import processors
 
 
 def tokenizer_json(pipeline: tokenizers.Tokenizer, roles: Mapping[str, str]) -> str:
-    """The content of tokenizer.json: `pipeline`, and the pairs of texts that readers expect of it.
+    """The content of tokenizer.json: `pipeline`, and the special tokens that readers put around texts.
 
-    In a reader's hands `[CLS] A [SEP] B [SEP]` is put around a pair of texts if the vocabulary has these roles.
+    They are `[CLS] A [SEP] B [SEP]` if the vocabulary has these roles, and GPT's `bos A sep B cls` if it has bos too.
     """
     pipeline = copy.deepcopy(pipeline)
-    if "cls" in roles:
-        cls, sep = roles["cls"], roles["sep"]
-        pipeline.post_processor = processors.TemplateProcessing(
-            single=f"{cls}:0 $A:0 {sep}:0",
-            pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
-            special_tokens=[(token, pipeline.token_to_id(token)) for token in (cls, sep)],
-        )
+    bos, cls, sep = (roles.get(role) for role in ("bos", "cls", "sep"))
+    if cls is not None and sep is not None:
+        single, pair = f"{cls}:0 $A:0 {sep}:0", f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1"
+        if bos is not None:
+            single, pair = f"{bos}:0 $A:0 {cls}:0", f"{bos}:0 $A:0 {sep}:0 $B:0 {cls}:0"
+        special = [(token, pipeline.token_to_id(token)) for token in (bos, cls, sep) if token is not None]
+        pipeline.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
     return pipeline.to_str(pretty=True)

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Self
 
@@ -57,8 +57,8 @@ class WordPiece(CachedEncoder):
     """A WordPiece tokenizer. `tokens` lists the vocabulary by id and must hold [PAD], [UNK], [CLS], [SEP] and [MASK].
 
     `strip_accents=None` means the value of `lowercase`, as in BERT. `split_ideographs`: CJK ideographs are words of
-    their own. `added`: tokens that are matched before a text is split into words. The attribute `continuation` is bool
-    [vocab_size]: true for subwords that continue a word ("##ing").
+    their own. `added`: tokens that are matched before a text is split into words. `frame`: see `CachedEncoder`. The
+    attribute `continuation` is bool [vocab_size]: true for subwords that continue a word ("##ing").
 
     Raises InputError for a vocabulary with repeated entries or without one of the special tokens.
     """
@@ -70,9 +70,10 @@ class WordPiece(CachedEncoder):
         strip_accents: bool | None = None,
         split_ideographs: bool = True,
         added: Iterable[AddedToken] = (),
+        frame: Mapping[str, str] = {},
     ):
         self.lowercase, self.strip_accents, self.split_ideographs = lowercase, strip_accents, split_ideographs
-        super().__init__(list(tokens), ROLES, added)
+        super().__init__(list(tokens), ROLES, added, frame)
         self.continuation = np.array([token.startswith("##") for token in self.tokens])
         identity: list[object] = [self.tokens, lowercase, lowercase if strip_accents is None else strip_accents]
         identity += [] if split_ideographs else ["whole ideographs"]
@@ -124,7 +125,11 @@ class WordPiece(CachedEncoder):
                     f'add "{key}": {json.dumps(value)} there{" or give --cased" if key == "do_lower_case" else ""}'
                 )
         with prefix_errors(path):
-            return cls(tokens, *options, saved.added)
+            return cls(tokens, *options, saved.added, saved.frame)
+
+    def _with_frame(self, added: list[AddedToken], frame: Mapping[str, str]) -> "WordPiece":
+        options = (self.lowercase, self.strip_accents, self.split_ideographs)
+        return WordPiece(self.tokens[: self.known_size], *options, added, frame)
 
     def _make_pipeline(self) -> tokenizers.Tokenizer:
         ids = {token: id for id, token in enumerate(self.tokens[: self.known_size])}
@@ -142,7 +147,8 @@ class WordPiece(CachedEncoder):
             "do_lower_case": self.lowercase,
             "strip_accents": self.strip_accents,
             "tokenize_chinese_chars": self.split_ideographs,
-            "tokenizer_class": "BertTokenizer",
+            # The class of BERT puts BERT's own special tokens around a text.
+            "tokenizer_class": "PreTrainedTokenizerFast" if self.frame else "BertTokenizer",
         }
 
     def _vocabulary_files(self) -> dict[str, str | bytes]:

@@ -43,6 +43,9 @@ class Model(Protocol):
     def matrices(self) -> tuple[str, ...]:
         """Regular expressions of the paths of the layers' weight matrices; never embeddings, heads, norms or biases."""
 
+    def rate(self, path: str) -> float:
+        """Factor of the learning rate of the parameter at a path; with 0 it stays as it is, and has no moments."""
+
     def init_params(self, key: Array) -> Params:
         """Fresh fp32 parameters."""
 

@@ -3,9 +3,9 @@
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Protocol, TypeVar
+from typing import Annotated, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,13 @@ class TrainingConfig(Protocol):
 
     @property
     def loop(self) -> LoopConfig: ...
+
+
+class Evaluation(NamedTuple):
+    """An evaluation during training."""
+
+    evaluate: Callable[[TrainState], dict[str, float]]  # The means by name; `loss` is one of them.
+    describe: Callable[[Mapping[str, float]], str]  # These as a line for people.
 
 
 class _Stop:
@@ -127,7 +134,7 @@ def train(
     state: TrainState,
     train_step: Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]],
     batches: Iterable[tuple[int, Batch]],
-    evaluate: Callable[[TrainState], dict[str, float]] | None,
+    held_out: Evaluation | None,
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     workdir: Path,
@@ -142,8 +149,7 @@ def train(
     Args:
         train_step: as `make_train_step` returns it.
         batches: (step, batch on the devices) of each step left.
-        evaluate: the means by name over held-out text; the checkpoint with the lowest `loss` is the best. None: no
-            evaluation, and so no best checkpoint.
+        held_out: the checkpoint with the lowest `loss` is the best. None: no evaluation, and so no best checkpoint.
         checkpoints: where `state` was restored from, unless it is new.
         tokens_per_word: tokens per word of the corpus, for `keep_at_words`.
 
@@ -161,7 +167,7 @@ def train(
     pending = evaluation = None
 
     def evaluates(done: int) -> bool:
-        return evaluate is not None and (done == config.steps or done % config.evaluate_every == 0)
+        return held_out is not None and (done == config.steps or done % config.evaluate_every == 0)
 
     def gains_nothing(done: int) -> bool:
         """Whether the best evaluation was so long ago that the training ends."""
@@ -175,12 +181,12 @@ def train(
         nonlocal evaluation
         last = done == config.steps
         loss, improved, postponed, save_due = None, False, False, last or done % config.save_every == 0
-        if evaluate is not None and evaluates(done):
-            evaluation = stop.unless_asked(lambda: evaluate(state))
+        if held_out is not None and evaluates(done):
+            evaluation = stop.unless_asked(lambda: held_out.evaluate(state))
             if evaluation is None:  # The step is evaluated, and saved if that is due, when the run resumes.
                 stopping, postponed, save_due = True, True, False
             else:
-                report.evaluation(done, evaluation)
+                report.evaluation(done, evaluation, held_out.describe(evaluation))
                 loss, improved = evaluation["loss"], checkpoints.improves(evaluation["loss"])
                 last = last or (not improved and gains_nothing(done))
                 save_due = save_due or last

@@ -186,10 +186,10 @@ class Report:
             self._progress.report(f"{losses}  {speed:,.0f} tokens/s  mfu {mfu:.0%}")
         self._writer.write(step, values)
 
-    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes an evaluation."""
+    def evaluation(self, step: int, values: Mapping[str, float], line: str) -> None:
+        """Writes an evaluation, and says the line."""
         self._writer.write(step, {f"evaluation/{name}": value for name, value in values.items()})
-        self._progress.say(f"step {step}  held-out sample  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        self._progress.say(f"step {step}  {line}")
 
     def say(self, line: str) -> None:
         """Prints a line."""

@@ -30,7 +30,7 @@ Group = Literal["muon", "adamw"]
 # The parameters of AdamW: tables, biases, norms, scalars of heads, and the kernels outside of numbered layers (heads,
 # poolers, convolutions). A kernel of a layer that its model does not declare as a matrix is an error.
 ADAMW = (
-    r"(^|/)(embedding|\w*bias|scale|weights|gamma|transitions)$",
+    r"(^|/)(embedding|\w*bias|scale|weights|gamma|\w*transitions)$",
     r"^(?!(.*/)?layer_\d+/).*kernel$",
 )
 

@@ -18,7 +18,7 @@ from prelm_jax.training.parameters import first_match, path_name
 # of heads, so to embeddings too (google-research/bert, optimization.py). A path without a rule is an error.
 DECAY = (
     (r"(^|/)(kernel|embedding)$", True),
-    (r"(^|/)(\w*bias|scale|weights|gamma|transitions)$", False),
+    (r"(^|/)(\w*bias|scale|weights|gamma|\w*transitions)$", False),
 )
 
 # The fraction of the learning rate, from the fraction of the steps that is left.

@@ -27,7 +27,7 @@ ROWS = P(("slice", "data"))
 # parameter). A path without a rule is an error, so that no array stays replicated by oversight.
 RULES = (
     (r"(^|/)(kernel|embedding)$", True),
-    (r"(^|/)(\w*bias|scale|weights|gamma|transitions|count|step)$", False),
+    (r"(^|/)(\w*bias|scale|weights|gamma|\w*transitions|count|step)$", False),
 )
 
 

@@ -14,6 +14,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from prelm_jax.training.contract import Batch, Layout, Model, OptimizerConfig, Params, Predictor, Sums
+from prelm_jax.training.parameters import path_name
 from prelm_jax.training.sharding import Tree, state_sharding
 
 Totals = dict[str, tuple[float, float]]  # by name a sum and its weight, as `Sums`, on the host
@@ -103,8 +104,24 @@ def make_init(model: Model, optimizer: OptimizerConfig, batch_size: int, abstrac
 
 
 def _with_params(model: Model, optimizer: OptimizerConfig, batch_size: int, params: Params) -> TrainState:
-    opt_state = optimizer.build(model.matrices).init(params)
+    opt_state = transformation(model, optimizer, params).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, model.init_carry(batch_size))
+
+
+def transformation(model: Model, optimizer: OptimizerConfig, params: Params) -> optax.GradientTransformation:
+    """Gradients into updates, each parameter at the rate that the model declares; `params` may be abstract.
+
+    Parameters of rate 0 have neither updates nor moments, and no part in the norm that is clipped.
+    """
+    built = optimizer.build(model.matrices)
+    rates = jax.tree_util.tree_map_with_path(lambda path, _: model.rate(path_name(path)), params)
+    if all(rate == 1 for rate in jax.tree.leaves(rates)):
+        return built
+    scaled = optax.stateless(lambda updates, _: jax.tree.map(lambda rate, x: rate * x, rates, updates))
+    groups = jax.tree.map(lambda rate: "trained" if rate else "fixed", rates)
+    if all(jax.tree.leaves(rates)):
+        return optax.chain(built, scaled)
+    return optax.partition({"trained": built, "fixed": optax.set_to_zero()}, groups)
 
 
 def make_train_step(
@@ -115,7 +132,7 @@ def make_train_step(
     The batch is split into `accumulate` micro-batches, whose sums are divided by the weight of the whole batch, so that
     every token weighs the same with any split and mesh. Metrics stay on the device: means by name, and `tokens` [2].
     """
-    transformation = optimizer.build(model.matrices)
+    update = transformation(model, optimizer, state.params).update
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
     def objective(params: Params, carry: Params, batch: Batch, weights: dict[str, Array], key: Array):
@@ -158,7 +175,7 @@ def make_train_step(
         # Gathers each sharded parameter when it is needed; left to itself, XLA would shard the activations instead.
         gathered = jax.lax.with_sharding_constraint(state.params, P())
         sums, carry, grads = gradients(gathered, state.carry, batch, weights, key)
-        updates, opt_state = transformation.update(grads, state.opt_state, state.params)
+        updates, opt_state = update(grads, state.opt_state, state.params)
         params = cast(Params, optax.apply_updates(state.params, updates))
         metrics = means(model, sums) | {
             "grad_norm": optax.tree.norm(grads),

@@ -36,7 +36,8 @@ def test_every_experiment_says_target_cost_and_command(capsys):
     listed = dict(re.findall(r"^(\w+:\w+)\n((?:    .*\n)+)", out, re.MULTILINE))
     for file in shipped_files():
         for name, docstring in docstrings(file).items():
-            assert f"    prelm pretrain {file.stem}:{name}" in docstring
+            command = "finetune" if file.stem == "finetuning" else "pretrain"
+            assert f"    prelm {command} {file.stem}:{name}" in docstring
             for fact in ("Target: ", "Cost: "):
                 assert len(re.findall(f"^{fact}", docstring, re.MULTILINE)) == 1
                 assert len(re.findall(f"^ +{fact}", listed[f"{file.stem}:{name}"], re.MULTILINE)) == 1

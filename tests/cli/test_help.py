@@ -10,8 +10,10 @@ from prelm_jax.cli.main import main
 from prelm_jax.cli.tokenizers import KINDS
 
 OF_EXPERIMENTS = ("pretrain", "prepare", "batch", "plan")
-EXPERIMENTS = [f"{file.stem}:{name}" for file in shipped_files() for name in docstrings(file)]
-WITHOUT_CHOICE = [name for name in COMMANDS if name not in (*OF_EXPERIMENTS, "tokenizer train")]
+REFERENCES = [f"{file.stem}:{name}" for file in shipped_files() for name in docstrings(file)]
+TASKS = [reference for reference in REFERENCES if reference.startswith("finetuning:")]
+EXPERIMENTS = [reference for reference in REFERENCES if reference not in TASKS]
+WITHOUT_CHOICE = [name for name in COMMANDS if name not in (*OF_EXPERIMENTS, "finetune", "tokenizer train")]
 
 
 def explained(text: str) -> dict[str, str]:
@@ -84,6 +86,13 @@ def test_options_of_experiments_are_explained(experiment, help_of):
     assert f"runs/{experiment.replace(':', '-').replace('_', '-')})" in text
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_options_of_tasks_are_explained(task, help_of):
+    text = help_of("finetune", task, "--help")
+    assert_all_explained(text, "--train", "--seeds", "--columns.text", "--head.dropout", "--optimizer.learning-rate")
+    assert "(fixed to" not in text, "an option that cannot be set"
+
+
 @pytest.mark.parametrize(("command", "option"), [("prepare", "--beam"), ("batch", "--rows"), ("plan", "--topology")])
 def test_other_commands_of_experiments(command, option, help_of):
     assert_all_explained(help_of(command, "bert:mini", "--help"), option, "--model.num-layers")
@@ -107,6 +116,13 @@ def test_help_without_an_experiment_lists_them(command, help_of):
     assert "--model" not in text
     assert all(re.search(rf"^  {experiment} +\w", text, re.MULTILINE) for experiment in EXPERIMENTS)
     assert help_of(command, code=1) == text
+
+
+def test_help_without_a_task_lists_them(help_of):
+    text = help_of("finetune", "--help")
+    assert_all_explained(text, "TASK", "--seeds")
+    assert re.findall(r"^  (\w+:\w+) +\w", text, re.MULTILINE) == TASKS
+    assert help_of("finetune", code=1) == text
 
 
 def test_help_without_a_kind_lists_them(help_of):

@@ -74,7 +74,7 @@ def test_lines_match_universal_newlines(tmp_path_factory, text, chunk):
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "CHUNK_BYTES", chunk)
-        lines = [text for _, text in readers._lines(readers.File.at(str(path)), lambda size: None)]
+        lines = [text for _, text in readers.lines(readers.File.at(str(path)), lambda size: None)]
         expected = io.StringIO(text, newline="").readlines()
         assert [line.decode() for line in lines] == expected
         normal = io.StringIO(text, newline=None).read()

@@ -8,5 +8,6 @@ from model_directories import (  # noqa: F401
     gpt_directory,
     gpt_ids_of,
     gpt_reference,
+    published,
     save_bert,
 )

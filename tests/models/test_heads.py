@@ -1,10 +1,13 @@
-"""ScalarMix against its formula in NumPy, token by token."""
+"""Parts of heads: the scalar mix against its formula, LSTMs against torch, CRFs against all sequences of tags."""
+
+import itertools
 
 import jax
 import numpy as np
 import pytest
+import torch
 
-from prelm_jax.models.heads import ScalarMix
+from prelm_jax.models.heads import BidirectionalLSTM, ScalarMix, crf_decode, crf_nll
 
 HIDDEN = np.random.default_rng(0).normal(1, 2, (3, 2, 4, 6)).astype(np.float32)
 MASK = np.array([[1, 1, 1, 0], [1, 1, 0, 0]], bool)
@@ -41,3 +44,83 @@ def test_padding_does_not_reach_tokens(layer_norm):
     other = np.where(MASK[None, ..., None], HIDDEN, 100)
     found, expected = (ScalarMix(layer_norm).apply({"params": params}, x, MASK)[MASK] for x in (other, HIDDEN))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+# Conditional random fields, against all sequences of tags.
+
+RNG = np.random.default_rng(1)
+TAGS, WORDS = 3, 4
+SCORES = RNG.normal(size=(5, WORDS, TAGS)).astype(np.float32)
+TRANSITIONS = [RNG.normal(size=shape).astype(np.float32) for shape in ((TAGS, TAGS), (TAGS,), (TAGS,))]
+LENGTHS = np.array([4, 3, 2, 1, 0])
+KNOWN = np.arange(WORDS)[None] < LENGTHS[:, None]
+
+
+def score(sequence, scores, transitions, start, end):
+    emitted = sum(scores[i, tag] for i, tag in enumerate(sequence))
+    return (
+        start[sequence[0]]
+        + emitted
+        + sum(map(lambda a, b: transitions[a, b], sequence, sequence[1:]))
+        + end[sequence[-1]]
+    )
+
+
+def all_scores(scores, length):
+    sequences = list(itertools.product(range(TAGS), repeat=int(length)))
+    return sequences, np.array([score(sequence, scores, *TRANSITIONS) for sequence in sequences])
+
+
+def test_crf_against_all_sequences():
+    tags = RNG.integers(0, TAGS, (5, WORDS))
+    nll = jax.jit(crf_nll)(SCORES, tags, KNOWN, *TRANSITIONS)
+    best = jax.jit(crf_decode)(SCORES, KNOWN, *TRANSITIONS)
+    for i, length in enumerate(LENGTHS[:-1]):
+        sequences, scores = all_scores(SCORES[i], length)
+        normalizer = np.log(np.exp(scores.astype(float)).sum())
+        expected = normalizer - score(tags[i, :length], SCORES[i], *TRANSITIONS)
+        np.testing.assert_allclose(nll[i], expected, rtol=1e-5)
+        assert tuple(best[i, :length].tolist()) == sequences[int(scores.argmax())]
+    assert nll[4] == 0  # A row of padding.
+
+
+def test_the_gradient_of_a_crf_is_its_marginals_less_the_tags():
+    tags = np.zeros((5, WORDS), int)
+    gradient = jax.jit(jax.grad(lambda *x: crf_nll(*x).sum()))(SCORES, tags, KNOWN, *TRANSITIONS)
+    sequences, scores = all_scores(SCORES[1], LENGTHS[1])
+    probabilities = np.exp(scores) / np.exp(scores).sum()
+    for word in range(3):
+        for tag in range(TAGS):
+            marginal = sum(p for p, sequence in zip(probabilities, sequences, strict=True) if sequence[word] == tag)
+            np.testing.assert_allclose(gradient[1, word, tag], marginal - (tag == 0), atol=1e-5)
+    assert (np.asarray(gradient)[~KNOWN] == 0).all()
+
+
+def test_a_bidirectional_lstm_is_torchs():
+    """Rows of unequal length, packed there; torch's gates are i, f, g, o, and here 1 is added to the forget gate."""
+    size, width = 3, 5
+    module = BidirectionalLSTM(size)
+    x = RNG.normal(size=(4, WORDS, width)).astype(np.float32)
+    lengths = np.array([4, 3, 2, 1])
+    params = module.init(jax.random.key(0), x, lengths)["params"]
+    params = jax.tree.map(lambda leaf: RNG.normal(size=leaf.shape).astype(np.float32), params)
+    theirs = torch.nn.LSTM(width, size, batch_first=True, bidirectional=True)
+    for direction, suffix in (("forward", ""), ("backward", "_reverse")):
+        order = [0, 2, 1, 3]
+        gates = np.split(params[direction]["kernel"], 4, 1)
+        bias = np.split(params[direction]["bias"].copy(), 4)
+        bias[2] = bias[2] + 1
+        kernel = np.concatenate([gates[i] for i in order], 1).T
+        values = {
+            "weight_ih": kernel[:, :width],
+            "weight_hh": kernel[:, width:],
+            "bias_ih": np.concatenate([bias[i] for i in order]),
+            "bias_hh": np.zeros(4 * size),
+        }
+        for name, value in values.items():
+            getattr(theirs, f"{name}_l0{suffix}").data = torch.tensor(value, dtype=torch.float32)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.tensor(x), lengths, batch_first=True)
+    expected, _ = torch.nn.utils.rnn.pad_packed_sequence(theirs(packed)[0], batch_first=True)
+    found = np.asarray(jax.jit(module.apply)({"params": params}, x, lengths))
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(found[row, :length], expected[row, :length].detach().numpy(), atol=2e-6)

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
 from prelm_jax.tokenizers.added_tokens import AddedToken
+from prelm_jax.tokenizers.base import FRAME_ROLES
 from prelm_jax.tokenizers.bpe import BPE
 from prelm_jax.tokenizers.build import build
 from prelm_jax.tokenizers.load import load
@@ -420,3 +421,60 @@ def test_missing_special_tokens_are_added_without_moving_ids(tmp_path):
     assert "[SEP] [MASK]" in message and "line numbers are ids" in message and "at the end" in message
     path.write_text(path.read_text() + "[SEP]\n[MASK]\n")
     assert load(path).encode_batch(["the"]) == [[3]]
+
+
+# The frame that GPT-1 puts around the texts of a task
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece", "wordpiece", "quick-tour"])
+def test_a_framed_tokenizer_puts_its_tokens_around_texts_in_transformers(kind, tmp_path):
+    SAVED[kind](tmp_path)
+    plain = load(tmp_path)
+    framed = plain.framed()
+    new = [token for role, token in FRAME_ROLES.items() if role not in plain.roles]
+    assert framed.tokens == [*plain.tokens, *new] and framed.framed() is framed
+    assert framed.fingerprint != plain.fingerprint
+    framed.save(tmp_path, model_max_length=9)
+    again, theirs = load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert (again.fingerprint, again.roles, again.tokens) == (framed.fingerprint, framed.roles, framed.tokens)
+    texts = ["new york", "the _start_ is", "x"]
+    first, second, third = framed.encode_batch(texts)
+    assert framed.bos_id not in second  # The name of a special token in a text is text.
+    start, delimiter, extract = framed.bos_id, framed.sep_id, framed.cls_id
+    assert theirs(texts[0])["input_ids"] == [start, *first, extract]
+    assert theirs(texts[0], texts[2])["input_ids"] == [start, *first, delimiter, *third, extract]
+    cut = theirs(texts[0] * 9, truncation=True)
+    assert set(cut) == {"input_ids", "attention_mask"}
+    assert len(cut["input_ids"]) == 9 and cut["input_ids"][-1] == extract
+    assert theirs.pad_token_id == framed.pad_id
+    theirs.save_pretrained(tmp_path / "resaved")
+    assert load(tmp_path / "resaved").roles == framed.roles
+
+
+def test_without_the_template_the_frame_is_text(tmp_path):
+    """As where a user has added the tokens by hand."""
+    bpe().framed().save(tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data | {"post_processor": None}))
+    loaded, theirs = load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.bos_id is None
+    assert loaded.encode_batch(["_start_ new"]) == [theirs("_start_ new")["input_ids"]]
+
+
+def test_a_vocabulary_that_spells_a_token_of_the_frame_is_refused():
+    with pytest.raises(InputError, match="_start_"):
+        BPE([*BPE_TOKENS, "_start_"], MERGES).framed()
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece", "wordpiece", "quick-tour"])
+def test_offsets_are_those_of_transformers(kind, tmp_path):
+    SAVED[kind](tmp_path)
+    ours, theirs = load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("New  york, néw 漢字 idx1\tnew", "", " the\u00a0<unk> [MASK] ", "a\u0301b"):
+        ids, offsets = ours.encode_with_offsets(text)
+        if "[" not in text:  # Which is a special token there.
+            encoded = theirs(text, add_special_tokens=False, return_offsets_mapping=True)
+            assert ids.tolist() == encoded["input_ids"]
+            spans = [text[begin:end].strip() for begin, end in encoded["offset_mapping"]]
+            assert [text[begin:end] for begin, end in offsets] == spans
+        assert [ids.tolist()] == ours.encode_batch([text])

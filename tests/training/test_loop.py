@@ -44,6 +44,9 @@ class Toy:
     replicated = (r"(^|/)frozen/",)
     matrices = ()
 
+    def rate(self, path):
+        return 1.0
+
     def init_params(self, key):
         mix = ScalarMix().init(key, jnp.zeros((LAYERS, 1, 1, SIZE)), jnp.ones((1, 1), bool))["params"]
         output = {"kernel": 0.1 * jax.random.normal(key, (SIZE, 1)), "bias": jnp.zeros(1)}
@@ -134,7 +137,7 @@ def train(workdir, config, evaluate=lambda step: float(step), interrupt=None):
                 state,
                 make_train_step(model, config.optimizer, config.accumulate, LAYOUT, abstract),
                 batches(),
-                lambda state: {"loss": evaluate(int(jax.device_get(state.step)))},
+                loop.Evaluation(lambda state: {"loss": evaluate(int(jax.device_get(state.step)))}, str),
                 checkpoints,
                 writer,
                 workdir,

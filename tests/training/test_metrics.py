@@ -108,7 +108,7 @@ def test_the_speed_leaves_out_compilation_evaluations_and_saves(tmp_path, monkey
             now += 1000 if step == 1 else 2
             report.wait((step, metrics, {}, 100 * step))
             if step in (1, 6, 11):
-                report.evaluation(step, {"loss": 2.0})
+                report.evaluation(step, {"loss": 2.0}, "loss 2")
                 now += 1000
                 report.restart_clock()
         report.close()

@@ -1,0 +1,39 @@
+"""The command that trains a task: finetune."""
+
+from typing import TYPE_CHECKING, Annotated
+
+from prelm_jax.bounds import Positive
+from prelm_jax.cache import cache_compiled_programs
+from prelm_jax.cli.experiments import TASK
+from prelm_jax.cli.options import AnyPath
+
+if TYPE_CHECKING:
+    from prelm_jax.finetuning.config import FineTuning
+
+
+def finetune(
+    run: Annotated["FineTuning", TASK],
+    workdir: AnyPath | None = None,
+    seeds: Positive = 1,
+    take_over: bool = False,
+) -> None:
+    """Train a task on a pretrained encoder with one or more seeds, or resume it.
+
+    Args:
+        workdir: Directory of all seeds; if unset, runs/TASK-FILE-HASH, from the training file and the settings.
+        seeds: Number of seeds, 0 and up, each trained on its own; complete ones are skipped.
+        take_over: On a bucket or a network disk, end the lease of another process at once; for one that is dead.
+    """
+    import jax
+
+    from prelm_jax.finetuning import finetune
+    from prelm_jax.finetuning.results import results_table
+    from prelm_jax.report import print_table
+    from prelm_jax.training import processes
+
+    cache_compiled_programs()
+    with processes.joined():
+        path, results = finetune.finetune(run, workdir, seeds, take_over)
+        if jax.process_index() == 0:
+            print_table(results_table(results))
+            print(f"\nThe seeds are in {path}.\nNext:\n  prelm export {path} DIRECTORY\n  prelm report {path}")

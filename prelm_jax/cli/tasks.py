@@ -1,0 +1,163 @@
+"""Commands that use a fine-tuned model: classify, tag, answer, choose."""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import tyro
+
+from prelm_jax.bounds import Size
+from prelm_jax.cli.models import load_kind
+from prelm_jax.cli.options import ModelPath, Positional, Step
+from prelm_jax.data.examples import Answers, Columns, Example
+from prelm_jax.errors import InputError
+from prelm_jax.storage import check_apart, output_directory, read_lines
+
+if TYPE_CHECKING:
+    from prelm_jax.inference.decoding import Prediction
+    from prelm_jax.inference.heads import TaskPretrained
+
+Input = Annotated[
+    str,
+    Positional,
+    tyro.conf.arg(help="Labelled file as SPEC (docs/finetuning.md), labels not needed; or .txt: a text a line."),
+]
+Json = Annotated[bool, tyro.conf.arg(help="Print one JSON object a line: id, prediction, and scores by name.")]
+
+ALL_USUAL = Columns()
+
+# Larger than any difference that JSON's readers are sure to take for a number.
+GREATEST = sys.float_info.max
+
+
+def classify(
+    model: ModelPath, input: Input, columns: Columns = ALL_USUAL, json: Json = False, step: Step = "newest"
+) -> None:
+    """Print the label of each text or pair of texts and its probability, or the number.
+
+    Several labels are printed with tabs between them. Texts that are too long are cut, and counted.
+    """
+    loaded = _load(model, step, "classify")
+    examples, predictions = _predict(loaded, input, columns)
+    for example, prediction in zip(examples, predictions, strict=True):
+        if json:
+            _print_json(example, prediction, loaded.labels)
+        elif loaded.kind == "label":
+            print(f"{prediction.label}\t{max(prediction.scores):.4f}")
+        elif loaded.kind == "number":
+            print(f"{prediction.label:.4f}")
+        else:
+            print("\t".join(cast(tuple[str, ...], prediction.label)))
+
+
+def tag(
+    model: ModelPath, input: Input, columns: Columns = ALL_USUAL, json: Json = False, step: Step = "newest"
+) -> None:
+    """Print each word and its tag, with a blank line between sentences; sentences may be of any length.
+
+    Lines of a .txt are split at white space.
+    """
+    loaded = _load(model, step, "tag")
+    examples, predictions = _predict(loaded, input, columns)
+    for example, prediction in zip(examples, predictions, strict=True):
+        if json:
+            _print_json(example, prediction, loaded.labels)
+            continue
+        words, tags = example.sequences[0][0], cast(tuple[str, ...], prediction.label)
+        print("".join(f"{word}\t{found}\n" for word, found in zip(words, tags, strict=True)))
+
+
+def choose(
+    model: ModelPath, input: Input, columns: Columns = ALL_USUAL, json: Json = False, step: Step = "newest"
+) -> None:
+    """Print the number of the best option of each example, from 0, and its probability."""
+    loaded = _load(model, step, "choose")
+    examples, predictions = _predict(loaded, input, columns)
+    for example, prediction in zip(examples, predictions, strict=True):
+        if json:
+            _print_json(example, prediction, loaded.labels)
+        else:
+            print(f"{prediction.label}\t{max(prediction.scores):.4f}")
+
+
+def answer(
+    model: ModelPath,
+    input: Input,
+    output: Positional[Path],
+    columns: Columns = ALL_USUAL,
+    null_threshold: float = 0.0,
+    stride: Size = 128,
+    step: Step = "newest",
+) -> None:
+    """Write the answers to questions as the three files that SQuAD's scorer reads.
+
+    predictions.json has an answer by question, nbest_predictions.json the 20 best with probabilities, null_odds.json
+    the score of no answer minus that of the best one.
+
+    Args:
+        output: Directory to write; it must be empty or new.
+        null_threshold: A question has no answer if its null_odds exceed this; 1e9 answers all, as SQuAD 1.1 asks.
+        stride: Tokens from a window of a long passage to the next.
+    """
+    check_apart(output, input, model)
+    loaded = _load(model, step, "answer")
+    with output_directory(output) as directory:
+        examples, predictions = _predict(loaded, input, columns, null_threshold, stride)
+        for name, content in squad_files(examples, predictions).items():
+            (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def squad_files(examples: Sequence[Example], predictions: "Sequence[Prediction]") -> dict[str, dict[str, object]]:
+    """The contents of the files that google-research/bert's run_squad.py writes and SQuAD's scorer reads, by name."""
+    found: dict[str, dict[str, object]] = {"predictions.json": {}, "nbest_predictions.json": {}, "null_odds.json": {}}
+    for example, prediction in zip(examples, predictions, strict=True):
+        answers = prediction.label
+        found["predictions.json"][example.id] = next(iter(answers.texts), "") if isinstance(answers, Answers) else ""
+        found["nbest_predictions.json"][example.id] = [
+            {"text": x.text, "probability": x.probability, "start_logit": x.start_score, "end_logit": x.end_score}
+            for x in prediction.candidates
+        ]
+        difference = prediction.null_difference
+        found["null_odds.json"][example.id] = difference if math.isfinite(difference) else GREATEST
+    return found
+
+
+def _load(path: str, step: Step, command: str) -> "TaskPretrained":
+    from prelm_jax.inference.heads import TaskPretrained
+
+    model = load_kind(path, step, TaskPretrained, command)
+    model.require(command)
+    return model
+
+
+def _predict(
+    model: "TaskPretrained", spec: str, columns: Columns, null_threshold: float = 0.0, stride: int | None = None
+) -> "tuple[list[Example], list[Prediction]]":
+    """The examples of a file and their predictions; says on the standard error what was left out or cut."""
+    from prelm_jax.finetuning.files import read_examples
+
+    if spec.endswith(".txt") and model.kind in ("label", "labels", "number", "tags"):
+        texts = [line.split() if model.kind == "tags" else line for line in read_lines(spec)]
+        examples = [Example(str(i), ((tuple(x) if isinstance(x, list) else x,),)) for i, x in enumerate(texts)]
+    else:
+        examples, counts = read_examples(spec, model.kind, columns, labelled=False)
+        for name, count in counts.items():
+            print(f"{spec}: {count:,} {name}", file=sys.stderr)
+    if not examples:
+        raise InputError(f"{spec} has no texts")
+    predictions, num_cut = model.predict(examples, null_threshold, stride, progress="predict")
+    if num_cut:
+        length = model.frame.max_length
+        print(f"{spec}: {num_cut:,} of {len(examples):,} examples cut to {length} tokens", file=sys.stderr)
+    return examples, predictions
+
+
+def _print_json(example: Example, prediction: "Prediction", labels: Sequence[str]) -> None:
+    scores: object = prediction.scores
+    if len(labels) == len(prediction.scores) and not isinstance(example.sequences[0][0], tuple):
+        scores = dict(zip(labels, prediction.scores, strict=True))
+    record = {"id": example.id, "prediction": prediction.label, **({"scores": scores} if prediction.scores else {})}
+    print(json.dumps(record, ensure_ascii=False))

@@ -1,0 +1,82 @@
+"""Batches of a task: a permutation of the rows each epoch, in one stream that runs on over the ends of epochs.
+
+    4 rows in batches of 3      2 0 3 | 1 0 2 | 1 3 …      the second epoch begins within the second batch
+
+A batch is as wide as its longest row needs (`frames.WIDTHS`), so that at most six programs are compiled. Nothing is
+sorted for training: rows of one length would often have one label.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from prelm_jax.data.frames import Frame, Row
+from prelm_jax.data.randomness import bits, key, permute
+from prelm_jax.training.contract import Layout
+
+
+class _Rows:
+    """The rows of a task, and the batches of some of them. Fulfills `Batches` with `_numbers`."""
+
+    def __init__(self, frame: Frame, rows: Sequence[Row], batch_size: int):
+        self.frame, self._rows, self.batch_size = frame, rows, batch_size
+        self.num_texts = max(len(row.texts) for row in rows)
+        # Tags read a token of each word; the others read one.
+        self._reads_words = any(len(text.read) > 1 for row in rows for text in row.texts)
+        self.layout: Mapping[str, Layout] = frame.layout(self._batch(np.arange(1), slice(0, 1)))
+
+    def _batch(self, number_B: np.ndarray, own: slice) -> dict[str, np.ndarray]:
+        rows = [self._rows[number] for number in number_B]
+        width = self.frame.fitting_width(rows, self.num_texts)
+        return self.frame.batch(rows, own, width, self.num_texts, width if self._reads_words else 1)
+
+    def numbers(self, step: int) -> np.ndarray:
+        """The numbers of the rows of a step's batch."""
+        raise NotImplementedError
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        return self.rows(step, 0, self.batch_size)
+
+    def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Rows start to stop of the batch of a step; its width is that of the whole batch."""
+        return self._batch(self.numbers(step), slice(start, stop))
+
+
+class TaskBatches(_Rows):
+    """The training batches of a task, pure in (seed, step)."""
+
+    def __init__(self, frame: Frame, rows: Sequence[Row], batch_size: int, seed: int):
+        super().__init__(frame, rows, batch_size)
+        self._key = key(seed, "tasks: epoch")
+
+    def numbers(self, step: int) -> np.ndarray:
+        """The numbers of the rows of a step's batch."""
+        epoch_B, index_B = np.divmod(step * self.batch_size + np.arange(self.batch_size), len(self._rows))
+        return permute(index_B, len(self._rows), bits(self._key, epoch_B))
+
+
+class TaskEvaluation(_Rows):
+    """All rows of a task once, sorted by length; rows of weight 0 fill the last batch."""
+
+    def __init__(self, frame: Frame, rows: Sequence[Row], batch_size: int):
+        super().__init__(frame, rows, batch_size)
+        self._order = np.argsort([row.length for row in rows], kind="stable")
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self.batch_size)
+
+    def numbers(self, step: int) -> np.ndarray:
+        """The numbers of the rows of a step's batch; those after the last row repeat it."""
+        place_B = step * self.batch_size + np.arange(self.batch_size)
+        return self._order[np.minimum(place_B, len(self._rows) - 1)]
+
+    def num_real(self, step: int) -> int:
+        """How many rows of a step's batch are not there to fill it."""
+        return min(self.batch_size, len(self._rows) - step * self.batch_size)
+
+    def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Rows start to stop of the batch of a step; its width is that of the whole batch."""
+        batch = super().rows(step, start, stop)
+        if "label_weights" in batch:
+            batch["label_weights"][np.arange(start, stop) >= self.num_real(step)] = 0
+        return batch

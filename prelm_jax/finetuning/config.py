@@ -1,0 +1,84 @@
+"""FineTuning: everything that defines the training of a task on a pretrained encoder."""
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from prelm_jax.bounds import (
+    Fraction,
+    FractionBelow1,
+    Length,
+    NotNegative,
+    NotNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Seed,
+    Size,
+)
+from prelm_jax.data.examples import Columns, Kind
+from prelm_jax.errors import InputError
+from prelm_jax.models import heads
+from prelm_jax.training.loop import LoopConfig
+from prelm_jax.validation import check
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuning:
+    """A task. The same FineTuning on the same mesh, devices and versions gives the same model, bit for bit."""
+
+    name: str  # Name of the task in reports, and in the default of --workdir.
+    head: Any
+    optimizer: Any
+    batch_size: Size  # Examples of the global batch, over all devices and micro-batches; of tags and spans, windows.
+    epochs: PositiveFloat  # How often each training example is read.
+    loop: Annotated[LoopConfig, tyro.conf.arg(name="")]
+    train: str | None = None  # File of labelled examples to train on: a path, a glob or tfds:NAME (docs/finetuning.md).
+    dev: str | None = None  # File of labelled examples to measure on while training, and to choose between seeds.
+    # Model directory, work directory or hub:OWNER/NAME whose encoder and tokenizer to start from.
+    init_from: str | None = None
+    scratch: bool = False  # Take only sizes and tokenizer from there, not the parameters: what is pretraining worth?
+    columns: Columns = dataclasses.field(default_factory=Columns)
+    metric: str | None = None  # Metric of the dev file by which the median seed is chosen; unset: the task's first.
+    positive: str | None = None  # Label whose precision and recall the metric `f1` is about.
+    warmup: FractionBelow1 = 0.1  # Fraction of the steps in which the learning rate rises.
+    # What is trained: all, or the head alone; then the encoder has neither dropout nor gradients.
+    tune: Literal["all", "head"] = "all"
+    layer_decay: Fraction = 1.0  # Factor of the learning rate from a layer to the one below; the top layer has one.
+    reinitialize_layers: NotNegative = 0  # Top layers, with BERT's pooler, that start from fresh parameters.
+    lm_coefficient: NotNegativeFloat = 0.0  # Weight of the loss of the next tokens, for a GPT.
+    max_length: Length | None = None  # Longest row in tokens; unset: the model's positions, at most 512.
+    stride: Positive | None = None  # Tokens from a window to the next; unset: 128 in passages, half a row in sentences.
+    symmetric: bool = False  # The two texts of a pair have no order: a GPT reads both orders, and adds what it reads.
+    seed: Seed = 0  # Decides initial values, batches and dropout.
+    precision: Literal["float32", "bfloat16"] = "float32"  # Of activations; parameters and moments stay float32.
+    accumulate: Size = 1  # Micro-batches a batch is cut into, one after the other, to save memory.
+
+    def __post_init__(self):
+        check(self)
+
+    @property
+    def kind(self) -> Kind:
+        """What a label of the task is."""
+        if isinstance(self.head, heads.Label):
+            return self.head.kind
+        kinds: dict[type, Kind] = {heads.Choice: "choice", heads.Tags: "tags", heads.Span: "spans"}
+        return kinds[type(self.head)]
+
+    def scheduled(self, rows: int) -> "FineTuning":
+        """The task with steps for its epochs, for a number of rows to train on; evaluated each epoch at least.
+
+        `loop.steps` may stop it earlier, on the same schedule. Raises InputError for a schedule given in steps.
+        """
+        optimizer, loop = self.optimizer, self.loop
+        for option, found, given, instead in (
+            ("warmup-steps", optimizer.warmup_steps, 0, "--warmup"),
+            ("decay-steps", optimizer.decay_steps, 1, "--epochs"),
+        ):
+            if found != given:
+                raise InputError(f"--optimizer.{option} {found}: give {instead}, from which the steps follow")
+        steps = max(1, round(self.epochs * rows / self.batch_size))
+        optimizer = dataclasses.replace(optimizer, warmup_steps=int(self.warmup * steps), decay_steps=steps)
+        evaluate_every = min(loop.evaluate_every, max(1, rows // self.batch_size))
+        loop = dataclasses.replace(loop, steps=min(loop.steps, steps), evaluate_every=evaluate_every)
+        return dataclasses.replace(self, optimizer=optimizer, loop=loop)

@@ -1,0 +1,176 @@
+"""A fine-tuned model in use: classify, tag, answer and choose, each example the same in any company."""
+
+import collections
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from typing import cast
+
+import jax
+import numpy as np
+from jax import Array
+
+from prelm_jax.data.examples import Example, Kind
+from prelm_jax.data.frames import WIDTHS, Frame, Row
+from prelm_jax.errors import InputError
+from prelm_jax.formats.base import LoadedTask, ModelConfig
+from prelm_jax.inference.base import Embeddings, Pretrained
+from prelm_jax.inference.batching import TOKENS_PER_BATCH
+from prelm_jax.inference.decoding import Outputs, Prediction, decode
+from prelm_jax.models import heads
+from prelm_jax.models.task import TaskModelConfig
+from prelm_jax.progress import Progress
+from prelm_jax.tokenizers.base import Tokenizer
+from prelm_jax.tokenizers.characters import MAX_CHARACTERS, PAD
+from prelm_jax.training.contract import Batch, Params
+
+# What the kinds of predictions are asked for by.
+METHODS: dict[Kind, str] = {
+    "label": "classify",
+    "labels": "classify",
+    "number": "classify",
+    "choice": "choose",
+    "tags": "tag",
+    "spans": "answer",
+}
+
+
+KINDS: dict[type, Kind] = {heads.Choice: "choice", heads.Tags: "tags", heads.Span: "spans"}
+
+
+class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
+    """An encoder with the head of a task. `pretrained` is the encoder without it, and embeds and scores.
+
+    labels: the names of classes or tags, in the order of the `scores` of predictions. kind: of these predictions.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedTask[Tokenizer],
+        pretrained: Pretrained[ModelConfig, Tokenizer],
+        frame: Callable[[Tokenizer, int, bool], Frame],
+    ):
+        super().__init__(loaded)
+        if loaded.tokenizer is None:
+            raise InputError("the model has no vocabulary (vocab.txt), which says how texts are split into words")
+        self.pretrained, self.labels, self._head = pretrained, loaded.labels, loaded.config.head
+        self._reads_two = isinstance(self._head, heads.Label) and self._head.pair
+        self.frame = frame(loaded.tokenizer, loaded.max_length or WIDTHS[-1], self._reads_two)
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of the labels that the head predicts."""
+        if isinstance(self._head, heads.Label):
+            return self._head.kind
+        return KINDS[type(self._head)]
+
+    def embed(self, texts: Collection[str], truncate: bool = False) -> Embeddings:
+        """The hidden states of the fine-tuned encoder; see `Pretrained`."""
+        return self.pretrained.embed(texts, truncate)
+
+    def score(self, texts: Collection[str]) -> Iterator[tuple[float, int]]:
+        """The probability of texts, where the directory still has the pretraining heads; see `Pretrained`."""
+        return self.pretrained.score(texts)
+
+    def classify(self, texts: Sequence[str | tuple[str, str]]) -> list[Prediction]:
+        """The label, the labels or the number of each text or pair of texts; what is too long is cut.
+
+        model.classify(["A fine film.", "A waste of time."])[0].label  # "positive"
+        """
+        parts = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
+        return self._of("classify", [Example(str(i), (each,)) for i, each in enumerate(parts)])
+
+    def tag(self, sentences: Sequence[str | Sequence[str]]) -> list[Prediction]:
+        """A tag for each word of each sentence, of any length. A string is split at white space.
+
+        model.tag(["John lives in Rome"])[0].label  # ("B-PER", "O", "O", "B-LOC")
+        """
+        words = [tuple(each.split() if isinstance(each, str) else each) for each in sentences]
+        return self._of("tag", [Example(str(i), ((each,),)) for i, each in enumerate(words)])
+
+    def answer(self, questions: Sequence[tuple[str, str]], null_threshold: float = 0.0) -> list[Prediction]:
+        """The answer to each (question, passage), of any length; see `decoding.decode` for `null_threshold`.
+
+        model.answer([("Who wrote it?", "It was written by Mary.")])[0].label.texts  # ("Mary",)
+        """
+        return self._of("answer", [Example(str(i), (pair,)) for i, pair in enumerate(questions)], null_threshold)
+
+    def choose(self, choices: Sequence[tuple[str, Sequence[str]]]) -> list[Prediction]:
+        """The number, from 0, of the option that best goes with each text.
+
+        model.choose([("He ate the apple.", ["It was good.", "It was closed."])])[0].label  # 0
+        """
+        pairs = [tuple((text, option) for option in options) for text, options in choices]
+        return self._of("choose", [Example(str(i), each) for i, each in enumerate(pairs)])
+
+    def _of(self, method: str, examples: Sequence[Example], null_threshold: float = 0.0) -> list[Prediction]:
+        self.require(method)
+        return self.predict(examples, null_threshold)[0]
+
+    def require(self, method: str) -> None:
+        """Raises InputError if predictions of the model's kind are not asked for by this method."""
+        if METHODS[self.kind] != method:
+            raise InputError(f"the model predicts {self.kind}, which {method} does not: {METHODS[self.kind]} does")
+
+    def predict(
+        self,
+        examples: Sequence[Example],
+        null_threshold: float = 0.0,
+        stride: int | None = None,
+        progress: str | None = None,
+    ) -> tuple[list[Prediction], int]:
+        """The predictions for examples of the model's kind, and how many of these were cut.
+
+        stride: tokens from a window of a long passage or sentence to the next (see `Frame.frame`). progress: what to
+        call the work in a line of progress; None: say nothing.
+        """
+        self._check(examples)
+        unlabelled = [Example(example.id, example.sequences) for example in examples]
+        rows, _, num_cut = self.frame.frame(unlabelled, self.kind, self.labels, stride)
+        return decode(self.kind, examples, rows, self._outputs(rows, progress), self.labels, null_threshold), num_cut
+
+    def _check(self, examples: Sequence[Example]) -> None:
+        for example in examples:
+            first = example.sequences[0] if example.sequences else ()
+            if not first:
+                raise InputError(f"example {example.id} has no texts")
+            apart = isinstance(self._head, heads.Label) and self.frame.pairs != "together"
+            if apart and (len(first) == 2) != self._reads_two:
+                read = "pairs of texts" if self._reads_two else "single texts"
+                raise InputError(f"example {example.id} has {len(first)} texts, but the model was trained on {read}")
+
+    def _outputs(self, rows: Sequence[Row], progress: str | None) -> list[Outputs]:
+        """What the model gives for each row, computed in a shape that depends on the row alone."""
+        together: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
+        for number, row in enumerate(rows):
+            if not row.length:
+                raise InputError("a text without tokens: the model reads nothing that stands around a text")
+            together[len(row.texts), self.frame.fitting_width([row], len(row.texts))].append(number)
+        outputs: dict[int, Outputs] = {}
+        with Progress(progress, len(rows), "rows") as shown:
+            for (num_texts, width), numbers in sorted(together.items()):
+                batch_size = max(1, TOKENS_PER_BATCH // (num_texts * width))
+                for start in range(0, len(numbers), batch_size):
+                    some = numbers[start : start + batch_size]
+                    filled = [rows[number] for number in (some + some[-1:] * batch_size)[:batch_size]]
+                    found = _predict(self.config, self.params, self._batch(filled, num_texts, width))
+                    values = {name: np.asarray(x) for name, x in found.items()}
+                    for i, number in enumerate(some):
+                        outputs[number] = {name: x[i] for name, x in values.items()}
+                    shown.advance(len(some))
+        return [outputs[number] for number in range(len(rows))]
+
+    def _batch(self, rows: Sequence[Row], num_texts: int, width: int) -> dict[str, np.ndarray]:
+        num_read = width if self.kind == "tags" else 1
+        batch = self.frame.batch(rows, slice(None), width, num_texts, num_read)
+        if "characters" in batch:  # Of as many words, and as long ones, as there may be in a batch of this shape.
+            words, columns = batch["characters"].shape
+            most = -(-len(rows) * num_texts * width // 128) * 128
+            padding = ((0, most - words), (0, MAX_CHARACTERS - columns))
+            batch["characters"] = np.pad(batch["characters"], padding, constant_values=PAD)
+        return batch
+
+
+@partial(jax.jit, static_argnums=0)
+def _predict(config: TaskModelConfig, params: Params, batch: Batch) -> dict[str, Array]:
+    with jax.default_matmul_precision("highest"):
+        return cast("dict[str, Array]", config.build().predict(params, {}, batch))

@@ -1,0 +1,56 @@
+"""Batches of a task: each epoch a permutation, one stream, pure; evaluation once for each row."""
+
+import numpy as np
+import pytest
+import tiny
+
+from prelm_jax.data.examples import Example
+from prelm_jax.data.frames import BertFrame, ELMoFrame
+from prelm_jax.data.tasks import TaskBatches, TaskEvaluation
+
+
+def make(kind=BertFrame, number=7):
+    frame = kind(tiny.tokenizer("bert" if kind is BertFrame else "elmo"), 64)
+    lengths = [3, 50, 1, 20, 30, 31, 2][:number]
+    examples = [Example(str(i), ((" ".join(["cat"] * n),),), f"{i}") for i, n in enumerate(lengths)]
+    return frame, frame.frame(examples, "label", [f"{i}" for i in range(number)]).rows
+
+
+def test_an_epoch_has_each_row_once_and_the_next_another_order():
+    frame, rows = make()
+    batches = TaskBatches(frame, rows, batch_size=3, seed=0)
+    stream = np.concatenate([batches.numbers(step) for step in range(14)]).reshape(6, 7)
+    assert all(sorted(epoch) == list(range(7)) for epoch in stream)
+    assert len({tuple(epoch) for epoch in stream}) > 3
+    other = TaskBatches(frame, rows, batch_size=3, seed=1)
+    assert any((other.numbers(step) != batches.numbers(step)).any() for step in range(3))
+
+
+@pytest.mark.parametrize("kind", [BertFrame, ELMoFrame])
+def test_a_part_of_a_batch_is_that_of_the_whole(kind):
+    """The width and ELMo's characters are those of the whole batch, on whatever host."""
+    frame, rows = make(kind)
+    batches = TaskBatches(frame, rows, batch_size=4, seed=0)
+    for step in range(5):
+        whole, again = batches[step], TaskBatches(frame, rows, batch_size=4, seed=0)
+        parts = [again.rows(step, 0, 1), again.rows(step, 1, 4)]
+        for name, x in whole.items():
+            joined = (
+                np.concatenate([part[name] for part in parts]) if batches.layout[name] == "rows" else parts[1][name]
+            )
+            np.testing.assert_array_equal(joined, x)
+        assert whole["labels"].tolist() == batches.numbers(step).tolist()
+        longest = max(rows[number].length for number in batches.numbers(step))
+        assert whole["segments"].shape == (4, 1, 32 if longest <= 32 else 64)
+
+
+def test_evaluation_has_each_row_once_by_length():
+    frame, rows = make()
+    evaluation = TaskEvaluation(frame, rows, batch_size=4)
+    assert len(evaluation) == 2
+    seen = [evaluation.numbers(step)[: evaluation.num_real(step)] for step in range(2)]
+    assert np.concatenate(seen).tolist() == [2, 6, 0, 3, 4, 5, 1]
+    last = evaluation[1]
+    assert last["label_weights"].tolist() == [1, 1, 1, 0] and evaluation[0]["label_weights"].sum() == 4
+    assert [evaluation[step]["segments"].shape[-1] for step in range(2)] == [32, 64]
+    np.testing.assert_array_equal(evaluation.rows(1, 2, 4)["label_weights"], [1, 0])

@@ -1,0 +1,314 @@
+"""Fine-tuning from labelled files to an exported model, in a small world."""
+
+import dataclasses
+import json
+import random
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from prelm_jax import load
+from prelm_jax.cli.main import main
+from prelm_jax.data.examples import Columns
+from prelm_jax.errors import InputError
+from prelm_jax.finetuning import finetune
+from prelm_jax.finetuning.config import FineTuning
+from prelm_jax.finetuning.results import read_predictions, read_results
+from prelm_jax.models.heads import Choice, Label, Span, Tags
+from prelm_jax.training.checkpoint import Checkpoints
+from prelm_jax.training.loop import LoopConfig
+from prelm_jax.training.optimizer import AdamW
+from prelm_jax.training.parameters import path_name
+from prelm_jax.training.sharding import MeshConfig
+from prelm_jax.training.step import abstract_state
+
+OPTIONS = [
+    *("--batch-size", "4", "--epochs", "2", "--max-length", "64", "--optimizer.learning-rate", "1e-2"),
+    *("--save-every", "5", "--log-every", "1", "--mesh.devices", "1"),
+]
+
+
+def sentence(rng, most=9):
+    return " ".join(rng.choices(tiny.WORDS, k=rng.randint(2, most)))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny BERT, and files whose label is whether there is a cat; some examples are longer than 32 tokens."""
+    folder = tmp_path_factory.mktemp("world")
+    rng = random.Random(0)
+    for name, number in (("train", 24), ("dev", 7)):
+        texts = [sentence(rng, 45 if i % 8 == 3 else 9) + (" cat" if i % 2 else " dog") for i in range(number)]
+        lines = [f"{text}\t{'yes' if 'cat' in text.split() else 'no'}\n" for text in texts]
+        (folder / f"{name}.tsv").write_text("text\tlabel\n" + "".join(lines) + "the house\tno\nthe cat\tyes\n")
+    tiny.directory(folder / "bert", "bert", max_position_embeddings=64)
+    return folder
+
+
+def arguments(world, workdir, *more):
+    files = ["--init-from", world / "bert", "--train", world / "train.tsv", "--dev", world / "dev.tsv"]
+    return [str(x) for x in ("finetune", "finetuning:classify", *files, "--workdir", workdir, *OPTIONS, *more)]
+
+
+@pytest.fixture(scope="module")
+def trained(world):
+    """The directory above two seeds of 13 steps, an epoch and more being 6."""
+    main(arguments(world, world / "whole", "--seeds", "2"))
+    return world / "whole"
+
+
+def newest(workdir):
+    record = json.loads((workdir / "run.json").read_text())
+    model = load(workdir).config.build()
+    optimizer = AdamW(**{key: value for key, value in record["segments"][0]["optimizer"].items() if key != "name"})
+    abstract = abstract_state(model, optimizer, 4, MeshConfig(devices=1).build(), "replicated")
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    step, items = checkpoints.restore(abstract.items())
+    checkpoints.close()
+    return step, items
+
+
+def test_results_and_predictions(world, trained):
+    results = read_results(trained)
+    assert [(each.seed, each.step, each.evaluations) for each in results.seeds] == [(0, 13, 3), (1, 13, 3)]
+    assert results.labels == ("no", "yes") and results.metric == "accuracy" and results.task == "classify"
+    assert (results.train_examples, results.dev_examples) == (26, 9)
+    for each in results.seeds:
+        predictions = read_predictions(trained / f"seed-{each.seed}" / "predictions.jsonl")
+        right = [x.gold == x.prediction for x in predictions]
+        assert [x.id for x in predictions] == [str(i) for i in range(9)]
+        np.testing.assert_allclose(each.scores["accuracy"].value, np.mean(right))
+        assert all(max(x.probabilities, key=x.probabilities.get) == x.prediction for x in predictions)
+    lines = tiny.metrics(trained / "seed-0")
+    evaluations = [line for line in lines if "evaluation/accuracy" in line]
+    assert [line["step"] for line in evaluations] == [6, 12, 13]
+    assert evaluations[-1]["evaluation/accuracy"] == results.seeds[0].scores["accuracy"].value
+    assert '"baseline/accuracy/' in (trained / "seed-0" / "metrics.jsonl").read_text()
+    first = [next(line["train/loss"] for line in tiny.metrics(trained / f"seed-{seed}")) for seed in range(2)]
+    assert first[0] != first[1]
+
+
+@pytest.mark.usefixtures("shared_programs")
+def test_a_crash_in_the_middle_of_an_epoch_changes_no_bit(world, trained, tmp_path):
+    """Steps of both widths, a crash at step 9, a resume from step 5."""
+    with tiny.interruption(9, tiny.crash), pytest.raises(tiny.Crash):
+        main(arguments(world, tmp_path / "parts"))
+    main(arguments(world, tmp_path / "parts"))
+    assert tiny.metrics(tmp_path / "parts" / "seed-0") == tiny.metrics(trained / "seed-0")
+    (step, items), (other, others) = newest(tmp_path / "parts" / "seed-0"), newest(trained / "seed-0")
+    assert step == other == 13
+    jax.tree.map(np.testing.assert_array_equal, items, others)
+
+
+def test_complete_seeds_are_skipped(world, trained, monkeypatch, capsys):
+    before = (trained / "results.json").read_text()
+    monkeypatch.setattr(finetune, "train", lambda *_: pytest.fail("trained again"))
+    main(arguments(world, trained, "--seeds", "2"))
+    assert (trained / "results.json").read_text() == before
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_another_task_in_the_directory_is_refused(world, trained, capsys):
+    for option in ("--batch-size 8", "--optimizer.weight-decay 0.5", "--head.dropout 0.3", "--max-length 32"):
+        with pytest.raises(SystemExit):
+            main(arguments(world, trained, "--seeds", "2", *option.split()))
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert str(trained / "seed-0") in error and option.split()[0].lstrip("-").replace("-", "_") in error
+
+
+def test_export_and_use(world, trained, tmp_path, capsys):
+    """The exported median seed and the work directory predict what the evaluation predicted."""
+    main(["export", str(trained), str(tmp_path / "model")])
+    median = read_results(trained).median_seed().seed
+    assert f"seed {median}" in capsys.readouterr().out
+    lines = (world / "dev.tsv").read_text().splitlines()[1:]
+    texts = [line.partition("\t")[0] for line in lines]
+    expected = read_predictions(trained / f"seed-{median}" / "predictions.jsonl")
+    for source in (tmp_path / "model", trained / f"seed-{median}"):
+        found = load(source).classify(texts)
+        assert [each.label for each in found] == [each.prediction for each in expected]
+        for each, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(each.scores, list(other.probabilities.values()), atol=1e-5)
+    assert "model-index" in (tmp_path / "model" / "README.md").read_text()
+    with pytest.raises(SystemExit):
+        main(["export", str(trained), str(tmp_path / "other"), "--seed", "7"])
+    assert "--seed 7" in capsys.readouterr().err
+
+
+def make(world, head=None, **changes):
+    settings = {
+        "name": "test",
+        "head": head or Label(),
+        "optimizer": AdamW(1e-2, 0, 1),
+        "batch_size": 4,
+        "epochs": 1,
+        "loop": LoopConfig(steps=2, mesh=MeshConfig(devices=1)),
+        "train": str(world / "train.tsv"),
+        "dev": str(world / "dev.tsv"),
+        "init_from": str(world / "bert"),
+    }
+    return FineTuning(**{**settings, **changes})
+
+
+def test_what_training_starts_from(world):
+    """The pretrained parameters, but for the head, and for the top layers and the pooler if these are to be fresh."""
+    source = load(world / "bert").params
+    loaded = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(source)}
+    for layers in (0, 1):
+        task = finetune.prepare(make(world, reinitialize_layers=layers))
+        fresh = task.config.build().init_params(jax.random.key(5))
+        started = finetune.initial(task, fresh)
+        for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(started), jax.tree.leaves(fresh), strict=True):
+            name = path_name(path)
+            from_fresh = name.startswith("head/") or (layers and name.startswith(("pooler/", "encoder/layer_0/")))
+            np.testing.assert_array_equal(x, y if from_fresh else loaded[name])
+
+
+def test_the_directory_is_named_after_task_file_and_identity(world):
+    paths = [
+        finetune.default_workdir(finetune.prepare(make(world, **changes)))
+        for changes in ({}, {"seed": 3}, {"warmup": 0.2})
+    ]
+    assert paths[0] == paths[1] != paths[2]
+    assert all(
+        path.parent.name == "runs" and path.name.startswith("test-train-") and len(path.name) == 19 for path in paths
+    )
+    shutil.copy(world / "train.tsv", world / "copy.tsv")
+    copied = finetune.default_workdir(finetune.prepare(make(world, train=str(world / "copy.tsv"))))
+    assert copied.name.removeprefix("test-copy-") == paths[0].name.removeprefix("test-train-")
+
+
+def test_epochs_become_steps(world):
+    run = make(world, epochs=2.5, warmup=0.2, loop=LoopConfig(steps=2**31 - 1)).scheduled(26)
+    assert (run.loop.steps, run.optimizer.decay_steps, run.optimizer.warmup_steps, run.loop.evaluate_every) == (
+        16,
+        16,
+        3,
+        6,
+    )
+    assert make(world, epochs=2.5).scheduled(26).loop.steps == 2
+    for option in ("warmup_steps", "decay_steps"):
+        with pytest.raises(InputError, match=option.replace("_", "-")):
+            make(world, optimizer=dataclasses.replace(AdamW(1e-2, 0, 1), **{option: 7})).scheduled(26)
+
+
+MISTAKES = {
+    "no file": (["--train", "none.tsv"], "none.tsv"),
+    "column": (["--columns.text", "sentence"], "sentence"),
+    "metric": (["--metric", "bleu"], "--metric bleu"),
+    "positions": (["--max-length", "65"], "--max-length 65"),
+    "schedule": (["--optimizer.decay-steps", "10"], "--optimizer.decay-steps 10"),
+    "loss of next tokens": (["--lm-coefficient", "0.5"], "lm_coefficient"),
+    "layers": (["--reinitialize-layers", "2"], "--reinitialize-layers 2"),
+    "batch size": (["--mesh.devices", "3"], "--batch-size 4"),
+    "unknown label": (["--dev", "{folder}/unknown.tsv"], "maybe"),
+    "one class": (["--dev", "{folder}/one.tsv"], "one.tsv"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line(world, tmp_path, mistake, capsys):
+    (tmp_path / "unknown.tsv").write_text("text\tlabel\na cat\tyes\na dog\tmaybe\n")
+    (tmp_path / "one.tsv").write_text("text\tlabel\na cat\tyes\nthe cat\tyes\n")
+    options, expected = MISTAKES[mistake]
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments(world, tmp_path / "run", *(option.format(folder=tmp_path) for option in options)))
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 1 and lines[-1].startswith("prelm: ") and expected in lines[-1]
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").rglob("run.json"))
+
+
+def test_what_must_be_given(capsys):
+    with pytest.raises(SystemExit):
+        main(["finetune", "finetuning:classify", "--train", "x.tsv"])
+    assert capsys.readouterr().err.splitlines()[-1].startswith("prelm: --init-from, --dev must be given")
+    with pytest.raises(SystemExit):
+        main(["finetune", "bert:mini"])
+    assert "FineTuning" in capsys.readouterr().err
+
+
+# Every kind of task on every family
+
+KINDS = {
+    "label": (Label(), {}),
+    "pair": (Label(), {"pair": "pair"}),
+    "labels": (Label(kind="labels"), {"label": "labels"}),
+    "number": (Label(kind="number"), {"pair": "pair", "label": "number"}),
+    "choice": (Choice(), {"label": "right", "options": ("options",)}),
+    "tags": (Tags(), {}),
+    "crf": (Tags(crf=True, mix=True, lstm_size=4), {}),
+    "spans": (Span(), {}),
+    "frozen": (Label(mix=True, lstm_size=4), {"pair": "pair"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_kind_trains_on_every_family(family, kind, tmp_path):
+    """Two steps, the results, and the model loaded from the work directory, which predicts the same."""
+    if (family, kind) == ("openai-gpt", "spans"):
+        with pytest.raises(InputError, match="GPT"):
+            finetune.finetune(*prepared(tmp_path, family, kind))
+        return
+    _, results = finetune.finetune(*prepared(tmp_path, family, kind))
+    (seed,) = results.seeds
+    assert seed.step == 2 and all(np.isfinite(score.value) for score in seed.scores.values())
+    task = finetune.prepare(prepared(tmp_path, family, kind, make_files=False)[0])
+    found, _ = load(tmp_path / "run" / "seed-0").predict(task.dev_examples)
+    predictions = read_predictions(tmp_path / "run" / "seed-0" / "predictions.jsonl")
+    for each, other in zip(found, predictions, strict=True):
+        label = each.label
+        if kind == "spans":
+            label = label.texts[0] if label.texts else ""
+        if kind == "number":
+            np.testing.assert_allclose(label, other.prediction, rtol=1e-4)
+        else:
+            assert json.loads(json.dumps(label)) == other.prediction
+
+
+def prepared(folder, family, kind, make_files=True):
+    head, columns = KINDS[kind]
+    if make_files:
+        rng = random.Random(0)
+        for name, number in (("train", 9), ("dev", 5)):
+            with (folder / f"{name}.jsonl").open("w") as file:
+                for i in range(number):
+                    text, passage = sentence(rng) + " cat" * (i % 2), sentence(rng, 30)
+                    words = text.split()
+                    fields = {
+                        "text": text,
+                        "pair": sentence(rng),
+                        "label": ["no", "yes"][i % 2],
+                        "labels": words[: i % 3],
+                        "number": float(len(words)),
+                        "options": [sentence(rng), sentence(rng), "cat"],
+                        "right": i % 3,
+                        "tokens": words,
+                        "tags": ["B-X" if word == "cat" else "O" for word in words],
+                        "question": "the cat",
+                        "context": passage,
+                        "answers": {"text": [passage.split()[0]], "answer_start": [0]}
+                        if i
+                        else {"text": [], "answer_start": []},
+                    }
+                    if kind == "labels":
+                        fields["labels"] = ["a", "b"][: i % 3]
+                    file.write(json.dumps(fields) + "\n")
+        tiny.directory(folder / "model", family)
+    run = make(
+        folder,
+        head,
+        train=str(folder / "train.jsonl"),
+        dev=str(folder / "dev.jsonl"),
+        init_from=str(folder / "model"),
+        columns=Columns(**columns),
+        tune="head" if kind in ("crf", "frozen") else "all",
+        lm_coefficient=0.5 if (family, kind) == ("openai-gpt", "label") else 0.0,
+        symmetric=kind == "number",
+        max_length=24 if kind in ("tags", "spans") else None,
+    )
+    return run, folder / "run"
