@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from prelm_jax.models.layers import MASKED, add_bias, backend
+from prelm_jax.models.layers import MASKED, add_bias, backend, product, product_dtype, product_over_rows
 
 # Tokens of a device whose logits are in memory at once. On a CPU few, so that the logits stay in its cache; elsewhere
 # many, because every chunk reads and writes the gradient of the whole table.
@@ -76,8 +76,13 @@ def sampled_nll(
 
 def tied_logits(x: Array, table_VD: Array, vocab_size: int, bias_V: Array | None = None) -> Array:
     """[..., V], fp32: products of [..., D] with a vocabulary table, whose rows past `vocab_size` never win."""
-    x_GD, rows, transposed = x.reshape(-1, x.shape[-1]), table_VD.shape[0], (((1,), (1,)), ((), ()))
-    logits_GV = jax.lax.dot_general(x_GD, table_VD.astype(x.dtype), transposed, preferred_element_type=jnp.float32)
+    x_GD, rows, table_VD = x.reshape(-1, x.shape[-1]), table_VD.shape[0], table_VD.astype(x.dtype)
+    if backend() == "cpu":
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        logits_GV = product(x_GD.astype(wide), table_VD, transposed=True)
+    else:
+        transposed = (((1,), (1,)), ((), ()))
+        logits_GV = jax.lax.dot_general(x_GD, table_VD, transposed, preferred_element_type=jnp.float32)
     if bias_V is not None:
         logits_GV = add_bias(logits_GV, jnp.where(jnp.arange(rows) < vocab_size, bias_V, MASKED))
     else:
@@ -140,7 +145,8 @@ def _local_chunks(vocab_size: int, arguments: Arguments, differentiate: bool) ->
     # 1000 tokens, 512 at once: two chunks of 500. 1001: two of 501, the last token of the second being padding.
     chunks = math.ceil(tokens / min(at_once, max(1, CHUNK_LOGITS // table_VD.shape[0])))
     padding = -tokens % chunks  # Tokens of weight 0.
-    table = table_VD.astype(x_BTD.dtype)
+    dtype = product_dtype(x_BTD)
+    table = table_VD.astype(dtype)
 
     def split(values: Array) -> Array:
         flat = values.reshape(tokens, *values.shape[2:])
@@ -171,11 +177,12 @@ def _local_chunks(vocab_size: int, arguments: Arguments, differentiate: bool) ->
         # The gradient of a logit is weight · (exp / total - hit). Its factor weight / total belongs to a whole row, so
         # it is left out here and multiplied in where a row has D columns instead of V.
         hit_G = jnp.exp(picked_G - highest_G) - total_G
-        dlogits_GV = exp_GV.astype(x_GD.dtype).at[jnp.arange(hit_G.shape[0]), targets_G].set(hit_G.astype(x_GD.dtype))
+        dlogits_GV = exp_GV.astype(dtype).at[jnp.arange(hit_G.shape[0]), targets_G].set(hit_G.astype(dtype))
         factor_G1 = (weights_G / total_G)[:, None]
-        product = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-        dtable_VD = product(dlogits_GV, (factor_G1 * x_GD).astype(x_GD.dtype), (((0,), (0,)), ((), ())))
-        dx_GD = factor_G1 * product(dlogits_GV, table, (((1,), (0,)), ((), ())))
+        dtable_VD = product_over_rows(dlogits_GV, (factor_G1 * x_GD).astype(dtype))
+        dx_GD = factor_G1 * jax.lax.dot_general(
+            dlogits_GV, table, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
         dbias_V = None
         if bias_V is not None:  # As a product: see `add_bias`.
             dbias_V = jnp.matmul(factor_G1.T, dlogits_GV.astype(jnp.float32), precision="highest")[0]
