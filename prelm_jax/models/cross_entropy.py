@@ -68,26 +68,28 @@ def sampled_nll(
     their expected counts. `hits_GS`: negatives that equal the target, which are left out.
     """
     true_G = jnp.einsum("GP,GP->G", x_GP, true_GP, preferred_element_type=jnp.float32) + true_bias_G
-    sampled_GS = jnp.einsum("GP,SP->GS", x_GP, sampled_SP, preferred_element_type=jnp.float32)
-    sampled_GS = jnp.where(hits_GS, MASKED, add_bias(sampled_GS, sampled_bias_S))
+    sampled_GS = jnp.where(hits_GS, MASKED, add_bias(_logits(x_GP, sampled_SP), sampled_bias_S))
     nll_G, _ = cross_entropy(jnp.concatenate([true_G[:, None], sampled_GS], 1), jnp.zeros(x_GP.shape[0], jnp.int32))
     return nll_G
 
 
+def _logits(x_GD: Array, table_VD: Array) -> Array:
+    """[G, V], fp32 or wider: each vector times each row of a table of the same dtype."""
+    if backend() == "cpu":
+        return product(x_GD.astype(jnp.promote_types(x_GD.dtype, jnp.float32)), table_VD, transposed=True)
+    transposed = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x_GD, table_VD, transposed, preferred_element_type=jnp.float32)
+
+
 def tied_logits(x: Array, table_VD: Array, vocab_size: int, bias_V: Array | None = None) -> Array:
     """[..., V], fp32: products of [..., D] with a vocabulary table, whose rows past `vocab_size` never win."""
-    x_GD, rows, table_VD = x.reshape(-1, x.shape[-1]), table_VD.shape[0], table_VD.astype(x.dtype)
-    if backend() == "cpu":
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        logits_GV = product(x_GD.astype(wide), table_VD, transposed=True)
-    else:
-        transposed = (((1,), (1,)), ((), ()))
-        logits_GV = jax.lax.dot_general(x_GD, table_VD, transposed, preferred_element_type=jnp.float32)
+    rows = table_VD.shape[0]
+    logits_GV = _logits(x.reshape(-1, x.shape[-1]), table_VD.astype(x.dtype))
     if bias_V is not None:
         logits_GV = add_bias(logits_GV, jnp.where(jnp.arange(rows) < vocab_size, bias_V, MASKED))
     else:
         # Updates the product in place; a condition on the column would write all logits a second time.
-        padding_GV = jnp.full((x_GD.shape[0], rows - vocab_size), MASKED)
+        padding_GV = jnp.full((logits_GV.shape[0], rows - vocab_size), MASKED)
         logits_GV = jax.lax.dynamic_update_slice(logits_GV, padding_GV, (0, vocab_size))
     return logits_GV.reshape(*x.shape[:-1], rows)
 
