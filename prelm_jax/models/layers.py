@@ -10,7 +10,8 @@ The letters that name the axes of an array, in suffixes (`x_BTD`) and einsums, e
 
     In ELMo, S also names the negatives of a sampled softmax, D the width of a character's vector, F the filters.
 
-Parameters are fp32; a layer computes in the dtype of its input. Norms, softmax and losses compute in fp32.
+Parameters are fp32; a layer computes in the dtype of its input. Norms, softmax and losses compute in fp32. On a CPU a
+model in bf16 has fp32 activations: only `product` rounds.
 """
 
 import contextlib
