@@ -73,10 +73,13 @@ def seconds(build) -> float:
 
 def pairs(store: Store):
     for T, M in ((128, 20), (512, 76)):
+        options = dict(max_length=T, max_predictions=M, short_sequence_probability=0.1)
+        packed = PairsConfig(**options, packing=True).build(store, TOKENIZER, BATCH_SIZE, seed=0)
+        speed = BATCH_SIZE * T / seconds(packed.__getitem__) / 1e6
+        print(f"T={T} B={BATCH_SIZE}, packed: {speed:.1f} M tokens/s; {packed.describe()}")
         for name, whole_word in (("", False), (", whole words", True)):
             masking = MaskingConfig(whole_word=whole_word)
-            options = dict(max_length=T, max_predictions=M, masking=masking, short_sequence_probability=0.1)
-            batches = PairsConfig(**options).build(store, TOKENIZER, BATCH_SIZE, seed=0)
+            batches = PairsConfig(**options, masking=masking).build(store, TOKENIZER, BATCH_SIZE, seed=0)
             batch, mask = batches[0], masking.build(TOKENIZER, M, seed=0)
             length_B = batch["segments"].sum(axis=1)
             candidates_BT = batch["segments"].astype(bool) & (np.arange(T) > 0) & (np.arange(T) < length_B[:, None] - 1)

@@ -92,9 +92,11 @@ def _pretrain(run: Run, directory: WorkDir, extend_to: int | None) -> Summary:
     corpus, validation, tokenizer, training, held_out = prepare(run)
     if run.split and not held_out.num_documents:
         _refuse_split(run, training.num_documents, "none is held out for evaluation")
-    run = dataclasses.replace(run, model=_with_vocabulary(run.model, tokenizer))
+    run = dataclasses.replace(run, model=with_vocabulary(run.model, tokenizer))
     model = run.model.build(jnp.dtype(run.precision))
     batches = run.data.build(training, tokenizer, run.batch_size, run.seed)
+    if jax.process_index() == 0:
+        print(run.data.describe(batches), file=sys.stderr)
     evaluation = HeldOut(run, model, tokenizer, batches, held_out) if held_out.num_documents else None
     fingerprint = None if validation is None else validation.fingerprint
     record = RunRecord.from_run(run, corpus.fingerprint, tokenizer.fingerprint, fingerprint)
@@ -135,35 +137,9 @@ def evaluate(
     """
     directory = WorkDir(workdir)
     record = directory.read_record()
-    if experiment is None:
-        family = find_family(record.model_type, directory.path / "run.json")
-        run = record.run(family.model, family.data)
-    elif experiment.model.model_type != record.model_type:
-        raise InputError(
-            f"{directory.path} holds a run of model_type {record.model_type}, and the experiment is of model_type "
-            f"{experiment.model.model_type}: name the experiment of that run"
-        )
-    else:
-        run = record.run(type(experiment.model), type(experiment.data))
-    tokenizer = directory.read_tokenizer()
-    run = dataclasses.replace(run, model=_with_vocabulary(run.model, tokenizer))
-    own, validation = _corpora(run)
-    training, text = preparation.prepare(own, tokenizer)
-    if corpus:
-        _, text = preparation.prepare(_all_of(corpus, run), tokenizer)
-    else:
-        found = {"corpus": own.fingerprint, "validation": None if validation is None else validation.fingerprint}
-        for name, fingerprint in found.items():
-            if fingerprint != record.identity.get(f"{name}_fingerprint"):
-                sources = " ".join(getattr(run, name))
-                raise InputError(
-                    f"the {name} {sources} of {directory.path} has changed since: give a text with --corpus"
-                )
-        if validation is not None:
-            _, text = preparation.prepare(validation, tokenizer)
-    if not text.num_documents:
-        reason = f"{' '.join(corpus)} is empty" if corpus else f"the run in {directory.path} holds nothing out"
-        raise InputError(f"there is no text to evaluate on ({reason}): give one with --corpus")
+    run, tokenizer = _run_of(directory, record, experiment), directory.read_tokenizer()
+    run = dataclasses.replace(run, model=with_vocabulary(run.model, tokenizer))
+    training, text = _texts_of(directory, record, run, tokenizer, corpus)
     data: DataConfig[Batches] = run.data
     rows = data.evaluation(text, tokenizer)
     model = run.model.build(jnp.dtype(run.precision))
@@ -189,14 +165,54 @@ def evaluate(
     )
 
 
-def export(workdir: str | os.PathLike, directory: str | os.PathLike, step: Step = "newest") -> None:
-    """Writes a checkpoint of a work directory as a model directory, in the format that others read."""
+def _run_of(directory: WorkDir, record: RunRecord, experiment: Run | None) -> Run:
+    """The run in a work directory; its classes are those of its family, or of an experiment of the same model_type."""
+    if experiment is None:
+        family = find_family(record.model_type, directory.path / "run.json")
+        return record.run(family.model, family.data)
+    if experiment.model.model_type != record.model_type:
+        raise InputError(
+            f"{directory.path} holds a run of model_type {record.model_type}, and the experiment is of model_type "
+            f"{experiment.model.model_type}: name the experiment of that run"
+        )
+    return record.run(type(experiment.model), type(experiment.data))
+
+
+def _texts_of(
+    directory: WorkDir, record: RunRecord, run: Run, tokenizer: Tokenizer, corpus: tuple[str, ...]
+) -> tuple[Store, Store]:
+    """The text that a run was trained on, and the one to evaluate it on: `corpus`, else what the run evaluates on."""
+    own, validation = _corpora(run)
+    training, text = preparation.prepare(own, tokenizer)
+    if corpus:
+        _, text = preparation.prepare(_all_of(corpus, run), tokenizer)
+    else:
+        found = {"corpus": own.fingerprint, "validation": None if validation is None else validation.fingerprint}
+        for name, fingerprint in found.items():
+            if fingerprint != record.identity.get(f"{name}_fingerprint"):
+                sources = " ".join(getattr(run, name))
+                raise InputError(
+                    f"the {name} {sources} of {directory.path} has changed since: give a text with --corpus"
+                )
+        if validation is not None:
+            _, text = preparation.prepare(validation, tokenizer)
+    if not text.num_documents:
+        reason = f"{' '.join(corpus)} is empty" if corpus else f"the run in {directory.path} holds nothing out"
+        raise InputError(f"there is no text to evaluate on ({reason}): give one with --corpus")
+    return training, text
+
+
+def export(workdir: str | os.PathLike, directory: str | os.PathLike, step: Step | None = None) -> None:
+    """Writes a checkpoint of a work directory as a model directory, in the format that others read.
+
+    step: by default the one with the lowest held-out loss, or the newest where none was evaluated.
+    """
     source = WorkDir(workdir)
     record = source.read_record()
     family = find_family(record.model_type, source.path)
     run = record.run(family.model, family.data)
     check_apart(directory, workdir, *filter(None, [run.init_from]))
-    found, model = load_checkpoint(source, step)
+    found, model = load_checkpoint(source, source.best_step() if step is None else step)
     card = report.model_card(source, run, found, model.loaded, family.format, Path(directory).name)
     save(model.loaded, family.format, directory, card)
 
@@ -290,7 +306,8 @@ def _refuse_split(run: Run, documents: int, consequence: str) -> NoReturn:
     )
 
 
-def _with_vocabulary(model, tokenizer: Tokenizer):
+def with_vocabulary(model, tokenizer: Tokenizer):
+    """The config of a model with the size of the tokenizer's vocabulary, unless it has a larger one of its own."""
     if model.vocab_size is not None and model.vocab_size < tokenizer.vocab_size:
         raise InputError(
             f"--model.vocab-size {model.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens, whose ids would "

@@ -1,4 +1,4 @@
-"""What people read: tables at the terminal, the header of a run, and the model card of an export."""
+"""Tables on the terminal, the header of a run, and the model card of an export."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from prelm_jax.workdir import WorkDir
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """How a model does on a text: metrics, the trivial baselines of each, and the rate of unknown tokens."""
+    """The evaluation of a model on a text: metrics, their trivial baselines, and the rate of unknown tokens."""
 
     evaluation: dict[str, float]
     baselines: dict[str, dict[str, float]]
@@ -86,7 +86,7 @@ def corpus_table(corpus: Corpus, training: Store, held_out: Store) -> Table:
 def print_run_header(
     run: Run, model: Model, batch: HostBatch, params: Params, step: int, mesh: jax.sharding.Mesh
 ) -> None:
-    """Says, on process 0, what is about to be trained; `batch` is of the shapes that it is trained on."""
+    """Prints, on process 0, the model, devices and steps of a run; `batch`: any batch of the run, for its shapes."""
     if jax.process_index() != 0:
         return
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -100,6 +100,9 @@ def print_run_header(
         share = flops / (flops + model.flops(cast(Batch, batch)) / mesh.size)
         name, size = type(run.optimizer).__name__, f"{flops / 1e9:,.2f} GFLOP on each device"
         print(f"{name} takes {share:.1%} of a step's matrix products: {size}", file=sys.stderr)
+
+
+LOSS = "evaluation/loss"
 
 
 def model_card(workdir: WorkDir, run: Run, step: int, model: LoadedModel, format: Format, name: str) -> str:
@@ -123,7 +126,8 @@ tags:
 
 {format.usage.format(name=name)}
 
-- Weights: step {step:,} of the run, {parameters:,} parameters; {model.config.vocab_size:,} tokens in the vocabulary.
+- Weights: step {step:,} of the run{_other_losses(workdir, step)}.
+- Size: {parameters:,} parameters; {model.config.vocab_size:,} tokens in the vocabulary.
 - Training: {step:,} steps of {run.batch_size} × {run.data.max_length} tokens ({positions:,} positions, padding \
 included), seed {run.seed}, {run.precision}.
 - Corpus ({run.split:.1%} of its documents held out; content `{fingerprint}`):
@@ -144,12 +148,23 @@ def _commands(record: RunRecord, step: int) -> str:
     return "\n\n".join(lines)
 
 
+def _other_losses(workdir: WorkDir, step: int) -> str:
+    """` (held-out loss 4.0700; 4.1200 at the last evaluation, step 1,000)`; empty if the step was not evaluated."""
+    losses = {line["step"]: line[LOSS] for line in workdir.read_metrics() if LOSS in line}
+    if step not in losses:
+        return ""
+    last, lowest = max(losses), min(losses, key=losses.__getitem__)
+    others = [] if step == last else [f"{losses[last]:.4f} at the last evaluation, step {last:,}"]
+    others += [] if step == lowest else [f"{losses[lowest]:.4f} at the best, step {lowest:,}"]
+    return f" (held-out loss {'; '.join([f'{losses[step]:.4f}', *others])})"
+
+
 def _held_out(workdir: WorkDir, run: Run, step: int) -> str:
     """The evaluation of a step, as a table of a model card; without one, a sentence that says so."""
     if not run.split and not run.validation:
         return "Not evaluated: nothing was held out."
     prefix = "evaluation/"
-    lines = [line for line in workdir.read_metrics() if line["step"] == step and f"{prefix}loss" in line]
+    lines = [line for line in workdir.read_metrics() if line["step"] == step and LOSS in line]
     if not lines:
         return f"Not evaluated at step {step:,}."
     baselines = workdir.read_baselines() or {}

@@ -12,7 +12,7 @@ import stat
 import tempfile
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import cast, overload
 
@@ -79,16 +79,26 @@ def reachable(path: str | os.PathLike) -> Path:
     return cast(Path, remote)
 
 
+def kind_of_file(path: str | os.PathLike) -> str:
+    """The kind of file at a path, links followed: "file", "directory", "pipe", "socket" or "device"; "" for none.
+
+    Raises InputError if permission is denied.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except PermissionError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (OSError, ValueError):
+        return ""
+    kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "device")
+
+
 def copy_files(source: Path, target: Path) -> None:
     """Copies the files of a directory into another, which is created if need be. Either may be in a bucket."""
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
-        content = file.read_bytes()
-        if is_remote(target):
-            (target / file.name).write_bytes(content)
-        else:
-            with output_file(target / file.name) as unfinished:  # Others may be reading.
-                unfinished.write_bytes(content)
+        write_file(target / file.name, file.read_bytes())
 
 
 @contextlib.contextmanager
@@ -137,6 +147,38 @@ def read_lines(path: str | os.PathLike) -> list[str]:
     return lines[:-1] if lines[-1] == "" else lines
 
 
+def stream_lines(path: str | os.PathLike) -> Collection[str]:
+    """The same lines, to loop over; each loop reads the file again, so that it need not fit into memory.
+
+    A file that can be read only once, such as a pipe, is read into memory.
+    """
+    return _Lines(path) if kind_of_file(path) == "file" else read_lines(path)
+
+
+class _Lines(Collection[str]):
+    """The lines of a file, which is read once to count them: an unreadable one raises InputError at once."""
+
+    def __init__(self, path: str | os.PathLike):
+        self._path = path
+        self._count = sum(1 for _ in self)
+
+    def __iter__(self) -> Iterator[str]:
+        offset = 0
+        with opened(self._path) as file:
+            for line in file:
+                text = decode_utf8(self._path, offset, line)
+                text = text if offset else text.removeprefix("\ufeff")
+                offset += len(line)
+                if text:
+                    yield text.removesuffix("\n")
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __contains__(self, line: object) -> bool:
+        return any(each == line for each in self)
+
+
 @overload
 def read_json(path: str | os.PathLike) -> dict: ...
 @overload
@@ -158,21 +200,6 @@ def read_json(path: str | os.PathLike, kind: type[dict] | type[list] = dict) -> 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
 
-def kind_of_file(path: str | os.PathLike) -> str:
-    """What stands at a path, links followed: "file", "directory", "pipe", "socket" or "device"; "" for nothing.
-
-    Raises InputError if this user may not know.
-    """
-    try:
-        mode = os.stat(path).st_mode
-    except PermissionError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (OSError, ValueError):
-        return ""
-    kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
-    return kinds.get(stat.S_IFMT(mode), "device")
-
-
 def check_apart(output: str | os.PathLike, *inputs: str | os.PathLike) -> None:
     """Raises InputError if an output is one of the inputs, or in a directory that is one; links are followed."""
     real = _real(output)
@@ -181,6 +208,15 @@ def check_apart(output: str | os.PathLike, *inputs: str | os.PathLike) -> None:
         same = real.exists() and any(file.exists() and file.samefile(real) for file in files)
         if same or real.is_relative_to(_real(source)):
             raise InputError(f"{output} would be written over the input {source}, or into it: give another output")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Creates or replaces a file, local or in a bucket. Readers see the old content or the new, never a part."""
+    if is_remote(path):
+        path.write_bytes(content)
+        return
+    with output_file(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 @contextlib.contextmanager
@@ -235,7 +271,7 @@ def _real(path: str | os.PathLike) -> Path:
 
 
 def _beside(path: Path) -> Path:
-    """A name in the same directory that nobody else has."""
+    """A unique name in the same directory."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
 
 
@@ -253,7 +289,7 @@ def prefix_errors(path: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike, temporary: str | os.PathLike | None = None) -> Iterator[None]:
-    """Names the file in OSErrors raised in the block that name none, as of a full disk, or its temporary file."""
+    """Names `path` in OSErrors raised in the block that name no file (such as of a full disk), or `temporary`."""
     try:
         yield
     except OSError as error:

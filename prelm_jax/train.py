@@ -59,6 +59,8 @@ def train(
     settings = run.loop
     mesh = settings.mesh.build()
     run.check_batch_size(mesh.size)
+    if evaluation is None and settings.stop_after_no_gain is not None:
+        raise InputError(f"--stop-after-no-gain {settings.stop_after_no_gain}: there is no text to evaluate on")
     example = batches[0]
     model.check(example)
     workdir.check(record, run, extending=extend_to is not None)
@@ -86,7 +88,7 @@ def train(
                 state = TrainState.from_items(restored[1])
         # The last part is called even if it is done: an evaluation may have been put off.
         left = [part for part in parts if done < part.loop.steps or part is parts[-1]]
-        programs = [_step_memory(part, model, abstract, example, batches.layout, mesh) for part in left]
+        programs = [step_memory(part, model, abstract, example, batches.layout, mesh) for part in left]
         report.print_run_header(run, model, example, state.params, done, mesh)
         if done < left[0].loop.steps:
             programs[0].check()
@@ -103,7 +105,7 @@ def train(
                 writer.write(done, baseline_metrics(evaluation.baselines()))
             for part, program in zip(left, programs, strict=True):
                 steps = placed_batches(batches, int(state.step), part.loop.steps, mesh)
-                with program:
+                with program.explained():
                     state, values = loop.train(
                         part,
                         model,
@@ -137,7 +139,7 @@ def check_schedule(run: Run, resuming: bool) -> None:
         raise InputError(f"--steps {steps}: the learning rate is zero from step {end} on; {remedy}")
 
 
-def _step_memory(
+def step_memory(
     run: Run, model: Model, state: TrainState, example: HostBatch, layout: Mapping[str, Layout], mesh: jax.sharding.Mesh
 ) -> StepMemory:
     """The compiled train step of a run; `state`: abstract, with shardings."""

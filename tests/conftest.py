@@ -1,7 +1,10 @@
 """Setup of all tests: eight fake devices, warnings are errors, no implicit broadcasting, shared compiled programs."""
 
 import collections
+import contextlib
 import os
+import resource
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -95,6 +98,24 @@ def real_data():
     if not PRELM_DATA.is_dir():
         pytest.skip(f"no real data at {PRELM_DATA}; set PRELM_DATA")
     return PRELM_DATA
+
+
+@pytest.fixture
+def full_disk():
+    """`with full_disk(size):` no file can grow beyond `size` bytes."""
+
+    @contextlib.contextmanager
+    def full_disk(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return full_disk
 
 
 @pytest.fixture

@@ -256,6 +256,7 @@ def read_forever(command: list[str], has_checkpoint: Callable[[], bool]) -> None
     """Prints a line for each time that a command succeeded, or failed though there was a checkpoint."""
     import jax
 
+    os.nice(5)  # A slow reader sees more deletions, and the trainer has more lives in the same time.
     for number in itertools.count():
         ready, output, code = has_checkpoint(), io.StringIO(), 0
         try:

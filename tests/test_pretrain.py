@@ -370,6 +370,9 @@ def test_checkpoints_of_any_step(run, uninterrupted, tmp_path):
             np.testing.assert_array_equal(value[rows], expected[rows])
     card = (exported / "README.md").read_text()
     assert f"step {KEPT_STEP} of the run" in card and f"Not evaluated at step {KEPT_STEP}" in card
+    module.export(workdir, exported)
+    card = (exported / "README.md").read_text()
+    assert "step 10 of the run" in card, "the best, unless told otherwise"
     module.export(uninterrupted, exported, "best")
     card, evaluated = (
         (exported / "README.md").read_text(),
@@ -377,6 +380,29 @@ def test_checkpoints_of_any_step(run, uninterrupted, tmp_path):
     )
     best = min(evaluated, key=evaluated.get)
     assert f"step {best} of the run" in card and f"after step {best}:" in card and f"{evaluated[best]:.4f}" in card
+
+
+@pytest.mark.parametrize("run", ["bert"], indirect=True, scope="module")
+def test_a_run_that_gains_nothing_stops(run, tmp_path, monkeypatch, capsys):
+    """At a learning rate that changes no parameter the first evaluation, after step 2, stays the best."""
+    run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, learning_rate=1e-30))
+    run = tiny.with_loop(run, evaluate_every=2, stop_after_no_gain=2)
+    summary = pretrain(run, tmp_path / "run")
+    lines = [line for line in metrics(tmp_path / "run") if "evaluation/loss" in line]
+    evaluated = {line["step"]: line["evaluation/loss"] for line in lines}
+    assert list(evaluated) == [2, 4, 6] and len(set(evaluated.values())) == 1 and summary.step == 6
+    assert "stopped after step 6" in capsys.readouterr().err
+    before = metrics(tmp_path / "run")
+    assert pretrain(run, tmp_path / "run").step == 6 and metrics(tmp_path / "run") == before, "it stays there"
+    module.export(tmp_path / "run", tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "step 2 of the run" in card and card.count(f"{evaluated[2]:.4f}") >= 2 and "step 6" in card
+    assert pretrain(tiny.with_loop(run, stop_after_no_gain=4), tmp_path / "run").step == 10, "4 evaluations later"
+
+
+def test_nothing_to_gain_by(run, tmp_path):
+    with pytest.raises(InputError, match="--stop-after-no-gain 1"):
+        pretrain(dataclasses.replace(tiny.with_loop(run, stop_after_no_gain=1), held_out=0.0), tmp_path)
 
 
 def test_parameters_are_kept_at_steps_and_words(run, uninterrupted):
@@ -537,6 +563,29 @@ def test_without_next_sentences(tmp_path):
     summary = pretrain(run, tmp_path / "run")
     assert set(summary.evaluation) == {"loss", "masked_lm_loss", "masked_lm_accuracy", "masked_lm_perplexity"}
     assert summary.evaluation["loss"] == summary.evaluation["masked_lm_loss"]
+
+
+def test_packing(corpus, tmp_path, capsys):
+    """A switch of the data: several examples in a row, on two devices and in two micro-batches."""
+    run = dataclasses.replace(
+        tiny.with_loop(tiny.bert(), mesh=MeshConfig(devices=2), steps=8, evaluate_every=8, log_every=1),
+        corpus=(corpus,),
+        data=dataclasses.replace(tiny.bert().data, short_sequence_probability=0.5, packing=True),
+        accumulate=2,
+    )
+    summary = pretrain(run, tmp_path / "run")
+    lines = capsys.readouterr().err.splitlines()
+    (described,) = [i for i, line in enumerate(lines) if "packed into 512 rows" in line]
+    (header,) = [i for i, line in enumerate(lines) if "parameters on" in line]
+    assert described < header
+    packed, unpacked = (
+        float(x) / 100 for x in re.findall(r"([\d.]+)% (?:of the positions|with one)", lines[described])
+    )
+    padding = [line["train/padding"] for line in metrics(tmp_path / "run") if "train/padding" in line]
+    assert len(padding) == 8 and np.mean(padding) == pytest.approx(1 - packed, abs=0.05) and packed > unpacked + 0.1
+    assert 0.4 < summary.baselines["next_sentence_accuracy"]["lengths only"] < 0.7
+    shown = list(module.show_batch(run, 0))
+    assert len(shown) == 8 and any(re.search(r", 2 examples\n 1: .* B .*\n  A .*\n  B .*\n 2: ", row) for row in shown)
 
 
 def test_bits_per_byte_are_those_of_the_text(corpus, tmp_path):

@@ -6,6 +6,7 @@ Checkpoints are not covered: TensorStore has its own client for gs://.
 import contextlib
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import fsspec
@@ -29,6 +30,7 @@ from prelm_jax.storage import (
     reachable,
     read_json,
     read_lines,
+    stream_lines,
     writing,
 )
 from prelm_jax.tokenizers.wordpiece import SPECIAL_TOKENS, WordPiece
@@ -43,6 +45,7 @@ from prelm_jax.workdir import WorkDir
     ("content", "lines"),
     [
         (b"", []),
+        ("\ufeff".encode(), []),
         (b"a", ["a"]),
         (b"a\n", ["a"]),
         (b"a\n\nb\n\n", ["a", "", "b", ""]),
@@ -54,15 +57,28 @@ def test_lines_end_at_line_feeds_only(tmp_path, content, lines):
     file = tmp_path / "input.txt"
     file.write_bytes(content)
     assert read_lines(file) == lines
+    streamed = stream_lines(file)
+    assert list(streamed) == list(streamed) == lines
+    assert len(streamed) == len(lines)
 
 
-def test_unreadable_input_is_named(tmp_path):
+@pytest.mark.parametrize("read", [read_lines, stream_lines])
+def test_unreadable_input_is_named(tmp_path, read):
     file = tmp_path / "input.txt"
     with pytest.raises(InputError, match=r"cannot read .*input\.txt: No such file"):
-        read_lines(file)
+        read(file)
     file.write_bytes("é\n".encode() + b"a\xff")
     with pytest.raises(InputError, match=r"input\.txt is not UTF-8 at byte 4: "):
-        read_lines(file)
+        read(file)
+
+
+def test_the_lines_of_a_pipe_can_be_read_again():
+    reading, writing = os.pipe()
+    os.write(writing, b"a\nb\n")
+    os.close(writing)
+    lines = stream_lines(f"/dev/fd/{reading}")
+    os.close(reading)
+    assert list(lines) == list(lines) == ["a", "b"]
 
 
 @pytest.mark.parametrize(

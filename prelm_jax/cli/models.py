@@ -36,12 +36,12 @@ def embed(
         cased: Keep capitals. Only for a model directory whose tokenizer has no do_lower_case, such as a lone vocab.txt.
     """
     from prelm_jax.inference.base import Pretrained, write_embeddings
-    from prelm_jax.storage import check_apart, read_lines
+    from prelm_jax.storage import check_apart, stream_lines
 
     check_apart(output, input, model)
     options = {"truncate": truncate, "tokenize": tokenize, "state": state, "batch_size": batch_size}
     given = {name: value for name, value in options.items() if value is not None and value is not False}
-    write_embeddings(_load(model, step, Pretrained, "embed", cased), read_lines(input), output, **given)
+    write_embeddings(_load(model, step, Pretrained, "embed", cased), stream_lines(input), output, **given)
 
 
 def score(model: ModelPath, input: TextFile, cased: bool = False, step: Step = "newest") -> None:
@@ -53,9 +53,9 @@ def score(model: ModelPath, input: TextFile, cased: bool = False, step: Step = "
         cased: Keep capitals. Only for a model directory whose tokenizer has no do_lower_case, such as a lone vocab.txt.
     """
     from prelm_jax.inference.base import Pretrained
-    from prelm_jax.storage import read_lines
+    from prelm_jax.storage import stream_lines
 
-    for log_probability, tokens in _load(model, step, Pretrained, "score", cased).score(read_lines(input)):
+    for log_probability, tokens in _load(model, step, Pretrained, "score", cased).score(stream_lines(input)):
         print(f"{log_probability:.6f}\t{tokens}")
 
 

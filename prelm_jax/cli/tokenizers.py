@@ -28,10 +28,10 @@ def tokenize(tokenizer: Positional[Path], input: TextFile, cased: bool = False) 
         tokenizer: Directory of a tokenizer or model, a vocab.txt, or a vocab.json with its merges next to it.
         cased: Keep capitals. Only for a tokenizer without do_lower_case, such as a lone vocab.txt.
     """
-    from prelm_jax.storage import read_lines
+    from prelm_jax.storage import stream_lines
     from prelm_jax.tokenizers.load import load
 
-    for ids in load(tokenizer, lowercase=not cased).encode_batch(read_lines(input)):
+    for ids in load(tokenizer, lowercase=not cased).encode_each(stream_lines(input)):
         print(json.dumps(ids))
 
 

@@ -25,6 +25,7 @@ def pretrain(
     workdir: AnyPath = "runs/{name}",
     extend_to: Positive | None = None,
     take_over: bool = False,
+    dry_run: bool = False,
 ) -> None:
     """Train an experiment, or resume it.
 
@@ -32,6 +33,7 @@ def pretrain(
         workdir: Directory of the run, local or gs://…; if it holds a run of the same experiment, that run resumes.
         extend_to: Extend a run to this step: from its newest checkpoint on, with the schedule of a run of this length.
         take_over: On a bucket or a network disk, end the lease of another process at once; for one that is dead.
+        dry_run: Prepare the corpus, time three steps here, and print what the run will cost; train and save nothing.
     """
     import jax
 
@@ -41,6 +43,11 @@ def pretrain(
     from prelm_jax.training import processes
 
     cache_compiled_programs()
+    if dry_run:
+        from prelm_jax.planning.rehearsal import rehearsal_table, rehearse
+
+        print_table(rehearsal_table(rehearse(run)))
+        return
     with processes.joined():
         summary = pretraining.pretrain(run, workdir, extend_to, take_over)
         if jax.process_index() == 0:
@@ -83,12 +90,13 @@ def evaluate(
     print_table(summary_table(summary))
 
 
-def export(workdir: Positional[AnyPath], directory: Positional[Path], step: Step = "newest") -> None:
+def export(workdir: Positional[AnyPath], directory: Positional[Path], step: Step | None = None) -> None:
     """Write a checkpoint as a model directory, in the published format that other tools read.
 
     Args:
         workdir: Work directory of the run.
         directory: Directory to write; a model directory that is already there is replaced.
+        step: Step of the checkpoint, best (lowest held-out loss) or newest; best if unset and any was evaluated.
     """
     from prelm_jax import pretraining
 

@@ -5,7 +5,7 @@ nats. Unigram frequencies are counts plus one; the trigram model is `data.ngrams
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -78,8 +78,10 @@ class _Trigrams:
             self._block, self._waiting = [], 0
 
 
-def pair_baselines(batches: StoreBatches, evaluation: Iterable[HostBatch]) -> Baselines:
-    """Baselines of `pairs`.
+def pair_baselines(
+    batches: StoreBatches, examples: Callable[[np.ndarray], HostBatch], evaluation: Iterable[HostBatch]
+) -> Baselines:
+    """Baselines of `pairs`; `examples` are those of the training side with these numbers.
 
     `masked_lm_loss`: unigram. `masked_lm_accuracy`: always the most frequent token. `next_sentence_accuracy`: always
     the label that is more frequent in the evaluation; and a guess from the lengths of the two segments.
@@ -94,7 +96,7 @@ def pair_baselines(batches: StoreBatches, evaluation: Iterable[HostBatch]) -> Ba
     if pairs_2L.any():
         result["next_sentence_accuracy"] = {
             "majority": float(pairs_2L.sum(axis=1).max() / pairs_2L.sum()),
-            "lengths only": _length_only_accuracy(_pairs_by_lengths(batches.rows(0, 0, _VOTERS)), pairs_2L),
+            "lengths only": _length_only_accuracy(_pairs_by_lengths(examples(np.arange(_VOTERS))), pairs_2L),
         }
     return result
 
@@ -173,9 +175,15 @@ def _length_only_accuracy(votes_2L: np.ndarray, pairs_2L: np.ndarray) -> float:
 
 def _pairs_by_lengths(batch: HostBatch) -> np.ndarray:
     """The number of pairs of each label with each binned lengths of both segments, int64 [2, _BINS²]."""
-    T = batch["tokens"].shape[1]
-    total_B, second_B = batch["segments"].sum(axis=1), batch["token_types"].sum(axis=1)
-    bin_B = (total_B - second_B) * _BINS // (T + 1) * _BINS + second_B * _BINS // (T + 1)
-    labels_B, weights_B = batch["next_sentence_labels"][:, 0], batch["next_sentence_weights"][:, 0]
-    used = weights_B > 0
-    return np.bincount((labels_B * _BINS**2 + bin_B)[used], minlength=2 * _BINS**2).reshape(2, -1)
+    segments_BT, labels_BK = batch["segments"], batch["next_sentence_labels"]
+    (B, T), K = segments_BT.shape, labels_BK.shape[1]
+    # Slot k - 1 belongs to segment k.
+    index_BT = np.arange(0, B * (K + 1), K + 1)[:, None] + segments_BT
+
+    def count(index: np.ndarray) -> np.ndarray:
+        return np.bincount(index, minlength=B * (K + 1)).reshape(B, -1)[:, 1:]
+
+    total_BK, second_BK = count(index_BT.ravel()), count(index_BT[batch["token_types"] == 1])
+    bin_BK = (total_BK - second_BK) * _BINS // (T + 1) * _BINS + second_BK * _BINS // (T + 1)
+    used_BK = batch["next_sentence_weights"] > 0
+    return np.bincount((labels_BK * _BINS**2 + bin_BK)[used_BK], minlength=2 * _BINS**2).reshape(2, -1)

@@ -71,6 +71,15 @@ class Masking:
                     "choose one that has, set masking.segmenter (Chinese), or turn masking.whole_word off"
                 )
 
+    def count(self, length_B: np.ndarray) -> np.ndarray:
+        """The number of tokens to predict (int64) in sequences of these lengths, [CLS] and [SEP] included; at most M.
+
+        Masking predicts fewer where there are fewer candidates, or only words with more tokens than are left to choose.
+        """
+        # Halves are rounded to even, like Python's round() in the original.
+        count_B = np.rint(length_B * self._config.probability).astype(np.int64)
+        return np.minimum(np.maximum(count_B, 1), self._max_predictions)
+
     def __call__(
         self,
         tokens_BT: np.ndarray,
@@ -93,9 +102,7 @@ class Masking:
             Unused slots come last; all three are 0 there.
         """
         (B, T), M = tokens_BT.shape, self._max_predictions
-        # Halves are rounded to even, like Python's round() in the original.
-        count_B = np.rint(length_B * self._config.probability).astype(np.int64)
-        count_B = np.minimum(np.maximum(count_B, 1), M)
+        count_B = self.count(length_B)
         random_BT = random_uint32(bits(self._order_key, example_B), T)
         if self._continuation_V is None:
             position_BM, used_BM = self._choose_tokens(candidates_BT, count_B, random_BT)

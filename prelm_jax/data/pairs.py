@@ -17,6 +17,7 @@ Divergences from that reference:
   reference takes each token off the front or the end at random.
 """
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Annotated, NamedTuple
@@ -28,6 +29,7 @@ from prelm_jax.corpus.store import Store
 from prelm_jax.data.baselines import Baselines, pair_baselines, perplexity
 from prelm_jax.data.batches import StoreBatches, special_id
 from prelm_jax.data.masking import MaskingConfig
+from prelm_jax.data.packing import Packing, choose_packing, join, pack
 from prelm_jax.data.randomness import bits, key, permute, uniform
 from prelm_jax.data.segmentation import continuations
 from prelm_jax.data.show import show_pairs
@@ -36,6 +38,8 @@ from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training.contract import HostBatch
 
 _DRAWS = 10  # of a random second segment, as in the reference
+_DESCRIBED = 4096  # examples whose lengths `describe` averages
+_PACKED_TOGETHER = 512  # rows, at least: the more, the less do their lengths in all vary
 _FEWEST_CHOICES = 64  # among which a random second segment is drawn
 
 
@@ -50,6 +54,8 @@ class PairsConfig:
     # Fraction of examples that are cut to a random length, so that the model also sees short inputs (original: 0.1).
     short_sequence_probability: Fraction = 0.0
     next_sentence: bool = True  # Predict whether B follows A; turn it off for corpora of single sentences.
+    # Put several short examples into a row instead of padding, so that a step reads more text; see docs/corpora.md.
+    packing: bool = False
 
     def check_together(self) -> None:
         """Raises OutOfBounds for more predictions than tokens."""
@@ -67,11 +73,15 @@ class PairsConfig:
 
     def baselines(self, batches: "PairBatches", evaluation: Iterable[HostBatch]) -> Baselines:
         """See `pair_baselines`."""
-        return pair_baselines(batches, evaluation)
+        return pair_baselines(batches, batches.unpacked, evaluation)
 
     def derived_metrics(self, name: str, value: float, store: Store) -> dict[str, float]:
         """The perplexity of masked tokens."""
         return perplexity({"masked_lm_loss": "masked_lm_perplexity"}, name, value)
+
+    def describe(self, batches: "PairBatches") -> str:
+        """The number of examples of a step and of an epoch, how full rows are, and how much packing changes that."""
+        return batches.describe()
 
     def show(self, batch: HostBatch, tokenizer: Tokenizer) -> Iterator[str]:
         """See `show_pairs`."""
@@ -85,6 +95,11 @@ class Segments(NamedTuple):
     first_length: np.ndarray
     second_begin: np.ndarray  # first token of B
     second_length: np.ndarray  # 0 without B
+
+    @property
+    def length(self) -> np.ndarray:
+        """Tokens of each example, [CLS] and [SEP] included."""
+        return self.first_length + 2 + np.where(self.second_length > 0, self.second_length + 1, 0)
 
 
 class PairBatches(StoreBatches):
@@ -100,6 +115,10 @@ class PairBatches(StoreBatches):
         self._cls_id = special_id(tokenizer, "cls", "sentence pairs")
         self._sep_id = special_id(tokenizer, "sep", "sentence pairs")
         self._masking = config.masking.build(tokenizer, config.max_predictions, seed)
+        # Of a packed row: its size, and the most pairs, because each has a mask, and five tokens or more.
+        self._capacity = config.max_length * config.max_predictions
+        self._group = -(-_PACKED_TOGETHER // batch_size)  # in steps
+        self._num_pairs = min(config.max_length // 5, config.max_predictions)
         self._epoch_key = key(seed, "pairs: epoch")
         self._window_keys = np.stack([key(seed, f"pairs: {name}") for name in ("short", "budget", "window")])[:, None]
         self._split_key, self._label_key = key(seed, "pairs: split"), key(seed, "pairs: label")
@@ -145,11 +164,63 @@ class PairBatches(StoreBatches):
 
     def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """Rows start to stop of the batch of a step, built without the others."""
-        example_B = step * self.batch_size + np.arange(start, stop)
-        if not self._config.next_sentence:
-            return self.examples(example_B, self._single_segments(example_B))
-        segments, label_B = self._pairs(example_B)
-        return self.examples(example_B, segments, label_B)
+        if not self._config.packing:
+            return self.unpacked(step * self.batch_size + np.arange(start, stop))
+        # The examples of a group of steps are packed together. Rows are dealt to these steps in turn, because the first
+        # ones have the longest examples.
+        group, part = divmod(step, self._group)
+        N = self.packing.num_examples
+        example_N = group * N + np.arange(N)
+        segments, label_N = self._draw(example_N)
+        packed_N = pack(self._sizes(segments.length), self._capacity, self._group * self.batch_size)
+        row_N, part_N = np.divmod(packed_N, self._group)
+        # The examples of these rows, sorted by row.
+        own_E = np.flatnonzero((part_N == part) & (start <= row_N) & (row_N < stop))
+        own_E = own_E[np.argsort(row_N[own_E], kind="stable")]
+        label_E = None if label_N is None else label_N[own_E]
+        examples = self.examples(example_N[own_E], Segments(*(x[own_E] for x in segments)), label_E)
+        return join(examples, row_N[own_E] - start, self._num_pairs)
+
+    @functools.cached_property
+    def packing(self) -> Packing:
+        """How many examples are packed together: the same on all hosts, and in all of a run."""
+        rows = self._group * self.batch_size
+        return choose_packing(lambda example_X: self._sizes(self._lengths(example_X)), self._capacity, rows)
+
+    def describe(self) -> str:
+        """One line: see `PairsConfig.describe`."""
+        filled = self._lengths(np.arange(_DESCRIBED)).mean() / self._config.max_length
+        anchors = f"{self.examples_per_epoch:,} examples"
+        if not self._config.packing:
+            return f"a step reads {self.batch_size:,} of {anchors}, one a row: {filled:.1%} of its positions are tokens"
+        (N, dropped), rows = self.packing, self._group * self.batch_size
+        steps = "a step reads" if self._group == 1 else f"{self._group} steps read"
+        return (
+            f"{steps} {N:,} of {anchors}, packed into {rows:,} rows: {filled * N * (1 - dropped) / rows:.1%} of the "
+            f"positions are tokens ({filled:.1%} with one example a row), {dropped:.2%} of the examples are dropped"
+        )
+
+    def _lengths(self, example_X: np.ndarray) -> np.ndarray:
+        """The number of tokens of the examples with these numbers."""
+        return self._draw(example_X)[0].length
+
+    def _sizes(self, length_X: np.ndarray) -> np.ndarray:
+        """How much of a row's capacity examples of these lengths fill: by their tokens or their masks, what is more.
+
+        The unit is the same for both: a row has room for T tokens of size M, and for M masks of size T.
+        """
+        T, M = self._config.max_length, self._config.max_predictions
+        return np.maximum(length_X * M, self._masking.count(length_X) * T)
+
+    def unpacked(self, example_B: np.ndarray) -> dict[str, np.ndarray]:
+        """The examples with these numbers, one a row."""
+        return self.examples(example_B, *self._draw(example_B))
+
+    def _draw(self, example_B: np.ndarray) -> tuple[Segments, np.ndarray | None]:
+        """The segments of each example, and its label if it is a pair."""
+        if self._config.next_sentence:
+            return self._pairs(example_B)
+        return self._single_segments(example_B), None
 
     def examples(
         self, example_B: np.ndarray, segments: Segments, label_B: np.ndarray | None = None
@@ -159,9 +230,8 @@ class PairBatches(StoreBatches):
         example_B: their numbers, which determine the random draws of masks.
         """
         B, T = len(example_B), self._config.max_length
-        first_begin_B, first_length_B, second_begin_B, second_length_B = segments
-        second_B = first_length_B + 2
-        length_B = second_B + np.where(second_length_B > 0, second_length_B + 1, 0)
+        first_begin_B, first_length_B, second_begin_B, _ = segments
+        second_B, length_B = first_length_B + 2, segments.length
         next_sentence = {}
         if label_B is not None:
             next_sentence = {
@@ -194,7 +264,8 @@ class PairBatches(StoreBatches):
             candidates_BT[row_B, column] = False
         continues_BT = False if self._continues is None else self._continues[index_BT]
         masked = self._masking(tokens_BT, candidates_BT, length_B, example_B, continues_BT)
-        # int32 [B, T]; the keys of masking are [B, M], the keys of the next sentence [B, K] with K = 1.
+        # int32 [B, T]; the keys of masking are [B, M], the keys of the next sentence [B, K] with K = 1. `join` makes
+        # packed rows of these.
         return {
             "tokens": tokens_BT,
             "token_types": _spread(np.tile(np.array([0, 1, 0], np.int32), (B, 1)), lengths_B3),  # 1: B and its [SEP]
@@ -378,7 +449,7 @@ class PairEvaluation:
         self._pair_offsets = np.append(0, np.cumsum(pairs_X))
         num_pairs = int(self._pair_offsets[-1])
         most = max(1, round(config.max_length * config.masking.probability))
-        config = replace(config, next_sentence=num_pairs > 0, max_predictions=most)
+        config = replace(config, next_sentence=num_pairs > 0, max_predictions=most, packing=False)
         self._batches = PairBatches(config, store, tokenizer, batch_size=1, seed=0)
         self.layout = self._batches.layout
 

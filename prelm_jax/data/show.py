@@ -12,23 +12,32 @@ MARKER = r"⟦.*?⟧"  # a regular expression
 
 
 def show_pairs(batch: HostBatch, tokenizer: Tokenizer) -> Iterator[str]:
-    """Each row of `pairs`: how much is filled and masked, the label if there is one; then A and B."""
+    """Each row of `pairs`: how much is filled and masked, the label if there is one; then A and B.
+
+    A row of several examples: how much is filled and masked, then the same of each example.
+    """
     T = batch["tokens"].shape[1]
-    for row, tokens in enumerate(batch["tokens"]):
-        length, second = batch["segments"][row].sum(), batch["token_types"][row].sum()
+    for row, segments in enumerate(batch["segments"]):
         used = batch["masked_weights"][row] > 0
         positions, targets = batch["masked_positions"][row, used], batch["masked_targets"][row, used]
-        texts = [tokenizer.tokens[id] for id in tokens[:length]]
+        texts = [tokenizer.tokens[id] for id in batch["tokens"][row]]
         for position, target in zip(positions, targets, strict=True):
             texts[position] = _marked(texts[position], tokenizer.tokens[target])
-        lines = [
-            f"row {row}: {length} of {T} positions, {len(targets)} to predict",
-            f"  A {' '.join(texts[: length - second])}",
-        ]
-        if "next_sentence_labels" in batch:
-            lines[0] += ", B is random" if batch["next_sentence_labels"][row, 0] else ", B follows A"
-            lines.append(f"  B {' '.join(texts[length - second :])}")
-        yield "\n".join(lines)
+        examples = []
+        for number in range(1, segments.max() + 1):
+            here = np.flatnonzero(segments == number)
+            second = here[-1] + 1 - batch["token_types"][row, here].sum()
+            head = f"{len(here)} of {T} positions, {np.isin(positions, here).sum()} to predict"
+            lines = [f"  A {' '.join(texts[here[0] : second])}"]
+            if "next_sentence_labels" in batch:
+                head += ", B is random" if batch["next_sentence_labels"][row, number - 1] else ", B follows A"
+                lines.append(f"  B {' '.join(texts[second : here[-1] + 1])}")
+            examples.append("\n".join([head, *lines]))
+        if len(examples) > 1:
+            filled = f"{np.count_nonzero(segments)} of {T} positions, {len(targets)} to predict"
+            heads = [f" {number}: {example}" for number, example in enumerate(examples, 1)]
+            examples = ["\n".join([f"{filled}, {len(examples)} examples", *heads])]
+        yield f"row {row}: {examples[0]}"
 
 
 def show_windows(batch: HostBatch, tokenizer: Tokenizer) -> Iterator[str]:

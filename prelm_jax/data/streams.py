@@ -78,6 +78,11 @@ class StreamsConfig:
         names = {"loss": "perplexity"} | {f"{direction}_loss": f"{direction}_perplexity" for direction in DIRECTIONS}
         return perplexity(names, name, value)
 
+    def describe(self, batches: "StreamBatches") -> str:
+        """The number of words of a step and of an epoch."""
+        words = batches.batch_size * self.max_length
+        return f"a step reads {words:,} of {batches.store.num_tokens:,} words, in {batches.batch_size:,} streams"
+
     def show(self, batch: HostBatch, tokenizer: Tokenizer) -> Iterator[str]:
         """See `show_streams`."""
         return show_streams(batch, tokenizer)

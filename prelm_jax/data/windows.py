@@ -61,6 +61,10 @@ class WindowsConfig:
         bits = {"bits_per_byte": bits_per_byte(value, store)} if name == "lm_loss" else {}
         return perplexity({"lm_loss": "perplexity"}, name, value) | bits
 
+    def describe(self, batches: "WindowBatches") -> str:
+        """The number of windows of a step and of an epoch."""
+        return f"a step reads {batches.batch_size:,} of {batches.examples_per_epoch:,} windows"
+
     def show(self, batch: HostBatch, tokenizer: Tokenizer) -> Iterator[str]:
         """See `show_windows`."""
         return show_windows(batch, tokenizer)

@@ -17,6 +17,7 @@ import numpy as np
 
 from prelm_jax.errors import InputError
 from prelm_jax.formats.base import ELMO_OPTIONS, ELMO_WEIGHTS, Format, LoadedModel, abstract_params, checked, require
+from prelm_jax.formats.hdf5 import hdf5_file
 from prelm_jax.formats.transfer import rows_of_tokens
 from prelm_jax.models.elmo import ELMoConfig
 from prelm_jax.storage import read_json
@@ -81,7 +82,7 @@ def read(directory: Path, lowercase: bool = False) -> LoadedModel[ELMoConfig, Wo
 
 def write(model: LoadedModel[ELMoConfig, WordVocabulary | None], directory: Path) -> None:
     """Writes a model into an existing directory, without its softmax."""
-    with h5py.File(directory / "weights.hdf5", "w") as file:
+    with hdf5_file(directory / "weights.hdf5") as file:
         for path, value in jax.tree_util.tree_leaves_with_path(model.params):
             name = dataset_name(path_name(path))
             if name is None:

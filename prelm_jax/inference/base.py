@@ -7,22 +7,27 @@ import abc
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from typing import Generic
 
-import h5py
 import numpy as np
 
 from prelm_jax.errors import InputError
 from prelm_jax.formats.base import Config, LoadedModel, Vocabulary
+from prelm_jax.formats.hdf5 import hdf5_file
 from prelm_jax.progress import Progress
 from prelm_jax.storage import output_file
 
-Embeddings = Iterator[tuple[list[str], np.ndarray]]  # For each text its tokens and its [L + 1, tokens, D].
+Embedding = tuple[list[str], np.ndarray]  # The tokens of a text, and its hidden states [L + 1, tokens, D].
+Embeddings = Iterator[Embedding]
+Scores = Iterator[tuple[float, int]]  # Of each text the natural-log probability, and the number of its tokens.
 
 
 class Pretrained(abc.ABC, Generic[Config, Vocabulary]):
-    """A loaded model, and what it can do with text."""
+    """A loaded model, and what it can do with text.
+
+    Texts are read a part at a time, and results are computed as they are asked for: memory does not grow with them.
+    """
 
     def __init__(self, loaded: LoadedModel[Config, Vocabulary]):
         self.loaded = loaded
@@ -30,19 +35,19 @@ class Pretrained(abc.ABC, Generic[Config, Vocabulary]):
         self.tokenizer, self.missing = loaded.tokenizer, loaded.missing
 
     @abc.abstractmethod
-    def embed(self, texts: Sequence[str], truncate: bool = False) -> Embeddings:
-        """For each text its tokens and its hidden states, f32 [L + 1, tokens, D]; a blank text has no tokens.
+    def embed(self, texts: Collection[str], truncate: bool = False) -> Embeddings:
+        """For each text, in order, its tokens and hidden states, f32 [L + 1, tokens, D]; a blank text has no tokens.
 
         truncate: cut a text that is too long, instead of raising InputError. A family may have more options.
         """
 
     @abc.abstractmethod
-    def score(self, texts: Sequence[str]) -> list[tuple[float, int]]:
-        """For each text the sum of the natural-log probabilities of its tokens, and the number of these tokens."""
+    def score(self, texts: Collection[str]) -> Scores:
+        """For each text, in order, the sum of the natural-log probabilities of its tokens, and their number."""
 
 
 def write_embeddings(
-    model: Pretrained[Config, Vocabulary], lines: Sequence[str], path: str | os.PathLike, **options: object
+    model: Pretrained[Config, Vocabulary], lines: Collection[str], path: str | os.PathLike, **options: object
 ) -> None:
     """Embeds lines into an HDF5 file, which appears when it is complete. `options` go to the model's `embed`.
 
@@ -56,8 +61,7 @@ def write_embeddings(
             raise InputError(f"--{name.replace('_', '-')}: {model.config.model_type} has no such option; leave it out")
     with (
         output_file(path) as unfinished,
-        open(unfinished, "wb+", buffering=0) as raw,  # On a full disk HDF5's own files crash, Python's raise.
-        h5py.File(raw, "w") as file,
+        hdf5_file(unfinished) as file,
         Progress("embed", len(lines), "lines") as progress,
     ):
         for i, (tokens, hidden) in enumerate(embed(lines, **options)):

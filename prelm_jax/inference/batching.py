@@ -1,7 +1,7 @@
 """Many texts through a model: encoded, padded to a few lengths, computed in batches, returned in order."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from typing import TypeVar
 
 import numpy as np
@@ -18,18 +18,23 @@ TOKENS_PER_BATCH = 2048
 TOKENS_PER_WINDOW = 8 * TOKENS_PER_BATCH
 
 Tag = TypeVar("Tag")
+Text = TypeVar("Text", bound=Sized)
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str], room: int, truncate: bool = False) -> list[list[int]]:
-    """The ids of each text.
+def encode(tokenizer: Tokenizer, texts: Collection[str], room: int, truncate: bool = False) -> Iterator[list[int]]:
+    """The ids of each text, in order, a part of the texts at a time.
 
-    A text of more than `room` tokens raises InputError with its line number, or is cut if `truncate`.
+    A text of more than `room` tokens is cut if `truncate`; else it raises InputError with its line number, before
+    anything is computed for the texts ahead of it.
     """
-    encoded = tokenizer.encode_batch(list(texts))
-    for number, ids in enumerate(encoded, 1):
-        if len(ids) > room and not truncate:
-            raise InputError(f"line {number} has {len(ids)} tokens, but the model takes {room}; split or truncate it")
-    return [ids[:room] for ids in encoded]
+    if not truncate:
+        for number, ids in enumerate(tokenizer.encode_each(texts), 1):
+            if len(ids) > room:
+                raise InputError(
+                    f"line {number} has {len(ids)} tokens, but the model takes {room}; split or truncate it"
+                )
+    for ids in tokenizer.encode_each(texts):
+        yield ids[:room]
 
 
 def padded_length(length: int, longest: int) -> int:
@@ -72,28 +77,28 @@ def batches(
 
 
 def in_order(
-    encoded: Iterable[list[int]], compute: Callable[[np.ndarray, np.ndarray], Array], longest: int
+    window: Sequence[list[int]], compute: Callable[[np.ndarray, np.ndarray], Array], longest: int
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """For each text its ids and its part [T, ...] of the result [B, T, ...] of `compute(tokens_BT, segments_BT)`.
 
     It is empty for a text without ids, which is not computed.
     """
-    for window in _windows(encoded):
-        results = {}
-        for tags, *inputs in batches(((i, ids) for i, ids in enumerate(window) if ids), longest):
-            for i, row in zip(tags, np.asarray(compute(*inputs)), strict=False):
-                results[i] = row[: len(window[i])].copy()
-        for i, ids in enumerate(window):
-            yield ids, results.get(i, np.zeros(0, np.float32))
+    results = {}
+    for tags, *inputs in batches(((i, ids) for i, ids in enumerate(window) if ids), longest):
+        for i, row in zip(tags, np.asarray(compute(*inputs)), strict=False):
+            results[i] = row[: len(window[i])].copy()
+    for i, ids in enumerate(window):
+        yield ids, results.get(i, np.zeros(0, np.float32))
 
 
-def _windows(encoded: Iterable[list[int]]) -> Iterator[list[list[int]]]:
-    """Consecutive texts, about TOKENS_PER_WINDOW tokens at a time."""
+def windows(texts: Iterable[Text], multiple: int = 1) -> Iterator[list[Text]]:
+    """Consecutive texts, about TOKENS_PER_WINDOW tokens at a time; but for the last window a multiple of `multiple`."""
     window, tokens = [], 0
-    for ids in encoded:
-        window.append(ids)
-        tokens += len(ids)
-        if tokens >= TOKENS_PER_WINDOW:
+    for text in texts:
+        window.append(text)
+        tokens += len(text)
+        if tokens >= TOKENS_PER_WINDOW and len(window) % multiple == 0:
             yield window
             window, tokens = [], 0
-    yield window
+    if window:
+        yield window

@@ -1,6 +1,6 @@
 """A pretrained BERT: hidden states, filled masks, pseudo-log-likelihoods."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import cast
 
@@ -12,6 +12,7 @@ from jax import Array
 from prelm_jax.errors import InputError
 from prelm_jax.formats.base import LoadedModel
 from prelm_jax.inference import batching
+from prelm_jax.inference.base import Scores
 from prelm_jax.inference.transformer import TransformerPretrained, hidden_states
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.cross_entropy import cross_entropy
@@ -56,13 +57,18 @@ class BertPretrained(TransformerPretrained[BertConfig]):
             for ids_K, values_K in zip(np.asarray(ids_MK), np.asarray(values_MK), strict=True)
         ]
 
-    def score(self, texts: Sequence[str]) -> list[tuple[float, int]]:
-        """For each text its pseudo-log-likelihood (Salazar et al. 2020) in nats and its number of tokens.
+    def score(self, texts: Collection[str]) -> Scores:
+        """For each text, in order, its pseudo-log-likelihood (Salazar et al. 2020) in nats and its number of tokens.
 
         Each token is masked in turn, and its natural-log probability added. [CLS] and [SEP] are not counted.
         """
         self._require_masked_lm()
-        encoded = self._encode(texts)
+        for window in batching.windows(self._encode(texts)):
+            sums = self._score(window)
+            yield from ((total, max(0, len(ids) - 2)) for total, ids in zip(sums, window, strict=True))
+
+    def _score(self, encoded: list[list[int]]) -> list[float]:
+        """The pseudo-log-likelihood of each text."""
         examples = (
             ((i, position, ids[position]), [*ids[:position], self._mask_id, *ids[position + 1 :]])
             for i, ids in enumerate(encoded)
@@ -76,12 +82,12 @@ class BertPretrained(TransformerPretrained[BertConfig]):
             nll_B1, _ = _cross_entropy(logits_B1V, targets_B1)
             for i, nll in zip(lines, np.asarray(nll_B1)[:, 0], strict=False):
                 sums[i] -= float(nll)
-        return [(total, max(0, len(ids) - 2)) for total, ids in zip(sums, encoded, strict=True)]
+        return sums
 
-    def _encode(self, texts: Sequence[str], truncate: bool = False) -> list[list[int]]:
+    def _encode(self, texts: Collection[str], truncate: bool = False) -> Iterator[list[int]]:
         """The ids of each text with [CLS] and [SEP]; none for a blank text."""
-        encoded = batching.encode(self.tokenizer, texts, self.config.max_position_embeddings - 2, truncate)
-        return [[self._cls_id, *ids, self._sep_id] if ids else [] for ids in encoded]
+        for ids in batching.encode(self.tokenizer, texts, self.config.max_position_embeddings - 2, truncate):
+            yield [self._cls_id, *ids, self._sep_id] if ids else []
 
     def _require_masked_lm(self) -> None:
         if missing := sorted(path for path in self.missing if path.startswith("masked_lm_")):

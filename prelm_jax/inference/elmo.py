@@ -1,7 +1,7 @@
 """A pretrained ELMo: hidden states and log-probabilities of words."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from functools import partial
 from typing import Literal, cast
 
@@ -12,7 +12,7 @@ from jax import Array
 
 from prelm_jax.errors import InputError
 from prelm_jax.inference import batching
-from prelm_jax.inference.base import Embeddings, Pretrained
+from prelm_jax.inference.base import Embedding, Embeddings, Pretrained, Scores
 from prelm_jax.models.cross_entropy import cross_entropy
 from prelm_jax.models.elmo import DIRECTIONS, ELMoConfig
 from prelm_jax.tokenizers.characters import BEGIN_SENTENCE, END_SENTENCE, MAX_CHARACTERS, characters
@@ -32,7 +32,7 @@ class ELMoPretrained(Pretrained[ELMoConfig, WordVocabulary | None]):
 
     def embed(
         self,
-        texts: Sequence[str],
+        texts: Collection[str],
         truncate: bool = False,
         tokenize: bool = False,
         state: Literal["zero", "warm", "carry"] = "zero",
@@ -56,34 +56,41 @@ class ELMoPretrained(Pretrained[ELMoConfig, WordVocabulary | None]):
             raise InputError(f"state is {state!r}; choose zero, warm or carry")
         if batch_size is not None and (state != "carry" or batch_size < 1):
             raise InputError(f"batch_size is {batch_size}; it must be at least 1, and needs the state carry")
-        numbered, words, encodings_UP = self._encode(list(map(Splitter(tokenize), texts)))
-        results = self._embed(numbered, encodings_UP, state, batch_size or 1)
-        for numbers, states_TLD in results:
-            yield [words[number] for number in numbers[1:-1]], states_TLD[1:-1].swapaxes(0, 1)
+        rows = batch_size or 1
+        carry = self.config.build().init_carry(rows)
+        if state == "warm":
+            *_, ends_2P = self._encode([[]])
+            _, carry = self._hidden_states(ends_2P, *batching.batch([[0, 1]], 1, batching.SHORTEST), carry)
+        for window in batching.windows(map(Splitter(tokenize), texts), rows):
+            if state == "carry":
+                carry = yield from self._embed_on(window, rows, carry)
+            else:
+                yield from self._embed_each(window, carry)
 
-    def score(self, texts: Sequence[str]) -> list[tuple[float, int]]:
-        """For each text the sum of its words' natural-log probabilities and the number of its words.
+    def score(self, texts: Collection[str]) -> Scores:
+        """For each text, in order, the sum of its words' natural-log probabilities and the number of its words.
 
         The sum is the mean of both directions. Texts are split as in training and read from a zero state. <S> and </S>
         are not counted; words outside of the vocabulary count as <UNK>.
         """
         if self.missing or self.tokenizer is None:
             raise InputError("a published ELMo has no softmax to predict words with; give the work directory of a run")
-        ids = {token: id for id, token in enumerate(self.tokenizer.tokens)}
-        numbered, words, encodings_UP = self._encode(self.tokenizer.split_batch(list(texts)))
-        targets_U = np.array([ids.get(word, self.tokenizer.unknown_id) for word in words], np.int32)
+        for window in batching.windows(map(Splitter(self.tokenizer.tokenize), texts)):
+            yield from self._score(window, self.tokenizer)
+
+    def _score(self, texts: Sequence[list[str]], vocabulary: WordVocabulary) -> Scores:
+        numbered, words, encodings_UP = self._encode(texts)
+        targets_U = np.array([vocabulary.ids.get(word, vocabulary.unknown_id) for word in words], np.int32)
 
         def compute(numbers_BT: np.ndarray, segments_BT: np.ndarray) -> Array:
             state = self.config.build().init_carry(len(numbers_BT))
             inputs = encodings_UP[numbers_BT], segments_BT.sum(1), state, targets_U[numbers_BT]
             return _neighbors_nll(self.config, self.params, *inputs)
 
-        scores = []
         for numbers, nll_T2 in batching.in_order(numbered, compute, sys.maxsize):
             count = len(numbers) - 2
             total = nll_T2[:count, 0].sum(dtype=np.float64) + nll_T2[2:, 1].sum(dtype=np.float64)
-            scores.append((0.0 - float(total) / 2, count))
-        return scores
+            yield 0.0 - float(total) / 2, count
 
     def _encode(self, texts: Sequence[Sequence[str]]) -> tuple[list[list[int]], list[str], np.ndarray]:
         """Texts as numbers of distinct words, <S> and </S> included; these words; their encodings [U, P].
@@ -101,31 +108,38 @@ class ELMoPretrained(Pretrained[ELMoConfig, WordVocabulary | None]):
             encodings_UP[start : start + len(chunk)] = _encode(self.config, self.params, ids_UC)[: len(chunk)]
         return numbered, words, encodings_UP
 
-    def _embed(
-        self, texts: list[list[int]], encodings_UP: np.ndarray, state: str, rows: int
-    ) -> Iterator[tuple[list[int], np.ndarray]]:
-        """For each numbered text its numbers and hidden states [T, L + 1, 2 · P]."""
-        compute, init_carry = partial(_hidden_states, self.config, self.params), self.config.build().init_carry
-        if state == "carry":
-            carry = init_carry(rows)
-            for start in range(0, len(texts), rows):
-                some = texts[start : start + rows]
-                length = batching.padded_length(max(map(len, some)), sys.maxsize)
-                numbers_BT, segments_BT = batching.batch(some, rows, length)
-                states_BTLD, carry = compute(encodings_UP[numbers_BT], segments_BT.sum(1), carry)
-                for numbers, states_TLD in zip(some, np.asarray(states_BTLD), strict=False):
-                    yield numbers, states_TLD[: len(numbers)]
-            return
-        first = init_carry(1)
-        if state == "warm":
-            numbers_BT, segments_BT = batching.batch([[0, 1]], 1, batching.SHORTEST)
-            _, first = compute(encodings_UP[numbers_BT], segments_BT.sum(1), first)
+    def _embed_each(self, texts: Sequence[list[str]], first: Params) -> Embeddings:
+        """`embed` of texts that all begin in the state `first`, of one row."""
+        numbered, words, encodings_UP = self._encode(texts)
 
-        def compute_batch(numbers_BT: np.ndarray, segments_BT: np.ndarray) -> Array:
+        def compute(numbers_BT: np.ndarray, segments_BT: np.ndarray) -> Array:
             carry = jax.tree.map(lambda x: jnp.repeat(x, len(numbers_BT), axis=0), first)
-            return compute(encodings_UP[numbers_BT], segments_BT.sum(1), carry)[0]
+            return self._hidden_states(encodings_UP, numbers_BT, segments_BT, carry)[0]
 
-        yield from batching.in_order(texts, compute_batch, sys.maxsize)
+        for numbers, states_TLD in batching.in_order(numbered, compute, sys.maxsize):
+            yield _without_ends(words, numbers, states_TLD)
+
+    def _embed_on(self, texts: Sequence[list[str]], rows: int, carry: Params) -> Generator[Embedding, None, Params]:
+        """`embed` of texts of which each begins where that `rows` before has ended; returns the last states."""
+        numbered, words, encodings_UP = self._encode(texts)
+        for start in range(0, len(numbered), rows):
+            some = numbered[start : start + rows]
+            length = batching.padded_length(max(map(len, some)), sys.maxsize)
+            states_BTLD, carry = self._hidden_states(encodings_UP, *batching.batch(some, rows, length), carry)
+            for numbers, states_TLD in zip(some, np.asarray(states_BTLD), strict=False):
+                yield _without_ends(words, numbers, states_TLD)
+        return carry
+
+    def _hidden_states(
+        self, encodings_UP: np.ndarray, numbers_BT: np.ndarray, segments_BT: np.ndarray, carry: Params
+    ) -> tuple[Array, Params]:
+        """([B, T, L + 1, 2 · P], the new state) of numbered texts."""
+        return _hidden_states(self.config, self.params, encodings_UP[numbers_BT], segments_BT.sum(1), carry)
+
+
+def _without_ends(words: list[str], numbers: list[int], states_TLD: np.ndarray) -> Embedding:
+    """The words of a text and their hidden states [L + 1, words, D], without <S> and </S>."""
+    return [words[number] for number in numbers[1:-1]], states_TLD[1 : len(numbers) - 1].swapaxes(0, 1)
 
 
 @partial(jax.jit, static_argnums=0)

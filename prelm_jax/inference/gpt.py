@@ -1,6 +1,6 @@
 """A pretrained GPT-1: hidden states, log-probabilities, generated text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import cast
 
@@ -11,6 +11,7 @@ from jax import Array
 
 from prelm_jax.errors import InputError
 from prelm_jax.inference import batching
+from prelm_jax.inference.base import Scores
 from prelm_jax.inference.transformer import TransformerPretrained, hidden_states
 from prelm_jax.models.cross_entropy import cross_entropy
 from prelm_jax.models.gpt import GPTConfig
@@ -21,17 +22,16 @@ from prelm_jax.training.contract import Params
 class GPTPretrained(TransformerPretrained[GPTConfig]):
     """A GPT with `embed`, `score` and `generate`. A text is its tokens alone."""
 
-    def score(self, texts: Sequence[str]) -> list[tuple[float, int]]:
-        """For each text the sum of the natural-log probabilities of its tokens but the first, and their number.
+    def score(self, texts: Collection[str]) -> Scores:
+        """For each text, in order, the natural-log probability of its tokens but the first, and their number.
 
         Nothing predicts the first token. A text that is too long raises InputError.
         """
         longest = self.config.max_position_embeddings
         compute = partial(_next_nll, self.config, self.params)
-        return [
-            (0.0 - float(nll_T[:-1].sum(dtype=np.float64)), max(0, len(ids) - 1))
-            for ids, nll_T in batching.in_order(self._encode(texts), compute, longest)
-        ]
+        for window in batching.windows(self._encode(texts)):
+            for ids, nll_T in batching.in_order(window, compute, longest):
+                yield 0.0 - float(nll_T[:-1].sum(dtype=np.float64)), max(0, len(ids) - 1)
 
     def generate(
         self,

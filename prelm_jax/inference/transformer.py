@@ -1,6 +1,6 @@
 """What the pretrained Transformers have in common: the encoder, and embeddings from it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import TypeVar, cast
 
@@ -21,19 +21,20 @@ Config = TypeVar("Config", bound=BertConfig | GPTConfig)
 class TransformerPretrained(Pretrained[Config, Tokenizer]):
     """A pretrained Transformer."""
 
-    def embed(self, texts: Sequence[str], truncate: bool = False) -> Embeddings:
+    def embed(self, texts: Collection[str], truncate: bool = False) -> Embeddings:
         """For each text, in order, its tokens and its hidden states, f32 [L + 1, tokens, D].
 
         A blank text has no tokens. A text that is too long raises InputError with its line, or is cut if `truncate`.
         """
         c = self.config
         encoded, compute = self._encode(texts, truncate), partial(_hidden_states, c, self.params)
-        for ids, states in batching.in_order(encoded, compute, c.max_position_embeddings):
-            states_TLD = states.reshape(len(ids), c.num_layers + 1, c.hidden_size)
-            yield [self.tokenizer.tokens[id] for id in ids], states_TLD.swapaxes(0, 1)
+        for window in batching.windows(encoded):
+            for ids, states in batching.in_order(window, compute, c.max_position_embeddings):
+                states_TLD = states.reshape(len(ids), c.num_layers + 1, c.hidden_size)
+                yield [self.tokenizer.tokens[id] for id in ids], states_TLD.swapaxes(0, 1)
 
-    def _encode(self, texts: Sequence[str], truncate: bool = False) -> list[list[int]]:
-        """The ids of each text, as the model reads it."""
+    def _encode(self, texts: Collection[str], truncate: bool = False) -> Iterator[list[int]]:
+        """The ids of each text, as the model reads it; see `batching.encode`."""
         return batching.encode(self.tokenizer, texts, self.config.max_position_embeddings, truncate)
 
 

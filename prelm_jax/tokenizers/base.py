@@ -1,7 +1,8 @@
 """The base of all tokenizers and of their configurations."""
 
+import itertools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -9,6 +10,8 @@ import numpy as np
 
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
+
+TEXTS_AT_ONCE = 1000
 
 
 class Tokenizer:
@@ -50,6 +53,12 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, without special tokens."""
         raise NotImplementedError
+
+    def encode_each(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """The ids of each text, as from `encode_batch`; a part of the texts at a time is in memory."""
+        texts = iter(texts)
+        while some := list(itertools.islice(texts, TEXTS_AT_ONCE)):
+            yield from self.encode_batch(some)
 
     def encode_flat(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts end to end (int32), and the number of ids of each text (int64).

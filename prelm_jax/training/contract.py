@@ -150,5 +150,8 @@ class DataConfig(Protocol[BatchesT]):
     def derived_metrics(self, name: str, value: float, store: "Store") -> dict[str, float]:
         """Metrics derived from the metric `name` of a model on a store, by name: perplexity, bits per byte."""
 
+    def describe(self, batches: BatchesT) -> str:
+        """What a step reads, as one line for people: how much of the text, and how full its rows are."""
+
     def show(self, batch: HostBatch, tokenizer: "Tokenizer") -> Iterator[str]:
         """The rows of a batch as text, a few lines each."""

@@ -39,6 +39,7 @@ class LoopConfig:
     evaluate_every: Positive = 1000  # Steps between evaluations on held-out text; the last step is evaluated as well.
     # Number of held-out batches that an evaluation during training samples; `prelm evaluate` reads all of the text.
     evaluate_batches: Positive = 32
+    stop_after_no_gain: Positive | None = None  # Stop after this many evaluations without a new best one.
     log_every: Positive = 50  # Steps between lines of metrics.jsonl and of the terminal.
     tensorboard: bool = False  # Also write the metrics for TensorBoard.
     profile: NotNegative = 0  # Write a profiler trace of this many steps, from the 11th on, to profile/.
@@ -134,6 +135,8 @@ def train(
 ) -> tuple[TrainState, dict[str, float] | None]:
     """Trains from `state.step` to `run.loop.steps`; resuming gives the same bits as never having stopped.
 
+    With `run.loop.stop_after_no_gain`, it ends after so many evaluations without a new best one, and stays there.
+
     Returns the last state and its evaluation; None instead of it without one.
 
     Args:
@@ -160,6 +163,13 @@ def train(
     def evaluates(done: int) -> bool:
         return evaluate is not None and (done == config.steps or done % config.evaluate_every == 0)
 
+    def gains_nothing(done: int) -> bool:
+        """Whether the best evaluation was so long ago that the training ends."""
+        best, limit = checkpoints.best_step, config.stop_after_no_gain
+        if best is None or limit is None:
+            return False
+        return done // config.evaluate_every - best // config.evaluate_every >= limit
+
     def evaluate_and_save(done: int, stopping: bool, keep_due: bool) -> None:
         """Does what is due after a step. Raises Preempted if SIGTERM came, which can postpone the evaluation."""
         nonlocal evaluation
@@ -172,6 +182,8 @@ def train(
             else:
                 report.evaluation(done, evaluation)
                 loss, improved = evaluation["loss"], checkpoints.improves(evaluation["loss"])
+                last = last or (not improved and gains_nothing(done))
+                save_due = save_due or last
         record = Record(tokens_seen, loss, scheduled=save_due or improved)
         if record.scheduled or stopping:
             checkpoints.save(done, state.items(), record)
@@ -186,7 +198,7 @@ def train(
         if start and evaluates(start) and not checkpoints.evaluated(start):
             stop.begin()
             evaluate_and_save(start, False, False)
-        for step, batch in batches:
+        for step, batch in () if gains_nothing(start) else batches:
             profile.before(step)
             with jax.transfer_guard("disallow"):  # Saving and evaluating copy arrays, a step does not.
                 tokens = count_tokens(batch)  # A program of its own: done before the step is.
@@ -209,5 +221,8 @@ def train(
                 report.wait(pending)  # Checks the step: a state with NaNs is never saved.
                 pending = None
                 evaluate_and_save(done, stopping, keep_due)
+                if gains_nothing(done):
+                    report.say(f"stopped after step {done}: no gain since step {checkpoints.best_step}")
+                    break
         checkpoints.wait()
     return state, evaluation

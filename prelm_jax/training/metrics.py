@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from prelm_jax.errors import InputError
 from prelm_jax.progress import Progress
-from prelm_jax.storage import is_remote, opened
+from prelm_jax.storage import is_remote, opened, write_file
 from prelm_jax.training.chips import find_chip
 from prelm_jax.training.contract import Batch, Model
 
@@ -73,9 +73,7 @@ class MetricsWriter:
         if is_remote(path):
             self._file = _RemoteFile(path, text)
             return
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
+        write_file(path, text.encode())
         self._file = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -121,7 +119,7 @@ def _encode(metrics: Mapping[str, float]) -> str:
 
 
 def _decode(line: bytes) -> dict[str, float]:
-    """What `_encode` made a line of. Raises ValueError or RecursionError for any other line."""
+    """The metrics in a line of `_encode`. Raises ValueError or RecursionError for any other line."""
     metrics = json.loads(line.decode())
     if not isinstance(metrics, dict) or type(metrics.get("step")) is not int or metrics["step"] < 0:
         raise ValueError
@@ -194,6 +192,10 @@ class Report:
         """Writes an evaluation."""
         self._writer.write(step, {f"evaluation/{name}": value for name, value in values.items()})
         self._progress.say(f"step {step}  held-out sample  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+
+    def say(self, line: str) -> None:
+        """Prints a line."""
+        self._progress.say(line)
 
     def close(self) -> None:
         self._progress.close(complete=False)

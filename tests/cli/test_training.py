@@ -143,7 +143,7 @@ def test_steps_reach_evaluate_and_export(folder, monkeypatch, word, step):
     assert received == [
         ("somewhere", (), step, None, 1.0, None, None),
         ("somewhere", ("a", "b"), step, tiny.bert(), 1.0, None, None),
-        ("gs://somewhere", Path("there"), step),
+        ("gs://somewhere", Path("there"), None if word is None else step),
     ]
 
 
@@ -317,6 +317,16 @@ def test_work_directories_that_cannot_be_used(folder, fails, tmp_path, monkeypat
         patch.setattr("os.mkdir", refuse)
         message = fails("pretrain", tiny, "--workdir", tmp_path / "run")
     assert f"cannot write {tmp_path}/run" in message
+
+
+def test_a_refused_start_leaves_the_directory_to_the_mended_command(folder, fails, tmp_path):
+    """Also in a directory that another run claimed, and that holds no checkpoint."""
+    command = ("pretrain", f"{folder}/tiny.py:tiny", "--workdir", tmp_path / "run", "--steps", 1)
+    for model in (tmp_path / "absent", folder / "corpus.txt"):
+        assert str(model) in fails(*command, "--init-from", model)
+    assert not (tmp_path / "run").exists()
+    main([str(argument) for argument in command])
+    assert (tmp_path / "run/checkpoints/1").is_dir()
 
 
 def test_an_export_leaves_the_model_that_the_run_started_from(folder, fails, tmp_path):

@@ -87,7 +87,10 @@ def test_errors_name_the_item_and_the_option(item, names):
 TEXTS = st.one_of(st.text(), st.sampled_from([*OPTIONS, "line", "de", "gpt", "2", "1e18", "-1", "a.txt", "./", "[,]"]))
 
 
-@given(st.lists(st.one_of(TEXTS, st.sampled_from(",=,=")), min_size=1, max_size=8).map("".join))
+OPTION = st.tuples(st.just(","), st.sampled_from(sorted(OPTIONS)), st.just("="), TEXTS).map("".join)
+
+
+@given(st.lists(st.one_of(TEXTS, OPTION, st.sampled_from(",=,=")), min_size=1, max_size=8).map("".join))
 def test_any_text_is_a_spec_or_refused(item):
     """In one line, before any file is read; a location that comes back is read as itself."""
     try:

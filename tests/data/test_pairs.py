@@ -8,6 +8,19 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from tiny_pairs import (
+    CLS,
+    FIRST_ID,
+    PAD,
+    SEP,
+    article_sizes,
+    batches_of,
+    corpora,
+    corpus,
+    random_sizes,
+    tokenizer,
+    unmasked,
+)
 
 from prelm_jax.corpus.store import Store
 from prelm_jax.data.baselines import length_only_accuracy
@@ -15,49 +28,6 @@ from prelm_jax.data.masking import MaskingConfig
 from prelm_jax.data.pairs import PairsConfig
 from prelm_jax.errors import InputError
 from prelm_jax.validation import check
-
-PAD, CLS, SEP, MASK, FIRST_ID = 0, 1, 2, 3, 4
-
-
-def corpus(sizes):
-    """Documents of sentences of the given sizes; every token has its own id, counted up."""
-    ids = iter(range(FIRST_ID, FIRST_ID + sum(map(sum, sizes))))
-    return [[[next(ids) for _ in range(size)] for size in document] for document in sizes]
-
-
-def tokenizer(vocab_size):
-    return SimpleNamespace(
-        vocab_size=vocab_size,
-        pad_id=PAD,
-        cls_id=CLS,
-        sep_id=SEP,
-        mask_id=MASK,
-        tokens=["##" * (i % 3 == 0) + str(i) for i in range(vocab_size)],
-        continuation=np.arange(vocab_size) % 3 == 0,
-    )
-
-
-def batches_of(documents, batch_size, seed=0, **options):
-    vocab_size = FIRST_ID + sum(len(sentence) for document in documents for sentence in document)
-    return PairsConfig(**options).build(Store.from_documents(documents), tokenizer(vocab_size), batch_size, seed)
-
-
-def random_sizes(rng, documents, sentences, median=20):
-    """Sizes in tokens of the sentences of each document; `sentences` are their numbers."""
-    counts = np.broadcast_to(sentences, documents)
-    return [np.clip(rng.lognormal(np.log(median), 0.5, n), 1, 200).astype(int).tolist() for n in counts]
-
-
-def article_sizes(rng, documents):
-    return random_sizes(rng, documents, np.maximum(1, rng.lognormal(2.3, 0.9, documents)).astype(int))
-
-
-def unmasked(batch):
-    """The tokens before masking."""
-    tokens = batch["tokens"].copy()
-    rows, slots = np.nonzero(batch["masked_weights"])
-    tokens[rows, batch["masked_positions"][rows, slots]] = batch["masked_targets"][rows, slots]
-    return tokens
 
 
 class Corpus:
@@ -113,13 +83,8 @@ def segments_of(tokens, token_types, segments):
     return ids[1:middle], ids[middle + 1 : end]
 
 
-few_sentences = st.lists(st.integers(1, 40), min_size=1, max_size=6)
-short_sentences = st.integers(50, 150).map(lambda n: [1] * n)
-sizes = st.lists(few_sentences | short_sentences, min_size=2, max_size=9)
-
-
 @given(
-    sizes=sizes,
+    sizes=corpora,
     T=st.integers(8, 70),
     M=st.integers(1, 8),
     short=st.sampled_from([0.0, 0.5, 1.0]),
@@ -161,7 +126,7 @@ def test_pairs_of_any_corpus(sizes, T, M, short, whole_word, seed):
             assert len(first) + len(second) == min(T - 3, text.tokens(document))
 
 
-@given(sizes=sizes, T=st.integers(8, 70), short=st.sampled_from([0.0, 0.5]), seed=st.integers(0, 2**32))
+@given(sizes=corpora, T=st.integers(8, 70), short=st.sampled_from([0.0, 0.5]), seed=st.integers(0, 2**32))
 def test_single_segments_of_any_corpus(sizes, T, short, seed):
     text = Corpus(corpus(sizes))
     batches = batches_of(

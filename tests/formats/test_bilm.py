@@ -12,7 +12,7 @@ from model_directories import ELMO_OPTIONS, ELMO_SHAPES, ELMO_WORDS, elmo_weight
 
 from prelm_jax.errors import InputError
 from prelm_jax.formats.base import abstract_params, save
-from prelm_jax.formats.bilm import FORMAT, SOFTMAX, dataset_name, read
+from prelm_jax.formats.bilm import FORMAT, SOFTMAX, dataset_name, read, write
 from prelm_jax.models.elmo import ELMoConfig
 from prelm_jax.training.parameters import path_name
 
@@ -125,6 +125,14 @@ def test_a_model_without_characters_is_refused(spoiled):
     (spoiled / "elmo_tiny_options.json").write_text(json.dumps({"lstm": ELMO_OPTIONS["lstm"]}))
     with pytest.raises(InputError, match=r"elmo_tiny_options.json: no char_cnn"):
         read(spoiled)
+
+
+@pytest.mark.parametrize("size", [100, 3000, 10_000])
+def test_a_full_disk_is_named(elmo_directory, size, full_disk, tmp_path):
+    model = read(elmo_directory)
+    with full_disk(size), pytest.raises(OSError, match="File too large") as error:
+        write(model, tmp_path)
+    assert error.value.filename == str(tmp_path / "weights.hdf5")
 
 
 @pytest.mark.parametrize(

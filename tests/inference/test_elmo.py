@@ -303,4 +303,4 @@ def test_score_equals_the_reference(elmo_with_softmax, reference):
 
 def test_a_published_model_cannot_score(model):
     with pytest.raises(InputError, match="a published ELMo has no softmax"):
-        model.score(["the cat"])
+        next(model.score(["the cat"]))

@@ -1,5 +1,6 @@
 """BERT against transformers' PyTorch BERT: outputs and gradients; sizes, packing, attention, dropout."""
 
+import dataclasses
 import math
 from functools import partial
 
@@ -13,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from model_directories import randomize
 from scipy import stats
+from tiny_pairs import batches_of, corpus, random_sizes
 
 from prelm_jax.formats.base import abstract_params
 from prelm_jax.formats.huggingface_bert import LAYOUT
@@ -233,6 +235,37 @@ def test_packed_rows_give_the_states_of_separate_rows(params):
         np.testing.assert_allclose(b[0, :6], a[1, :6], atol=1e-5, rtol=0)
         np.testing.assert_allclose(b[0, 6:15], a[2, :9], atol=1e-5, rtol=0)
         assert np.isfinite(a[0]).all()  # A row of nothing but padding.
+
+
+def test_packed_examples_have_the_losses_of_unpacked_ones(monkeypatch):
+    """Sums and weights of losses and metrics, and gradients, without dropout."""
+    monkeypatch.setattr("prelm_jax.data.pairs._PACKED_TOGETHER", 16)
+    documents = corpus(random_sizes(np.random.default_rng(0), 60, 3, median=6))
+    batches = batches_of(documents, 16, max_length=64, max_predictions=12, packing=True)
+    N = batches.packing.num_examples
+    step, packed = next((i, batches[i]) for i in range(20) if batches[i]["next_sentence_weights"].sum() == N)
+    unpacked = batches.unpacked(step * N + np.arange(N))
+    assert packed["segments"].max() > 2 and len(packed["tokens"]) == 16 < N
+    model = dataclasses.replace(
+        CONFIG, vocab_size=batches.vocab_size, max_position_embeddings=64, hidden_dropout=0.0, attention_dropout=0.0
+    ).build()
+
+    @jax.jit
+    @partial(jax.grad, has_aux=True)
+    def gradients(params, batch):
+        with jax.default_matmul_precision("highest"):
+            losses, metrics, _ = model.loss(params, {}, batch, jax.random.key(0), train=True)
+        weights = model.weights(batch)
+        return sum(losses[name][0] / weights[name] for name in losses), (losses | metrics, weights)
+
+    params = model.init_params(jax.random.key(1))
+    (expected, sums), (found, packed_sums) = gradients(params, unpacked), gradients(params, packed)
+    assert sums[1] == packed_sums[1] and sums[1]["next_sentence_loss"] == N
+    for whole, part in zip(jax.tree.leaves(sums), jax.tree.leaves(packed_sums), strict=True):
+        np.testing.assert_allclose(part, whole, rtol=1e-6)
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
+    for whole, part in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(part, whole, atol=1e-6 * largest, rtol=0)
 
 
 # Dropout

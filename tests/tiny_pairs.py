@@ -1,0 +1,58 @@
+"""Small corpora whose tokens all differ, and batches of pairs of them."""
+
+from types import SimpleNamespace
+
+import numpy as np
+from hypothesis import strategies as st
+
+from prelm_jax.corpus.store import Store
+from prelm_jax.data.pairs import PairsConfig
+
+PAD, CLS, SEP, MASK, FIRST_ID = 0, 1, 2, 3, 4
+
+
+def corpus(sizes):
+    """Documents of sentences of the given sizes; every token has its own id, counted up."""
+    ids = iter(range(FIRST_ID, FIRST_ID + sum(map(sum, sizes))))
+    return [[[next(ids) for _ in range(size)] for size in document] for document in sizes]
+
+
+def tokenizer(vocab_size):
+    return SimpleNamespace(
+        vocab_size=vocab_size,
+        pad_id=PAD,
+        cls_id=CLS,
+        sep_id=SEP,
+        mask_id=MASK,
+        tokens=["##" * (i % 3 == 0) + str(i) for i in range(vocab_size)],
+        continuation=np.arange(vocab_size) % 3 == 0,
+    )
+
+
+def batches_of(documents, batch_size, seed=0, **options):
+    vocab_size = FIRST_ID + sum(len(sentence) for document in documents for sentence in document)
+    return PairsConfig(**options).build(Store.from_documents(documents), tokenizer(vocab_size), batch_size, seed)
+
+
+def random_sizes(rng, documents, sentences, median=20):
+    """Sizes in tokens of the sentences of each document; `sentences` are their numbers."""
+    counts = np.broadcast_to(sentences, documents)
+    return [np.clip(rng.lognormal(np.log(median), 0.5, n), 1, 200).astype(int).tolist() for n in counts]
+
+
+def article_sizes(rng, documents):
+    return random_sizes(rng, documents, np.maximum(1, rng.lognormal(2.3, 0.9, documents)).astype(int))
+
+
+def unmasked(batch):
+    """The tokens before masking."""
+    tokens = batch["tokens"].copy()
+    rows, slots = np.nonzero(batch["masked_weights"])
+    tokens[rows, batch["masked_positions"][rows, slots]] = batch["masked_targets"][rows, slots]
+    return tokens
+
+
+# Sizes of the sentences of documents.
+_few_sentences = st.lists(st.integers(1, 40), min_size=1, max_size=6)
+_short_sentences = st.integers(50, 150).map(lambda n: [1] * n)
+corpora = st.lists(_few_sentences | _short_sentences, min_size=2, max_size=9)
