@@ -1,6 +1,7 @@
 """Metrics of a training: JSON lines, progress on the terminal, and the fraction of the hardware's peak FLOP/s."""
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -28,7 +29,8 @@ def peak_flops(dtype: jnp.dtype, devices: int) -> float:
     if chip is not None and dtype == jnp.bfloat16:
         return chip.flops * devices
     x = jnp.ones((1024, 1024), dtype)
-    matmul = jax.jit(jnp.matmul)
+    # With sums in fp32, as in the models: a CPU has no fast product of bf16 whose result is rounded.
+    matmul = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
     matmul(x, x).block_until_ready()
     times = []
     for _ in range(10):
