@@ -98,8 +98,8 @@ def export(
     Args:
         workdir: Work directory of a run, or the directory above the seeds of a fine-tuning.
         directory: Directory to write; a model directory that is already there is replaced.
-        step: Step of the checkpoint, best (lowest held-out loss) or newest; best if unset and any was evaluated.
         seed: Seed of a fine-tuning; the median one if unset.
+        step: Step of the checkpoint, best (lowest held-out loss) or newest; best if unset and any was evaluated.
     """
     from prelm_jax import pretraining
     from prelm_jax.finetuning import finetune

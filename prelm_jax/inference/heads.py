@@ -1,7 +1,7 @@
 """A fine-tuned model in use: classify, tag, answer and choose, each example the same in any company."""
 
 import collections
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import cast
 
@@ -13,7 +13,7 @@ from prelm_jax.data.examples import Example, Kind
 from prelm_jax.data.frames import WIDTHS, Frame, Row
 from prelm_jax.errors import InputError
 from prelm_jax.formats.base import LoadedTask, ModelConfig
-from prelm_jax.inference.base import Embeddings, Pretrained
+from prelm_jax.inference.base import Embeddings, Pretrained, Scores
 from prelm_jax.inference.batching import TOKENS_PER_BATCH
 from prelm_jax.inference.decoding import Outputs, Prediction, decode
 from prelm_jax.models import heads
@@ -67,7 +67,7 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
         """The hidden states of the fine-tuned encoder; see `Pretrained`."""
         return self.pretrained.embed(texts, truncate)
 
-    def score(self, texts: Collection[str]) -> Iterator[tuple[float, int]]:
+    def score(self, texts: Collection[str]) -> Scores:
         """The probability of texts, where the directory still has the pretraining heads; see `Pretrained`."""
         return self.pretrained.score(texts)
 
