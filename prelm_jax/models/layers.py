@@ -150,7 +150,7 @@ def product(x: Array, y: Array, transposed: bool = False) -> Array:
 
 def product_over_rows(x: Array, y: Array) -> Array:
     """xᵀ y, the gradient of a weight, with sums in fp32 or more; axes before the last two are a batch."""
-    if x.dtype == jnp.bfloat16 and backend() == "cpu":
+    if x.dtype == jnp.bfloat16 and backend() == "cpu" and _one_device():
         # XLA's CPU backend multiplies in bf16 only along the last axis of the first operand.
         return _wide_product(_written_in_order(x.swapaxes(-1, -2)), y, -1, -2)
     return _wide_product(x, y, -2, -2)
@@ -165,6 +165,11 @@ def _axes(x: Array, x_axis: int, y_axis: int) -> tuple:
     """The axes of a dot_general: one of each operand, counted from the end, and all before the last two as a batch."""
     batch = tuple(range(x.ndim - 2))
     return ((x.ndim + x_axis,), (x.ndim + y_axis,)), (batch, batch)
+
+
+def _one_device() -> bool:
+    """Whether the program runs on a single device: XLA would gather an array from all of them to write it in order."""
+    return jax.sharding.get_abstract_mesh().size <= 1  # It is 0 where no mesh is set.
 
 
 def _written_in_order(x: Array) -> Array:
@@ -189,7 +194,7 @@ def _product_backward(transposed: bool, dtype: jnp.dtype, operands: tuple[Array,
     dx = _wide_product(g, y, -1, -2 if transposed else -1)
     if transposed:
         dy = product_over_rows(g, x)
-    elif dtype == jnp.float32 and x.ndim == 2 and x.shape[1] > y.shape[1]:
+    elif dtype == jnp.float32 and x.ndim == 2 and x.shape[1] > y.shape[1] and _one_device():
         dy = _written_in_order(product_over_rows(g, x)).T  # xᵀ g itself takes half as long again.
     else:
         dy = product_over_rows(x, g)
