@@ -54,7 +54,7 @@ def ask_for_huge_pages() -> None:
     XLA allocates the temporary arrays of a step on a CPU anew each time. In pages of 4 kB, a sixth of the step of a
     small BERT goes into them.
     """
-    if sys.platform == "linux" and sys.argv[1:2] == ["pretrain"] and ALLOCATOR not in os.environ:
+    if sys.platform == "linux" and set(sys.argv[1:2]) & {"pretrain", "finetune"} and ALLOCATOR not in os.environ:
         os.execve(sys.executable, sys.orig_argv, os.environ | {ALLOCATOR: HUGE_PAGES})
 
 
