@@ -1,4 +1,4 @@
-"""Model directories: what is read from one, what defines a published format, and how a directory is saved."""
+"""Model directories: their content once loaded, the definition of a published format, and how a directory is saved."""
 
 import dataclasses
 import os
@@ -67,7 +67,7 @@ class Format(Generic[Config, Vocabulary]):
     read_task: Callable[[Path, bool], LoadedTask[Vocabulary] | None]
     write_task: Callable[[LoadedTask[Vocabulary], Path], None]
     library: str  # The library that reads the format, by its name on a model card.
-    usage: str  # An example of that for a model card, in Markdown; {name} is the path of the directory.
+    usage: str  # How the library loads a directory, in Markdown, for a model card; {name} is the path of the directory.
     settings_file: str  # Nothing loads a directory without this file.
     settings_key: str  # A key of the settings by which a directory of this format is recognized.
     vocabulary_tables: frozenset[str]  # Paths of the parameters whose first axis is the vocabulary.
