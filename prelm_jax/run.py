@@ -207,7 +207,12 @@ class RunRecord:
         return list(map(part, self.segments, ends))
 
     def run(self, model: type, data: type) -> Run:
-        """The run as far as evaluating needs it: without tokenizer (the work directory has it) and optimizer."""
+        """The run as far as evaluating needs it: without tokenizer (the work directory has it) and optimizer.
+
+        Raises InputError for the record of a fine-tuning.
+        """
+        if self.is_task:
+            raise InputError("run.json is that of a fine-tuning, whose results are in results.json above: prelm report")
         fields = {**self.identity, **self.sources, "loop": self.loop, "tokenizer": None, "optimizer": None}
         fields |= {"model": self.model(model), "data": read(data, fields.get("data"), "run.json: identity.data")}
         known = {field.name: fields[field.name] for field in dataclasses.fields(Run) if field.name in fields}

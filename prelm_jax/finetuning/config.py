@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from prelm_jax.bounds import (
+    Bounds,
     Fraction,
     FractionBelow1,
     Length,
@@ -17,6 +18,7 @@ from prelm_jax.bounds import (
     Size,
 )
 from prelm_jax.data.examples import Columns, Kind
+from prelm_jax.data.frames import WIDTHS
 from prelm_jax.errors import InputError
 from prelm_jax.models import heads
 from prelm_jax.training.loop import LoopConfig
@@ -47,7 +49,8 @@ class FineTuning:
     layer_decay: Fraction = 1.0  # Factor of the learning rate from a layer to the one below; the top layer has one.
     reinitialize_layers: NotNegative = 0  # Top layers, with BERT's pooler, that start from fresh parameters.
     lm_coefficient: NotNegativeFloat = 0.0  # Weight of the loss of the next tokens, for a GPT.
-    max_length: Length | None = None  # Longest row in tokens; unset: the model's positions, at most 512.
+    # Longest row in tokens; unset or more than the model has positions: these, at most 512.
+    max_length: Annotated[Length, Bounds(8, WIDTHS[-1])] | None = None
     stride: Positive | None = None  # Tokens from a window to the next; unset: 128 in passages, half a row in sentences.
     symmetric: bool = False  # The two texts of a pair have no order: a GPT reads both orders, and adds what it reads.
     seed: Seed = 0  # Decides initial values, batches and dropout.

@@ -91,10 +91,8 @@ def prepare(run: FineTuning) -> Task:
     pretrained = load_encoder(str(run.init_from))
     family = find_family(pretrained.config.model_type, run.init_from)
     tokenizer = family.frame.task_tokenizer(pretrained.tokenizer)
-    longest = getattr(pretrained.config, "max_position_embeddings", WIDTHS[-1])
-    max_length = run.max_length or min(longest, WIDTHS[-1])
-    if max_length > longest:
-        raise InputError(f"--max-length {max_length}: the model has {longest} positions")
+    positions = getattr(pretrained.config, "max_position_embeddings", None)  # ELMo's have no end.
+    max_length = min(run.max_length or WIDTHS[-1], positions or WIDTHS[-1])
     if not 0 <= run.reinitialize_layers <= pretrained.config.num_layers:
         raise InputError(f"--reinitialize-layers {run.reinitialize_layers}: there are {pretrained.config.num_layers}")
     if run.kind == "spans" and not family.frame.answers:
@@ -115,6 +113,7 @@ def prepare(run: FineTuning) -> Task:
         run.layer_decay,
         run.lm_coefficient,
     )
+    config.check_together()
     facts: dict[str, object] = {
         "head": with_name(config.head),
         "encoder": config.encoder,
@@ -329,7 +328,7 @@ class DevEvaluation:
         ordered = [outputs[row] for row in range(len(outputs))]
         self.predictions = decode(task.run.kind, task.dev_examples, task.dev_rows, ordered, task.names)
         scores = _scores(task, [each.label for each in self.predictions])
-        return {"loss": loss / weight} | {name: score.value for name, score in scores.items()}
+        return {"loss": float(loss / weight)} | {name: score.value for name, score in scores.items()}
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """metric -> trivial baseline -> value."""

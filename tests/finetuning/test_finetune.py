@@ -199,7 +199,7 @@ MISTAKES = {
     "no file": (["--train", "none.tsv"], "none.tsv"),
     "column": (["--columns.text", "sentence"], "sentence"),
     "metric": (["--metric", "bleu"], "--metric bleu"),
-    "positions": (["--max-length", "65"], "--max-length 65"),
+    "length": (["--max-length", "513"], "--max-length"),
     "schedule": (["--optimizer.decay-steps", "10"], "--optimizer.decay-steps 10"),
     "loss of next tokens": (["--lm-coefficient", "0.5"], "lm_coefficient"),
     "layers": (["--reinitialize-layers", "2"], "--reinitialize-layers 2"),
