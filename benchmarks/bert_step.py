@@ -7,7 +7,8 @@ transformers   BertForPreTraining with its defaults: logits at all positions, it
 strong torch   torch_bert.py: masked positions only, fused attention and optimizer
 
 They take turns on the same random batch without padding, with the same threads and precision; both peers also under
-torch.compile. Needs the extra `test`; without PyTorch only ours is timed.
+torch.compile. With `--precision bfloat16` on a CPU, the strong peer is timed in fp32 too. Needs the extra `test`;
+without PyTorch only ours is timed.
 """
 
 import dataclasses
@@ -123,6 +124,9 @@ def measure(s: Settings, width: int, device: Any) -> dict[str, Any]:
         for compiled in (False, True) if s.compile else (False,):
             build = {"transformers": transformers, "strong torch": strong_torch}[peer]
             steps[peer + COMPILED if compiled else peer] = build(s, width, batch, device, compiled)
+    if "strong torch" in s.peers and s.precision == "bfloat16" and device is not None and device.type == "cpu":
+        full = dataclasses.replace(s, precision="float32")
+        steps["strong torch, float32"] = strong_torch(full, width, batch, device, False)
     chance = (math.log(s.vocab_size) + math.log(2), "ln V + ln 2")
     return harness.compare(s, FLOP, steps, device, chance, f"{s.num_layers} × {width}, {s.masked} masked")
 

@@ -11,6 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,7 +138,9 @@ def matmuls(dtype: str, device: Any) -> tuple[float, Contenders]:
     """Square matrix products that show the peak: the FLOPs of one, and the contenders that compute it."""
     n = 2048 if jax.default_backend() == "cpu" else 8192
     # Random operands: on a GPU, a product of constants draws less power and shows a peak that no model reaches.
-    x, matmul = jax.random.normal(jax.random.key(0), (n, n), dtype), jax.jit(jnp.matmul)
+    x = jax.random.normal(jax.random.key(0), (n, n), dtype)
+    # On a CPU sums in fp32, as in its models: it has no fast product of bf16 whose result is rounded.
+    matmul = jax.jit(partial(jnp.matmul, preferred_element_type=jnp.float32 if n == 2048 else None))
     contenders = {"matmul, JAX": lambda: float(matmul(x, x)[0, 0])}
     if device is not None:
         y = torch.randn((n, n), dtype=getattr(torch, dtype), device=device)

@@ -23,7 +23,7 @@ class Bounds:
     below: float = math.inf
 
     def rule(self, x: float) -> str | None:
-        """What x must be and is not; None within the bounds."""
+        """The first bound that x violates, as "at least 1"; None within the bounds."""
         rules = {f"at least {self.low}": x >= self.low, f"at most {self.high}": x <= self.high}
         rules |= {f"above {self.above}": x > self.above, f"below {self.below}": x < self.below}
         return next((rule for rule, kept in rules.items() if not kept), None)
@@ -38,13 +38,13 @@ Length = Annotated[int, Bounds(1, 2**16 - 1)]  # Of a row of a batch.
 Seed = Annotated[int, Bounds(0, 2**32 - 1)]  # JAX takes seeds modulo 2**32.
 PositiveFloat = Annotated[float, Bounds(above=0)]
 NotNegativeFloat = Annotated[float, Bounds(0)]
-Epsilon = Annotated[float, Bounds(1e-37, 1)]  # What is smaller may be 0 in float32.
+Epsilon = Annotated[float, Bounds(1e-37, 1)]  # Smaller values may be 0 in float32.
 Fraction = Annotated[float, Bounds(0, 1)]
 FractionBelow1 = Annotated[float, Bounds(0, below=1)]  # Dropout, decay rates of moments.
 
 
 class OutOfBounds(InputError):
-    """A value is not what its field declares. `path` leads to the field, `rule` says what is allowed."""
+    """A value is outside the bounds or types of its field. `path` leads to the field; `rule` says what is allowed."""
 
     def __init__(self, path: Path, value: object, rule: str):
         self.path, self.value, self.rule, shown = path, value, rule, json.dumps(value, default=repr)

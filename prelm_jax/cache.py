@@ -43,7 +43,7 @@ def built(path: Path) -> Iterator[Path]:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether `path` holds what was built there; InputError if it cannot be read."""
+    """Whether the content of `path` matches its checksum. Raises InputError if the file cannot be read."""
     if not (path.exists() and _checksum_path(path).exists()):
         return False
     with opened(_checksum_path(path)) as recorded:

@@ -18,10 +18,10 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO
 
 from prelm_jax.errors import InputError, Preempted, first_line
-from prelm_jax.storage import is_remote, is_shared
+from prelm_jax.storage import is_remote, is_shared, write_file
 
 RENEW_SECONDS = 20.0
 STALE_SECONDS = 90.0
@@ -48,7 +48,7 @@ def held(directory: Path, take_over: bool = False) -> Iterator[Check]:
         with _locked(directory):
             yield lambda: None
         return
-    lease = Lease(Files(directory / "lease"), f"{directory}")
+    lease = Lease(Files(directory / "lease"), directory)
     lease.acquire(take_over)
     with lease.renewed():
         yield lease.check
@@ -58,8 +58,8 @@ def _identity() -> dict[str, object]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
-def _taken(directory: str, content: bytes, remedy: str) -> InputError:
-    """The complaint about a directory that another process holds; `content`: what it says of itself."""
+def _taken(directory: Path | str, content: bytes, remedy: str) -> InputError:
+    """The complaint about a directory that another process holds; `content`: of its lock or lease, which names it."""
     return InputError(
         f"{directory}: a run is in progress here ({_named(content)}): {remedy}, or choose another --workdir"
     )
@@ -68,6 +68,10 @@ def _taken(directory: str, content: bytes, remedy: str) -> InputError:
 def _named(content: bytes) -> str:
     holder = {"pid": "?", "host": "?", "since": "?"} | _fields(content)
     return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+
+
+def _encode(fields: dict[str, object]) -> bytes:
+    return json.dumps(fields).encode()
 
 
 def _fields(content: bytes) -> dict[str, object]:
@@ -85,13 +89,13 @@ def _fields(content: bytes) -> dict[str, object]:
 def _locked(directory: Path) -> Iterator[None]:
     path = directory / "lock"
     try:
-        file = _open_locked(directory, path)
+        file = _open_locked(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
     with file:  # Closed on exec: a worker does not keep the lock.
         try:
             file.truncate(0)
-            file.write(json.dumps(_identity()))
+            file.write(_encode(_identity()))
             file.flush()
             yield
         finally:
@@ -100,20 +104,17 @@ def _locked(directory: Path) -> Iterator[None]:
                 directory.rmdir()
 
 
-def _open_locked(directory: Path, path: Path):
+def _open_locked(path: Path) -> BinaryIO:
     while True:
-        directory.mkdir(parents=True, exist_ok=True)  # Its holder may have removed it when it ended.
-        with contextlib.ExitStack() as stack:
+        path.parent.mkdir(parents=True, exist_ok=True)  # The holder may have removed it when it ended.
+        with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as stack:
+            file = stack.enter_context(path.open("ab+"))
             try:
-                file = stack.enter_context(path.open("a+"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                current = path.stat()
             except BlockingIOError:
-                raise _taken(f"{directory}", path.read_bytes(), "wait for its end, or stop it") from None
-            except FileNotFoundError:
-                continue
-            opened = os.fstat(file.fileno())
-            if (current.st_ino, current.st_dev) == (opened.st_ino, opened.st_dev):  # Else its holder has ended.
+                file.seek(0)
+                raise _taken(path.parent, file.read(), "wait for its end, or stop it") from None
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):  # Else its holder has ended.
                 stack.pop_all()
                 return file
 
@@ -121,27 +122,8 @@ def _open_locked(directory: Path, path: Path):
 # ---- Buckets and network disks ---------------------------------------------------------------------------------------
 
 
-class Store(Protocol):
-    """Small files in one place: all that a lease asks of a bucket."""
-
-    def numbers(self) -> list[int]:
-        """The names of the files."""
-
-    def create(self, number: int, content: bytes) -> bool:
-        """Creates a file; False, with no change, if there is one. Of several callers one gets True."""
-
-    def read(self, number: int) -> bytes | None:
-        """The content of a file; None if there is none."""
-
-    def write(self, number: int, content: bytes) -> None:
-        """Creates or replaces a file."""
-
-    def delete(self, number: int) -> None:
-        """Deletes a file, if there is one."""
-
-
 class Files:
-    """The files of a directory, on a network disk or in a bucket."""
+    """Small files of a directory, on a network disk or in a bucket: all that a lease needs. Their names are numbers."""
 
     def __init__(self, directory: Path):
         import fsspec
@@ -151,6 +133,7 @@ class Files:
         self._files, self._root = fsspec.url_to_fs(str(directory))
 
     def numbers(self) -> list[int]:
+        """The names of the files."""
         try:
             paths = self._files.ls(self._root, detail=False, refresh=True)
         except FileNotFoundError:  # A bucket has no empty directories.
@@ -159,6 +142,7 @@ class Files:
         return [int(name) for name in names if name.isdecimal()]
 
     def create(self, number: int, content: bytes) -> bool:
+        """Creates a file; False, with no change, if there is one. Of several callers one gets True."""
         try:
             # In a bucket the request says: only if there is no such object.
             with self._files.open(self._path(number), "xb") as file:
@@ -168,20 +152,21 @@ class Files:
         return True
 
     def read(self, number: int) -> bytes | None:
+        """The content of a file; None if there is none."""
         try:
             return self._files.cat_file(self._path(number))
         except FileNotFoundError:
             return None
 
     def write(self, number: int, content: bytes) -> None:
+        """Creates or replaces a file."""
         if is_remote(self._directory):
             self._files.pipe_file(self._path(number), content)
             return
-        unfinished = self._directory / f".{number}"  # On a disk a reader could see half of it.
-        unfinished.write_bytes(content)
-        unfinished.replace(self._directory / str(number))
+        write_file(self._directory / str(number), content)
 
     def delete(self, number: int) -> None:
+        """Deletes a file, if there is one."""
         with contextlib.suppress(FileNotFoundError):
             self._files.rm_file(self._path(number))
 
@@ -194,12 +179,12 @@ class Lease:
 
     def __init__(
         self,
-        store: Store,
-        directory: str,
+        files: Files,
+        directory: Path | str,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ):
-        self._store, self._directory, self._clock, self._sleep = store, directory, clock, sleep
+        self._files, self._directory, self._clock, self._sleep = files, directory, clock, sleep
         self._holder = _identity() | {"token": uuid.uuid4().hex}
         self._mutex = threading.Lock()
         self._number = self._renewals = 0
@@ -211,13 +196,13 @@ class Lease:
             newest, content = self._newest()
             if newest and not take_over:
                 self._wait_until_stale(newest, content)
-            created = self._store.create(newest + 1, self._content())
-            if not created and self._store.read(newest + 1) != self._content():  # Equal: a request that was repeated.
+            created = self._files.create(newest + 1, self._content())
+            if not created and self._files.read(newest + 1) != self._content():  # Equal: a request that was repeated.
                 raise self._taken(self._newest()[1])
             self._number, self._renewed = newest + 1, self._clock()
-            for number in self._store.numbers():
+            for number in self._files.numbers():
                 if number < self._number:
-                    self._store.delete(number)
+                    self._files.delete(number)
         except InputError:
             raise
         except Exception as error:  # Each bucket client raises its own types.
@@ -251,11 +236,11 @@ class Lease:
         with self._mutex:
             try:
                 self._renewals += 1
-                self._store.write(self._number, self._content())
+                self._files.write(self._number, self._content())
                 newest, content = self._newest()
                 if newest != self._number:
                     self._lost = f"was taken over ({_named(content)})"
-                    self._store.delete(self._number)  # Its successor had deleted it.
+                    self._files.delete(self._number)  # Its successor had deleted it.
                 self._renewed = self._clock()
             except Exception as error:  # The network is away: until others may take over, there is time to try again.
                 if self._clock() - self._renewed >= STALE_SECONDS:
@@ -265,17 +250,18 @@ class Lease:
         with contextlib.suppress(Exception):  # Then others have to wait.
             if not self._lost:
                 # The file stays: numbers never start again, so that a holder that slept cannot take itself for valid.
-                self._store.write(self._number, json.dumps({"ended": True}).encode())
+                self._files.write(self._number, _encode({"ended": True}))
 
     def _wait_until_stale(self, newest: int, content: bytes) -> None:
         """Raises InputError at the first sign of life of the holder."""
+        if _fields(content).get("ended"):
+            return
         start = self._clock()
-        if not _fields(content).get("ended"):
-            print(
-                f"{self._directory} is leased ({_named(content)}): waiting up to {STALE_SECONDS:.0f} s for a sign of "
-                "life; --take-over skips this",
-                file=sys.stderr,
-            )
+        print(
+            f"{self._directory} is leased ({_named(content)}): waiting up to {STALE_SECONDS:.0f} s for a sign of life; "
+            "--take-over skips this",
+            file=sys.stderr,
+        )
         while not _fields(content).get("ended") and self._clock() - start < STALE_SECONDS:
             self._sleep(RENEW_SECONDS / 10)
             number, now = self._newest()
@@ -284,11 +270,11 @@ class Lease:
             content = now
 
     def _newest(self) -> tuple[int, bytes]:
-        number = max(self._store.numbers(), default=0)
-        return number, self._store.read(number) or b""
+        number = max(self._files.numbers(), default=0)
+        return number, self._files.read(number) or b""
 
     def _content(self) -> bytes:
-        return json.dumps(self._holder | {"renewals": self._renewals}).encode()
+        return _encode(self._holder | {"renewals": self._renewals})
 
     def _taken(self, content: bytes) -> InputError:
         return _taken(self._directory, content, "wait for its end, stop it, or end it with --take-over")

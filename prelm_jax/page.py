@@ -33,9 +33,9 @@ TRAINING = {
 }
 # Okabe and Ito's colors, which people with any color vision tell apart. More runs than colors are told apart by dashes.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-DASHES = ("solid", "dashed", "dotted")
+DASHES = {"solid": "none", "dashed": "7 4", "dotted": "2 3"}  # As matplotlib and as SVG call them.
 POINTS = 500  # of a curve at most; each is the mean of its neighbors
-# Stands for the color of the text around a picture, which a dark page changes; no other color is the same.
+# A placeholder for the text color of the page, which differs between light and dark; no other color equals it.
 INK = "#123456"
 
 STYLE = """
@@ -127,16 +127,17 @@ def render(runs: Sequence[Curves], sections: Sequence[str] = ()) -> str:
 
 
 def _summary(runs: Sequence[Curves]) -> str:
-    """A row for each run: its last step, minutes, and its best held-out loss with the step of that."""
+    """A row for each run: its last step, tokens and minutes, its lowest held-out loss and the step of that loss."""
     rows = []
     for i, run in enumerate(runs):
+        color, dashes = _stroke(i)
         loss = run.series.get(f"{HELD_OUT}loss")
         best = loss[np.nanargmin(loss[:, 1])] if loss is not None and np.isfinite(loss[:, 1]).any() else None
         step, tokens, minutes = run.progress[-1]
         rows.append(
             [
                 f'<svg viewBox="0 0 30 8" style="width:30px;height:8px"><line x1="0" x2="30" y1="4" y2="4" '
-                f'stroke="{COLORS[i % len(COLORS)]}" stroke-width="3"{_dasharray(i)}/></svg> {escape(run.name)}',
+                f'stroke="{color}" stroke-width="3" stroke-dasharray="{DASHES[dashes]}"/></svg> {escape(run.name)}',
                 *(f"{x:,.0f}" for x in (step, tokens)),
                 f"{minutes:,.1f}",
                 *((f"{best[1]:.4f}", f"{best[0]:,.0f}") if best is not None else ("not evaluated", "")),
@@ -148,7 +149,8 @@ def _summary(runs: Sequence[Curves]) -> str:
 def _differences(runs: Sequence[Curves]) -> str:
     """The settings in which the runs differ; all settings if there is one run."""
     names = sorted({name for run in runs for name in run.settings})
-    values = {name: [_text(run.settings.get(name)) for run in runs] for name in names}
+    found = {name: [run.settings.get(name) for run in runs] for name in names}
+    values = {name: ["" if value is None else str(value) for value in each] for name, each in found.items()}
     shown = [name for name in names if len(runs) == 1 or len(set(values[name])) > 1]
     if not shown:
         return "<h2>Settings</h2><p>The runs have the same settings.</p>"
@@ -181,14 +183,11 @@ def _picture(name: str, axis: str, runs: Sequence[Curves]) -> str:
         axes = figure.subplots()
         for i, run in enumerate(runs):
             if name in run.series:
-                steps, values = _thinned(run.series[name]).T
-                x = (
-                    np.interp(steps, run.progress[:, 0], run.progress[:, AXES.index(axis)])
-                    if axis != "steps"
-                    else steps
-                )
+                x, values = _thinned(run.series[name]).T
+                if axis != "steps":
+                    x = np.interp(x, run.progress[:, 0], run.progress[:, AXES.index(axis)])
+                color, dashes = _stroke(i)
                 marker = "o" if len(x) < 30 else None
-                color, dashes = COLORS[i % len(COLORS)], DASHES[i // len(COLORS) % len(DASHES)]
                 axes.plot(x, values, color=color, linestyle=dashes, marker=marker, markersize=3, linewidth=1.4)
         baselines = {item for run in runs for item in run.baselines.get(name.removeprefix(HELD_OUT), {}).items()}
         for label, value in sorted(baselines) if name.startswith(HELD_OUT) else ():
@@ -203,24 +202,21 @@ def _picture(name: str, axis: str, runs: Sequence[Curves]) -> str:
         output = io.StringIO()
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
-        FigureCanvasSVG(figure).print_svg(
-            output, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
+        FigureCanvasSVG(figure).print_svg(output, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = output.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     # Names of groups would occur in every picture of the page; only those of clip paths and markers are referred to.
     return re.sub(r' id="[a-z]+[\w.]*_\d+"', "", svg)
 
 
+def _stroke(i: int) -> tuple[str, str]:
+    """The color and the dashes of run `i`."""
+    return COLORS[i % len(COLORS)], list(DASHES)[i // len(COLORS) % len(DASHES)]
+
+
 def _thinned(points: np.ndarray) -> np.ndarray:
     """At most POINTS points: means of as many neighbors each; float64 [points, 2]."""
-    parts = np.array_split(points, POINTS) if len(points) > POINTS else [points]
-    return np.concatenate([part.mean(0, keepdims=True) for part in parts]) if len(parts) > 1 else points
-
-
-def _dasharray(i: int) -> str:
-    patterns = ("", ' stroke-dasharray="7 4"', ' stroke-dasharray="2 3"')
-    return patterns[i // len(COLORS) % len(DASHES)]
+    return np.stack([part.mean(0) for part in np.array_split(points, POINTS)]) if len(points) > POINTS else points
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -228,7 +224,3 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["".join(f"<th>{cell}</th>" for cell in header)]
     lines += ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
-
-
-def _text(value: object) -> str:
-    return "" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""What people read: tables at the terminal, the header of a run, and the model card of an export."""
+"""Tables on the terminal, the header of a run, and the model card of an export."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from prelm_jax.workdir import WorkDir
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """How a model does on a text: metrics, the trivial baselines of each, and the rate of unknown tokens."""
+    """The evaluation of a model on a text: metrics, their trivial baselines, and the rate of unknown tokens."""
 
     evaluation: dict[str, float]
     baselines: dict[str, dict[str, float]]
@@ -86,7 +86,7 @@ def corpus_table(corpus: Corpus, training: Store, held_out: Store) -> Table:
 def print_run_header(
     model_type: str, run: Training, model: Model, batch: HostBatch, params: Params, step: int, mesh: jax.sharding.Mesh
 ) -> None:
-    """Says, on process 0, what is about to be trained; `batch` is of the shapes that it is trained on."""
+    """Prints, on process 0, the model, devices and steps of a run; `batch`: any batch of the run, for its shapes."""
     if jax.process_index() != 0:
         return
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -79,16 +79,26 @@ def reachable(path: str | os.PathLike) -> Path:
     return cast(Path, remote)
 
 
+def kind_of_file(path: str | os.PathLike) -> str:
+    """The kind of file at a path, links followed: "file", "directory", "pipe", "socket" or "device"; "" for none.
+
+    Raises InputError if permission is denied.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except PermissionError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (OSError, ValueError):
+        return ""
+    kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "device")
+
+
 def copy_files(source: Path, target: Path) -> None:
     """Copies the files of a directory into another, which is created if need be. Either may be in a bucket."""
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
-        content = file.read_bytes()
-        if is_remote(target):
-            (target / file.name).write_bytes(content)
-        else:
-            with output_file(target / file.name) as unfinished:  # Others may be reading.
-                unfinished.write_bytes(content)
+        write_file(target / file.name, file.read_bytes())
 
 
 @contextlib.contextmanager
@@ -190,21 +200,6 @@ def read_json(path: str | os.PathLike, kind: type[dict] | type[list] = dict) -> 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
 
-def kind_of_file(path: str | os.PathLike) -> str:
-    """What stands at a path, links followed: "file", "directory", "pipe", "socket" or "device"; "" for nothing.
-
-    Raises InputError if this user may not know.
-    """
-    try:
-        mode = os.stat(path).st_mode
-    except PermissionError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (OSError, ValueError):
-        return ""
-    kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
-    return kinds.get(stat.S_IFMT(mode), "device")
-
-
 def check_apart(output: str | os.PathLike, *inputs: str | os.PathLike) -> None:
     """Raises InputError if an output is one of the inputs, or in a directory that is one; links are followed."""
     real = _real(output)
@@ -213,6 +208,15 @@ def check_apart(output: str | os.PathLike, *inputs: str | os.PathLike) -> None:
         same = real.exists() and any(file.exists() and file.samefile(real) for file in files)
         if same or real.is_relative_to(_real(source)):
             raise InputError(f"{output} would be written over the input {source}, or into it: give another output")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Creates or replaces a file, local or in a bucket. Readers see the old content or the new, never a part."""
+    if is_remote(path):
+        path.write_bytes(content)
+        return
+    with output_file(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 @contextlib.contextmanager
@@ -267,7 +271,7 @@ def _real(path: str | os.PathLike) -> Path:
 
 
 def _beside(path: Path) -> Path:
-    """A name in the same directory that nobody else has."""
+    """A unique name in the same directory."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
 
 
@@ -285,7 +289,7 @@ def prefix_errors(path: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike, temporary: str | os.PathLike | None = None) -> Iterator[None]:
-    """Names the file in OSErrors raised in the block that name none, as of a full disk, or its temporary file."""
+    """Names `path` in OSErrors raised in the block that name no file (such as of a full disk), or `temporary`."""
     try:
         yield
     except OSError as error:

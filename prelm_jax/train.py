@@ -107,7 +107,7 @@ def train(
                 writer.write(done, baseline_metrics(evaluation.baselines()))
             for part, program in zip(left, programs, strict=True):
                 steps = placed_batches(batches, int(state.step), part.loop.steps, mesh)
-                with program:
+                with program.explained():
                     state, values = loop.train(
                         part,
                         model,

@@ -1,6 +1,6 @@
 """WorkDir: the only reader and writer of a work directory.
 
-run.json          what the run is (run.RunRecord)
+run.json          the record of the run (run.RunRecord)
 tokenizer/        as its published format has it
 metrics.jsonl     one object a line: `step`, and metrics by name; the trivial baselines as `baseline/METRIC/NAME`
 checkpoints/      one directory a step
@@ -21,7 +21,7 @@ import jax
 from prelm_jax import lock
 from prelm_jax.errors import InputError
 from prelm_jax.run import READABLE_FORMATS, RunRecord, Training
-from prelm_jax.storage import copy_files, fetched, reachable, read_json
+from prelm_jax.storage import copy_files, fetched, reachable, read_json, write_file
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.tokenizers.load import load as load_tokenizer
 from prelm_jax.training.checkpoint import Checkpoints, Step, restore_params
@@ -56,7 +56,7 @@ class WorkDir:
         return self._record_path.is_file()
 
     def read_record(self) -> RunRecord:
-        """What run.json says; InputError where there is none, or one of another format."""
+        """The record in run.json. Raises InputError if there is none, or if it has another format."""
         if not self.exists():
             raise InputError(
                 f"{self.path} is not the work directory of a run: it has no run.json. Give the --workdir of a pretrain"
@@ -72,7 +72,7 @@ class WorkDir:
     def check(self, record: RunRecord, run: Training, extending: bool = False) -> None:
         """Raises InputError where the directory is another run's, naming what differs, or holds unknown checkpoints.
 
-        extending: the optimizer of `run` may differ, because it is that of a new segment.
+        extending: `run` has the optimizer of a new segment, which may differ.
         """
         checkpoints = self.path / "checkpoints"
         if not self.exists() and checkpoints.is_dir() and any(checkpoints.iterdir()):
@@ -83,16 +83,14 @@ class WorkDir:
             raise InputError(f"{self.path} holds another run: {', '.join(differences)}; {remedy}")
 
     def claim(self, record: RunRecord, tokenizer: Tokenizer) -> None:
-        """Makes the directory this run's, with what it last was told of its sources and loop. Process 0 writes."""
+        """Records that the directory belongs to this run, with its tokenizer and latest settings. Process 0 writes."""
         if jax.process_index() != 0:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as written:
             tokenizer.save(written)
             copy_files(Path(written), self.path / "tokenizer")
-        temporary = self._record_path.with_suffix(".tmp")
-        temporary.write_text(record.to_json())
-        temporary.replace(self._record_path)
+        write_file(self._record_path, record.to_json().encode())
 
     def read_tokenizer(self) -> Tokenizer:
         """The tokenizer of the run; InputError where its files were changed."""

@@ -15,7 +15,7 @@ from typing import get_args
 import pytest
 
 from prelm_jax.cli.dispatch import COMMANDS
-from prelm_jax.cli.experiments import shipped_files
+from prelm_jax.cli.experiments import docstrings, shipped_files
 from prelm_jax.cli.main import main
 from prelm_jax.cli.tokenizers import KINDS
 from prelm_jax.corpus import readers, spec
@@ -221,6 +221,8 @@ def test_fine_tuning_page(tmp_path):
     for name, values in re.findall(r"^\| `(\w+)` \| (.*?) \|", table(page, "option"), re.MULTILINE):
         for value in re.findall(r"`([\w-]+)`", values) or ["csv"]:
             FileSpec.parse(f"a.txt,{name}={value}")
+    tasks = re.findall(r"^\| `(\w+)`", table(page, "task"), re.MULTILINE)
+    assert tasks == list(docstrings(ROOT / "experiments/finetuning.py"))
     flags = {f"`--columns.{field.name.replace('_', '-')}`" for field in dataclasses.fields(Columns)}
     assert set(re.findall(r"^\| (`--columns\..*?`)", table(page, "column"), re.MULTILINE)) == flags
     (tmp_path / "a.csv").write_text(next(blocks(page, "csv")))

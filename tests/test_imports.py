@@ -59,7 +59,7 @@ HOMES = {
     "matplotlib": ("page.py",),
     "huggingface_hub": ("hub.py",),
     "tensorboardX": ("training/metrics.py",),
-    "tyro": ("cli/", "run.py"),
+    "tyro": ("cli/", "run.py", "finetuning/config.py"),
     "h5py": ("formats/", "inference/"),
     "starlette": ("serving/",),
     "sklearn": ("study/",),

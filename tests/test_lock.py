@@ -95,6 +95,21 @@ def test_a_killed_holder_keeps_nothing_though_its_workers_live(tmp_path):
             os.kill(worker, signal.SIGKILL)
 
 
+def test_a_holder_that_ends_while_another_reads_its_name(tmp_path, monkeypatch):
+    flock = lock.fcntl.flock
+
+    def removed_meanwhile(file, operation):
+        try:
+            flock(file, operation)
+        finally:
+            (tmp_path / "lock").unlink()
+
+    with held(tmp_path):
+        monkeypatch.setattr(lock.fcntl, "flock", removed_meanwhile)
+        with pytest.raises(InputError, match=f"{tmp_path}: .*process {os.getpid()} "), held(tmp_path):
+            pass
+
+
 @pytest.mark.parametrize("parts", [("file",), ("file", "run")])
 def test_a_directory_that_cannot_be_made(tmp_path, parts):
     (tmp_path / "file").touch()

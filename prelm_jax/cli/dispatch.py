@@ -44,19 +44,18 @@ def dispatch(arguments: list[str]) -> None:
     if arguments[0] == "--version":
         print(f"prelm_jax {__version__}")
         return
-    groups = {name.partition(" ")[0] for name in COMMANDS if " " in name}
-    words = 2 if arguments[0] in groups else 1
+    group = next((arguments[0] for name in COMMANDS if name.startswith(f"{arguments[0]} ")), None)
+    program, words = ("prelm", 1) if group is None else (f"prelm {group}", 2)
     name, rest = " ".join(arguments[:words]), arguments[words:]
+    known = [each for each in COMMANDS if group is None or each.startswith(f"{group} ")]
     if name in COMMANDS:
         options.call(COMMANDS[name], rest, f"prelm {name}")
-    elif name in groups or (words == 2 and arguments[1] in ("-h", "--help")):
-        _print_commands(f"prelm {arguments[0]}", [each for each in COMMANDS if each.startswith(f"{arguments[0]} ")])
-        sys.exit(1 if name in groups else 0)
+    elif name == group or (group is not None and arguments[1] in ("-h", "--help")):
+        _print_commands(program, known)
+        sys.exit(1 if name == group else 0)
     else:
-        program = f"prelm {arguments[0]}" if words == 2 else "prelm"
-        known = [each for each in COMMANDS if words == 1 or each.startswith(f"{arguments[0]} ")]
-        found = options.suggestion(name, known)
-        raise InputError(f"there is no command {name!r}.{found} {program} --help lists the commands.")
+        suggestion = options.suggestion(name, known)
+        raise InputError(f"there is no command {name!r}.{suggestion} {program} --help lists the commands.")
 
 
 def _print_commands(program: str, names: Iterable[str]) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, TypeVar
 
 from prelm_jax.bounds import Bounds, Fraction, NotNegative, NotNegativeFloat, Positive, Seed, Size
 from prelm_jax.cache import cache_compiled_programs
-from prelm_jax.cli.options import ModelPath, Positional, Step, TextFile
+from prelm_jax.cli.options import Cased, ModelPath, Positional, Step, TextFile
 from prelm_jax.errors import InputError
 
 Kind = TypeVar("Kind")
@@ -19,7 +19,7 @@ def embed(
     tokenize: bool = False,
     state: Literal["zero", "warm", "carry"] | None = None,
     batch_size: Size | None = None,
-    cased: bool = False,
+    cased: Cased = False,
     step: Step = "newest",
 ) -> None:
     """Write the hidden states of each line of a text file to an HDF5 file.
@@ -33,7 +33,6 @@ def embed(
         state: ELMo: initial LSTM state of each line: zero (also if unset), warm (the state after an empty line), or
             carry (the final state of an earlier line, as in bilm-tf and AllenNLP).
         batch_size: ELMo with --state carry: line i continues from line i - BATCH_SIZE. Match the tool you compare with.
-        cased: Keep capitals. Only for a model directory whose tokenizer has no do_lower_case, such as a lone vocab.txt.
     """
     from prelm_jax.inference.base import Pretrained, write_embeddings
     from prelm_jax.storage import check_apart, stream_lines
@@ -44,13 +43,10 @@ def embed(
     write_embeddings(load_kind(model, step, Pretrained, "embed", cased), stream_lines(input), output, **given)
 
 
-def score(model: ModelPath, input: TextFile, cased: bool = False, step: Step = "newest") -> None:
+def score(model: ModelPath, input: TextFile, cased: Cased = False, step: Step = "newest") -> None:
     """Print the natural-log probability and the number of tokens of each line of a text file.
 
     BERT gives the pseudo-log-likelihood: each token is masked in turn. ELMo gives the mean of both directions.
-
-    Args:
-        cased: Keep capitals. Only for a model directory whose tokenizer has no do_lower_case, such as a lone vocab.txt.
     """
     from prelm_jax.inference.base import Pretrained
     from prelm_jax.storage import stream_lines
@@ -60,14 +56,13 @@ def score(model: ModelPath, input: TextFile, cased: bool = False, step: Step = "
 
 
 def fill(
-    model: ModelPath, text: Positional[str], top_k: Positive = 5, cased: bool = False, step: Step = "newest"
+    model: ModelPath, text: Positional[str], top_k: Positive = 5, cased: Cased = False, step: Step = "newest"
 ) -> None:
     """Print the likeliest tokens for each [MASK] of a text, with their probabilities (BERT).
 
     Args:
         text: Text with one [MASK] or more.
         top_k: Number of tokens to print for each [MASK].
-        cased: Keep capitals. Only for a model directory whose tokenizer has no do_lower_case, such as a lone vocab.txt.
     """
     from prelm_jax.inference.bert import BertPretrained
 

@@ -59,6 +59,14 @@ Step = Annotated[
     tyro.conf.arg(help="Checkpoint of a work directory: number of its step, best (lowest held-out loss) or newest."),
 ]
 ModelPath = Annotated[AnyPath, Positional, tyro.conf.arg(help="Model directory, work directory or hub:OWNER/NAME.")]
+TokenizerPath = Annotated[
+    Path,
+    Positional,
+    tyro.conf.arg(help="Directory of a tokenizer or model, a vocab.txt, or a vocab.json with its merges next to it."),
+]
+Cased = Annotated[
+    bool, tyro.conf.arg(help="Keep capitals. Only for a tokenizer without do_lower_case, such as a lone vocab.txt.")
+]
 TextFile = Annotated[Path, Positional, tyro.conf.arg(help="Text file in UTF-8, one text per line; lines end at LF.")]
 
 
@@ -94,25 +102,23 @@ def call(command: Callable[..., None], arguments: Sequence[str], program: str) -
     """
     parameters = list(inspect.signature(command).parameters.values())
     choice = next((found for parameter in parameters if (found := _metadata(parameter, Choice))), None)
+    remainder = next((parameter.name for parameter in parameters if _metadata(parameter, Remainder)), None)
     description = (inspect.getdoc(command) or "").partition("\nArgs:")[0].strip()
     remainders: dict[str, tuple[str, ...]] = {}
-    for parameter in parameters:
-        option = f"--{parameter.name}"
-        if _metadata(parameter, Remainder) and option in arguments:
-            cut = arguments.index(option)
-            remainders[parameter.name] = tuple(arguments[cut + 1 :])
-            arguments = arguments[:cut]
+    if remainder is not None and f"--{remainder}" in arguments:
+        cut = arguments.index(f"--{remainder}")
+        arguments, remainders = arguments[:cut], {remainder: tuple(arguments[cut + 1 :])}
 
     if not arguments and any(parameter.default is parameter.empty for parameter in parameters):
         with contextlib.suppress(SystemExit):
             call(command, ["--help"], program)
         sys.exit(1)
-    chosen = None
+    chosen, helping = None, bool({"-h", "--help"} & set(arguments))
     if choice is not None and not arguments[0].startswith("-"):
         chosen = choice.choose(arguments[0])
         program, arguments = f"{program} {arguments[0]}", arguments[1:]
         description = f"{description}\n\n{chosen.description}".strip()
-    elif choice is not None and not {"-h", "--help"} & set(arguments):
+    elif choice is not None and not helping:
         metavar = choice.name.upper()
         raise InputError(f"usage: {program} {metavar} [options]. {metavar} comes first; {program} --help explains it.")
 
@@ -121,7 +127,7 @@ def call(command: Callable[..., None], arguments: Sequence[str], program: str) -
     def parse(words: Sequence[str]) -> Bound:
         return tyro.cli(interface, args=words, prog=program, description=description, config=config)
 
-    if {"-h", "--help"} & set(arguments):
+    if helping:
         try:
             parse(arguments)
         finally:
@@ -226,17 +232,17 @@ def _unknown_option(arguments: Sequence[str], known: Sequence[str]) -> str | Non
 
 
 def _one_line(complaint: str) -> str:
-    """The first section of tyro's box as one line; of what is missing, the names alone."""
+    """The first section of tyro's box as one line; for missing options, their names alone."""
     title, *rows = complaint.splitlines()
     section = []
     for row in rows:
-        if row.startswith(("│ ──", "╰")):
+        if row.startswith(("│ ──", "│ Got errors", "╰")):  # Which has the names of Python's types.
             break
         section.append(row.removeprefix("│").removesuffix("│").rstrip())
     if "Required options" in title:
         names = [row.split()[0] for row in section if re.match(r" {5}\S", row)]
         return f"{', '.join(names)} must be given."
-    return " ".join(map(str.strip, section)).removesuffix(".") + "."
+    return " ".join(filter(None, map(str.strip, section))).removesuffix(".") + "."
 
 
 class _Output(io.StringIO):
@@ -245,7 +251,7 @@ class _Output(io.StringIO):
 
 def _captured(parse: Parse, words: Sequence[str]) -> tuple[Bound | None, str]:
     """The result of a parse, None if it exits, and what tyro prints: without colors, its boxes one below the other."""
-    output, before = _Output(), os.environ.get("COLUMNS")
+    output, environment = _Output(), dict(os.environ)
     os.environ["COLUMNS"] = "100"
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
@@ -253,7 +259,5 @@ def _captured(parse: Parse, words: Sequence[str]) -> tuple[Bound | None, str]:
     except SystemExit:
         return None, output.getvalue()
     finally:
-        if before is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = before
+        os.environ.pop("COLUMNS")
+        os.environ.update(environment)

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from prelm_jax.errors import Preempted
@@ -15,6 +15,8 @@ STOPPED = "stopped by SIGTERM; the same command resumes"
 
 PATIENCE_SECONDS = 5.0
 
+Handler = Callable[[int, FrameType | None], None]
+
 
 @contextlib.contextmanager
 def ending_on_signals() -> Iterator[None]:
@@ -22,7 +24,7 @@ def ending_on_signals() -> Iterator[None]:
 
     Python delivers neither while the main thread compiles a program, for example. A thread therefore ends the process,
     with a line, if it still runs 5 seconds after a signal: nothing is lost, because all files are replaced in one step.
-    Whoever has something to save installs a handler of its own meanwhile, and is waited for.
+    Code that has something to save installs its own handler meanwhile, and the thread waits for its end.
 
     Outside of the main thread, where no handler can be installed, this does nothing.
     """
@@ -32,7 +34,14 @@ def ending_on_signals() -> Iterator[None]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     ended = threading.Event()
-    handler = _RaiseOnce()
+    came = False
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        if not came:  # Later signals do not disturb the cleanup.
+            came = True
+            raise Preempted(STOPPED)
+
     previous = signal.signal(signal.SIGTERM, handler)
     previous_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_end_in_time, args=(reader, handler, ended), name="signals", daemon=True).start()
@@ -45,19 +54,7 @@ def ending_on_signals() -> Iterator[None]:
         os.close(writer)
 
 
-class _RaiseOnce:
-    """A handler: the first signal raises, and others do not disturb what then cleans up."""
-
-    def __init__(self):
-        self._raised = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if not self._raised:
-            self._raised = True
-            raise Preempted(STOPPED)
-
-
-def _end_in_time(reader: int, handler: _RaiseOnce, ended: threading.Event) -> None:
+def _end_in_time(reader: int, handler: Handler, ended: threading.Event) -> None:
     """Waits for a signal, and then for the end of the block. The numbers of signals arrive as bytes."""
     with open(reader, "rb", buffering=0) as numbers:
         while (number := next(iter(numbers.read(1)), None)) not in (None, signal.SIGTERM, signal.SIGINT):

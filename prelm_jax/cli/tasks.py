@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import tyro
 
@@ -50,7 +50,7 @@ def classify(
         elif loaded.kind == "number":
             print(f"{prediction.label:.4f}")
         else:
-            print("\t".join(prediction.label))
+            print("\t".join(cast(tuple[str, ...], prediction.label)))
 
 
 def tag(
@@ -66,7 +66,7 @@ def tag(
         if json:
             _print_json(example, prediction, loaded.labels)
             continue
-        words, tags = example.sequences[0][0], prediction.label
+        words, tags = example.sequences[0][0], cast(tuple[str, ...], prediction.label)
         print("".join(f"{word}\t{found}\n" for word, found in zip(words, tags, strict=True)))
 
 

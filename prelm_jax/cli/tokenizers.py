@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from prelm_jax.cli.options import Choice, Chosen, Positional, TextFile, suggestion
+from prelm_jax.cli.options import Cased, Choice, Chosen, Positional, TextFile, TokenizerPath, suggestion
 from prelm_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,13 +21,8 @@ KINDS = {
 }
 
 
-def tokenize(tokenizer: Positional[Path], input: TextFile, cased: bool = False) -> None:
-    """Print the ids of each line of a text file as a JSON list, without special tokens.
-
-    Args:
-        tokenizer: Directory of a tokenizer or model, a vocab.txt, or a vocab.json with its merges next to it.
-        cased: Keep capitals. Only for a tokenizer without do_lower_case, such as a lone vocab.txt.
-    """
+def tokenize(tokenizer: TokenizerPath, input: TextFile, cased: Cased = False) -> None:
+    """Print the ids of each line of a text file as a JSON list, without special tokens."""
     from prelm_jax.storage import stream_lines
     from prelm_jax.tokenizers.load import load
 
@@ -77,13 +72,11 @@ def train(config: Annotated["TokenizerConfig", KIND], directory: Positional[Path
     print(f"wrote {directory}: {tokenizer.vocab_size:,} tokens")
 
 
-def inspect_tokenizer(tokenizer: Positional[Path], input: Positional[Path | None] = None, cased: bool = False) -> None:
+def inspect_tokenizer(tokenizer: TokenizerPath, input: Positional[Path | None] = None, cased: Cased = False) -> None:
     """Describe a tokenizer; with a text file, its bytes per token and the lines with most unknown tokens.
 
     Args:
-        tokenizer: Directory of a tokenizer or model, a vocab.txt, or a vocab.json with its merges next to it.
         input: Text file in UTF-8, one text per line.
-        cased: Keep capitals. Only for a tokenizer without do_lower_case, such as a lone vocab.txt.
     """
     from prelm_jax.report import print_table
     from prelm_jax.storage import read_lines

@@ -1,16 +1,4 @@
-"""A corpus: documents from SPECs, each on the training or the held-out side.
-
-A SPEC (`prelm_jax.corpus.spec`) is `python-docs` (the documentation inside every Python), a path or glob of files of
-plain text, JSON lines (.jsonl) or Parquet, or `tfds:name/config[:split]`; text and JSON lines may be compressed (.gz,
-.bz2, .xz, .zst). Options follow after commas: `novels/*.txt.xz,documents=file,sentences=line`.
-
-documents   blank-line, file or line: where a document of a text file ends (the end of a file always ends one)
-field       name of the text field of JSON lines, Parquet and TFDS; default `text`
-sentences   library or line: how sentences are found (`prelm_jax.corpus.sentences`)
-language    code of the language whose rules the library follows; default `en`
-cleaning    gpt: clean documents as GPT-1 did (`prelm_jax.corpus.cleaning`)
-weight      passes over the training documents of the source: 3 reads it three times, 2.5 twice and then half of its
-            documents, chosen by hash; held-out documents are read once
+"""A corpus: documents from SPECs (`prelm_jax.corpus.spec`), each on the training or the held-out side.
 
 Files are streamed, one document in memory at a time.
 """

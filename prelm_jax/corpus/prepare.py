@@ -2,7 +2,7 @@
 
 The corpus is cut into shards, fixed ranges of the input (`Corpus.shards`). One process reads the documents. A worker
 for each core splits and tokenizes one shard at a time, into a file of the directory `STORE.*.partial`; a file is
-complete or absent, and a complete one is not made again. In the end the files are appended to the arrays of the store,
+complete or absent, and a complete one is not rebuilt. In the end the files are appended to the arrays of the store,
 in order, and deleted: in between, the disk holds the tokens twice. Memory depends on the size of a shard, not of the
 corpus, except for an open vocabulary, whose distinct words are all in memory.
 """
@@ -87,7 +87,7 @@ def prepare(
 
 
 def _open(target: Path, corpus: Corpus, tokenizer: Tokenizer, remedy: str | None = None) -> tuple[Store, Store] | None:
-    """Both stores; None where one is missing or damaged, which is said with the remedy."""
+    """Both stores; None if one is missing or damaged. Damage is printed, followed by the `remedy`, if that is given."""
     if not target.exists():
         return None
     try:

@@ -40,7 +40,7 @@ STORE_FORMAT = 5  # Raise it when the arrays or the manifest change.
 CHUNK_ITEMS = 1 << 24  # Counted in memory at once.
 ARRAYS = ("ids", "sentence_offsets", "document_offsets", "document_bytes")
 WORD_ARRAYS = ("word_bytes", "word_offsets")
-# What is appended to a store: arrays of consecutive documents, then counts, one or more of each to be summed up.
+# The arguments of `Writer.append`: arrays of consecutive documents, and arrays of counts to sum up.
 COLUMNS = ("ids", "sentence_lengths", "document_lengths", "document_bytes")
 COUNTS = ("words", "unknown_tokens", "empty_documents", "longest_word")
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
@@ -201,14 +201,14 @@ def spelled(words: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 class Writer:
-    """Writes a store sequentially, with the counts and checksums of what was written."""
+    """Writes a store sequentially, and counts and checksums its content."""
 
     def __init__(self, directory: Path, id_dtype: type[np.integer], words: bool):
         directory.mkdir(parents=True)
         self.directory = directory
         dtypes = dict.fromkeys(ARRAYS, np.int64) | {"ids": id_dtype}
         if words:
-            dtypes |= {"word_bytes": np.uint8, "word_offsets": np.int64}
+            dtypes |= dict(zip(WORD_ARRAYS, (np.uint8, np.int64), strict=True))
         self.dtypes = {name: np.dtype(dtype).newbyteorder("<") for name, dtype in dtypes.items()}
         self.checksums = {name: hashlib.sha256() for name in dtypes}
         self.lengths = dict.fromkeys(dtypes, 0)

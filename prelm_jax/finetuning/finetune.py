@@ -235,7 +235,7 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike, seed: int |
     _, model = load_checkpoint(source, chosen.step)
     format = find_family(record.model_type, source.path).format
     name, command = Path(directory).name, shlex.join(record.command)
-    card = task_card(results, chosen.seed, name, format.library, format.usage.format(name=name), command)
+    card = task_card(results, chosen.seed, name, format.library, command)
     save(model.loaded, format, directory, card)
     return chosen.seed
 

@@ -19,6 +19,7 @@ from prelm_jax import __version__
 from prelm_jax.bounds import NotNegative, Positive, Seed
 from prelm_jax.data.examples import Answers, Example, Kind, Label
 from prelm_jax.errors import InputError
+from prelm_jax.finetuning.files import FileSpec
 from prelm_jax.finetuning.metrics import Score
 from prelm_jax.report import words
 from prelm_jax.storage import prefix_errors, reachable, read_json, read_lines
@@ -36,6 +37,16 @@ PIPELINES: dict[Kind, str] = {
     "choice": "multiple-choice",
     "tags": "token-classification",
     "spans": "question-answering",
+}
+# How a model of a kind is used in Python; what it prints is in the form of `Example.label`.
+_CLASSIFY = 'classify(["A text.", ("A text", "and the other of a pair.")])'
+USES: dict[Kind, str] = {
+    "label": _CLASSIFY,
+    "labels": _CLASSIFY,
+    "number": _CLASSIFY,
+    "choice": 'choose([("A text.", ["An option.", "Another."])])',
+    "tags": 'tag(["Words with spaces between them ."])',
+    "spans": 'answer([("A question?", "The passage that may answer it.")])',
 }
 METRIC_TYPES = {
     **dict.fromkeys(("f1", "macro_f1", "micro_f1", "span_f1", "has_answer_f1", "no_answer_f1"), "f1"),
@@ -258,12 +269,12 @@ def results_table(results: Results) -> Table:
     return table
 
 
-def task_card(results: Results, seed: int, name: str, library: str, usage: str, command: str) -> str:
+def task_card(results: Results, seed: int, name: str, library: str, command: str) -> str:
     """README.md of an exported seed: usage, data, results of all seeds beside the baselines, and a model-index.
 
-    name: of the model. library: that reads the directory. usage: an example, in Markdown. command: that trained it.
+    name: of the model. library: that reads the directory. command: that trained it.
     """
-    own = results.of_seed(seed)
+    own, data = results.of_seed(seed), os.path.basename(FileSpec.parse(results.dev).location)
     several = len(results.seeds) > 1
     chosen = f"seed {seed}"
     if several:
@@ -295,8 +306,8 @@ model-index:
       type: {PIPELINES[results.kind]}
       name: {_yaml(results.task)}
     dataset:
-      type: {_yaml(os.path.basename(results.dev))}
-      name: {_yaml(os.path.basename(results.dev))}
+      type: {_yaml(data)}
+      name: {_yaml(data)}
     metrics:
 {_metric_entries(results, own)}
 ---
@@ -306,7 +317,12 @@ model-index:
 {results.model_type}, {"fine-tuned from `" + results.init_from + "`" if results.init_from else "trained from scratch"} \
 with prelm_jax for the task {results.task}.
 
-{usage}
+```python
+import prelm_jax
+
+for prediction in prelm_jax.load({_yaml(name)}).{USES[results.kind]}:
+    print(prediction.label)
+```
 
 - Weights: step {own.step:,} of {chosen}. {looks[0].upper() + looks[1:]} of this seed on the held-out examples.
 - Training data: {results.train_examples:,} examples of `{results.train}`.

@@ -1,11 +1,11 @@
-"""Model directories: what is read from one, what defines a published format, and how a directory is saved."""
+"""Model directories: their content once loaded, the definition of a published format, and how a directory is saved."""
 
 import dataclasses
 import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -26,8 +26,7 @@ HEAD_FILE = "head.safetensors"  # A head that the format of its encoder has no p
 class ModelConfig(Protocol):
     """The config of a model, a frozen dataclass."""
 
-    @property
-    def model_type(self) -> str: ...
+    model_type: ClassVar[str]
 
     @property
     def vocab_size(self) -> int | None: ...
@@ -35,7 +34,7 @@ class ModelConfig(Protocol):
     def build(self) -> Model: ...
 
 
-Config = TypeVar("Config", bound=ModelConfig)
+Config = TypeVar("Config", bound=ModelConfig | TaskModelConfig)
 Vocabulary = TypeVar("Vocabulary", bound=Tokenizer | None)
 
 
@@ -68,7 +67,7 @@ class Format(Generic[Config, Vocabulary]):
     read_task: Callable[[Path, bool], LoadedTask[Vocabulary] | None]
     write_task: Callable[[LoadedTask[Vocabulary], Path], None]
     library: str  # The library that reads the format, by its name on a model card.
-    usage: str  # An example of that for a model card, in Markdown; {name} is the path of the directory.
+    usage: str  # How the library loads a directory, in Markdown, for a model card; {name} is the path of the directory.
     settings_file: str  # Nothing loads a directory without this file.
     settings_key: str  # A key of the settings by which a directory of this format is recognized.
     vocabulary_tables: frozenset[str]  # Paths of the parameters whose first axis is the vocabulary.
@@ -116,7 +115,7 @@ def find_model_type(directory: Path) -> tuple[object, Path]:
     raise InputError(f"{directory}: neither a {model} nor a work directory (no run.json){foreign_weights(directory)}")
 
 
-def abstract_params(config: ModelConfig) -> Params:
+def abstract_params(config: ModelConfig | TaskModelConfig) -> Params:
     """The parameters of a config as jax.ShapeDtypeStruct; nothing is allocated."""
     return jax.eval_shape(config.build().init_params, jax.random.key(0))
 

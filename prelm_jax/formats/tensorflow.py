@@ -116,11 +116,11 @@ def _entries(content: bytes) -> Iterator[tuple[bytes, bytes]]:
     footer = content[-FOOTER_BYTES:]
     if not footer.endswith(MAGIC):
         raise ValueError("no footer of a table at its end")
-    _, at = _handle(footer, 0)  # The first handle is of a block for properties, which has none.
-    (offset, size), _ = _handle(footer, at)
+    # Two handles, each an offset and a size: of a block for properties, which has none, and of the index of blocks.
+    _, _, offset, size, _ = _varints(footer, 0, 4)
     last, key_bytes = None, 0
     for _, value in _block(content, offset, size):
-        (offset, size), _ = _handle(value, 0)
+        offset, size, _ = _varints(value, 0, 2)
         for key, value in _block(content, offset, size):
             key_bytes += len(key)
             if (last is not None and key <= last) or key_bytes > MAX_KEY_BYTES:
@@ -129,15 +129,8 @@ def _entries(content: bytes) -> Iterator[tuple[bytes, bytes]]:
             yield key, value
 
 
-def _handle(content: bytes, at: int) -> tuple[tuple[int, int], int]:
-    """The offset and the size of a block, and where the next number begins."""
-    offset, at = _varint(content, at)
-    size, at = _varint(content, at)
-    return (offset, size), at
-
-
 def _block(content: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    """The keys and values of a block. A key is written as what differs from the key before it."""
+    """The keys and values of a block. A key is stored without the prefix that it shares with the key before."""
     end = offset + size
     if end + TRAILER_BYTES > len(content):
         raise ValueError("the file is too short")
@@ -153,9 +146,7 @@ def _block(content: bytes, offset: int, size: int) -> Iterator[tuple[bytes, byte
         raise ValueError("a block that is too short")
     at, key = 0, b""
     while at < end:
-        shared, at = _varint(block, at)
-        added, at = _varint(block, at)
-        length, at = _varint(block, at)
+        shared, added, length, at = _varints(block, at, 3)
         if shared > len(key) or at + added + length > end:
             raise ValueError("a key or value is longer than its block")
         key = key[:shared] + block[at : at + added]
@@ -166,16 +157,19 @@ def _block(content: bytes, offset: int, size: int) -> Iterator[tuple[bytes, byte
 # ---- Protocol buffers ------------------------------------------------------------------------------------------------
 
 
-def _varint(content: bytes, at: int) -> tuple[int, int]:
-    """The unsigned number at a position, seven bits a byte, and where the next one begins."""
-    value = 0
-    for shift in range(0, 64, 7):
-        byte = content[at]
+def _varints(content: bytes, at: int, count: int) -> list[int]:
+    """Unsigned numbers from a position on, seven bits a byte, and the position after them."""
+    values, value, shift = [], 0, 0
+    while len(values) < count:
+        value |= (content[at] & 0x7F) << shift
+        shift += 7
+        if content[at] < 0x80:
+            values.append(value)
+            value = shift = 0
+        elif shift > 63:
+            raise ValueError("a number of more than 64 bits")
         at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise ValueError("a number of more than 64 bits")
+    return [*values, at]
 
 
 Fields = dict[int, list[int | bytes]]
@@ -186,15 +180,15 @@ def _message(content: bytes) -> Fields:
     fields: Fields = {}
     at = 0
     while at < len(content):
-        tag, at = _varint(content, at)
+        tag, at = _varints(content, at, 1)
         kind = tag & 7
         if kind == 0:
-            value, at = _varint(content, at)
+            value, at = _varints(content, at, 1)
         elif kind in (1, 5):
             (value,) = struct.unpack_from("<Q" if kind == 1 else "<I", content, at)
             at += 8 if kind == 1 else 4
         elif kind == 2:
-            size, at = _varint(content, at)
+            size, at = _varints(content, at, 1)
             value = content[at : at + size]
             at += size
         else:

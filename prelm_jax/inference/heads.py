@@ -145,7 +145,7 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
             if not row.length:
                 raise InputError("a text without tokens: the model reads nothing that stands around a text")
             together[len(row.texts), self.frame.fitting_width([row], len(row.texts))].append(number)
-        outputs: list[Outputs] = [{}] * len(rows)
+        outputs: dict[int, Outputs] = {}
         with Progress(progress, len(rows), "rows") as shown:
             for (num_texts, width), numbers in sorted(together.items()):
                 batch_size = max(1, TOKENS_PER_BATCH // (num_texts * width))
@@ -157,7 +157,7 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
                     for i, number in enumerate(some):
                         outputs[number] = {name: x[i] for name, x in values.items()}
                     shown.advance(len(some))
-        return outputs
+        return [outputs[number] for number in range(len(rows))]
 
     def _batch(self, rows: Sequence[Row], num_texts: int, width: int) -> dict[str, np.ndarray]:
         num_read = width if self.kind == "tags" else 1

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from prelm_jax.models.layers import MASKED, affine, backend
+from prelm_jax.models.layers import MASKED, affine, backend, product
 
 SPLASH_BLOCK = 128  # Tokens; the TPU's attention kernel takes lengths that are multiples of it.
 
@@ -95,12 +95,12 @@ def attention(
         return splash_attention(q_BNTH, k_BNSH, v_BNSH, mask.segments_BT, mask.causal)
     # A single leading batch axis: with two, XLA's CPU backend transposes more.
     q_ATH, k_ASH, v_ASH = (x.reshape(B * N, -1, H) for x in (q_BNTH, k_BNSH, v_BNSH))
-    scores_BNTS = jnp.einsum("ATH,ASH->ATS", q_ATH, k_ASH).reshape(B, N, T, -1)
+    scores_BNTS = product(q_ATH, k_ASH, transposed=True).reshape(B, N, T, -1)
     scores_BNTS = jnp.where(mask.allowed_B1TS, scores_BNTS.astype(jnp.float32), MASKED)
     weights_BNTS = jax.nn.softmax(scores_BNTS).astype(v_BNSH.dtype)
     if drop is not None:
         weights_BNTS = drop(weights_BNTS)
-    return jnp.einsum("ATS,ASH->ATH", weights_BNTS.reshape(B * N, T, -1), v_ASH).reshape(B, N, T, H)
+    return product(weights_BNTS.reshape(B * N, T, -1), v_ASH).reshape(B, N, T, H)
 
 
 def splash_attention(q_BNTH: Array, k_BNTH: Array, v_BNTH: Array, segments_BT: Array, causal: bool) -> Array:

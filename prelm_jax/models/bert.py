@@ -25,6 +25,7 @@ from prelm_jax.models.layers import (
     Dropout,
     Embedding,
     LayerNorm,
+    activation_dtype,
     check_rows,
     gelu,
     glorot_uniform,
@@ -79,7 +80,7 @@ class BertEmbeddings(nn.Module):
         types = jax.nn.one_hot(batch["token_types"], self.config.type_vocab_size, dtype=jnp.float32)
         x_BTD = self.word_embeddings(batch["tokens"]) + self.position_embeddings(batch["positions"])
         x_BTD = x_BTD + jnp.einsum("BTK,KD->BTD", types, self.token_type_embeddings.table)
-        return self.embeddings_dropout(self.embeddings_layer_norm(x_BTD).astype(self.dtype), train)
+        return self.embeddings_dropout(self.embeddings_layer_norm(x_BTD).astype(activation_dtype(self.dtype)), train)
 
 
 class BertEncoder(Encoder):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from prelm_jax.models.layers import Dense, normal, uniform
+from prelm_jax.models.layers import Dense, normal, product, uniform
 
 ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh}
 
@@ -30,7 +30,7 @@ class Convolution(nn.Module):
         # As one product. Width 2 over the characters a b c d: the positions ab, bc, cd, each a row of 2 · D numbers.
         positions = x_UCD.shape[1] - self.width + 1
         windows = jnp.concatenate([x_UCD[:, k : k + positions] for k in range(self.width)], -1)
-        outputs = windows.reshape(-1, windows.shape[-1]) @ kernel.astype(x_UCD.dtype).reshape(-1, self.features)
+        outputs = product(windows.reshape(-1, windows.shape[-1]), kernel.astype(x_UCD.dtype).reshape(-1, self.features))
         # The bias is the same at every position: it is cheaper to add after the maximum.
         return outputs.reshape(-1, positions, self.features).max(1) + bias[None].astype(x_UCD.dtype)
 

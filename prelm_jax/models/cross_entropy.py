@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from prelm_jax.models.layers import MASKED, add_bias, backend
+from prelm_jax.models.layers import MASKED, add_bias, backend, product, product_dtype, product_over_rows
 
 # Tokens of a device whose logits are in memory at once. On a CPU few, so that the logits stay in its cache; elsewhere
 # many, because every chunk reads and writes the gradient of the whole table.
@@ -68,21 +68,28 @@ def sampled_nll(
     their expected counts. `hits_GS`: negatives that equal the target, which are left out.
     """
     true_G = jnp.einsum("GP,GP->G", x_GP, true_GP, preferred_element_type=jnp.float32) + true_bias_G
-    sampled_GS = jnp.einsum("GP,SP->GS", x_GP, sampled_SP, preferred_element_type=jnp.float32)
-    sampled_GS = jnp.where(hits_GS, MASKED, add_bias(sampled_GS, sampled_bias_S))
+    sampled_GS = jnp.where(hits_GS, MASKED, add_bias(_logits(x_GP, sampled_SP), sampled_bias_S))
     nll_G, _ = cross_entropy(jnp.concatenate([true_G[:, None], sampled_GS], 1), jnp.zeros(x_GP.shape[0], jnp.int32))
     return nll_G
 
 
+def _logits(x_GD: Array, table_VD: Array) -> Array:
+    """[G, V], fp32 or wider: each vector times each row of a table of the same dtype."""
+    if backend() == "cpu":
+        return product(x_GD.astype(jnp.promote_types(x_GD.dtype, jnp.float32)), table_VD, transposed=True)
+    transposed = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x_GD, table_VD, transposed, preferred_element_type=jnp.float32)
+
+
 def tied_logits(x: Array, table_VD: Array, vocab_size: int, bias_V: Array | None = None) -> Array:
     """[..., V], fp32: products of [..., D] with a vocabulary table, whose rows past `vocab_size` never win."""
-    x_GD, rows, transposed = x.reshape(-1, x.shape[-1]), table_VD.shape[0], (((1,), (1,)), ((), ()))
-    logits_GV = jax.lax.dot_general(x_GD, table_VD.astype(x.dtype), transposed, preferred_element_type=jnp.float32)
+    rows = table_VD.shape[0]
+    logits_GV = _logits(x.reshape(-1, x.shape[-1]), table_VD.astype(x.dtype))
     if bias_V is not None:
         logits_GV = add_bias(logits_GV, jnp.where(jnp.arange(rows) < vocab_size, bias_V, MASKED))
     else:
         # Updates the product in place; a condition on the column would write all logits a second time.
-        padding_GV = jnp.full((x_GD.shape[0], rows - vocab_size), MASKED)
+        padding_GV = jnp.full((logits_GV.shape[0], rows - vocab_size), MASKED)
         logits_GV = jax.lax.dynamic_update_slice(logits_GV, padding_GV, (0, vocab_size))
     return logits_GV.reshape(*x.shape[:-1], rows)
 
@@ -140,7 +147,8 @@ def _local_chunks(vocab_size: int, arguments: Arguments, differentiate: bool) ->
     # 1000 tokens, 512 at once: two chunks of 500. 1001: two of 501, the last token of the second being padding.
     chunks = math.ceil(tokens / min(at_once, max(1, CHUNK_LOGITS // table_VD.shape[0])))
     padding = -tokens % chunks  # Tokens of weight 0.
-    table = table_VD.astype(x_BTD.dtype)
+    dtype = product_dtype(x_BTD)
+    table = table_VD.astype(dtype)
 
     def split(values: Array) -> Array:
         flat = values.reshape(tokens, *values.shape[2:])
@@ -171,11 +179,12 @@ def _local_chunks(vocab_size: int, arguments: Arguments, differentiate: bool) ->
         # The gradient of a logit is weight · (exp / total - hit). Its factor weight / total belongs to a whole row, so
         # it is left out here and multiplied in where a row has D columns instead of V.
         hit_G = jnp.exp(picked_G - highest_G) - total_G
-        dlogits_GV = exp_GV.astype(x_GD.dtype).at[jnp.arange(hit_G.shape[0]), targets_G].set(hit_G.astype(x_GD.dtype))
+        dlogits_GV = exp_GV.astype(dtype).at[jnp.arange(hit_G.shape[0]), targets_G].set(hit_G.astype(dtype))
         factor_G1 = (weights_G / total_G)[:, None]
-        product = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-        dtable_VD = product(dlogits_GV, (factor_G1 * x_GD).astype(x_GD.dtype), (((0,), (0,)), ((), ())))
-        dx_GD = factor_G1 * product(dlogits_GV, table, (((1,), (0,)), ((), ())))
+        dtable_VD = product_over_rows(dlogits_GV, (factor_G1 * x_GD).astype(dtype))
+        dx_GD = factor_G1 * jax.lax.dot_general(
+            dlogits_GV, table, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
         dbias_V = None
         if bias_V is not None:  # As a product: see `add_bias`.
             dbias_V = jnp.matmul(factor_G1.T, dlogits_GV.astype(jnp.float32), precision="highest")[0]

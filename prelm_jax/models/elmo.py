@@ -22,7 +22,7 @@ from prelm_jax.bounds import Bounds, FractionBelow1, Layers, OutOfBounds, Positi
 from prelm_jax.models.character_cnn import CharacterCNN
 from prelm_jax.models.cross_entropy import log_expected_count, sampled_nll, tied_cross_entropy, tied_logits
 from prelm_jax.models.language_model import Encoder, LanguageModel, LanguageModelConfig
-from prelm_jax.models.layers import Dropout, Embedding, check_rows, normal, padded_vocabulary, uniform
+from prelm_jax.models.layers import Dropout, Embedding, activation_dtype, check_rows, normal, padded_vocabulary, uniform
 from prelm_jax.models.lstm import LSTMStack, State, lstm, reverse
 from prelm_jax.tokenizers.characters import MAX_CHARACTERS, NUM_CHARACTERS, PAD
 from prelm_jax.training.contract import Batch, HostBatch, Params, Sums
@@ -118,7 +118,7 @@ class ELMoEncoder(Encoder):
         # Pad by the width of the widest filter, whose windows then see all that they would see in 50 columns.
         columns = padded_length(self.config, characters_UC.shape[1]) - characters_UC.shape[1]
         characters_UC = jnp.pad(characters_UC, ((0, 0), (0, columns)), constant_values=PAD)
-        return self.encoder(self.characters(characters_UC).astype(self.dtype))
+        return self.encoder(self.characters(characters_UC).astype(activation_dtype(self.dtype)))
 
     def apply_layers(
         self, words_BTP: Array, lengths_B: Array, carry: States, train: bool = False

@@ -20,7 +20,15 @@ from prelm_jax.bounds import Epsilon, FractionBelow1
 from prelm_jax.models.attention import Mask, attention_mask
 from prelm_jax.models.cross_entropy import tied_cross_entropy, tied_logits
 from prelm_jax.models.language_model import Encoder, LanguageModel
-from prelm_jax.models.layers import Dropout, Embedding, check_rows, gelu_tanh, normal, padded_vocabulary
+from prelm_jax.models.layers import (
+    Dropout,
+    Embedding,
+    activation_dtype,
+    check_rows,
+    gelu_tanh,
+    normal,
+    padded_vocabulary,
+)
 from prelm_jax.models.transformer import Transformer, TransformerConfig
 from prelm_jax.training.contract import Batch, HostBatch, Params, Sums
 
@@ -75,7 +83,7 @@ class GPTEncoder(Encoder):
     def decode(self, tokens_BT: Array, positions_BT: Array, mask: Mask, train: bool) -> tuple[Array, ...]:
         """The hidden states under any mask."""
         x_BTD = self.token_embeddings(tokens_BT) + self.position_embeddings(positions_BT)
-        return self.decoder(self.embeddings_dropout(x_BTD.astype(self.dtype), train), mask, train)
+        return self.decoder(self.embeddings_dropout(x_BTD.astype(activation_dtype(self.dtype)), train), mask, train)
 
     def summary(self, last_BTD: Array, positions_BK: Array) -> Array:
         """[B, K, D]: the last hidden states at these positions, which a task's frame gives a token of their own."""
@@ -144,7 +152,9 @@ class GPT(LanguageModel):
         shape_BNSH = (batch_size, c.num_heads, c.max_position_embeddings, c.hidden_size // c.num_heads)
 
         def layer() -> Params:
-            return {"attention": {name: jnp.zeros(shape_BNSH, self.dtype) for name in ("keys", "values")}}
+            return {
+                "attention": {name: jnp.zeros(shape_BNSH, activation_dtype(self.dtype)) for name in ("keys", "values")}
+            }
 
         return {"decoder": {f"layer_{i}": layer() for i in range(c.num_layers)}}
 

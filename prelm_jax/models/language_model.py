@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from prelm_jax.bounds import VocabularySize
+from prelm_jax.models.layers import products_in
 from prelm_jax.training.contract import Batch, HostBatch, Params, Sums
 
 SAMPLE = 1  # Folded into the key of a step for whatever samples inside a loss; dropout uses the key itself.
@@ -82,7 +83,8 @@ class LanguageModel(nn.Module):
     def loss(self, params: Params, carry: Params, batch: Batch, key: Array, train: bool) -> tuple[Sums, Sums, Params]:
         """(losses, metrics, new carry), each loss and metric as (sum, weight); dropout only if `train`."""
         rngs = {"sample": jax.random.fold_in(key, SAMPLE)} | ({"dropout": key} if train else {})
-        outputs = self.apply({"params": params}, batch, carry, train, rngs=rngs, method="losses")
+        with products_in(self.dtype):
+            outputs = self.apply({"params": params}, batch, carry, train, rngs=rngs, method="losses")
         return cast(tuple[Sums, Sums, Params], outputs)
 
     def rate(self, path: str) -> float:

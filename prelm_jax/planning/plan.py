@@ -240,7 +240,7 @@ class TokenizerOfSize(Tokenizer):
 
 
 def _synthetic_batches(run: Run, vocab_size: int) -> Batches:
-    """Batches of random words; Zipf's law makes the number of distinct words that of a text."""
+    """Batches of random words, by Zipf's law, so that there are as many distinct words as in a text."""
     tokenizer = TokenizerOfSize(vocab_size)
     first = len(SPECIAL_TOKENS)
     size = int(np.clip(4 * run.batch_size * run.data.max_length, *SYNTHETIC_TOKENS))

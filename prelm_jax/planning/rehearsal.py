@@ -22,13 +22,14 @@ class Rehearsal:
     """What a run will cost on the devices of this machine."""
 
     parameters: int
+    reading: str  # What a step reads, and how full its rows are.
     steps: int
     tokens: float  # Of a step, without padding: the mean of the first ones.
     corpus_tokens: int  # Of the training side.
     memory_needed: float  # Bytes of a device.
     memory_available: float
     checkpoint_bytes: int
-    checkpoints: int  # At most so many stand on the disk at once.
+    checkpoints: int  # The largest number on disk at once.
     compile_seconds: float
     step_seconds: float
 
@@ -74,6 +75,7 @@ def rehearse(run: Run) -> Rehearsal:
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.items()))
         return Rehearsal(
             parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+            reading=run.data.describe(batches),
             steps=settings.steps,
             tokens=tokens / len(times),
             corpus_tokens=prepared.training.num_tokens,
@@ -91,6 +93,7 @@ def rehearsal_table(rehearsal: Rehearsal) -> Table:
     """The cost of a run, for a person who is about to start it."""
     x, table = rehearsal, Table("", "nothing was trained or saved")
     table.add_row("parameters", f"{x.parameters:,}")
+    table.add_row("text", x.reading)
     table.add_row("tokens", f"{x.tokens:,.0f} a step, {x.steps * x.tokens:,.0f} in {x.steps:,} steps, without padding")
     table.add_row("passes over the text", f"{x.passes:.2f}, of {x.corpus_tokens:,} tokens each")
     table.add_row("memory of a device", f"{x.memory_needed / GiB:.2f} of {x.memory_available / GiB:.2f} GiB")

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, TypeVar
 
 import jax
@@ -29,7 +29,7 @@ Step = int | Literal["newest", "best"]
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a checkpoint tells about its training.
+    """What a checkpoint records about its training.
 
     evaluation_loss: of the evaluation at this step, if there was one.
     scheduled: False if only SIGTERM made the save due; such a checkpoint is deleted at the next save, so that a resumed
@@ -83,10 +83,11 @@ class _Directory:
     def __init__(self, path: epath.Path):
         self.path = path
         self._checkpointer = None
+        self._absolute = path if is_remote(path) else path.absolute()  # Orbax takes no other.
 
     @property
     def steps(self) -> list[int]:
-        """The steps of complete checkpoints. Other files and directories are nobody's business."""
+        """The steps of complete checkpoints. Other files and directories are ignored."""
         try:
             names = [path.name for path in self.path.iterdir()]
         except FileNotFoundError:
@@ -118,9 +119,7 @@ class _Directory:
                     self.metadata(known)
                 except _Damaged as error:
                     print(f"{error}: moved to {self.put_aside(known, str(error))}", file=sys.stderr)
-            self._checkpointer = ocp.training.Checkpointer(
-                self.path if is_remote(self.path) else self.path.absolute(), cleanup_tmp_directories=True
-            )
+            self._checkpointer = ocp.training.Checkpointer(self._absolute, cleanup_tmp_directories=True)
         sums = {item: checksums_by_name(tree) for item, tree in items.items()}
         metadata: dict = {"format": FORMAT, "checksums": sums, "record": dataclasses.asdict(record)}
         return self._checkpointer.save_checkpointables_async(
@@ -146,7 +145,7 @@ class _Directory:
             if differing := names ^ saved[item].keys():
                 raise InputError(f"{path} is of another model or optimizer: {item}/{min(differing)} is only in one")
         with _reading(path, "files of its arrays are missing, or not what was written"):
-            loaded = ocp.load_checkpointables(path if is_remote(path) else path.absolute(), dict(items))
+            loaded = ocp.load_checkpointables(self._absolute / str(step), dict(items))
         for item, tree in loaded.items():
             for name, checksum in checksums_by_name(tree).items():
                 if saved[item][name] != checksum:
@@ -172,7 +171,7 @@ class _Directory:
             if is_remote(path):
                 (path / "commit_success.txt").unlink()
             else:
-                # A name of Orbax's: it removes what is left of it after a kill.
+                # Orbax removes directories of such a name: after a kill, the rest of this one.
                 doomed = path.rename(self.path / f"{step}.orbax-checkpoint-tmp-deleted")
             doomed.rmtree()
 
@@ -182,35 +181,13 @@ class _Directory:
                 self._checkpointer.close()
 
 
-class _PreservationPolicy:
-    """Which full checkpoints are kept: the newest scheduled ones, the newest of all, and the best."""
-
-    def __init__(self, keep: int | None):
-        self._keep = keep
-        self.records: dict[int, Record] = {}
-
-    def best(self) -> tuple[float, int]:
-        """(evaluation loss, step) of the best checkpoint; an infinite loss if none was evaluated."""
-        losses = [(x.evaluation_loss, step) for step, x in self.records.items() if x.evaluation_loss is not None]
-        return min(losses, default=(math.inf, -1))
-
-    def superfluous(self, steps: Sequence[int]) -> list[int]:
-        """The steps, oldest first, that need not be kept."""
-        if self._keep is None or not steps:
-            return []
-        scheduled = [step for step in steps if self.records.get(step, Record()).scheduled]
-        kept = {*scheduled[-self._keep :], steps[-1], self.best()[1]}
-        self.records = {step: record for step, record in self.records.items() if step in kept}
-        return [step for step in steps if step not in kept]
-
-
 class Checkpoints:
     """The checkpoints of a training: full ones in `<directory>/<step>`, parameters alone in `<directory>.kept/<step>`.
 
     keep: number of newest full checkpoints to keep, in addition to the one with the lowest evaluation loss; what
         `keep_parameters` saves is never deleted. None: for reading. A reader never creates, moves or deletes anything,
         so another process may be writing.
-    before_write: called before each save and deletion, and after a save that failed; what it raises is raised instead.
+    before_write: called before each save and deletion, and after a save that failed; its exceptions take precedence.
 
         step, items = Checkpoints("run/checkpoints").restore({"params": abstract_params}, step="best")
     """
@@ -218,28 +195,26 @@ class Checkpoints:
     def __init__(
         self, directory: epath.PathLike, keep: int | None = None, before_write: Callable[[], None] = lambda: None
     ):
-        self.directory, self._before_write = epath.Path(directory), before_write
-        self._writable, self._policy = keep is not None, _PreservationPolicy(keep)
+        self.directory, self._keep, self._before_write = epath.Path(directory), keep, before_write
         self._full = _Directory(self.directory)
-        kept = self.directory.parent / f"{self.directory.name}.kept"
-        self._kept = _Directory(kept)
+        self._kept = _Directory(self.directory.parent / f"{self.directory.name}.kept")
         self._saving = None
         self._read_records()
 
     def _read_records(self) -> None:
-        self._policy.records.clear()
+        self._records: dict[int, Record] = {}
         for step in self._full.steps:
             with contextlib.suppress(Exception):  # Restoring the checkpoint tells what is wrong.
-                self._policy.records[step] = Record(**self._full.metadata(step)["record"])
+                self._records[step] = Record(**self._full.metadata(step)["record"])
 
     def save(self, step: int, items: Mapping[str, object], record: Record = Record()) -> None:
         """Starts to save; waits only for the save before, whose errors this call raises."""
         self.wait()
-        self._policy.records[step] = record
+        self._records[step] = record
         self._save(self._full, step, items, record)
 
     def keep_parameters(self, step: int, items: Mapping[str, object], record: Record = Record()) -> None:
-        """The same for a checkpoint without the item `opt_state`, to keep forever."""
+        """Starts to save a checkpoint without the item `opt_state`, which is never deleted."""
         self.wait()
         self._save(self._kept, step, {item: tree for item, tree in items.items() if item != "opt_state"}, record)
 
@@ -258,8 +233,18 @@ class Checkpoints:
                     saving.result()
                 finally:
                     self._before_write()  # A process that has taken over may be why it failed.
-                for step in self._policy.superfluous(self._full.steps):
-                    self._full.delete(step)
+                self._delete_superfluous()
+
+    def _delete_superfluous(self) -> None:
+        """Deletes full checkpoints, oldest first, but the newest scheduled ones, the newest of all, and the best."""
+        if self._keep is None or not (steps := self._full.steps):
+            return
+        scheduled = [step for step in steps if self._record(step).scheduled]
+        kept = {*scheduled[-self._keep :], steps[-1], self.best_step}
+        self._records = {step: record for step, record in self._records.items() if step in kept}
+        for step in steps:
+            if step not in kept:
+                self._full.delete(step)
 
     def close(self) -> None:
         """Waits, and releases what Orbax holds."""
@@ -270,20 +255,25 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """The step of the full checkpoint with the lowest evaluation loss; None if none was evaluated."""
-        loss, step = self._policy.best()
-        return step if loss < math.inf else None
+        return min(self._losses(), default=(math.inf, None))[1]
 
     def improves(self, evaluation_loss: float) -> bool:
         """Whether this loss is lower than that of every full checkpoint."""
-        return evaluation_loss < self._policy.best()[0]
+        return evaluation_loss < min(self._losses(), default=(math.inf, None))[0]
 
     def evaluated(self, step: int) -> bool:
         """Whether the model was evaluated at the step of a full checkpoint."""
-        return self._policy.records.get(step, Record()).evaluation_loss is not None
+        return self._record(step).evaluation_loss is not None
 
     def tokens_seen(self, step: int) -> int:
-        """The tokens seen by the training up to a full checkpoint; 0 if there is none of that step."""
-        return self._policy.records.get(step, Record()).tokens_seen
+        """The number of tokens trained on up to a full checkpoint; 0 if the step has none."""
+        return self._record(step).tokens_seen
+
+    def _record(self, step: int) -> Record:
+        return self._records.get(step, Record())
+
+    def _losses(self) -> list[tuple[float, int]]:
+        return [(x.evaluation_loss, step) for step, x in self._records.items() if x.evaluation_loss is not None]
 
     def restore(self, items: Mapping[str, Tree], step: Step = "newest") -> tuple[int, dict[str, Tree]] | None:
         """(step, items) of one checkpoint: of a step, the best, or the newest intact one.
@@ -321,8 +311,8 @@ class Checkpoints:
                 return step, self._load(directory, step, items, newest)
             except _Damaged as error:
                 complaint = str(error)
-            self._policy.records.pop(step, None)
-            done = f"moved to {directory.put_aside(step, complaint)}" if self._writable else "skipped"
+            self._records.pop(step, None)
+            done = "skipped" if self._keep is None else f"moved to {directory.put_aside(step, complaint)}"
             print(f"{complaint}: {done}", file=sys.stderr)
         if directories:
             raise InputError(f"{self.directory}: all {len(directories)} checkpoints are damaged; use another --workdir")
@@ -336,7 +326,7 @@ class Checkpoints:
             return directory.load(step, items)
         except _Damaged:
             deadline = time.monotonic() + DELETING_SECONDS
-            while not self._writable and time.monotonic() < deadline:
+            while self._keep is None and time.monotonic() < deadline:
                 if step not in directory.steps or max(self._full.steps, default=0) > newest:
                     raise _Gone from None
                 time.sleep(0.05)

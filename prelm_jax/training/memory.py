@@ -1,4 +1,4 @@
-"""Memory of devices: what a compiled step needs, what there is, and what to do where that is too little."""
+"""Memory of devices: the bytes that a compiled step needs, the bytes available, and advice where these are too few."""
 
 import bisect
 import contextlib
@@ -20,7 +20,7 @@ COMPILER_MESSAGES = (
     r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm",
     r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)",
 )
-# Limits of the memory of a container, by version 2 and 1 of Linux's control groups.
+# Files with the memory limit of a container: of Linux's control groups, version 2 and version 1.
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -88,7 +88,7 @@ def explained(what: str, advice: str) -> Iterator[None]:
 
 
 class StepMemory:
-    """Watches the memory of a train step: as a context, it turns errors about too little of it into an InputError.
+    """A train step that explains errors about too little memory.
 
     The message says what the step needs, what a device has, and the smallest --accumulate with which the step fits,
     found by compiling it. As long as nothing fails, nothing is compiled but the step itself.
@@ -112,8 +112,24 @@ class StepMemory:
 
     def check(self) -> None:
         """Compiles the step; raises InputError if it cannot fit."""
-        with self:
+        with self.explained():
             self.needed = self._compile(self.step)
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turns an error of the block, which runs the step, about too little memory into an InputError."""
+        try:
+            yield
+        except (TooLarge, jax.errors.JaxRuntimeError) as error:
+            if not exhausted(error):
+                raise
+            size, limit = error.args if isinstance(error, TooLarge) else (self.needed, available(self._mesh))
+            # At run time an array may not fit although all would: the memory is not all free, or in pieces.
+            least = "" if math.isnan(size) else f" {size / GiB:.3g} GiB,"
+            free = "" if size > limit else "is free of "
+            more = f"a step needs{least} more than {free}the {limit / GiB:.3g} GiB of a device"
+            # Where no size is known, a program that compiles fits.
+            raise InputError(f"{more}: {self._advice(math.inf if math.isnan(size) else size)}") from None
 
     def _compile(self, step: jax.stages.Wrapped) -> int:
         """The bytes that a step needs; raises TooLarge if a device has fewer."""
@@ -122,19 +138,12 @@ class StepMemory:
             raise TooLarge(size, limit)
         return size
 
-    def __enter__(self) -> "StepMemory":
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if error is None or not exhausted(error):
-            return
-        size, limit = error.args if isinstance(error, TooLarge) else (self.needed, available(self._mesh))
-
-        largest = math.inf if math.isnan(size) else size  # Where no size is known, a program that compiles fits.
+    def _advice(self, below: float) -> str:
+        """The smallest --accumulate with which a step fits and needs fewer bytes than `below`."""
 
         def fits(accumulate: int) -> bool:
             try:
-                return self._compile(self._make_step(accumulate)) < largest
+                return self._compile(self._make_step(accumulate)) < below
             except (TooLarge, jax.errors.JaxRuntimeError) as error:
                 if not exhausted(error):
                     raise
@@ -142,12 +151,6 @@ class StepMemory:
 
         candidates = [n for n in range(self._accumulate + 1, self._rows + 1) if self._rows % n == 0]
         first = bisect.bisect_left(candidates, True, key=fits)  # More micro-batches need less memory.
-        advice = "no --accumulate fits either: try --mesh.parameters fsdp or more devices"
         if first < len(candidates):
-            advice = f"--accumulate {candidates[first]} fits"
-        # At run time an array may not fit although all would: the memory is not all free, or in pieces.
-        least = "" if math.isnan(size) else f" {size / GiB:.3g} GiB,"
-        free = "" if size > limit else "is free of "
-        raise InputError(
-            f"a step needs{least} more than {free}the {limit / GiB:.3g} GiB of a device: {advice}"
-        ) from None
+            return f"--accumulate {candidates[first]} fits"
+        return "no --accumulate fits either: try --mesh.parameters fsdp or more devices"

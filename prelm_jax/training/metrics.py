@@ -1,6 +1,7 @@
 """Metrics of a training: JSON lines, progress on the terminal, and the fraction of the hardware's peak FLOP/s."""
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from prelm_jax.errors import InputError
 from prelm_jax.progress import Progress
-from prelm_jax.storage import is_remote, opened
+from prelm_jax.storage import is_remote, opened, write_file
 from prelm_jax.training.chips import find_chip
 from prelm_jax.training.contract import Batch, Model
 
@@ -28,7 +29,8 @@ def peak_flops(dtype: jnp.dtype, devices: int) -> float:
     if chip is not None and dtype == jnp.bfloat16:
         return chip.flops * devices
     x = jnp.ones((1024, 1024), dtype)
-    matmul = jax.jit(jnp.matmul)
+    # With sums in fp32, as in the models: a CPU has no fast product of bf16 whose result is rounded.
+    matmul = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
     matmul(x, x).block_until_ready()
     times = []
     for _ in range(10):
@@ -71,9 +73,7 @@ class MetricsWriter:
         if is_remote(path):
             self._file = _RemoteFile(path, text)
             return
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
+        write_file(path, text.encode())
         self._file = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -119,7 +119,7 @@ def _encode(metrics: Mapping[str, float]) -> str:
 
 
 def _decode(line: bytes) -> dict[str, float]:
-    """What `_encode` made a line of. Raises ValueError or RecursionError for any other line."""
+    """The metrics in a line of `_encode`. Raises ValueError or RecursionError for any other line."""
     metrics = json.loads(line.decode())
     if not isinstance(metrics, dict) or type(metrics.get("step")) is not int or metrics["step"] < 0:
         raise ValueError

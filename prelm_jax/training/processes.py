@@ -26,7 +26,7 @@ import jax
 
 from prelm_jax.errors import InputError
 
-HERE = b"here\n"  # The answer of process 0 when all are there.
+HERE = "here"  # The answer of process 0 when all have come.
 STOPPED = 75  # Exit code: the same command resumes.
 DIED = -1
 GRACE_SECONDS = 20.0  # For this process to end by itself when another one has ended.
@@ -39,14 +39,14 @@ def joined() -> Iterator[None]:
     If another process dies meanwhile, this one prints a line and exits with 75, since the same command resumes. If
     another one ends early with an exit code, this one has 20 seconds to end, and then exits with the same code.
 
-    Raises InputError if one is missing, if two were told different things, or if JAX sees another number.
+    Raises InputError if a process is missing, if two were told different numbers, or if JAX sees another number.
     """
     peers = join()
     code = 0
     try:
         yield
     except Exception:
-        # With a dead process JAX fails here in many ways: wait for what the connections tell.
+        # When a process dies, JAX fails here in many ways: wait for the connections to tell which process it was.
         peers.wait()
         code = 1
         raise
@@ -107,7 +107,7 @@ class Peers:
         self._ended = threading.Event()
         self._threads = [threading.Thread(target=self._listen, args=item, daemon=True) for item in connections.items()]
         for connection in connections.values():
-            # Also the crash of a whole host is noticed within 20 seconds.
+            # Keep-alive packets notice the crash of a whole host within 20 seconds.
             connection.settimeout(None)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
@@ -194,26 +194,27 @@ def roll_call(address: str, count: int, index: int, seconds: float) -> dict[int,
     """
     deadline = time.monotonic() + seconds
     with contextlib.ExitStack() as stack:
-        call = _report if index else _take_roll
-        answer, connections = call(stack, address, count, index, deadline)
-        if answer != HERE:
-            raise InputError(f"process {index} of {count}: {answer.decode().strip()}")
+        if index:
+            connections, complaint = _report(stack, address, count, index, deadline)
+        else:
+            connections, complaint = _take_roll(stack, address, count, deadline)
+        if complaint:
+            raise InputError(f"process {index} of {count}: {complaint}")
         stack.pop_all()
     return connections
 
 
 def _take_roll(
-    stack: contextlib.ExitStack, address: str, count: int, index: int, deadline: float
-) -> tuple[bytes, dict[int, socket.socket]]:
-    """Process 0: hears the others, and sends each the answer."""
-    port, missing, complaint = int(address.rpartition(":")[2]), set(range(1, count)), None
+    stack: contextlib.ExitStack, address: str, count: int, deadline: float
+) -> tuple[dict[int, socket.socket], str]:
+    """Process 0: hears the others, and sends each the complaint, or HERE."""
     both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
     try:
-        family = socket.AF_INET6 if both else socket.AF_INET
-        server = socket.create_server(("", port), family=family, dualstack_ipv6=both)
+        server = socket.create_server(("", int(address.rpartition(":")[2])), family=family, dualstack_ipv6=both)
     except OSError as error:
         raise InputError(f"JAX_COORDINATOR_ADDRESS {address}: cannot listen there ({error.strerror})") from None
-    callers = {}
+    callers, missing, complaint = [], set(range(1, count)), ""
     with server:
         while missing and not complaint and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
@@ -221,25 +222,24 @@ def _take_roll(
                 caller = stack.enter_context(server.accept()[0])
                 caller.settimeout(min(left, 5))
                 other, others = map(int, _read_line(caller).split())
+                callers.append((other, caller))
                 if others != count:
                     complaint = f"process {other} was told of {others} processes, process 0 of {count}"
                 elif other not in missing:
                     complaint = f"two processes have JAX_PROCESS_ID={other}"
-                callers[other if other in missing else -len(callers)] = caller
                 missing.discard(other)
     if missing and not complaint:
         names = ", ".join(map(str, sorted(missing)))
         complaint = f"process {names} did not come to {address} in time; look at the log of that host"
-    answer = f"{complaint}\n".encode() if complaint else HERE
-    for caller in callers.values():
+    for _, caller in callers:
         with contextlib.suppress(OSError):
-            caller.sendall(answer)
-    return answer, callers
+            caller.sendall(f"{complaint or HERE}\n".encode())
+    return dict(callers), complaint
 
 
 def _report(
     stack: contextlib.ExitStack, address: str, count: int, index: int, deadline: float
-) -> tuple[bytes, dict[int, socket.socket]]:
+) -> tuple[dict[int, socket.socket], str]:
     """Any other process: calls process 0 until it answers."""
     host, _, port = address.rpartition(":")
     while (left := deadline - time.monotonic()) > 0:
@@ -248,14 +248,16 @@ def _report(
             first.settimeout(left + 5)  # Process 0 decides at its own deadline who is missing.
             first.sendall(f"{index} {count}\n".encode())
             if answer := _read_line(first):
-                return answer, {0: first}
+                return {0: first}, "" if answer == HERE else answer
         time.sleep(0.1)
-    return f"process 0 did not answer at {address} in time; look at the log of that host".encode(), {}
+    return {}, f"process 0 did not answer at {address} in time; look at the log of that host"
 
 
-def _read_line(connection: socket.socket) -> bytes:
+def _read_line(connection: socket.socket) -> str:
     """A line, and not a byte after it; "" if the connection ends before."""
     line = b""
-    while not line.endswith(b"\n") and len(line) < 1000 and (byte := connection.recv(1)):
+    while len(line) < 1000 and (byte := connection.recv(1)):
+        if byte == b"\n":
+            return line.decode(errors="replace")
         line += byte
-    return line if line.endswith(b"\n") else b""
+    return ""

@@ -1,5 +1,6 @@
 """Dispatch, exit codes and errors: one line that names what is wrong and what to do."""
 
+import os
 import runpy
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 
 import prelm_jax
 from prelm_jax.cli import dispatch
-from prelm_jax.cli.main import main
+from prelm_jax.cli.main import ask_for_huge_pages, console, main
 from prelm_jax.errors import Preempted
 
 
@@ -73,6 +74,31 @@ def test_python_m_prelm_jax(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["prelm", "--help"])
     runpy.run_module("prelm_jax", run_name="__main__")
     assert "pretrain" in capsys.readouterr().out
+
+
+def test_training_starts_again_with_huge_pages_unless_the_allocator_is_set(monkeypatch):
+    class Replaced(BaseException):
+        pass
+
+    def execve(path, arguments, environment):
+        raise Replaced(path, arguments, environment)
+
+    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "prelm_jax", "pretrain", "--help"])
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(sys, "argv", ["prelm", "pretrain", "--help"])
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    with pytest.raises(Replaced) as found:
+        console()
+    path, arguments, environment = found.value.args
+    assert (path, arguments) == (sys.executable, sys.orig_argv)
+    assert environment == os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+    monkeypatch.setattr(sys, "argv", ["prelm", "evaluate", "--help"])
+    ask_for_huge_pages()
+    monkeypatch.setattr(sys, "argv", ["prelm", "pretrain", "--help"])
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    ask_for_huge_pages()
 
 
 def test_an_error_does_not_wait_for_the_threads_of_libraries():

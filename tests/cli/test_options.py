@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import pytest
 import tyro
 
+from prelm_jax.bounds import Size
 from prelm_jax.cli.options import AnyPath, Choice, Chosen, Positional, Remainder, Step, call, suggestion
 from prelm_jax.errors import InputError
 
@@ -113,6 +114,16 @@ def test_an_option_for_all_that_follows():
 def test_steps(word, step):
     call(read, ["somewhere", "--step", word], "x")
     assert received["step"] == step
+
+
+def sized(size: Size | None = None):
+    """Take a size."""
+
+
+def test_a_value_of_no_type_is_refused_without_the_types_of_python():
+    with pytest.raises(InputError, match=r"--size: .*\['many'\]\. x --help") as error:
+        call(sized, ["--size", "many"], "x")
+    assert "Annotated" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,11 @@
 import dataclasses
 import io
 import json
+import re
 import statistics
 from html.parser import HTMLParser
+from types import SimpleNamespace
+from typing import get_args
 
 import hypothesis.strategies as st
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import given
 from rich.console import Console
 
 from prelm_jax.cli.main import main
-from prelm_jax.data.examples import Answers, Example
+from prelm_jax.data.examples import Answers, Example, Kind
 from prelm_jax.errors import InputError
 from prelm_jax.finetuning.metrics import Score
 from prelm_jax.finetuning.results import (
@@ -27,6 +30,7 @@ from prelm_jax.finetuning.results import (
     write_results,
 )
 from prelm_jax.finetuning.sections import section
+from prelm_jax.inference.heads import METHODS
 
 
 def make_results(values: dict[int, float], **changes) -> Results:
@@ -35,8 +39,8 @@ def make_results(values: dict[int, float], **changes) -> Results:
         SeedResult(n, 100, 3, {"macro_f1": Score(0.25, 0.02), "accuracy": Score(x, 0.01)}) for n, x in values.items()
     )
     results = Results(
-        "polarity", "label", "bert", None, "data/train.tsv", "data/dev.tsv", 8000, 872, ("no", "yes"), "accuracy",
-        {"accuracy": {"best constant": 0.5, "coin": 0.4}}, seeds,
+        "polarity", "label", "bert", None, "data/train.tsv", "data/dev.tsv,header=yes", 8000, 872, ("no", "yes"),
+        "accuracy", {"accuracy": {"best constant": 0.5, "coin": 0.4}}, seeds,
     )  # fmt: skip
     return dataclasses.replace(results, **changes)
 
@@ -127,7 +131,7 @@ def test_a_card_is_read_by_hugging_face(init_from):
     from huggingface_hub import ModelCard
 
     results = make_results({0: 0.9, 1: 0.45, 2: 0.8}, init_from=init_from, task='a "task": #1')
-    text = task_card(results, 2, "my: model", "transformers", "Use it.", "finetune finetuning:polarity")
+    text = task_card(results, 2, "my: model", "transformers", "finetune finetuning:polarity")
     data = ModelCard(text, ignore_metadata_errors=False).data
     assert data.model_name == "my: model" and data.pipeline_tag == "text-classification"
     assert data.base_model == (init_from if init_from == "org/small-bert" else None)
@@ -135,9 +139,25 @@ def test_a_card_is_read_by_hugging_face(init_from):
     assert found == {"accuracy": ("accuracy", 0.8), "macro f1": ("f1", 0.25)}
     assert {(each.task_name, each.dataset_name) for each in data.eval_results} == {('a "task": #1', "dev.tsv")}
     assert "seed 2, the median of 3 seeds by accuracy" in text and "3 evaluations" in text
-    assert "Use it." in text and "`prelm finetune finetuning:polarity`" in text and "| 71.7 ± 23.6 | 80.0 |" in text
-    assert "seed 0, chosen by hand" in task_card(results, 0, "m", "transformers", "", "")
+    assert "`prelm finetune finetuning:polarity`" in text and "| 71.7 ± 23.6 | 80.0 |" in text
+    assert "seed 0, chosen by hand" in task_card(results, 0, "m", "transformers", "")
     json.dumps(data.to_dict())
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_the_usage_on_a_card_is_a_method_of_the_kind(kind):
+    text = task_card(make_results({0: 0.9}, kind=kind), 0, "my-model", "transformers", "")
+    used = []
+
+    class Model:
+        def __getattr__(self, name):
+            return lambda inputs: used.append((name, inputs)) or []
+
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    exec(code.replace("import prelm_jax", ""), {"prelm_jax": SimpleNamespace(load=lambda path: Model())})
+    [(name, inputs)] = used
+    assert name == METHODS[kind]
+    assert len(inputs[0]) == 2 if kind in ("choice", "spans") else isinstance(inputs[0], str)
 
 
 # ---- The report page -------------------------------------------------------------------------------------------------

@@ -35,6 +35,10 @@ from prelm_jax.models.task import TaskModelConfig
 from prelm_jax.tokenizers.words import WordVocabulary
 from prelm_jax.training.parameters import path_name
 
+# Each is parsed by the same code; the others are for `make test-slow`.
+FAST = ("label", "spans", "gpt-choice")
+FAST_CASES = [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in CASES]
+
 # Reading what transformers wrote
 
 
@@ -58,7 +62,7 @@ def test_every_class_with_a_head_is_read_and_written_back(case, published, tmp_p
     assert contents(tmp_path / "again") == contents(tmp_path / "third")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", FAST_CASES)
 def test_transformers_loads_what_is_written_without_a_complaint(case, published, tmp_path):
     reference, directory = published(case)
     save(
@@ -312,11 +316,10 @@ def scores_of(case, outputs, batch):
     return outputs.mc_logits if case == "gpt-choice" else outputs.logits
 
 
-FAST = ("label", "spans", "gpt-choice")
 SAME_ENCODER = ("labels", "number", "gpt-number")  # As another case: only the gradients of their losses are their own.
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in CASES])
+@pytest.mark.parametrize("case", FAST_CASES)
 def test_scores_loss_and_gradients_are_those_of_transformers(case, published, tmp_path):
     reference, directory = published(case)
     task = read_task_of(case, directory)

@@ -26,13 +26,13 @@ def frame_of(tokenizer, kind, examples, length, **options):
 def test_labels_numbers_and_choices(tokenizer):
     texts = [Example(str(i), (("w1",),)) for i in range(2)]
     rows = frame_of(tokenizer, "label", texts, 16)
-    outputs = [{"scores": np.array(x, np.float32)} for x in ([0, 2, 1], [3, 0, -1])]
+    outputs = [{"scores": np.array(x, np.float32)} for x in ([0.3, 2, 1], [3, 0, -1])]
     found = decode("label", texts, rows, outputs, ("a", "b", "c"))
     assert [each.label for each in found] == ["b", "a"]
-    exponentials = np.exp([0.0, 2.0, 1.0])
+    exponentials = np.exp([0.3, 2.0, 1.0])
     np.testing.assert_allclose(found[0].scores, exponentials / exponentials.sum(), rtol=1e-6)
     found = decode("labels", texts, rows, outputs, ("a", "b", "c"))
-    assert [each.label for each in found] == [("b", "c"), ("a",)]
+    assert [each.label for each in found] == [("a", "b", "c"), ("a",)]
     np.testing.assert_allclose(found[1].scores, 1 / (1 + np.exp([-3.0, 0, 1])), rtol=1e-6)
     assert [x.label for x in decode("number", texts, rows, [{"scores": np.array([x])} for x in (1.5, -2)])] == [1.5, -2]
     choices = [Example("0", (("w1", "w2"), ("w1", "w3")))]

@@ -31,6 +31,11 @@ LONG = "the cat sat on the mat and " * 8
 PAIRS = [("the cat sat", "a mat"), ("", "on the mat"), ("cat", "the cat sat on the unmatable mat")]
 
 
+def slow(*cases):
+    """Cases for `make test-slow`: others like them are in every run."""
+    return [pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 @pytest.fixture(scope="session")
 def exported(published, tmp_path_factory):
     """`exported(case)` is the directory that we write for a model of transformers; a GPT's tokenizer has the frame."""
@@ -58,7 +63,7 @@ def pipeline(task, directory, **options):
     return transformers.pipeline(task, model=str(directory), device="cpu", **options)
 
 
-@pytest.mark.parametrize("case", ["label", "labels", "number", "gpt-label", "gpt-number"])
+@pytest.mark.parametrize("case", ["label", *slow("labels", "number"), "gpt-label", *slow("gpt-number")])
 def test_classify_is_the_pipeline_of_the_export(case, exported, used):
     model = used(case)
     assert isinstance(model, TaskPretrained) and model.kind == case.removeprefix("gpt-")
@@ -138,7 +143,7 @@ def test_answers_are_those_of_the_exported_model(exported, used):
     assert (nothing.label, nothing.null_difference) == (Answers(), np.inf)
 
 
-@pytest.mark.parametrize("case", ["choice", "gpt-choice"])
+@pytest.mark.parametrize("case", [*slow("choice"), "gpt-choice"])
 def test_choices_are_those_of_the_exported_model(case, exported, used):
     choices = [("the cat sat", ["on the mat", "a", "cats"]), ("the mat", ["sat", "the cat sat on the unmatable mat"])]
     model = used(case)
@@ -222,6 +227,7 @@ def test_a_gpt_without_a_frame_reads_the_last_token(gpt_ids_of, published):
         model.classify([" "])
 
 
+@pytest.mark.slow
 def test_texts_that_were_encoded_apart_are_asked_for_as_trained(elmo):
     encoder = elmo.pretrained.loaded
     for pair, wrong in ((True, "a"), (False, ("a", "b"))):
@@ -242,6 +248,7 @@ def test_two_orders_of_a_pair_are_added(used):
     np.testing.assert_allclose(forth.scores, back.scores, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_model_still_embeds(exported, used, published):
     for case, kind in (("label", BertPretrained), ("gpt-label", GPTPretrained)):
         model, encoder = used(case), load_encoder(exported(case))

@@ -37,5 +37,6 @@ def test_by_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpus.txt").write_text(tiny.text(seed=0))
     main(["pretrain", f"{tiny.__file__}:bert", "--corpus", "corpus.txt", "--dry-run"])
-    assert "passes over the text" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "passes over the text" in out and "a step reads 8 of " in out
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.txt"], "nothing is written"

@@ -70,9 +70,9 @@ def test_an_allocation_that_fails_while_running(monkeypatch):
     watched = watch(100, monkeypatch)
     watched.check()
     expected = "74 GiB, more than is free of the 100 GiB of a device: --accumulate 2 fits"
-    with pytest.raises(InputError, match=expected), watched:
+    with pytest.raises(InputError, match=expected), watched.explained():
         raise EXHAUSTED
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), watched:
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), watched.explained():
         raise OTHER
 
 
