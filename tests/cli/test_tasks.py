@@ -33,7 +33,6 @@ SQUAD = {
                     "context": "the cat sat on the mat " * 9,
                     "qas": [{"id": "a", "question": "who sat?"}, {"id": "b", "question": "where?", "answers": []}],
                 },
-                {"context": "", "qas": [{"id": "c", "question": "who?"}]},
             ]
         }
     ]
@@ -126,8 +125,7 @@ def test_choose_prints_the_number_of_an_option(models, printed, tmp_path):
     records = [{"text": text, "options": options} for text, options in choices]
     (tmp_path / "choices.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
     expected = load(models / "choice").choose(choices)
-    options = ["--columns.pair", "text"]
-    lines, _ = printed("choose", models / "choice", tmp_path / "choices.jsonl", *options)
+    lines, _ = printed("choose", models / "choice", tmp_path / "choices.jsonl")
     assert lines == [f"{each.label}\t{max(each.scores):.4f}" for each in expected]
 
 
@@ -136,15 +134,13 @@ def test_answer_writes_the_files_of_the_scorer(models, printed, tmp_path):
     printed("answer", models / "spans", tmp_path / "dev.json", tmp_path / "out", "--null-threshold", "1e9")
     files = {file.name: json.loads(file.read_text()) for file in (tmp_path / "out").iterdir()}
     assert set(files) == {"predictions.json", "nbest_predictions.json", "null_odds.json"}
-    assert all(set(content) == {"a", "b", "c"} for content in files.values())
+    assert all(set(content) == {"a", "b"} for content in files.values())
     passage = SQUAD["data"][0]["paragraphs"][0]["context"]
     for id in ("a", "b"):
         best = max((x for x in files["nbest_predictions.json"][id] if x["text"]), key=lambda x: x["probability"])
         assert files["predictions.json"][id] == best["text"] and best["text"] in passage
         assert set(best) == {"text", "probability", "start_logit", "end_logit"}
         assert sum(x["probability"] for x in files["nbest_predictions.json"][id]) == pytest.approx(1)
-    # No passage, so no candidate.
-    assert files["predictions.json"]["c"] == "" and files["null_odds.json"]["c"] > 1e300
     printed("answer", models / "spans", tmp_path / "dev.json", tmp_path / "none", "--null-threshold", "-1e9")
     assert set(json.loads((tmp_path / "none/predictions.json").read_text()).values()) == {""}
 
