@@ -89,7 +89,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(run, uninterrupted, tmp_path
     with interruption(7, terminate), pytest.raises(Preempted, match="stopped by SIGTERM after step 8"):
         pretrain(run, workdir)
     assert (workdir / "checkpoints" / "8").is_dir()
-    module.export(workdir, tmp_path / "exported")
+    module.export(workdir, tmp_path / "exported", "newest")
     card = (tmp_path / "exported" / "README.md").read_text()
     assert "step 8 of the run" in card and "Not evaluated at step 8." in card and "|" not in card
     pretrain(run, workdir)

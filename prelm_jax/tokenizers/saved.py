@@ -82,8 +82,8 @@ class SavedTokenizer:
         named = {role: self.settings.get(f"{role}_token") for role in FRAME_ROLES}
         tokens = {role: _token(self.directory / SETTINGS, token).content for role, token in named.items() if token}
         single = ((self.parts or {}).get("post_processor") or {}).get("single")
-        steps = [next(iter(step.values())) for step in single if step] if isinstance(single, list) else []
-        ids = [step.get("id") for step in steps]
+        steps = [step for step in single if isinstance(step, dict)] if isinstance(single, list) else []
+        ids = [piece.get("id") for step in steps for piece in step.values() if isinstance(piece, dict)]
         return tokens if {"bos", "sep", "cls"} <= set(tokens) and ids == [tokens["bos"], "A", tokens["cls"]] else {}
 
     def difference(self, expected: Mapping[str, Mapping[str, object]]) -> str | None:

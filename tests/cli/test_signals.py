@@ -72,8 +72,9 @@ def test_while_a_command_prepares(folder, tmp_path, monkeypatch, capsys, command
 
 # As while it compiles: the main thread calls nothing of Python for long.
 WAITING = """
-import contextlib, hashlib
+import contextlib, hashlib, signal
 from prelm_jax.cli import signals
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell ignores it in what it starts in the background.
 signals.PATIENCE_SECONDS = 0.2
 with signals.ending_on_signals():
     with contextlib.suppress(BaseException):  # The signal may come before the call.
@@ -94,9 +95,12 @@ def test_a_main_thread_that_does_not_listen(number, code, line):
     process = subprocess.Popen(
         [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == code and err == line
 
 

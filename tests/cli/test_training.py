@@ -134,16 +134,16 @@ def test_steps_reach_evaluate_and_export(folder, monkeypatch, word, step):
     monkeypatch.setattr("prelm_jax.pretraining.export", record)
     option = [] if word is None else ["--step", word]
     for arguments in (
-        ["evaluate", "somewhere"],
+        ["evaluate", "gs://somewhere"],
         ["evaluate", f"{TINY}:bert", "--workdir", "somewhere", "--corpus", "a", "b"],
-        ["export", "gs://somewhere", "there"],
+        ["export", "somewhere", "there"],
     ):
         with pytest.raises(SystemExit):
             main([*arguments, *option])
     assert received == [
-        ("somewhere", (), step, None, 1.0, None, None),
+        ("gs://somewhere", (), step, None, 1.0, None, None),
         ("somewhere", ("a", "b"), step, tiny.bert(), 1.0, None, None),
-        ("gs://somewhere", Path("there"), None if word is None else step),
+        ("somewhere", Path("there"), None if word is None else step),
     ]
 
 
