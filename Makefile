@@ -6,6 +6,7 @@
 PYTHON ?= python3
 MODEL ?= bert
 RUN = runs/$(MODEL)-demo
+EXPORTED = $(RUN)-exported
 PRELM = .venv/bin/prelm
 PYTEST = .venv/bin/python -m pytest --numprocesses auto --dist worksteal --durations 10
 
@@ -16,19 +17,19 @@ export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
 demo: .venv/installed
 	$(PRELM) pretrain $(MODEL):demo
-	$(PRELM) export $(RUN) $(RUN)/exported
+	$(PRELM) export $(RUN) $(EXPORTED)
 	@$(MAKE) --no-print-directory use-$(MODEL)
 
 use-bert:
-	$(PRELM) fill $(RUN)/exported "If the [MASK] is empty, an error is raised."
-	$(PRELM) fill $(RUN)/exported "Return a new [MASK] with the same elements."
+	$(PRELM) fill $(EXPORTED) "If the [MASK] is empty, an error is raised."
+	$(PRELM) fill $(EXPORTED) "Return a new [MASK] with the same elements."
 
 use-gpt1:
-	$(PRELM) generate $(RUN)/exported --prompt "If the list is empty," --max-tokens 40 --temperature 0.7
-	$(PRELM) generate $(RUN)/exported --prompt "Return a new" --max-tokens 40 --temperature 0.7
+	$(PRELM) generate $(EXPORTED) --prompt "If the list is empty," --max-tokens 40 --temperature 0.7
+	$(PRELM) generate $(EXPORTED) --prompt "Return a new" --max-tokens 40 --temperature 0.7
 
 use-elmo:
-	.venv/bin/python examples/neighbors.py $(RUN)/exported --word set --sentences \
+	.venv/bin/python examples/neighbors.py $(EXPORTED) --word set --sentences \
 		"A set is an unordered collection with no duplicate elements." "The flag is set if the call fails."
 
 lint: .venv/installed-test
