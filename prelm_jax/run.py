@@ -138,7 +138,7 @@ class RunRecord:
     def of(cls, run: Training, model_type: str, sources: Sequence[str], facts: Mapping[str, object]) -> "RunRecord":
         """The record of an experiment, a dataclass; `sources`: fields that say where data is found.
 
-        facts: what decides the bits besides the other fields, or instead of those of the same name.
+        facts: what decides the bits besides the other fields; a fact replaces a field of its name.
         """
         fields = {field.name: getattr(run, field.name) for field in dataclasses.fields(cast(Any, run))}
         found = {name: fields.pop(name) for name in sources}

@@ -51,7 +51,7 @@ def console() -> None:
 def ask_for_huge_pages() -> None:
     """Starts this process again, under the same id, with huge pages, where a model will be trained.
 
-    XLA allocates the temporary arrays of a step on a CPU anew each time. In pages of 4 kB, a sixth of the step of a
+    XLA allocates new temporary arrays in each step on a CPU. In pages of 4 kB, a sixth of the step of a
     small BERT goes into them.
     """
     if sys.platform == "linux" and set(sys.argv[1:2]) & {"pretrain", "finetune"} and ALLOCATOR not in os.environ:

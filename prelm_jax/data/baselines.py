@@ -81,7 +81,7 @@ class _Trigrams:
 def pair_baselines(
     batches: StoreBatches, examples: Callable[[np.ndarray], HostBatch], evaluation: Iterable[HostBatch]
 ) -> Baselines:
-    """Baselines of `pairs`; `examples` are those of the training side with these numbers.
+    """Baselines of `pairs`; `examples` builds training examples from their numbers.
 
     `masked_lm_loss`: unigram. `masked_lm_accuracy`: always the most frequent token. `next_sentence_accuracy`: always
     the label that is more frequent in the evaluation; and a guess from the lengths of the two segments.

@@ -12,6 +12,7 @@ References: google-research/bert, run_classifier.py (`_truncate_seq_pair`) and r
 a window to the next; `_check_is_max_context`); openai/finetune-transformer-lm, train.py (`transform_roc`).
 """
 
+import abc
 import functools
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal, NamedTuple, cast
@@ -77,7 +78,7 @@ class Framed(NamedTuple):
 Pairs = Literal["together", "orders", "apart"]
 
 
-class Frame:
+class Frame(abc.ABC):
     """The frame of a family, by the roles of its tokens; `BertFrame` and its like know them.
 
     max_length: tokens of a row at most. symmetric: the texts of a pair have no order.
@@ -102,9 +103,9 @@ class Frame:
     def _pairs(self, symmetric: bool) -> Pairs:
         return "together"
 
+    @abc.abstractmethod
     def _roles(self, tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
         """The tokens before the texts, between two of them, and after them."""
-        raise NotImplementedError
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -365,7 +366,7 @@ class ELMoFrame(Frame):
     def batch(
         self, rows: Sequence[Row], own: slice, width: int, num_texts: int, num_read: int
     ) -> dict[str, np.ndarray]:
-        """See Frame; instead of tokens `words`, rows of `characters`, those of the distinct words of all rows."""
+        """See Frame. `words` replaces `tokens`: it indexes `characters`, which has a row for each distinct word."""
         batch = super().batch(rows, own, width, num_texts, num_read)
         distinct = _distinct(rows)
         words = np.searchsorted(distinct, batch["tokens"]).astype(np.int32) * batch["segments"]

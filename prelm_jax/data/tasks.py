@@ -6,6 +6,7 @@ A batch is as wide as its longest row needs (`frames.WIDTHS`), so that at most s
 sorted for training: rows of one length would often have one label.
 """
 
+import abc
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,8 +16,8 @@ from prelm_jax.data.randomness import bits, key, permute
 from prelm_jax.training.contract import Layout
 
 
-class _Rows:
-    """The rows of a task, and the batches of some of them. Fulfills `Batches` with `_numbers`."""
+class _Rows(abc.ABC):
+    """The rows of a task, and the batches of some of them. Fulfills `Batches`; a subclass defines `numbers`."""
 
     def __init__(self, frame: Frame, rows: Sequence[Row], batch_size: int):
         self.frame, self._rows, self.batch_size = frame, rows, batch_size
@@ -30,9 +31,9 @@ class _Rows:
         width = self.frame.fitting_width(rows, self.num_texts)
         return self.frame.batch(rows, own, width, self.num_texts, width if self._reads_words else 1)
 
+    @abc.abstractmethod
     def numbers(self, step: int) -> np.ndarray:
         """The numbers of the rows of a step's batch."""
-        raise NotImplementedError
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         return self.rows(step, 0, self.batch_size)

@@ -302,7 +302,7 @@ def params_fingerprint(params: Params) -> str:
 
 
 class DevEvaluation:
-    """Evaluation on the dev examples, each of them once. `predictions`: those of the last evaluation."""
+    """Evaluation on the dev examples, each of them once; `predictions` keeps the last results."""
 
     def __init__(self, task: Task, model: TaskModel):
         self._task = task

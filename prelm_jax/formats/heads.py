@@ -1,9 +1,9 @@
 """Heads of tasks in model directories: those of transformers' classes, and a file of our own for all others.
 
-`head.safetensors` stands beside an encoder whose published format has no place for the head: with a conditional random
-field, LSTMs or a mix of layers, of GPT-1 for tags, and any of ELMo. Its tensors have torch's layouts (kernels are
-[out, in], the gates of an LSTM i, f, g, o), so that torch.nn.LSTM and torch.nn.Linear load them; its metadata has the
-config of the head, the labels and the longest text as JSON.
+A directory has a `head.safetensors` where the published format of the encoder has no place for the head: a head with a
+conditional random field, LSTMs or a mix of layers, GPT-1's head for tags, and every head of ELMo. Its tensors have
+torch's layouts (kernels are [out, in], the gates of an LSTM i, f, g, o), so that torch.nn.LSTM and torch.nn.Linear load
+them; its metadata has the config of the head, the labels and the longest text as JSON.
 
     scalar_mix.gamma [1], scalar_mix.scalar_parameters.0 [1], …         as in AllenNLP's ScalarMix
     lstm.weight_ih_l0, lstm.weight_hh_l0_reverse, lstm.bias_ih_l0, …    as in torch.nn.LSTM, both directions
@@ -64,7 +64,7 @@ def join(
 ) -> LoadedTask[Vocabulary]:
     """An encoder with a head, whose parameters come by their paths without "head/".
 
-    Raises InputError, naming the source, for parameters that are not those of the config.
+    Raises InputError, naming the source, for parameters that do not fit the config.
     """
     abstract = abstract_params(config)
     wanted = {path_name(path): list(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(abstract)}

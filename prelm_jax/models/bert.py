@@ -234,7 +234,7 @@ class Bert(LanguageModel):
     def flops(self, batch: Batch) -> float:
         """Matmul FLOPs of one training step on a batch of these shapes: forward, and twice that for backward.
 
-        To those of the encoder, the head adds per masked position 2·D·E + 2·E·V.
+        On top of the encoder's FLOPs, the head adds per masked position 2·D·E + 2·E·V.
         """
         c = self.config
         head = 2 * c.hidden_size * c.embedding_width + 2 * c.embedding_width * c.known_vocab_size

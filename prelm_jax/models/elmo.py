@@ -275,7 +275,7 @@ class ELMo(LanguageModel):
     def flops(self, batch: Batch) -> float:
         """Matmul FLOPs of one training step on a batch of these shapes: forward, and twice that for backward.
 
-        To those of the encoder, each position and direction adds 2·P for every word in the softmax.
+        On top of the encoder's FLOPs, each position and direction adds 2·P for every word in the softmax.
         """
         c, encoder, positions = self.config, self.config.encoder(), batch["forward_words"].size
         negatives = batch.get("forward_negatives")

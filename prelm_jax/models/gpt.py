@@ -187,7 +187,7 @@ class GPT(LanguageModel):
     def flops(self, batch: Batch) -> float:
         """Matmul FLOPs of one training step on a batch of these shapes: forward, and twice that for backward.
 
-        To those of the encoder, the softmax adds 2·D·V per token.
+        On top of the encoder's FLOPs, the softmax adds 2·D·V per token.
         """
         softmax = 2 * self.config.hidden_size * self.config.known_vocab_size
         return 3.0 * (self.config.encoder().flops(batch) + batch["tokens"].size * softmax)

@@ -1,6 +1,6 @@
 """An encoder with the head of a task: what fine-tuning trains, by the same contract as pretraining.
 
-The parameters of the encoder have the paths that they have in its pretraining model; those of the head begin with
+The parameters of the encoder have the paths that they have in its pretraining model; the paths of the head begin with
 `head/`. Keys of a batch, int32 unless said; B examples, S texts of each, T tokens, K positions that are read:
 
     tokens, token_types, positions, segments [B, S, T]    as in pretraining; segment 0 is padding
@@ -155,12 +155,12 @@ class TaskModel(LanguageModel):
 
     @property
     def replicated(self) -> tuple[str, ...]:
-        """Those of the encoder."""
+        """The replicated paths of the encoder."""
         return self.config.encoder.encoder().replicated
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        """Those of the encoder, if it is trained."""
+        """The matrix paths of the encoder, if it is trained."""
         return self.config.encoder.encoder().matrices if self.config.tune == "all" else ()
 
     def rate(self, path: str) -> float:
@@ -181,7 +181,7 @@ class TaskModel(LanguageModel):
         self.config.encoder.encoder().check(batch)
 
     def flops(self, batch: Batch) -> float:
-        """Matmul FLOPs of one training step on a batch of these shapes, without those of the head.
+        """Matmul FLOPs of one training step on a batch of these shapes, without the head.
 
         Forward, and twice that for backward if the encoder is trained.
         """

@@ -142,7 +142,7 @@ def train(
 ) -> tuple[TrainState, dict[str, float] | None]:
     """Trains from `state.step` to `run.loop.steps`; resuming gives the same bits as never having stopped.
 
-    With `run.loop.stop_after_no_gain`, it ends after so many evaluations without a new best one, and stays there.
+    With `run.loop.stop_after_no_gain`, it ends after that number of evaluations without a new best one, for good.
 
     Returns the last state and its evaluation; None instead of it without one.
 

@@ -28,7 +28,7 @@ def test_an_epoch_has_each_row_once_and_the_next_another_order():
 
 @pytest.mark.parametrize("kind", [BertFrame, ELMoFrame])
 def test_a_part_of_a_batch_is_that_of_the_whole(kind):
-    """The width and ELMo's characters are those of the whole batch, on whatever host."""
+    """Every host has the width and the ELMo characters of the whole batch."""
     frame, rows = make(kind)
     batches = TaskBatches(frame, rows, batch_size=4, seed=0)
     for step in range(5):
