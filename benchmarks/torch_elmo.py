@@ -1,7 +1,8 @@
 """ELMo in PyTorch, after bilm-tf: the peer of `elmo_step.py`.
 
 Encodes each distinct word of a batch once, clips cell and projection in both stacks (in a Python loop over positions,
-because nn.LSTM cannot clip), and takes the softmax over the targets and shared negatives.
+because nn.LSTM cannot clip), and takes the softmax over the targets and shared negatives; over all words if there are
+no negatives.
 """
 
 import math
@@ -94,19 +95,25 @@ class TorchELMo(nn.Module):
                 y_TBP, self.states[d][i] = layer(x_TBP, self.states[d][i])
                 x_TBP = x_TBP + y_TBP if i and self.config.use_skip_connections else y_TBP
             x_GP = F.dropout(x_TBP, self.config.dropout).flatten(0, 1)
-            targets_G, negatives_S = batch[f"{direction}_targets"].T.flatten(), batch[f"{direction}_negatives"]
-            total = total + 0.5 * self.sampled(x_GP, targets_G, negatives_S, batch[f"{direction}_tries"])
+            targets_G, weights_G = batch[f"{direction}_targets"].T.flatten(), batch[f"{direction}_weights"].T.flatten()
+            if f"{direction}_negatives" in batch:
+                nll_G = self.sampled(x_GP, targets_G, batch[f"{direction}_negatives"], batch[f"{direction}_tries"])
+            else:
+                nll_G = F.cross_entropy(F.linear(x_GP, self.table.weight, self.bias), targets_G, reduction="none")
+            total = total + 0.5 * (nll_G * weights_G).sum() / weights_G.sum()
         return total
 
     def sampled(self, x_GP: Tensor, targets_G: Tensor, negatives_S: Tensor, tries: Tensor) -> Tensor:
-        """The mean of tf.nn.sampled_softmax_loss."""
+        """tf.nn.sampled_softmax_loss, whose expected counts are others if no draw was repeated."""
+        repeated = tries > len(negatives_S)
 
         def bias(ids: Tensor) -> Tensor:
             probabilities = torch.log1p(1 / (ids + 1)) / math.log1p(self.config.vocab_size)
-            return self.bias[ids] - torch.log(-torch.expm1(tries * torch.log1p(-probabilities)))
+            counts = torch.where(repeated, -torch.expm1(tries * torch.log1p(-probabilities)), tries * probabilities)
+            return self.bias[ids] - torch.log(counts)
 
         true_G = (x_GP * self.table(targets_G)).sum(1) + bias(targets_G)
         sampled_GS = torch.addmm(bias(negatives_S), x_GP, self.table(negatives_S).T)
         sampled_GS = sampled_GS.masked_fill(targets_G[:, None] == negatives_S, -1e9)
         logits = torch.cat([true_G[:, None], sampled_GS], 1)
-        return F.cross_entropy(logits, torch.zeros_like(targets_G))
+        return F.cross_entropy(logits, torch.zeros_like(targets_G), reduction="none")
