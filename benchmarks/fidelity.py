@@ -1,6 +1,6 @@
 """Training against PyTorch: the loss of every step, from the same initial weights on the same batches.
 
-    python benchmarks/fidelity.py [--families bert openai-gpt elmo] [--json FILE] [--picture docs/fidelity.svg]
+    python benchmarks/fidelity.py [--json FILE] [--picture docs/fidelity.svg]
 
 ours      `prelm pretrain`: loop, gradients, clipping, optimizer, schedule
 PyTorch   the modules of transformers' BertForPreTraining and OpenAIGPTLMHeadModel, opened from our export of the
@@ -266,10 +266,11 @@ def draw(results: dict[str, Losses], path: Path) -> None:
         curves.plot(ours, color=COLORS[family], linewidth=2.5, alpha=0.6, label=f"{TITLES[family]}, prelm_jax")
         curves.plot(theirs, color="black", linewidth=0.6, linestyle="--")
         label = f"{TITLES[family]}, at most {np.abs(ours - theirs).max():.1e}"
-        differences.semilogy(np.maximum(np.abs(ours - theirs), 1e-8), color=COLORS[family], linewidth=0.8, label=label)
+        differences.semilogy(np.maximum(np.abs(ours - theirs), 1e-7), color=COLORS[family], linewidth=0.8, label=label)
     curves.plot([], color="black", linewidth=0.6, linestyle="--", label="PyTorch")
     curves.set_ylabel("training loss, nats", fontsize=8)
     differences.axhline(TOLERANCE, color="#8b949e", linestyle="--", linewidth=1)
+    differences.set_ylim(bottom=1e-8)
     differences.set_ylabel("difference of the losses, nats", fontsize=8)
     for axis in (curves, differences):
         axis.set_xlabel("step", fontsize=8)
