@@ -28,7 +28,10 @@ class Block(nn.Module):
 
 
 class TorchBert(nn.Module):
-    """Training loss of masked-LM and next-sentence prediction; heads of 64, feed-forward of 4 × width."""
+    """Training loss of masked-LM, and of next-sentence prediction if the batch has its labels.
+
+    Heads of 64, feed-forward of 4 × width.
+    """
 
     def __init__(self, vocab_size: int, width: int, layers: int, positions: int, dropout: float):
         super().__init__()
@@ -58,7 +61,9 @@ class TorchBert(nn.Module):
         masked_RD = x_BTD[rows_B1, batch["masked_positions"]].flatten(0, 1)
         masked_RD = self.transform_norm(F.gelu(self.transform(masked_RD)))
         logits_RV = F.linear(masked_RD, self.word.weight, self.bias)
+        masked_loss = F.cross_entropy(logits_RV.float(), batch["masked_targets"].flatten())
+        if "next_sentence_labels" not in batch:
+            return masked_loss
         pooled_BD = torch.tanh(self.pooler(x_BTD[:, 0]))
-        return F.cross_entropy(logits_RV.float(), batch["masked_targets"].flatten()) + F.cross_entropy(
-            self.next_sentence(pooled_BD).float(), batch["next_sentence_labels"][:, 0]
-        )
+        logits_B2 = self.next_sentence(pooled_BD).float()
+        return masked_loss + F.cross_entropy(logits_B2, batch["next_sentence_labels"][:, 0])
