@@ -171,7 +171,7 @@ def evaluate(
 def _run_of(directory: WorkDir, record: RunRecord, experiment: Run | None) -> Run:
     """The run in a work directory; its classes are those of its family, or of an experiment of the same model_type."""
     if experiment is None:
-        family = find_family(record.model_type, directory.path / "run.json")
+        family = find_family(record.model_type, record.source)
         return record.run(family.model, family.data)
     if experiment.model.model_type != record.model_type:
         raise InputError(

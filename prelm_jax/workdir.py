@@ -67,7 +67,7 @@ class WorkDir:
             newer = isinstance(format, int) and format > max(READABLE_FORMATS)
             writer = "a newer" if newer else "an earlier"
             raise InputError(f"{path} was written by {writer} version of prelm_jax: use that version to read it")
-        return read(RunRecord, fields, path)
+        return read(RunRecord, fields | {"source": str(path)}, path)
 
     def check(self, record: RunRecord, run: Training, extending: bool = False) -> None:
         """Raises InputError where the directory is another run's, naming what differs, or holds unknown checkpoints.

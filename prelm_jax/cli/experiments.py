@@ -8,7 +8,7 @@ import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -133,23 +133,19 @@ def _command(docstring: str) -> str:
     return "finetune" if re.search(r"^ *prelm finetune ", docstring, re.MULTILINE) else "pretrain"
 
 
-EXPERIMENT = Choice(
-    name="experiment",
-    help="Name of an experiment, or FILE.py:NAME: a function without arguments that returns a Run. Followed by --help, "
-    "its description and its options, one for each field of the Run.",
-    choose=lambda reference: Chosen(*load_run(reference)),
-    catalog=partial(catalog, "pretrain", "experiments"),
-    placeholder="FILE-NAME",
-)
+def _choice(noun: str, command: str, returns: str, load: Callable[[str], tuple[str, object, str]]) -> Choice:
+    return Choice(
+        name=noun.split()[-1],
+        help=f"Name of {noun}, or FILE.py:NAME: a function without arguments that returns a {returns}. Followed by "
+        f"--help, its description and its options, one for each field of the {returns}.",
+        choose=lambda reference: Chosen(*load(reference)),
+        catalog=partial(catalog, command, f"{noun.split()[-1]}s"),
+        placeholder="FILE-NAME",
+    )
 
-TASK = Choice(
-    name="task",
-    help="Name of a task, or FILE.py:NAME: a function without arguments that returns a FineTuning. Followed by --help, "
-    "its description and its options, one for each field of the FineTuning.",
-    choose=lambda reference: Chosen(*load_task(reference)),
-    catalog=partial(catalog, "finetune", "tasks"),
-    placeholder="FILE-NAME",
-)
+
+EXPERIMENT = _choice("an experiment", "pretrain", "Run", load_run)
+TASK = _choice("a task", "finetune", "FineTuning", load_task)
 
 _HINT = " prelm experiments lists those that come with the package; your own are FILE.py:NAME."
 

@@ -24,7 +24,7 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from prelm_jax.data.examples import Answers, Example, Kind, Label
-from prelm_jax.finetuning.files import is_bio
+from prelm_jax.finetuning.tags import is_bio
 
 BINS = 15  # of equal width, for the calibration error (Guo et al., 2017)
 CONSTANT = "best constant"

@@ -22,7 +22,7 @@ from prelm_jax.errors import InputError
 from prelm_jax.finetuning.files import FileSpec
 from prelm_jax.finetuning.metrics import Score
 from prelm_jax.report import words
-from prelm_jax.storage import prefix_errors, reachable, read_json, read_lines
+from prelm_jax.storage import prefix_errors, reachable, read_json, read_lines, write_file
 from prelm_jax.validation import read
 
 RESULTS = "results.json"
@@ -139,16 +139,8 @@ class Results:
 
 def write_results(directory: str | os.PathLike, results: Results) -> None:
     """Writes results.json; a file that is there is replaced."""
-    _replace(
-        reachable(directory) / RESULTS, json.dumps(dataclasses.asdict(results), indent=1, ensure_ascii=False) + "\n"
-    )
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file at once, so that nobody reads half of it."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    content = json.dumps(dataclasses.asdict(results), indent=1, ensure_ascii=False) + "\n"
+    write_file(reachable(directory) / RESULTS, content.encode())
 
 
 def read_results(directory: str | os.PathLike) -> Results:
@@ -205,7 +197,7 @@ def write_predictions(
         rounded = None if each is None else {name: round(float(x), 6) for name, x in each.items()}
         line = Prediction(example.id, " | ".join(dict.fromkeys(parts))[:SHOWN], gold, predicted, rounded)
         lines.append(json.dumps(dataclasses.asdict(line), ensure_ascii=False) + "\n")
-    _replace(reachable(path), "".join(lines))
+    write_file(reachable(path), "".join(lines).encode())
 
 
 def read_predictions(path: str | os.PathLike) -> list[Prediction]:

@@ -188,9 +188,13 @@ def test_the_loss_of_next_tokens_is_a_mean_over_rows():
     losses, _, _ = jax.jit(lambda p, b: model.loss(p, {}, b, jax.random.key(0), False))(params, batch)
     assert model.coefficients == {"label_loss": 1.0, "lm_loss": 0.5}
     rows = {name: x[:, 0] for name, x in batch.items() if x.ndim == 3}
-    pretraining = encoder("openai-gpt").build()
-    last = config.encoder.encoder().apply({"params": params}, rows, method="hidden_states")[-1]
-    logits = np.asarray(pretraining.apply({"params": params}, last, method="logits"))[..., :64]
+
+    @jax.jit
+    def next_tokens(params, rows):
+        last = config.encoder.encoder().apply({"params": params}, rows, method="hidden_states")[-1]
+        return encoder("openai-gpt").build().apply({"params": params}, last, method="logits")
+
+    logits = np.asarray(next_tokens(params, rows))[..., :64]
     means = []
     for row in range(4):
         length = int((rows["segments"][row] != 0).sum())
@@ -213,7 +217,7 @@ def test_a_head_alone_has_all_gradients_moments_and_decay():
     gradients = jax.jit(jax.grad(lambda p: model.loss(p, {}, batch, key, True)[0]["label_loss"][0]))(params)
     optimizer = AdamW(1e-2, 0, 10, weight_decay=0.1, clip_norm=1e-3)
     update = transformation(model, optimizer, params)
-    updates, state = update.update(gradients, update.init(params), params)
+    updates, state = jax.jit(update.update)(gradients, update.init(params), params)
     for (path, gradient), x in zip(
         jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(updates), strict=True
     ):
@@ -231,7 +235,7 @@ def test_a_layer_below_learns_more_slowly():
 
     def updates(config):
         update = transformation(config.build(), optimizer, params)
-        return update.update(gradients, update.init(params), params)[0]
+        return jax.jit(update.update)(gradients, update.init(params), params)[0]
 
     depths = {"head/classifier/kernel": 0, "pooler/kernel": 0, "encoder/layer_1/output/kernel": 1}
     depths |= {"encoder/layer_0/attention/query/bias": 2, "position_embeddings/embedding": 3}
