@@ -50,7 +50,7 @@ class Dashboard:
             return
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            self._process.communicate()
         with contextlib.suppress(OSError):
             there = self._page.is_file()
             if error_type is None and (there or time.monotonic() >= self._due):

@@ -39,8 +39,8 @@ TRAINING = {
     "train/padding": "fraction of padding",
 }
 TOKENS, SECONDS = "train/tokens_seen", "perf/seconds_per_step"
-# Okabe and Ito's colors, which people with any color vision tell apart. More runs than colors are told apart by dashes.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+# After Okabe and Ito, for any color vision; readable on white and on black. Further runs differ by their dashes.
+COLORS = ("#2e86d1", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#7f7f7f")
 DASHES = {"solid": "none", "dashed": "7 4", "dotted": "2 3"}  # As matplotlib and as SVG call them.
 # A curve has at most this many points, and all curves of a picture together; a point is the mean of its neighbors.
 POINTS, POINTS_OF_PICTURE = 400, 2400
@@ -54,17 +54,16 @@ INK = "#123456"
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem auto; max-width: 84rem; padding: 0 1rem; }
-h2 { margin: 2rem 0 .5rem; font-size: 1.15rem; }
+h1 { font-size: 1.6rem; overflow-wrap: anywhere; } h2 { margin: 2rem 0 .5rem; font-size: 1.15rem; }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
-td.number { text-align: right; }
+th { white-space: nowrap; } td { max-width: 30rem; overflow-wrap: break-word; }
 figure { margin: 0; } figcaption { font-weight: 600; }
 svg { width: 100%; height: auto; }
 .grid { display: grid; gap: 1rem 1.5rem; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); }
 nav { position: sticky; top: 0; background: Canvas; padding: .4rem 0; border-bottom: 1px solid var(--line); }
 nav a, nav span { display: inline-block; margin-right: 1rem; } a { color: inherit; }
 .key { width: 30px; height: 8px; flex: none; }
-td:has(.key) { overflow-wrap: anywhere; min-width: 9rem; }
 .sample { margin: 1rem 0; } .sample table { margin: .2rem 0 0; } .sample i { opacity: .7; }
 .tokens, .minutes { display: none; }
 """
@@ -228,7 +227,7 @@ def _differences(runs: Sequence[Curves], labels: Sequence[str]) -> str:
     """The settings in which the runs differ; all settings if there is one run."""
     names = sorted({name for run in runs for name in run.settings})
     found = {name: [run.settings.get(name) for run in runs] for name in names}
-    values = {name: ["" if value is None else str(value) for value in each] for name, each in found.items()}
+    values = {name: [_setting(name, value) for value in each] for name, each in found.items()}
     shown = [name for name in names if len(runs) == 1 or len(set(values[name])) > 1]
     if not shown:
         return "<h2>Settings</h2><p>The runs have the same settings.</p>"
@@ -238,6 +237,14 @@ def _differences(runs: Sequence[Curves], labels: Sequence[str]) -> str:
         cells = list(zip(*cells, strict=True))
     header, *rows = [[escape(cell) for cell in row] for row in cells]
     return f"<h2>{title}</h2>{table(header, rows)}"
+
+
+def _setting(name: str, value: object) -> str:
+    """A setting for people."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    text = "" if value is None else str(value)
+    return text[:16] if name.endswith("fingerprint") else text
 
 
 def _section(title: str, series: Sequence[tuple[str, str]], runs: Sequence[Curves], labels: Sequence[str]) -> str:
@@ -255,12 +262,12 @@ def _picture(name: str, axis: str, runs: Sequence[Curves], labels: Sequence[str]
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, LogFormatter
 
     style = {"svg.hashsalt": "prelm", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
     with rc_context(style | dict.fromkeys(("text.color", "axes.edgecolor", "xtick.color", "ytick.color"), INK)):
-        figure = Figure(figsize=(5, 2.9))
-        figure.subplots_adjust(left=0.14, right=0.97, bottom=0.17, top=0.97)
+        figure = Figure(figsize=(4.4, 2.7))
+        figure.subplots_adjust(left=0.15, right=0.97, bottom=0.17, top=0.97)
         axes = figure.subplots()
         for i, run in enumerate(runs):
             if name in run.series:
@@ -277,13 +284,14 @@ def _picture(name: str, axis: str, runs: Sequence[Curves], labels: Sequence[str]
                 line.set_gid(f"run-{i}")
                 if len(x) < len(run.series[name]) and len(runs) <= BANDS:
                     axes.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
-        baselines = {item for run in runs for item in run.baselines.get(name.removeprefix(HELD_OUT), {}).items()}
-        for label, value in sorted(baselines) if name.startswith(HELD_OUT) else ():
-            if math.isfinite(value):
-                axes.axhline(value, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-                axes.text(1, value, label, transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
+        for label, values in _baselines(name, runs).items():
+            for value in values:
+                axes.axhline(value, color=INK, alpha=max(0.3, 1 / len(values)), linewidth=0.8, linestyle=(0, (4, 3)))
+            axes.text(1, values[-1], label, transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
         if any(part in name for part in LOGARITHMIC):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         axes.set_xlim(left=0)
         axes.grid(color=INK, alpha=0.15, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -300,6 +308,16 @@ def _picture(name: str, axis: str, runs: Sequence[Curves], labels: Sequence[str]
     svg = re.sub(r'<g id="run-(\d+)">', lambda group: f"<g><title>{escape(labels[int(group[1])])}</title>", svg)
     # Names of groups would occur in every picture of the page; only those of clip paths and markers are referred to.
     return re.sub(r' id="[a-z]+[\w.]*_\d+"', "", svg)
+
+
+def _baselines(name: str, runs: Sequence[Curves]) -> dict[str, list[float]]:
+    """The trivial baselines of a series by name, the distinct values of all runs in ascending order."""
+    found: dict[str, set[float]] = {}
+    for run in runs:
+        for label, value in run.baselines.get(name.removeprefix(HELD_OUT), {}).items():
+            if name.startswith(HELD_OUT) and math.isfinite(value):
+                found.setdefault(label, set()).add(value)
+    return {label: sorted(values) for label, values in sorted(found.items())}
 
 
 def _stroke(i: int) -> tuple[str, str]:

@@ -113,7 +113,7 @@ def test_long_runs_are_thinned():
     points[5000, 1] = 9
     thin = page._thinned(points, 400)
     assert len(thin) == 400 and (np.diff(thin[:, 0]) > 0).all() and (thin[:, 2] == 1).all()
-    assert np.flatnonzero(thin[:, 3] == 9) == np.flatnonzero(thin[:, 1] > 1) == 5000 * 400 // 100_001
+    assert np.flatnonzero(thin[:, 3] == 9) == np.flatnonzero(thin[:, 1] > 1) == 20
     np.testing.assert_array_equal(page._thinned(points[:3], 400), points[:3, [0, 1, 1, 1]])
 
 
@@ -130,7 +130,8 @@ def test_samples_of_later_steps_are_dropped(tmp_path):
     """They are those of a run that was resumed before them."""
     run = WorkDir(make_run(tmp_path / "run"))
     run.write_samples(15, [Sample("a", "b", "c")])
-    (run.path / "samples.jsonl").open("a").write('{"step": 20, "samp')
+    with (run.path / "samples.jsonl").open("a") as file:
+        file.write('{"step": 20, "samp')
     assert run.read_samples() == {10: [Sample("the [MASK] barks", "dog", "<cat> 0.1")], 15: [Sample("a", "b", "c")]}
 
 
@@ -162,7 +163,7 @@ def test_a_page_reloads_itself_until_the_run_ends(tmp_path, draw, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["-c", str(run.path), str(run.path / "report.html"), "running"])
     exec(dashboard.PROGRAM)  # As the other process does.
     running = (run.path / "report.html").read_text()
-    assert running == page.render([page.read_curves(run.path)]).replace("<title>", f"{page.REFRESH}\n<title>")
+    assert running.replace(f"{page.REFRESH}\n", "") == page.render([page.read_curves(run.path)]) != running
     with pytest.raises(KeyboardInterrupt), dashboard.Dashboard(run, active=True):
         raise KeyboardInterrupt
     assert (run.path / "report.html").read_text() == running.replace(page.REFRESH, "")
