@@ -51,7 +51,7 @@ class Dashboard:
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # A bucket raises anything.
             there = self._page.is_file()
             if error_type is None and (there or time.monotonic() >= self._due):
                 self._draw("finished")
