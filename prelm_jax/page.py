@@ -57,7 +57,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem auto; max-width: 84r
 h1 { font-size: 1.6rem; overflow-wrap: anywhere; } h2 { margin: 2rem 0 .5rem; font-size: 1.15rem; }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
-th { white-space: nowrap; } td { max-width: 30rem; overflow-wrap: break-word; }
+th { white-space: nowrap; } td { max-width: 30rem; overflow-wrap: break-word; } td:first-child { white-space: nowrap; }
 figure { margin: 0; } figcaption { font-weight: 600; }
 svg { width: 100%; height: auto; }
 .grid { display: grid; gap: 1rem 1.5rem; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); }
@@ -269,11 +269,10 @@ def _picture(name: str, axis: str, runs: Sequence[Curves], labels: Sequence[str]
         figure = Figure(figsize=(4.4, 2.7))
         figure.subplots_adjust(left=0.15, right=0.97, bottom=0.17, top=0.97)
         axes = figure.subplots()
+        count = max(40, min(POINTS, POINTS_OF_PICTURE // len(runs)))
         for i, run in enumerate(runs):
             if name in run.series:
-                x, values, low, high = _thinned(
-                    run.series[name], max(40, min(POINTS, POINTS_OF_PICTURE // len(runs)))
-                ).T
+                x, values, low, high = _thinned(run.series[name], count).T
                 if axis != "steps":
                     x = np.interp(x, run.progress[:, 0], run.progress[:, AXES.index(axis)])
                 color, dashes = _stroke(i)
@@ -295,7 +294,8 @@ def _picture(name: str, axis: str, runs: Sequence[Curves], labels: Sequence[str]
         axes.set_xlim(left=0)
         axes.grid(color=INK, alpha=0.15, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        thousands = EngFormatter(sep="")
+        axes.xaxis.set_major_formatter(lambda x, _: thousands(x) if x >= 1000 else f"{x:g}")
         axes.set_xlabel(axis, color=INK)
         output = io.StringIO()
         figure.patch.set_visible(False)
