@@ -262,7 +262,7 @@ def _picture(name: str, axis: str, runs: Sequence[Curves], labels: Sequence[str]
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, LogFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     style = {"svg.hashsalt": "prelm", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
     with rc_context(style | dict.fromkeys(("text.color", "axes.edgecolor", "xtick.color", "ytick.color"), INK)):
@@ -282,15 +282,16 @@ def _picture(name: str, axis: str, runs: Sequence[Curves], labels: Sequence[str]
                 )
                 line.set_gid(f"run-{i}")
                 if len(x) < len(run.series[name]) and len(runs) <= BANDS:
-                    axes.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
+                    axes.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0.8)
         for label, values in _baselines(name, runs).items():
             for value in values:
                 axes.axhline(value, color=INK, alpha=max(0.3, 1 / len(values)), linewidth=0.8, linestyle=(0, (4, 3)))
             axes.text(1, values[-1], label, transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
         if any(part in name for part in LOGARITHMIC):
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(LogFormatter())
-            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlim(left=0)
         axes.grid(color=INK, alpha=0.15, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
