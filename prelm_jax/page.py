@@ -45,7 +45,7 @@ DASHES = {"solid": "none", "dashed": "7 4", "dotted": "2 3"}  # As matplotlib an
 # A curve has at most this many points, and all curves of a picture together; a point is the mean of its neighbors.
 POINTS, POINTS_OF_PICTURE = 400, 2400
 BANDS = 3  # With more runs a picture has no bands from the lowest to the highest of the values behind each point.
-LOGARITHMIC = ("perplexity", "grad_norm")  # Names of series that are drawn on a logarithmic scale contain one of them.
+LOGARITHMIC = ("perplexity", "grad_norm")  # What the names of series contain that have a logarithmic scale if it helps.
 EVALUATIONS = 6  # whose samples are shown
 REFRESH = '<meta http-equiv="refresh" content="30">'  # Of the page of a run that goes on: the browser loads it anew.
 # A placeholder for the text color of the page, which differs between light and dark; no other color equals it.
@@ -287,7 +287,8 @@ def _picture(name: str, axis: str, runs: Sequence[Curves], labels: Sequence[str]
             for value in values:
                 axes.axhline(value, color=INK, alpha=max(0.3, 1 / len(values)), linewidth=0.8, linestyle=(0, (4, 3)))
             axes.text(1, values[-1], label, transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
-        if any(part in name for part in LOGARITHMIC):
+        low, high = axes.dataLim.intervaly
+        if any(part in name for part in LOGARITHMIC) and 0 < 10 * low < high:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
