@@ -53,7 +53,7 @@ class Dashboard:
             self._process.communicate()
         with contextlib.suppress(Exception):  # A bucket raises anything.
             there = self._page.is_file()
-            if error_type is None and (there or time.monotonic() >= self._due):
+            if error_type is None and (there or self._process is not None or time.monotonic() >= self._due):
                 self._draw("finished")
                 self._complain()
             elif there:
