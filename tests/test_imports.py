@@ -21,16 +21,17 @@ BELOW = {
     ("inference",): ("formats",),
     ("families",): ("inference",),
     ("loading", "workdir", "run"): ("families",),
-    ("report", "page"): ("run",),
+    ("report", "page", "dashboard"): ("run",),
     ("train",): ("report",),
     ("pretraining",): ("train",),
     ("finetuning",): ("train",),
+    ("reporting",): ("pretraining", "finetuning"),
     ("study",): ("pretraining", "finetuning"),
     ("serving",): ("pretraining", "finetuning"),
     ("planning",): ("pretraining", "finetuning"),
-    ("cli",): ("study", "serving", "planning"),
+    ("cli",): ("reporting", "study", "serving", "planning"),
     ("__main__",): ("cli",),
-    ("__init__",): ("pretraining", "finetuning"),
+    ("__init__",): ("reporting",),
 }
 GROUP_OF = {room: group for group in BELOW for room in group}
 # The exceptions: models and batches fulfill the protocols of the contract, whose types it imports for the type checker;

@@ -67,8 +67,20 @@ KEPT_STEP, KEPT_WORDS = 2, 500
 def uninterrupted(run, tmp_path_factory):
     """The work directory of a run that nothing disturbed, and that kept some parameters; not to be changed."""
     workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    pretrain(tiny.with_loop(run, keep_at_steps=(KEPT_STEP,), keep_at_words=(KEPT_WORDS,)), workdir)
+    pretrain(tiny.with_loop(run, keep_at_steps=(KEPT_STEP,), keep_at_words=(KEPT_WORDS,), samples=2), workdir)
     return workdir
+
+
+def test_each_evaluation_takes_samples(run, uninterrupted):
+    """That they leave the training as it is, the resumed runs show, which take none."""
+    found = WorkDir(uninterrupted).read_samples()
+    assert list(found) == [6, 12] and [len(each) for each in found.values()] == [2, 2]
+    for samples in zip(*found.values(), strict=True):
+        assert len({(each.given, each.expected) for each in samples}) == 1 and all(each.result for each in samples)
+    given, expected = found[12][0].given, found[12][0].expected
+    assert {"bert": "[MASK]" in given and expected in tiny.WORDS, "openai-gpt": expected, "elmo": "[" in given}[
+        run.model.model_type
+    ]
 
 
 @pytest.mark.parametrize("at", [3, 8])

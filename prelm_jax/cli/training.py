@@ -117,22 +117,15 @@ def export(
 
 
 def report(paths: Positional[tuple[AnyPath, ...]], output: Path = Path("report.html")) -> None:
-    """Draw the curves of runs beside their baselines in one HTML page, and list the settings in which they differ.
+    """Draw the curves of runs beside their baselines in one HTML page, with samples, settings and text statistics.
 
     Args:
         paths: Work directories of runs, or of fine-tunings with all their seeds; a picture shows all of them.
         output: HTML file to write.
     """
-    from prelm_jax.finetuning.results import seed_directories
-    from prelm_jax.finetuning.sections import section
-    from prelm_jax.page import read_curves, render
-    from prelm_jax.storage import output_file
+    from prelm_jax.reporting import write_report
 
-    seeds = {path: seed_directories(path) for path in paths}
-    curves = [read_curves(each) for path, found in seeds.items() for each in found or [path]]
-    page = render(curves, [section(path) for path, found in seeds.items() if found])
-    with output_file(output) as file:
-        file.write_text(page, encoding="utf-8")
+    write_report(paths, output)
     print(f"wrote {output}: open it in a browser")
 
 

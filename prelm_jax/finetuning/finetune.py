@@ -35,7 +35,7 @@ from prelm_jax.finetuning.results import (
 from prelm_jax.formats.base import LoadedModel, ModelConfig, save
 from prelm_jax.formats.transfer import initial_params
 from prelm_jax.hub import fetch, is_hub_name
-from prelm_jax.inference.base import Pretrained
+from prelm_jax.inference.base import Pretrained, Sample
 from prelm_jax.inference.decoding import Prediction, decode
 from prelm_jax.loading import load_checkpoint, load_encoder
 from prelm_jax.models import heads
@@ -333,6 +333,10 @@ class DevEvaluation:
     def baselines(self) -> dict[str, dict[str, float]]:
         """metric -> trivial baseline -> value."""
         return _baselines(self._task)
+
+    def sample(self, params: Params) -> list[Sample]:
+        """None: predictions.jsonl has every example."""
+        return []
 
     def describe(self, values: Mapping[str, float]) -> str:
         """Metrics beside their best trivial baselines."""
