@@ -211,7 +211,10 @@ class RunRecord:
         Raises InputError for the record of a fine-tuning.
         """
         if self.is_task:
-            raise InputError("run.json is that of a fine-tuning, whose results are in results.json above: prelm report")
+            raise InputError(
+                "run.json is that of a fine-tuning, whose results are in results.json above: prelm report, or prelm "
+                "evaluate --test"
+            )
         fields = {**self.identity, **self.sources, "loop": self.loop, "tokenizer": None, "optimizer": None}
         fields |= {"model": self.model(model), "data": read(data, fields.get("data"), "run.json: identity.data")}
         known = {field.name: fields[field.name] for field in dataclasses.fields(Run) if field.name in fields}

@@ -132,7 +132,18 @@ def test_export_and_use(world, trained, tmp_path, capsys):
         assert [each.label for each in found] == [each.prediction for each in expected]
         for each, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(each.scores, list(other.probabilities.values()), atol=1e-5)
-    assert "model-index" in (tmp_path / "model" / "README.md").read_text()
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "model-index" in card and "library_name: transformers" in card
+    for source in (trained, tmp_path / "model"):  # Of all seeds the median.
+        main(["evaluate", str(source), "--test", f"{world}/dev.tsv", "--predictions", str(tmp_path / "again.jsonl")])
+        assert [(x.id, x.prediction) for x in read_predictions(tmp_path / "again.jsonl")] == [
+            (x.id, x.prediction) for x in expected
+        ]
+        row = next(line for line in capsys.readouterr().out.splitlines() if "accuracy" in line)
+        score, labels = read_results(trained).median_seed().scores["accuracy"], [line.split("\t")[1] for line in lines]
+        baseline = max(map(labels.count, labels)) / len(labels)
+        assert f" {100 * score.value:.1f} " in row and f" {100 * score.error:.1f} " in row
+        assert f"best constant {100 * baseline:.1f}" in row
     with pytest.raises(SystemExit):
         main(["export", str(trained), str(tmp_path / "other"), "--seed", "7"])
     assert "--seed 7" in capsys.readouterr().err
