@@ -16,7 +16,7 @@ import numpy as np
 from prelm_jax.cache import digest
 from prelm_jax.data.examples import Example, Label
 from prelm_jax.data.frames import WIDTHS, Frame, Row
-from prelm_jax.data.tasks import TaskBatches, TaskEvaluation
+from prelm_jax.data.tasks import TaskBatches, TaskEvaluation, weighted
 from prelm_jax.errors import InputError
 from prelm_jax.families import find_family
 from prelm_jax.finetuning import metrics
@@ -102,6 +102,8 @@ def prepare(run: FineTuning) -> Task:
         if jax.process_index() == 0:
             print_counts(str(spec), data.counts, found.num_cut, found.num_examples, max_length)
         framed.append(found.rows)
+    if (weight_N := run.weights_by_label(names, framed[0])) is not None:
+        framed[0] = weighted(framed[0], weight_N)
     vocab_size = max(pretrained.config.vocab_size or 0, tokenizer.vocab_size)
     config = TaskModelConfig(
         cast(EncoderConfig, dataclasses.replace(pretrained.config, vocab_size=vocab_size)),

@@ -179,6 +179,20 @@ def test_what_training_starts_from(world):
             np.testing.assert_array_equal(x[rows], y[rows] if from_fresh else loaded[name][rows])
 
 
+def test_class_weights_enter_the_training_examples_alone(world):
+    """By name or balanced: the weights of the batch that training begins with, and the identity of the run."""
+    found = {}
+    for given in ((), ("yes=2.5",), ("balanced",)):
+        task = finetune.prepare(make(world, class_weights=given))
+        numbers = [int(row.label) for row in task.train_rows]
+        found[given] = [float(row.weight) for row in task.train_rows]
+        assert all(row.weight == 1 for row in task.dev_rows)
+        assert finetune._record(task, task.run).identity["class_weights"] == list(given)
+    assert found[()] == [1.0] * 26 and found["yes=2.5",] == [(1.0, 2.5)[x] for x in numbers]
+    counts = np.bincount(numbers)
+    np.testing.assert_allclose(found["balanced",], 26 / (2 * counts[numbers]), rtol=1e-6)
+
+
 def test_the_directory_is_named_after_task_file_and_identity(world):
     paths = [
         finetune.default_workdir(finetune.prepare(make(world, **changes)))
@@ -211,6 +225,9 @@ MISTAKES = {
     "no file": (["--train", "none.tsv"], "none.tsv"),
     "column": (["--columns.text", "sentence"], "sentence"),
     "metric": (["--metric", "bleu"], "--metric bleu"),
+    "positive label": (["--positive", "maybe"], "--positive maybe"),
+    "weights of what is no label": (["--class-weights", "maybe=2"], "--class-weights maybe=2"),
+    "weight that is none": (["--class-weights", "yes=-2"], "--class-weights yes=-2"),
     "length": (["--max-length", "513"], "--max-length"),
     "schedule": (["--optimizer.decay-steps", "10"], "--optimizer.decay-steps 10"),
     "loss of next tokens": (["--lm-coefficient", "0.5"], "lm_coefficient"),
