@@ -222,7 +222,8 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike, seed: int |
     _, model = load_checkpoint(source, chosen.step)
     format = find_family(record.model_type, source.path).format
     name, command = Path(directory).name, shlex.join(record.command)
-    card = task_card(results, chosen.seed, name, format.library, command)
+    has_class = format.head_class(cast(TaskModelConfig, model.config).head) is not None
+    card = task_card(results, chosen.seed, name, format.library if has_class else "prelm_jax", command)
     save(model.loaded, format, directory, card)
     return chosen.seed
 
