@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 def finetune(
     run: Annotated["FineTuning", TASK],
     workdir: AnyPath | None = None,
-    seeds: Positive = 1,
+    seeds: Positive = 3,
     take_over: bool = False,
 ) -> None:
     """Train a task on a pretrained encoder with one or more seeds, or resume it.
 
     Args:
         workdir: Directory of all seeds; if unset, runs/TASK-FILE-HASH, from the training file and the settings.
-        seeds: Number of seeds, 0 and up, each trained on its own; complete ones are skipped.
+        seeds: Number of seeds, 0 and up, each trained on its own; 1 for a first trial. Complete ones are skipped.
         take_over: On a bucket or a network disk, end the lease of another process at once; for one that is dead.
     """
     import jax

@@ -139,7 +139,7 @@ def prepare(run: FineTuning) -> Task:
 
 
 def finetune(
-    run: FineTuning, workdir: str | os.PathLike | None = None, seeds: int = 1, take_over: bool = False
+    run: FineTuning, workdir: str | os.PathLike | None = None, seeds: int = 3, take_over: bool = False
 ) -> tuple[Path, Results]:
     """Trains a task with the seeds 0 to `seeds` - 1, each in a work directory of its own; resumes what is there.
 
@@ -150,6 +150,8 @@ def finetune(
     """
     task = prepare(run)
     path = reachable(workdir) if workdir is not None else default_workdir(task)
+    if seeds > 1 and jax.process_index() == 0:
+        print(f"{seeds} seeds of {task.run.loop.steps:,} steps; for a first trial: --seeds 1", file=sys.stderr)
     for seed in range(seeds):
         directory = WorkDir(path / f"seed-{seed}")
         with directory.hold(take_over):

@@ -27,7 +27,7 @@ from prelm_jax.training.step import abstract_state
 
 OPTIONS = [
     *("--batch-size", "4", "--epochs", "2", "--max-length", "64", "--optimizer.learning-rate", "1e-2"),
-    *("--save-every", "5", "--log-every", "1", "--mesh.devices", "1"),
+    *("--save-every", "5", "--log-every", "1", "--mesh.devices", "1", "--seeds", "1"),
 ]
 
 
