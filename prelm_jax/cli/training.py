@@ -11,7 +11,7 @@ import tyro
 
 from prelm_jax.bounds import Bounds, Fraction, NotNegative, Positive, Seed, Size
 from prelm_jax.cache import cache_compiled_programs
-from prelm_jax.cli.experiments import EXPERIMENT, load_run
+from prelm_jax.cli.experiments import EXPERIMENT, EXPERIMENT_OR_TASK, load_run
 from prelm_jax.cli.models import load_kind
 from prelm_jax.cli.options import AnyPath, Positional, Remainder, Step
 from prelm_jax.cli.tasks import ALL_USUAL
@@ -20,6 +20,7 @@ from prelm_jax.errors import InputError
 from prelm_jax.storage import is_remote, reachable
 
 if TYPE_CHECKING:
+    from prelm_jax.finetuning.config import FineTuning
     from prelm_jax.run import Run
 
 
@@ -222,9 +223,13 @@ def batch(run: Annotated["Run", EXPERIMENT], step: NotNegative = 0, rows: Positi
 
 
 def plan(
-    run: Annotated["Run", EXPERIMENT], topology: str, as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    run: Annotated["Run | FineTuning", EXPERIMENT_OR_TASK],
+    topology: str,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Compile the train step for a TPU slice you don't have; report memory, bottleneck and time.
+
+    A task is planned with its files (--train, --dev, --init-from), for its widest batches.
 
     Args:
         topology: TPU slice to compile for, v5e:4x4 for example (extra tpu); or local, the devices of this machine.

@@ -57,6 +57,10 @@ class _Rows(abc.ABC):
     def numbers(self, step: int) -> np.ndarray:
         """The numbers of the rows of a step's batch."""
 
+    def width(self, step: int) -> int:
+        """The length that the texts of a step's batch are padded to."""
+        return self.frame.fitting_width([self._rows[number] for number in self.numbers(step)], self.num_texts)
+
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         return self.rows(step, 0, self.batch_size)
 
