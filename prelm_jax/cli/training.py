@@ -124,12 +124,13 @@ def _evaluate_task(
     if (reachable(model) / RESULTS).is_file():
         model = f"{model}/seed-{read_results(model).median_seed().seed}"
     with contextlib.ExitStack() as stack:
+        unfinished = None
         if predictions is not None:
             check_apart(predictions, test, model)
             unfinished = stack.enter_context(output_file(predictions))
         loaded = load_kind(model, step, TaskPretrained, "be evaluated with --test")
         found = evaluate(loaded, test, columns, positive)
-        if predictions is not None:
+        if unfinished is not None:
             write_predictions(unfinished, loaded.kind, found.examples, found.predictions, loaded.labels)
     print_table(scores_table(f"{model}, {len(found.examples):,} examples of {test}", found.scores, found.baselines))
 

@@ -62,7 +62,7 @@ def models(tmp_path_factory):
 def without_head(config, tokenizer):
     from prelm_jax.formats.base import LoadedModel
 
-    return LoadedModel(config, config.build().init_params(jax.random.key(0)), tokenizer)
+    return LoadedModel(config, jax.jit(config.build().init_params)(jax.random.key(0)), tokenizer)
 
 
 @pytest.fixture

@@ -31,16 +31,21 @@ def run(tmp_path_factory):
     return FineTuning("test", Label(), AdamW(1e-3, 0, 1), 4, 3, loop, file, file, str(init_from))
 
 
-def test_a_plan_is_of_the_widest_batches(run):
-    planned, task = plan(run, "local"), prepare(run)
+def test_the_work_of_a_plan_is_the_widest_batch(run):
+    (scheduled, work), task = task_work(run), prepare(run)
     batches = TaskBatches(task.frame, task.train_rows, 4, 0)
     widths = [batches[step]["tokens"].shape[-1] for step in range(5)]
-    assert set(widths) == {32, 64} and planned.tokens == 4 * 64 and planned.steps == 15
-    assert planned.fill == pytest.approx(np.mean(widths) / 64)
+    assert set(widths) == {32, 64} and scheduled.loop.steps == 15
+    assert work(4).batch["tokens"].shape == (4, 1, 64) and work(2).batch["tokens"].shape == (2, 1, 64)
+    assert work(4).fill == pytest.approx(np.mean(widths) / 64)
+
+
+@pytest.mark.slow
+def test_a_plan_has_the_steps_and_parameters_of_the_task(run):
+    planned = plan(run, "local")
+    assert planned.tokens == 4 * 64 and planned.steps == 15 and planned.fill < 1
     assert planned.days == pytest.approx(15 * planned.seconds * planned.fill / 86400)
-    assert planned.sizes["parameters"][0] == 4 * parameters(task)
-    _, work = task_work(run)
-    assert work(2).batch["tokens"].shape == (2, 1, 64)
+    assert planned.sizes["parameters"][0] == 4 * parameters(prepare(run))
 
 
 def parameters(task):
@@ -51,6 +56,7 @@ def parameters(task):
     return sum(leaf.size for leaf in tree.leaves(abstract_params(task.config)))
 
 
+@pytest.mark.slow
 def test_a_dry_run_times_both_widths_and_counts_all_seeds(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rehearsals = []
