@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from prelm_jax.tokenizers import wordpiece, words
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training import memory
 from prelm_jax.training.chips import GiB, find_chip
-from prelm_jax.training.contract import Batches, HostBatch, Layout, Model
+from prelm_jax.training.contract import Batch, Batches, HostBatch, Layout, Model
 from prelm_jax.training.memory import TooLarge
 from prelm_jax.training.metrics import peak_flops
 from prelm_jax.training.sharding import abstract_batch
@@ -218,7 +218,8 @@ def compile_step(run: Run | FineTuning, mesh: jax.sharding.Mesh, work: Work) -> 
         compiled = memory.compile_program(step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0))))
     seconds = time.perf_counter() - start
     optimizer_flops = run.optimizer.flops(state.params, model.matrices, mesh.shape["data"])
-    return Step(compiled, state, batch, int(model.tokens(example)[1]), model.flops(example), optimizer_flops, seconds)
+    shapes = cast(Batch, example)
+    return Step(compiled, state, batch, int(model.tokens(shapes)[1]), model.flops(shapes), optimizer_flops, seconds)
 
 
 def analyze(
