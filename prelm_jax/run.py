@@ -217,7 +217,8 @@ class RunRecord:
         """
         if self.is_task:
             raise InputError(
-                f"{self.source} is that of a fine-tuning, whose results are in results.json above: prelm report"
+                f"{self.source} is that of a fine-tuning, whose results are in results.json above: prelm report, or "
+                "prelm evaluate --test"
             )
         fields = {**self.identity, **self.sources, "loop": self.loop, "tokenizer": None, "optimizer": None}
         fields |= {"model": self.model(model), "data": read(data, fields.get("data"), f"{self.source}: identity.data")}

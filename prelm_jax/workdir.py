@@ -64,7 +64,8 @@ class WorkDir:
         """The record in run.json. Raises InputError if there is none, or if it has another format."""
         if not self.exists():
             raise InputError(
-                f"{self.path} is not the work directory of a run: it has no run.json. Give the --workdir of a pretrain"
+                f"{self.path} is not the work directory of a run: it has no run.json. Give the --workdir of a "
+                "pretrain, or --test FILE to evaluate a fine-tuned model"
             )
         path = self._record_path
         fields = read_json(path)

@@ -18,8 +18,9 @@ given by number. Nothing is left out without being counted, and errors name the 
 """
 
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, cast, get_args
 
@@ -168,6 +169,15 @@ def check_labels(spec: str, data: LabelledData, kind: Kind, known: Sequence[str]
         )
     if kind == "label" and len(names) == 1:
         raise InputError(f"{spec}: all examples have the label {names[0]}: there is nothing to learn or to measure")
+
+
+def print_counts(spec: str, counts: Mapping[str, int], num_cut: int, number: int, max_length: int) -> None:
+    """Prints what was left out of the examples of a file, read otherwise, or cut, on the standard error."""
+    for name, count in counts.items():
+        print(f"{spec}: {count:,} {name}", file=sys.stderr)
+    if num_cut:
+        share = f"{num_cut:,} of {number:,} examples ({num_cut / number:.1%})"
+        print(f"{spec}: {share} cut to {max_length} tokens", file=sys.stderr)
 
 
 def _names(label: Label | None) -> Sequence[str]:

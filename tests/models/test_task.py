@@ -19,8 +19,8 @@ from prelm_jax.models.task import TaskModelConfig
 from prelm_jax.training.muon import groups
 from prelm_jax.training.optimizer import AdamW, decays
 from prelm_jax.training.parameters import path_name
-from prelm_jax.training.sharding import MeshConfig, abstract_batch, state_sharding
-from prelm_jax.training.step import abstract_state, make_train_step, transformation
+from prelm_jax.training.sharding import MeshConfig, abstract_batch, shard_batch, state_sharding
+from prelm_jax.training.step import abstract_state, make_train_step, new_state, transformation
 
 FROZEN = {"mix": True, "lstm_size": 4}
 HEADS = {
@@ -68,11 +68,11 @@ def examples(head):
     return kind, found
 
 
-def make_batch(family, head, rows=slice(0, 4), width=None):
+def make_batch(family, head, rows=slice(0, 4), width=None, copies=1):
     kind, found = examples(head)
     frame_class = find_family({"bert": "bert"}.get(family, family), "test").frame
     frame = frame_class(frame_class.task_tokenizer(tiny.tokenizer(family)), 32)
-    framed = frame.frame(found, kind, ("a", "b")).rows
+    framed = frame.frame(found, kind, ("a", "b")).rows * copies
     texts = max(len(row.texts) for row in framed)
     width = width or frame.fitting_width(framed, texts)
     return frame.batch(framed, rows, width, texts, width if kind == "tags" else 1), frame
@@ -201,6 +201,27 @@ def test_the_loss_of_next_tokens_is_a_mean_over_rows():
         targets = rows["tokens"][row, 1:length]
         means.append(optax.softmax_cross_entropy_with_integer_labels(logits[row, : length - 1], targets).mean())
     np.testing.assert_allclose(losses["lm_loss"], (sum(means), 4), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_eight_devices_do_as_one():
+    """The first step of an ELMo: rows over devices, the characters of words on all of them, the same dropout."""
+    family, head = "elmo", "pair"
+    config = task(family, head)
+    model, optimizer, parts = config.build(), AdamW(1e-3, 0, 10), []
+    for devices in (1, 8):
+        mesh = MeshConfig(devices=devices).build()
+        batch, frame = make_batch(family, head, rows=slice(0, 8), width=32, copies=2)
+        layout = frame.layout(batch)
+        with jax.set_mesh(mesh):
+            abstract = abstract_state(model, optimizer, 8, mesh, "replicated")
+            state = new_state(model, optimizer, 8, 0, abstract, lambda fresh: random_params(config))
+            step = make_train_step(model, optimizer, 1, layout, abstract)
+            _, metrics = step(state, shard_batch(batch, layout, mesh), jax.random.key(0))
+        parts.append({name: np.asarray(x) for name, x in metrics.items()})
+    np.testing.assert_allclose(parts[0]["loss"], parts[1]["loss"], rtol=1e-6)
+    np.testing.assert_allclose(parts[0]["grad_norm"], parts[1]["grad_norm"], rtol=1e-5)
+    assert parts[0]["tokens"].tolist() == parts[1]["tokens"].tolist()
 
 
 def test_only_a_gpt_that_is_tuned_has_a_loss_of_next_tokens():
