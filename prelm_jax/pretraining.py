@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from prelm_jax import report
 from prelm_jax.corpus import prepare as preparation
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.corpus.store import Store
@@ -25,7 +24,8 @@ from prelm_jax.hub import fetch, is_hub_name
 from prelm_jax.inference.base import Sample
 from prelm_jax.loading import load_checkpoint, load_encoder
 from prelm_jax.progress import Progress
-from prelm_jax.report import Summary
+from prelm_jax.report import summary
+from prelm_jax.report.summary import Summary
 from prelm_jax.run import Run, RunRecord
 from prelm_jax.storage import check_apart, is_remote
 from prelm_jax.tokenizers import build as tokenizers
@@ -71,7 +71,7 @@ def prepare(run: Run, make_shards: preparation.MakeShards | None = None, print_n
         new = new or not preparation.store_path(validation, tokenizer).exists()
         _, held_out = preparation.prepare(validation, tokenizer, make_shards=make_shards)
     if new and print_new:
-        report.print_table(report.corpus_table(corpus, training, held_out), stderr=True)
+        summary.print_table(summary.corpus_table(corpus, training, held_out), stderr=True)
     return Prepared(corpus, validation, tokenizer, training, held_out)
 
 
@@ -107,7 +107,7 @@ def _pretrain(run: Run, directory: WorkDir, extend_to: int | None) -> Summary:
     fingerprint = None if validation is None else validation.fingerprint
     record = RunRecord.from_run(run, corpus.fingerprint, tokenizer.fingerprint, fingerprint)
     known = directory.read_record().statistics if directory.exists() else {}
-    statistics = known or report.corpus_statistics(corpus, training, held_out)
+    statistics = known or summary.corpus_statistics(corpus, training, held_out)
     record = dataclasses.replace(record, statistics=statistics)
 
     def continued(fresh: Params) -> Params:
@@ -222,7 +222,7 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike, step: Step 
     run = record.run(family.model, family.data)
     check_apart(directory, workdir, *filter(None, [run.init_from]))
     found, model = load_checkpoint(source, source.best_step() if step is None else step)
-    card = report.model_card(source, run, found, model.loaded, family.format, Path(directory).name)
+    card = summary.model_card(source, run, found, model.loaded, family.format, Path(directory).name)
     save(model.loaded, family.format, directory, card)
 
 

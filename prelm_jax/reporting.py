@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from prelm_jax.finetuning.results import seed_directories
 from prelm_jax.finetuning.sections import section
-from prelm_jax.page import read_curves, render
+from prelm_jax.report.page import read_curves, render
 from prelm_jax.storage import output_file
 
 

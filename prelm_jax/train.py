@@ -8,11 +8,11 @@ from typing import Protocol
 
 import jax
 
-from prelm_jax import report
-from prelm_jax.dashboard import Dashboard
 from prelm_jax.data import loader
 from prelm_jax.errors import InputError
 from prelm_jax.inference.base import Sample
+from prelm_jax.report import summary
+from prelm_jax.report.dashboard import Dashboard
 from prelm_jax.run import RunRecord, Training, TrainingT, check_batch_size
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training import loop, memory
@@ -96,7 +96,7 @@ def train(
         # The last part is called even if it is done: an evaluation may have been put off.
         left = [part for part in parts if done < part.loop.steps or part is parts[-1]]
         programs = [step_memory(part, model, abstract, example, batches.layout, mesh) for part in left]
-        report.print_run_header(record.model_type, run, model, example, state.params, done, mesh)
+        summary.print_run_header(record.model_type, run, model, example, state.params, done, mesh)
         if done < left[0].loop.steps:
             programs[0].check()
         workdir.claim(record, tokenizer)

@@ -3,7 +3,7 @@
 run.json          the record of the run (run.RunRecord)
 tokenizer/        as its published format has it
 samples.jsonl     one object a line: `step`, and in `samples` the inference.base.Sample of a few texts
-report.html       the page of the run (dashboard.py)
+report.html       the page of the run (report/dashboard.py)
 metrics.jsonl     one object a line: `step`, and metrics by name; the trivial baselines as `baseline/METRIC/NAME`
 checkpoints/      one directory a step
 profile/          traces, if asked for

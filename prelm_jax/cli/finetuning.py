@@ -30,7 +30,7 @@ def finetune(
 
     from prelm_jax.finetuning import finetune
     from prelm_jax.finetuning.results import results_table
-    from prelm_jax.report import print_table
+    from prelm_jax.report.summary import print_table
     from prelm_jax.training import processes
 
     cache_compiled_programs()

@@ -43,7 +43,7 @@ def pretrain(
 
     from prelm_jax import pretraining
     from prelm_jax.families import find_family
-    from prelm_jax.report import print_table, summary_table
+    from prelm_jax.report.summary import print_table, summary_table
     from prelm_jax.training import processes
 
     cache_compiled_programs()
@@ -92,7 +92,7 @@ def evaluate(
         devices: Number of devices; all there are if unset.
     """
     from prelm_jax import pretraining
-    from prelm_jax.report import print_table, summary_table
+    from prelm_jax.report.summary import print_table, summary_table
 
     of_tasks = {"--columns": columns != ALL_USUAL, "--positive": positive, "--predictions": predictions}
     of_runs = {"--workdir": workdir, "--corpus": corpus, "--sample": sample != 1, "--batch-size": batch_size}
@@ -118,7 +118,7 @@ def _evaluate_task(
     from prelm_jax.finetuning.evaluation import evaluate
     from prelm_jax.finetuning.results import RESULTS, read_results, scores_table, write_predictions
     from prelm_jax.inference.heads import TaskPretrained
-    from prelm_jax.report import print_table
+    from prelm_jax.report.summary import print_table
     from prelm_jax.storage import check_apart, output_file
 
     if (reachable(model) / RESULTS).is_file():
@@ -185,7 +185,7 @@ def prepare(
             example --beam --runner=FlinkRunner.
     """
     from prelm_jax import pretraining
-    from prelm_jax.report import corpus_table, print_table
+    from prelm_jax.report.summary import corpus_table, print_table
 
     make_shards = None
     if beam is not None:
@@ -232,7 +232,7 @@ def plan(
     import jax
 
     from prelm_jax.planning.plan import LOCAL, plan, plan_table
-    from prelm_jax.report import print_table
+    from prelm_jax.report.summary import print_table
 
     if topology != LOCAL:
         jax.config.update("jax_platforms", "cpu")  # The TPU compiler would look for attached chips.

@@ -22,7 +22,7 @@ from prelm_jax.errors import InputError
 from prelm_jax.finetuning.files import FileSpec
 from prelm_jax.finetuning.metrics import Score
 from prelm_jax.inference import decoding
-from prelm_jax.report import words
+from prelm_jax.report.summary import words
 from prelm_jax.storage import prefix_errors, reachable, read_json, read_lines, write_file
 from prelm_jax.validation import read
 

@@ -7,12 +7,12 @@ import sys
 import time
 from typing import Literal, Self
 
-from prelm_jax.page import REFRESH
+from prelm_jax.report.page import REFRESH
 from prelm_jax.storage import write_file
 from prelm_jax.workdir import WorkDir
 
 SECONDS = 30  # Between two pages at least. A run that is shorter writes none.
-PROGRAM = "import sys; from prelm_jax import page; page.main(*sys.argv[1:])"
+PROGRAM = "import sys; from prelm_jax.report import page; page.main(*sys.argv[1:])"
 
 
 class Dashboard:

@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from prelm_jax import dashboard, page
 from prelm_jax.cli.main import main
 from prelm_jax.inference.base import Sample
+from prelm_jax.report import dashboard, page
 from prelm_jax.workdir import WorkDir
 
 VOID = {"meta", "input", "link", "br"}

@@ -22,7 +22,7 @@ import numpy as np
 
 from prelm_jax.errors import InputError
 from prelm_jax.inference.base import Sample
-from prelm_jax.report import QUANTILES, words
+from prelm_jax.report.summary import QUANTILES, words
 from prelm_jax.run import flatten
 from prelm_jax.storage import reachable, write_file
 from prelm_jax.workdir import WorkDir, add_baselines
