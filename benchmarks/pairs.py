@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prelm_jax.corpus.store import Store
-from prelm_jax.data.baselines import length_only_accuracy
+from prelm_jax.data.baselines import length_only_accuracy, pairs_by_lengths
 from prelm_jax.data.pairs import PairsConfig
 
 ROLES = ("pad_id", "cls_id", "sep_id", "mask_id")
@@ -41,7 +41,7 @@ def ours(store: Store, T: int) -> list[float]:
     for step in range(steps):
         batch = batches[step]
         labels.append(batch["next_sentence_labels"].mean())
-        told.append(length_only_accuracy(before, batch))
+        told.append(length_only_accuracy(*map(pairs_by_lengths, (before, batch))))
         filled.append(batch["segments"].mean())
         np.put_along_axis(batch["tokens"], batch["masked_positions"], batch["masked_targets"], axis=1)
         seen[batch["tokens"]] = True
@@ -62,7 +62,7 @@ def originals(store: Store, T: int) -> list[float]:
         "next_sentence_labels": labels[:, None],
     }
     halves = [{name: array[i::2] for name, array in lengths.items()} for i in (0, 1)]
-    return [labels.mean(), length_only_accuracy(*halves), lengths["segments"].mean()]
+    return [labels.mean(), length_only_accuracy(*map(pairs_by_lengths, halves)), lengths["segments"].mean()]
 
 
 def original_pairs(store: Store, T: int, rng: random.Random) -> Iterator[tuple[int, int, int]]:

@@ -16,14 +16,19 @@ from prelm_jax.models.bert import BertConfig
 from prelm_jax.run import Run
 from prelm_jax.tokenizers.wordpiece import WordPieceConfig
 from prelm_jax.training.loop import LoopConfig
+from prelm_jax.training.muon import Muon
 from prelm_jax.training.optimizer import AdamW
 
 
 def demo() -> Run:
     """A BERT for a coffee break: 2 layers of 128, on the documentation inside every Python (2 MB).
 
-    Target: held-out masked-LM loss 0.8 nats below the unigram baseline.
-    Cost: 4 minutes on two CPU cores.
+    Target: held-out masked-LM loss 2.0 nats below the unigram baseline.
+    Cost: 2 minutes on two CPU cores.
+
+    So short a run ends on a plateau near the unigram, unless it leaves that early. Muon and 30 % of masked tokens do
+    it together: after 1,500 steps on 2 MB of Simple English Wikipedia, where they were chosen, the loss was 2.46 nats
+    below the unigram, with 15 % 1.07.
 
         prelm pretrain bert:demo
     """
@@ -32,10 +37,10 @@ def demo() -> Run:
         held_out=0.05,
         tokenizer=WordPieceConfig(vocab_size=2048),
         model=_short_run(hidden_size=128, num_layers=2),
-        data=_pairs(max_length=64, max_predictions=10),
-        optimizer=_adamw(learning_rate=1.5e-3, warmup_steps=100, decay_steps=2400, bias_correction="moments"),
+        data=_pairs(max_length=64, max_predictions=20, probability=0.3),
+        optimizer=_muon(warmup_steps=50, decay_steps=1500),
         batch_size=32,
-        loop=LoopConfig(steps=2400, evaluate_every=400, save_every=800, log_every=50),
+        loop=LoopConfig(steps=1500, evaluate_every=300, save_every=500, log_every=50),
     )
 
 
@@ -143,11 +148,11 @@ def _short_run(hidden_size: int, num_layers: int) -> BertConfig:
     )
 
 
-def _pairs(max_length: int, max_predictions: int) -> PairsConfig:
+def _pairs(max_length: int, max_predictions: int, probability: float = 0.15) -> PairsConfig:
     return PairsConfig(
         max_length=max_length,
         max_predictions=max_predictions,
-        masking=MaskingConfig(probability=0.15),
+        masking=MaskingConfig(probability=probability),
         short_sequence_probability=0.1,
     )
 
@@ -163,4 +168,18 @@ def _adamw(learning_rate: float, warmup_steps: int, decay_steps: int, bias_corre
         weight_decay=0.01,
         clip_norm=1.0,
         bias_correction=bias_correction,
+    )
+
+
+def _muon(warmup_steps: int, decay_steps: int) -> Muon:
+    return Muon(
+        3e-3,
+        warmup_steps,
+        decay_steps,
+        b1=0.9,
+        b2=0.95,
+        eps=1e-8,
+        weight_decay=0.01,
+        clip_norm=1.0,
+        matrix_learning_rate=0.02,
     )

@@ -8,14 +8,18 @@ from prelm_jax.models.elmo import ELMoConfig
 from prelm_jax.run import Run
 from prelm_jax.tokenizers.words import WordVocabularyConfig
 from prelm_jax.training.loop import LoopConfig
+from prelm_jax.training.muon import Muon
 from prelm_jax.training.optimizer import Adagrad
 
 
 def demo() -> Run:
     """An ELMo for a coffee break: LSTMs of 256, on the documentation inside every Python (2 MB).
 
-    Target: held-out perplexity below the trigram baseline in both directions.
-    Cost: 7 minutes on two CPU cores.
+    Target: held-out perplexity of 70 in both directions, where trigrams have 113.
+    Cost: 2 minutes on two CPU cores.
+
+    Rates and dropout were chosen on 2 MB of Simple English Wikipedia. There 1,000 steps of Muon end at a perplexity of
+    92 (trigrams: 141), and with its rate of 3e-3 for tables at 101; 1,500 steps of AdamW, with dropout, ended at 111.
 
         prelm pretrain elmo:demo
     """
@@ -28,11 +32,21 @@ def demo() -> Run:
             num_highways=1,
             projection_size=64,
             hidden_size=256,
+            dropout=0.0,
         ),
         data=StreamsConfig(max_length=20, num_negatives=0),
-        optimizer=_adagrad(),
+        optimizer=Muon(
+            1e-2,
+            warmup_steps=50,
+            decay_steps=1000,
+            b1=0.9,
+            b2=0.95,
+            eps=1e-8,
+            clip_norm=1.0,
+            matrix_learning_rate=0.02,
+        ),
         batch_size=32,
-        loop=LoopConfig(steps=3000, evaluate_every=500, save_every=1000, log_every=50),
+        loop=LoopConfig(steps=1000, evaluate_every=200, save_every=500, log_every=50),
     )
 
 

@@ -10,26 +10,40 @@ from prelm_jax.models.gpt import GPTConfig
 from prelm_jax.run import Run
 from prelm_jax.tokenizers.bpe import BPEConfig
 from prelm_jax.training.loop import LoopConfig
+from prelm_jax.training.muon import Muon
 from prelm_jax.training.optimizer import AdamW
 
 
 def demo() -> Run:
     """A GPT for a coffee break: 2 layers of 128, on the documentation inside every Python (2 MB).
 
-    Target: fewer bits per byte on held-out text than the trigram baseline.
-    Cost: 4 minutes on two CPU cores.
+    Target: 1.66 bits per byte of held-out text, where trigrams have 1.79.
+    Cost: 2 minutes on two CPU cores.
+
+    Rates and merges were chosen on 2 MB of Simple English Wikipedia: a larger vocabulary puts more text into the same
+    tokens. There 5,000 merges ended at 1.676 bits per byte, and 1,500 in as much time at 1.786.
 
         prelm pretrain gpt1:demo
     """
     return Run(
         corpus=("python-docs",),
         held_out=0.05,
-        tokenizer=BPEConfig(num_merges=1500),
+        tokenizer=BPEConfig(num_merges=5000),
         model=_short_run(hidden_size=128, num_layers=2),
         data=WindowsConfig(max_length=128),
-        optimizer=_adamw(learning_rate=3e-3, warmup_steps=100, decay_steps=2400),
+        optimizer=Muon(
+            6e-3,
+            warmup_steps=50,
+            decay_steps=800,
+            b1=0.9,
+            b2=0.95,
+            eps=1e-8,
+            weight_decay=0.01,
+            clip_norm=1.0,
+            matrix_learning_rate=0.02,
+        ),
         batch_size=16,
-        loop=LoopConfig(steps=2400, evaluate_every=400, save_every=800, log_every=50),
+        loop=LoopConfig(steps=800, evaluate_every=200, save_every=400, log_every=50),
     )
 
 

@@ -59,7 +59,7 @@ def load_encoder(path: str | os.PathLike) -> Pretrained:
 def load_checkpoint(workdir: WorkDir, step: Step = "newest") -> tuple[int, Pretrained]:
     """The step and the model of a checkpoint in a work directory."""
     record = workdir.read_record()
-    family = find_family(record.model_type, workdir.path / "run.json")
+    family = find_family(record.model_type, record.source)
     if record.is_task:
         return _load_task(workdir, record, family, step)
     config = record.model(family.model)
@@ -68,7 +68,7 @@ def load_checkpoint(workdir: WorkDir, step: Step = "newest") -> tuple[int, Pretr
 
 
 def _load_task(workdir: WorkDir, record: RunRecord, family: Family, step: Step) -> tuple[int, TaskPretrained]:
-    source = f"{workdir.path / 'run.json'}: identity"
+    source = f"{record.source}: identity"
     settings = read(dict[str, object], record.identity.get("head"), f"{source}.head")
     kind = HEADS.get(str(settings.pop("name", None)))
     if kind is None:

@@ -11,19 +11,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from prelm_jax import report
 from prelm_jax.corpus import prepare as preparation
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.corpus.store import Store
 from prelm_jax.data.evaluation import EvaluationBatches
+from prelm_jax.data.show import sentences
 from prelm_jax.errors import InputError
-from prelm_jax.families import find_family
-from prelm_jax.formats.base import abstract_params, save
+from prelm_jax.families import FAMILIES, find_family
+from prelm_jax.formats.base import LoadedModel, abstract_params, save
 from prelm_jax.formats.transfer import initial_params, positions_note
 from prelm_jax.hub import fetch, is_hub_name
+from prelm_jax.inference.base import Sample
 from prelm_jax.loading import load_checkpoint, load_encoder
 from prelm_jax.progress import Progress
-from prelm_jax.report import Summary
+from prelm_jax.report import summary
+from prelm_jax.report.summary import Summary
 from prelm_jax.run import Run, RunRecord
 from prelm_jax.storage import check_apart, is_remote
 from prelm_jax.tokenizers import build as tokenizers
@@ -38,6 +40,7 @@ from prelm_jax.workdir import WorkDir
 
 # The held-out batches are the same in every run, whatever its seed.
 EVALUATION_SEED = 0
+POOL = 48  # Held-out sentences of which samples are taken; an ELMo looks for neighbors of a word among all of them.
 
 
 class Prepared(NamedTuple):
@@ -68,7 +71,7 @@ def prepare(run: Run, make_shards: preparation.MakeShards | None = None, print_n
         new = new or not preparation.store_path(validation, tokenizer).exists()
         _, held_out = preparation.prepare(validation, tokenizer, make_shards=make_shards)
     if new and print_new:
-        report.print_table(report.corpus_table(corpus, training, held_out), stderr=True)
+        summary.print_table(summary.corpus_table(corpus, training, held_out), stderr=True)
     return Prepared(corpus, validation, tokenizer, training, held_out)
 
 
@@ -103,6 +106,9 @@ def _pretrain(run: Run, directory: WorkDir, extend_to: int | None) -> Summary:
     evaluation = HeldOut(run, model, tokenizer, batches, held_out) if held_out.num_documents else None
     fingerprint = None if validation is None else validation.fingerprint
     record = RunRecord.from_run(run, corpus.fingerprint, tokenizer.fingerprint, fingerprint)
+    known = directory.read_record().statistics if directory.exists() else {}
+    statistics = known or summary.corpus_statistics(corpus, training, held_out)
+    record = dataclasses.replace(record, statistics=statistics)
 
     def continued(fresh: Params) -> Params:
         pretrained = load_encoder(str(run.init_from))
@@ -171,7 +177,7 @@ def evaluate(
 def _run_of(directory: WorkDir, record: RunRecord, experiment: Run | None) -> Run:
     """The run in a work directory; its classes are those of its family, or of an experiment of the same model_type."""
     if experiment is None:
-        family = find_family(record.model_type, directory.path / "run.json")
+        family = find_family(record.model_type, record.source)
         return record.run(family.model, family.data)
     if experiment.model.model_type != record.model_type:
         raise InputError(
@@ -216,7 +222,7 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike, step: Step 
     run = record.run(family.model, family.data)
     check_apart(directory, workdir, *filter(None, [run.init_from]))
     found, model = load_checkpoint(source, source.best_step() if step is None else step)
-    card = report.model_card(source, run, found, model.loaded, family.format, Path(directory).name)
+    card = summary.model_card(source, run, found, model.loaded, family.format, Path(directory).name)
     save(model.loaded, family.format, directory, card)
 
 
@@ -240,6 +246,7 @@ class HeldOut:
             remedy = "give another with --validation" if run.validation else "raise --held-out, or give --validation"
             raise InputError(f"the text to evaluate on is too small ({error}): {remedy}") from None
         self._model, self._evaluate = model, make_evaluate(model)
+        self._config, self._tokenizer, self._samples = run.model, tokenizer, run.loop.samples
 
     def __call__(self, params: Params, carry: Params, mesh: jax.sharding.Mesh) -> dict[str, float]:
         """Losses and metrics by name, and what is derived from them (perplexity, bits per byte)."""
@@ -250,6 +257,17 @@ class HeldOut:
     def describe(self, values: Mapping[str, float]) -> str:
         """Metrics as a line for people."""
         return "held-out sample  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+    def sample(self, params: Params) -> list[Sample]:
+        """See `Pretrained.sample`; [] for a family from outside of the package, and for sharded parameters."""
+        if not self._samples or self._config.model_type not in FAMILIES:
+            return []
+        if not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params)):
+            return []
+        loaded = LoadedModel(self._config, jax.tree.map(lambda leaf: leaf.addressable_data(0), params), self._tokenizer)
+        texts = sentences(self._store, self._tokenizer, POOL)
+        with jax.set_mesh(MeshConfig().build(jax.local_devices()[:1])):
+            return FAMILIES[self._config.model_type]().pretrained(loaded).sample(texts, self._samples)
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """metric -> trivial baseline, fitted on the training side -> value."""

@@ -89,10 +89,10 @@ class Segment:
     to_step: Positive | None = None
     command: list[str] | None = None
 
-    def config(self, cls: type[Config]) -> Config:
-        """The optimizer, whose class is known."""
+    def config(self, cls: type[Config], source: str) -> Config:
+        """The optimizer, whose class is known; `source` names the record in errors."""
         fields = {name: value for name, value in self.optimizer.items() if name != "name"}
-        return read(cls, fields, "run.json: segments")
+        return read(cls, fields, f"{source}: segments")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +101,7 @@ class RunRecord:
 
     `identity`: the fields that decide the bits, with the fingerprints of the texts and the tokenizer. `segments`: the
     parts of the training, oldest first. `sources`: where the text was found. `loop`: what may differ between resumes.
+    `statistics`: counts of the training and the held-out text by name, as people read them.
     """
 
     model_type: str
@@ -109,8 +110,10 @@ class RunRecord:
     sources: dict[str, object]
     loop: dict[str, object]
     command: list[str]
+    statistics: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     version: str = __version__
     format: int = RECORD_FORMAT
+    source: str = dataclasses.field(default="run.json", compare=False)  # The path of the file; not in the file.
 
     def check_together(self) -> None:
         """The first segment begins at step 0; an extension trains past its first step, where the one before ends."""
@@ -153,7 +156,7 @@ class RunRecord:
 
     def to_json(self) -> str:
         """The text of run.json."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields = {name: value for name, value in vars(self).items() if name != "source"}
         return json.dumps(fields, indent=1, ensure_ascii=False, default=dataclasses.asdict) + "\n"
 
     def differences(self, other: "RunRecord", run: Training, extending: bool = False) -> list[str]:
@@ -176,7 +179,7 @@ class RunRecord:
 
     def resuming(self, earlier: "RunRecord") -> "RunRecord":
         """This record with the segments of an earlier one of the same run."""
-        return dataclasses.replace(self, segments=earlier.segments)
+        return dataclasses.replace(self, segments=earlier.segments, source=earlier.source)
 
     def extended(self, earlier: "RunRecord", step: int, to_step: int, optimizer: OptimizerConfig) -> "RunRecord":
         """This record with the segments of an earlier one of the same run, and one more from `step` to `to_step`.
@@ -191,7 +194,7 @@ class RunRecord:
             if to_step <= step:
                 raise InputError(f"--extend-to {to_step}: the run is at step {step} already; give a later step")
             segments = [*(each for each in segments if each.from_step < step), segment]
-        return dataclasses.replace(self, segments=segments, command=earlier.command)
+        return dataclasses.replace(self, segments=segments, command=earlier.command, source=earlier.source)
 
     def parts(self, run: TrainingT) -> list[TrainingT]:
         """The run of each segment: with its optimizer, up to the step at which the next one begins."""
@@ -200,7 +203,9 @@ class RunRecord:
 
         def part(segment: Segment, end: int) -> TrainingT:
             loop = dataclasses.replace(run.loop, steps=end)
-            return dataclasses.replace(cast(Any, run), optimizer=segment.config(type(run.optimizer)), loop=loop)
+            return dataclasses.replace(
+                cast(Any, run), optimizer=segment.config(type(run.optimizer), self.source), loop=loop
+            )
 
         ends = [*(segment.from_step for segment in self.segments[1:]), self.segments[-1].to_step or run.loop.steps]
         return list(map(part, self.segments, ends))
@@ -211,15 +216,18 @@ class RunRecord:
         Raises InputError for the record of a fine-tuning.
         """
         if self.is_task:
-            raise InputError("run.json is that of a fine-tuning, whose results are in results.json above: prelm report")
+            raise InputError(
+                f"{self.source} is that of a fine-tuning, whose results are in results.json above: prelm report, or "
+                "prelm evaluate --test"
+            )
         fields = {**self.identity, **self.sources, "loop": self.loop, "tokenizer": None, "optimizer": None}
-        fields |= {"model": self.model(model), "data": read(data, fields.get("data"), "run.json: identity.data")}
+        fields |= {"model": self.model(model), "data": read(data, fields.get("data"), f"{self.source}: identity.data")}
         known = {field.name: fields[field.name] for field in dataclasses.fields(Run) if field.name in fields}
-        return read(Run, known, "run.json")
+        return read(Run, known, self.source)
 
     def model(self, cls: type[Config]) -> Config:
         """The config of the model."""
-        return read(cls, self.identity.get("model"), "run.json: identity.model")
+        return read(cls, self.identity.get("model"), f"{self.source}: identity.model")
 
 
 def with_name(optimizer: Any) -> dict[str, object]:

@@ -8,9 +8,11 @@ from typing import Protocol
 
 import jax
 
-from prelm_jax import report
 from prelm_jax.data import loader
 from prelm_jax.errors import InputError
+from prelm_jax.inference.base import Sample
+from prelm_jax.report import summary
+from prelm_jax.report.dashboard import Dashboard
 from prelm_jax.run import RunRecord, Training, TrainingT, check_batch_size
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training import loop, memory
@@ -32,6 +34,9 @@ class Evaluation(Protocol):
 
     def describe(self, values: Mapping[str, float]) -> str:
         """Metrics as a line for people."""
+
+    def sample(self, params: Params) -> list[Sample]:
+        """What the model does with a few of the texts; process 0 asks. [] if that cannot be shown."""
 
 
 def train(
@@ -91,7 +96,7 @@ def train(
         # The last part is called even if it is done: an evaluation may have been put off.
         left = [part for part in parts if done < part.loop.steps or part is parts[-1]]
         programs = [step_memory(part, model, abstract, example, batches.layout, mesh) for part in left]
-        report.print_run_header(record.model_type, run, model, example, state.params, done, mesh)
+        summary.print_run_header(record.model_type, run, model, example, state.params, done, mesh)
         if done < left[0].loop.steps:
             programs[0].check()
         workdir.claim(record, tokenizer)
@@ -99,10 +104,14 @@ def train(
         def evaluate(state: TrainState) -> dict[str, float]:
             assert evaluation is not None
             with memory.explained("an evaluation", "lower --batch-size"):
-                return evaluation(state.params, state.carry, mesh)
+                values = evaluation(state.params, state.carry, mesh)
+                if jax.process_index() == 0 and (samples := evaluation.sample(state.params)):
+                    workdir.write_samples(int(state.step), samples)
+                return values
 
         values = None
-        with contextlib.closing(workdir.write_metrics(done, settings.tensorboard)) as writer:
+        dashboard = Dashboard(workdir, active=jax.process_index() == 0)
+        with dashboard, contextlib.closing(workdir.write_metrics(done, settings.tensorboard)) as writer:
             if evaluation is not None and jax.process_index() == 0 and not (known and workdir.read_baselines()):
                 writer.write(done, baseline_metrics(evaluation.baselines()))
             for part, program in zip(left, programs, strict=True):
@@ -114,7 +123,9 @@ def train(
                         state,
                         program.step,
                         steps,
-                        None if evaluation is None else loop.Evaluation(evaluate, evaluation.describe),
+                        None
+                        if evaluation is None
+                        else loop.Evaluation(evaluate, evaluation.describe, dashboard.refresh),
                         checkpoints,
                         writer,
                         workdir.path,

@@ -2,6 +2,8 @@
 
 run.json          the record of the run (run.RunRecord)
 tokenizer/        as its published format has it
+samples.jsonl     one object a line: `step`, and in `samples` the inference.base.Sample of a few texts
+report.html       the page of the run (report/dashboard.py)
 metrics.jsonl     one object a line: `step`, and metrics by name; the trivial baselines as `baseline/METRIC/NAME`
 checkpoints/      one directory a step
 profile/          traces, if asked for
@@ -9,24 +11,27 @@ lock, lease/      who writes here (lock.py)
 """
 
 import contextlib
+import dataclasses
+import json
 import math
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
 
 from prelm_jax import lock
 from prelm_jax.errors import InputError
+from prelm_jax.inference.base import Sample
 from prelm_jax.run import READABLE_FORMATS, RunRecord, Training
-from prelm_jax.storage import copy_files, fetched, reachable, read_json, write_file
+from prelm_jax.storage import copy_files, fetched, reachable, read_json, read_lines, write_file
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.tokenizers.load import load as load_tokenizer
 from prelm_jax.training.checkpoint import Checkpoints, Step, restore_params
 from prelm_jax.training.contract import Params
-from prelm_jax.training.metrics import MetricsWriter, read_metrics
+from prelm_jax.training.metrics import MetricsWriter, read_metrics, stream_metrics
 from prelm_jax.validation import read
 
 BASELINE = "baseline"
@@ -59,7 +64,8 @@ class WorkDir:
         """The record in run.json. Raises InputError if there is none, or if it has another format."""
         if not self.exists():
             raise InputError(
-                f"{self.path} is not the work directory of a run: it has no run.json. Give the --workdir of a pretrain"
+                f"{self.path} is not the work directory of a run: it has no run.json. Give the --workdir of a "
+                "pretrain, or --test FILE to evaluate a fine-tuned model"
             )
         path = self._record_path
         fields = read_json(path)
@@ -67,7 +73,7 @@ class WorkDir:
             newer = isinstance(format, int) and format > max(READABLE_FORMATS)
             writer = "a newer" if newer else "an earlier"
             raise InputError(f"{path} was written by {writer} version of prelm_jax: use that version to read it")
-        return read(RunRecord, fields, path)
+        return read(RunRecord, fields | {"source": str(path)}, path)
 
     def check(self, record: RunRecord, run: Training, extending: bool = False) -> None:
         """Raises InputError where the directory is another run's, naming what differs, or holds unknown checkpoints.
@@ -107,16 +113,32 @@ class WorkDir:
         """The lines of metrics.jsonl, oldest first; torn and foreign ones are left out."""
         return read_metrics(self.path / "metrics.jsonl")
 
+    def stream_metrics(self) -> Iterator[dict[str, float]]:
+        """These lines one by one, and those that later ones replace: for a long file."""
+        return stream_metrics(self.path / "metrics.jsonl")
+
     def read_baselines(self) -> dict[str, dict[str, float]] | None:
         """metric -> trivial baseline -> value, as of the last start that computed them; None before that."""
         found: dict[str, dict[str, float]] = {}
-        for line in self.read_metrics():
-            for name, value in line.items():
-                kind, _, rest = name.partition("/")
-                metric, separator, baseline = rest.partition("/")
-                if kind == BASELINE and separator:
-                    found.setdefault(metric, {})[baseline] = value
+        for line in self.stream_metrics():
+            add_baselines(found, line)
         return found or None
+
+    def read_samples(self) -> dict[int, list[Sample]]:
+        """The samples by step, oldest first; what is not such a line is left out."""
+        found = {}
+        for line in read_lines(self._samples_path) if self._samples_path.is_file() else ():
+            with contextlib.suppress(ValueError, TypeError, KeyError, InputError):
+                fields = json.loads(line)
+                found[read(int, fields["step"], "step")] = read(list[Sample], fields["samples"], "samples")
+        return dict(sorted(found.items()))
+
+    def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Adds the samples of a step; those of later steps are dropped, because the training will write them again."""
+        kept = {at: earlier for at, earlier in self.read_samples().items() if at < step} | {step: samples}
+        lines = [{"step": at, "samples": list(map(dataclasses.asdict, some))} for at, some in kept.items()]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_file(self._samples_path, text.encode())
 
     def tokens_per_second(self) -> float:
         """The median speed of the training; NaN before anything was measured."""
@@ -141,8 +163,21 @@ class WorkDir:
         return restore_params(self.path / "checkpoints", abstract_params, step)
 
     @property
+    def _samples_path(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
     def _record_path(self) -> Path:
         return self.path / "run.json"
+
+
+def add_baselines(found: dict[str, dict[str, float]], line: Mapping[str, float]) -> None:
+    """Adds the baselines in a line of metrics: metric -> trivial baseline -> value."""
+    for name, value in line.items():
+        kind, _, rest = name.partition("/")
+        metric, separator, baseline = rest.partition("/")
+        if kind == BASELINE and separator:
+            found.setdefault(metric, {})[baseline] = value
 
 
 def baseline_metrics(baselines: dict[str, dict[str, float]]) -> dict[str, float]:

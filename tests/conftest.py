@@ -101,6 +101,18 @@ def real_data():
 
 
 @pytest.fixture
+def write(tmp_path):
+    """Writes a file and returns its path: `write(name, content)`."""
+
+    def write(name: str, content: str | bytes) -> str:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
 def full_disk():
     """`with full_disk(size):` no file can grow beyond `size` bytes."""
 

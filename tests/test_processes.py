@@ -1,9 +1,9 @@
 """Tests that need separate processes: kill -9, a full disk, several processes that train one model.
 
-PRELM_LAYOUTS=1 moves a run through more layouts of its devices.
+What needs no process of its own runs in this one, on devices of the same number. PRELM_LAYOUTS=1 moves a run through
+more layouts of its devices.
 """
 
-import functools
 import json
 import os
 import resource
@@ -19,14 +19,34 @@ import numpy as np
 import pytest
 from tiny import FAMILIES, assert_same_bits, metrics, text
 
+from prelm_jax.cli.main import main
+from prelm_jax.lock import held
+
 SLOW_DECAY = ("--optimizer.decay-steps", 1_000_000)
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory):
-    """`launch(workdir, *options, family="bert", **environment)` starts `prelm pretrain` on a tiny experiment."""
+def arguments(tmp_path_factory):
+    """`arguments(workdir, *options, family="bert")`: of `prelm` that pretrains a tiny experiment."""
     corpus = tmp_path_factory.mktemp("corpus") / "corpus.txt"
     corpus.write_text(text(seed=0))
+
+    def arguments(workdir: Path, *options: object, family: str = "bert") -> list[str]:
+        experiment = Path(__file__).with_name(f"tiny.py:{FAMILIES[family].__name__}")
+        return list(map(str, ["pretrain", experiment, "--corpus", corpus, "--workdir", workdir, *options]))
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def train(arguments):
+    """`train(workdir, *options, family="bert")` pretrains in this process."""
+    return lambda *words, **family: main(arguments(*words, **family))
+
+
+@pytest.fixture(scope="module")
+def launch(arguments):
+    """`launch(workdir, *options, family="bert", **environment)` starts a process that pretrains."""
     running = []
 
     def launch(
@@ -37,12 +57,9 @@ def launch(tmp_path_factory):
         code: str | None = None,
         **environment: object,
     ) -> subprocess.Popen:
-        experiment = f"tiny.py:{FAMILIES[family].__name__}"
         program = ["-m", "prelm_jax"] if code is None else ["-c", code]
-        command = [*program, "pretrain", Path(__file__).with_name(experiment)]
-        command += ["--corpus", corpus, "--workdir", workdir, *options]
         process = subprocess.Popen(
-            [sys.executable, *map(str, command)],
+            [sys.executable, *program, *arguments(workdir, *options, family=family)],
             env=os.environ | {name: str(value) for name, value in environment.items()},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -76,10 +93,10 @@ def wait_for_step(process: subprocess.Popen, reports: int = 1) -> None:
     pytest.fail(f"the process ended with {process.wait()} before it trained")
 
 
-def test_killed_run_equals_uninterrupted(launch, tmp_path):
+def test_killed_run_equals_uninterrupted(launch, train, tmp_path):
     """A kill during a save."""
     options = ("--steps", 60, "--save-every", 5, "--log-every", 5, "--evaluate-every", 50)
-    finish(launch(tmp_path / "uninterrupted", *options))
+    train(tmp_path / "uninterrupted", *options)
     checkpoints = tmp_path / "killed" / "checkpoints"
     process = launch(tmp_path / "killed", *options)
     wait_for_step(process, 2)
@@ -87,7 +104,7 @@ def test_killed_run_equals_uninterrupted(launch, tmp_path):
         assert process.poll() is None
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    finish(launch(tmp_path / "killed", *options))
+    train(tmp_path / "killed", *options)
     assert_same_bits(tmp_path / "killed", tmp_path / "uninterrupted")
 
 
@@ -104,11 +121,11 @@ def test_kills_while_others_read_and_try_to_write(tmp_path, kind, kills):
 
 
 @pytest.mark.slow
-def test_full_disk(launch, tmp_path):
+def test_full_disk(launch, train, tmp_path):
     """The error names the checkpoint, the previous one stays, and the run resumes when there is room."""
     options = ("--model.hidden-size", 128, "--model.intermediate-size", 512, "--evaluate-every", 5)
-    finish(launch(tmp_path / "uninterrupted", *options))
-    finish(launch(tmp_path / "filled", *options, "--steps", 10))
+    train(tmp_path / "uninterrupted", *options)
+    train(tmp_path / "filled", *options, "--steps", 10)
     process = launch(tmp_path / "filled", *options, limit=200_000)  # Bytes per file; a checkpoint has larger files.
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1, err
@@ -116,7 +133,7 @@ def test_full_disk(launch, tmp_path):
     assert line.startswith("prelm: ") and f"{tmp_path}/filled/checkpoints/12" in line and "File too large" in line
     assert "Traceback" not in err
     assert (tmp_path / "filled" / "checkpoints" / "10").is_dir()
-    finish(launch(tmp_path / "filled", *options))
+    train(tmp_path / "filled", *options)
     assert_same_bits(tmp_path / "filled", tmp_path / "uninterrupted")
 
 
@@ -129,8 +146,6 @@ def launch_many(launch):
 
     def launch_many(workdir: Path, processes: int, devices: int, *options: object, **more: object):
         options = (*options, "--mesh.devices", "None", "--log-every", 1)
-        if processes == 1:
-            return [launch(workdir, *options, **more, JAX_NUM_CPU_DEVICES=devices)]
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
@@ -140,17 +155,14 @@ def launch_many(launch):
     return launch_many
 
 
-# (processes, devices per process). A SIGTERM to one process stops the run between two layouts.
-LAYOUTS = [(2, 4), (1, 8)]
-if os.environ.get("PRELM_LAYOUTS"):
-    LAYOUTS = [(4, 2), (2, 4), (1, 8), (1, 4)]
+# (processes, devices per process). A SIGTERM to one process stops the run; it ends in this one, on eight devices.
+LAYOUTS = [(4, 2), (2, 4), (2, 2)] if os.environ.get("PRELM_LAYOUTS") else [(2, 4)]
 
 
 @pytest.mark.slow
-def test_resumed_on_other_layouts_equals_uninterrupted(launch_many, tmp_path):
-    *stopped, last = LAYOUTS
+def test_resumed_on_other_layouts_equals_uninterrupted(launch_many, train, tmp_path):
     decay = ("--optimizer.decay-steps", 500)
-    for layout in stopped:
+    for layout in LAYOUTS:
         processes = launch_many(tmp_path / "moved", *layout, *decay, "--steps", 500)
         wait_for_step(processes[0], 5)
         processes[-1].send_signal(signal.SIGTERM)
@@ -159,8 +171,8 @@ def test_resumed_on_other_layouts_equals_uninterrupted(launch_many, tmp_path):
             assert process.returncode == 75, err
             assert "stopped by SIGTERM after step" in err
     steps = max(20, metrics(tmp_path / "moved")[-1]["step"] + 5)
-    for workdir, layout in [("moved", last), ("uninterrupted", (1, 8))]:
-        finish(*launch_many(tmp_path / workdir, *layout, *decay, "--steps", steps))
+    for workdir in ("moved", "uninterrupted"):
+        train(tmp_path / workdir, *decay, "--steps", steps, "--mesh.devices", "None", "--log-every", 1)
     moved, uninterrupted = losses(tmp_path / "moved"), losses(tmp_path / "uninterrupted")
     difference = np.abs(np.subtract(moved, uninterrupted) / uninterrupted)
     print(
@@ -195,16 +207,15 @@ def test_the_death_of_a_process_ends_the_others_in_time(launch_many, tmp_path, d
 
 
 @pytest.mark.slow
-def test_the_refusal_of_a_process_ends_the_others(launch, launch_many, tmp_path):
+def test_the_refusal_of_a_process_ends_the_others(launch_many, tmp_path):
     """Process 0 is told that another run is in progress; process 1 knows nothing of that."""
-    holder = launch(tmp_path / "run", "--steps", 100_000, *SLOW_DECAY)
-    wait_for_step(holder)
-    refused, other = launch_many(tmp_path / "run", 2, 1, "--steps", 100_000, *SLOW_DECAY)
-    _, err = refused.communicate(timeout=300)
-    assert refused.returncode == 1 and f"a run is in progress here (process {holder.pid} on " in err.splitlines()[-1]
-    _, err = other.communicate(timeout=300)
+    with held(tmp_path / "run"):
+        refused, other = launch_many(tmp_path / "run", 2, 1, "--steps", 100_000, *SLOW_DECAY)
+        _, err = refused.communicate(timeout=300)
+        _, other_err = other.communicate(timeout=300)
+    assert refused.returncode == 1 and f"a run is in progress here (process {os.getpid()} on " in err.splitlines()[-1]
     assert other.returncode == 1
-    assert err.splitlines()[-1].startswith("prelm: process 1: process 0 ended with exit code 1")
+    assert other_err.splitlines()[-1].startswith("prelm: process 1: process 0 ended with exit code 1")
 
 
 # A network disk whose leases go stale within a second.
@@ -239,17 +250,14 @@ def test_a_run_that_was_stopped_for_longer_than_its_lease_saves_no_more(launch, 
     assert successor.returncode == 75 and "damaged" not in err, err
 
 
-@pytest.mark.parametrize(
-    "family", ["bert", *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES if family != "bert")]
-)
-def test_stopped_on_one_process_and_resumed_on_two(launch_many, tmp_path, family):
-    """With sharded parameters and moments, half of the shards on each process."""
-    launch_many = functools.partial(launch_many, family=family)
+@pytest.mark.parametrize("family", ["bert", pytest.param("elmo", marks=pytest.mark.slow)])
+def test_stopped_on_one_process_and_resumed_on_two(launch_many, train, tmp_path, family):
+    """With sharded parameters and moments, half of the shards on each process. GPT's batch has the layout of BERT's."""
     options = ("--mesh.parameters", "fsdp", "--steps", 20, "--save-every", 10, "--evaluate-every", 10)
-    finish(*launch_many(tmp_path / "one", 1, 4, *options))
+    train(tmp_path / "one", *options, "--mesh.devices", 4, "--log-every", 1, family=family)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "20")  # As if stopped after step 10.
-    outputs = finish(*launch_many(tmp_path / "two", 2, 2, *options))
+    outputs = finish(*launch_many(tmp_path / "two", 2, 2, *options, family=family))
     assert (tmp_path / "two" / "checkpoints" / "20").is_dir()
     assert ["training, tokens/s" in output for output in outputs] == [True, False]
     assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"))

@@ -63,6 +63,7 @@ def bert() -> Run:
             save_every=5,
             keep=2,
             log_every=2,
+            samples=0,
         ),
     )
 

@@ -44,6 +44,20 @@ def article_sizes(rng, documents):
     return random_sizes(rng, documents, np.maximum(1, rng.lognormal(2.3, 0.9, documents)).astype(int))
 
 
+def rows_of_hosts(hosts, **options):
+    """A batch of articles, after a check that the rows of all hosts are those of one."""
+    sizes = article_sizes(np.random.default_rng(0), 50)
+    expected = batches_of(corpus(sizes), 16, **options)[1000]
+    batches = batches_of(corpus(sizes), 16, **options)
+    batches.rows(3, 4, 8)  # leaves no state
+    rows = [batches.rows(1000, i, i + 16 // hosts) for i in range(0, 16, 16 // hosts)]
+    for name, array in expected.items():
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in rows]), array)
+        assert array.dtype == (np.float32 if name.endswith("weights") else np.int32)
+        assert array.flags.c_contiguous
+    return expected
+
+
 def unmasked(batch):
     """The tokens before masking."""
     tokens = batch["tokens"].copy()

@@ -8,7 +8,7 @@ import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -80,7 +80,7 @@ def load_run(reference: str) -> tuple[str, "Run", str]:
     """
     from prelm_jax.run import Run
 
-    path, name, run, description = _load(reference, Run, ("tokenizer", "model", "data", "optimizer"))
+    path, name, run, description = _load(reference, Run)
     return f"{path.stem}-{name}".replace("_", "-"), run, description
 
 
@@ -88,10 +88,18 @@ def load_task(reference: str) -> tuple[str, "FineTuning", str]:
     """Like `load_run`, for a function that returns a FineTuning: its name, the FineTuning, and a description."""
     from prelm_jax.finetuning.config import FineTuning
 
-    return _load(reference, FineTuning, ("head", "optimizer"))[1:]
+    return _load(reference, FineTuning)[1:]
 
 
-def _load(reference: str, kind: type[Experiment], components: Sequence[str]) -> tuple[Path, str, Experiment, str]:
+def load_run_or_task(reference: str) -> tuple[str, "Run | FineTuning", str]:
+    """Like `load_run`, for a function that returns a Run or a FineTuning."""
+    from prelm_jax.finetuning.config import FineTuning
+    from prelm_jax.run import Run
+
+    return _load(reference, Run, FineTuning)[1:]
+
+
+def _load(reference: str, *kinds: type[Experiment]) -> tuple[Path, str, Experiment, str]:
     """The file, the name of the function, what it returns, and its description."""
     file, name = reference.rsplit(":", 1) if ":" in reference else (reference, "")
     path = Path(file) if file.endswith(".py") or Path(file).exists() else _shipped_file(file)
@@ -108,10 +116,12 @@ def _load(reference: str, kind: type[Experiment], components: Sequence[str]) -> 
         raise InputError(f"{file} {mistake} It holds {known}.")
     with _one_line_errors(path):
         run = getattr(module, name)()
-    if not isinstance(run, kind):
-        raise InputError(f"{reference} returns {type(run).__name__}: it must return a {kind.__name__}.")
-    for component in components:
-        if not dataclasses.is_dataclass(config := getattr(run, component)):
+    if not isinstance(run, kinds):
+        wanted = " or a ".join(kind.__name__ for kind in kinds)
+        raise InputError(f"{reference} returns {type(run).__name__}: it must return a {wanted}.")
+    for component in ("tokenizer", "model", "data", "head", "optimizer"):
+        config = getattr(run, component, run)  # A Run has no head, a FineTuning no data.
+        if not dataclasses.is_dataclass(config):
             raise InputError(f"{reference}: {component} is {config!r}: must be a config, an instance of a dataclass")
     description = f"{reference}: {found[name] or 'no docstring.'}\n\n{ADVICE.format(file=path.name)}"
     return path, name, run, description
@@ -133,21 +143,26 @@ def _command(docstring: str) -> str:
     return "finetune" if re.search(r"^ *prelm finetune ", docstring, re.MULTILINE) else "pretrain"
 
 
-EXPERIMENT = Choice(
-    name="experiment",
-    help="Name of an experiment, or FILE.py:NAME: a function without arguments that returns a Run. Followed by --help, "
-    "its description and its options, one for each field of the Run.",
-    choose=lambda reference: Chosen(*load_run(reference)),
-    catalog=partial(catalog, "pretrain", "experiments"),
-    placeholder="FILE-NAME",
-)
+def _choice(noun: str, command: str, returns: str, load: Callable[[str], tuple[str, object, str]]) -> Choice:
+    return Choice(
+        name=noun.split()[-1],
+        help=f"Name of {noun}, or FILE.py:NAME: a function without arguments that returns a {returns}. Followed by "
+        f"--help, its description and its options, one for each field of the {returns}.",
+        choose=lambda reference: Chosen(*load(reference)),
+        catalog=partial(catalog, command, f"{noun.split()[-1]}s"),
+        placeholder="FILE-NAME",
+    )
 
-TASK = Choice(
-    name="task",
-    help="Name of a task, or FILE.py:NAME: a function without arguments that returns a FineTuning. Followed by --help, "
-    "its description and its options, one for each field of the FineTuning.",
-    choose=lambda reference: Chosen(*load_task(reference)),
-    catalog=partial(catalog, "finetune", "tasks"),
+
+EXPERIMENT = _choice("an experiment", "pretrain", "Run", load_run)
+TASK = _choice("a task", "finetune", "FineTuning", load_task)
+
+EXPERIMENT_OR_TASK = Choice(
+    name="experiment",
+    help="Name of an experiment or a task, or FILE.py:NAME: a function without arguments that returns a Run or a "
+    "FineTuning. Followed by --help, its description and its options, one for each field.",
+    choose=lambda reference: Chosen(*load_run_or_task(reference)),
+    catalog=lambda: f"{EXPERIMENT.catalog()}\n\n{TASK.catalog()}",
     placeholder="FILE-NAME",
 )
 

@@ -14,24 +14,31 @@ if TYPE_CHECKING:
 def finetune(
     run: Annotated["FineTuning", TASK],
     workdir: AnyPath | None = None,
-    seeds: Positive = 1,
+    seeds: Positive = 3,
     take_over: bool = False,
+    dry_run: bool = False,
 ) -> None:
     """Train a task on a pretrained encoder with one or more seeds, or resume it.
 
     Args:
         workdir: Directory of all seeds; if unset, runs/TASK-FILE-HASH, from the training file and the settings.
-        seeds: Number of seeds, 0 and up, each trained on its own; complete ones are skipped.
+        seeds: Number of seeds, 0 and up, each trained on its own; 1 for a first trial. Complete ones are skipped.
         take_over: On a bucket or a network disk, end the lease of another process at once; for one that is dead.
+        dry_run: Read the files, time some steps here, and print what the seeds will cost; train and save nothing.
     """
     import jax
 
     from prelm_jax.finetuning import finetune
     from prelm_jax.finetuning.results import results_table
-    from prelm_jax.report import print_table
+    from prelm_jax.report.summary import print_table
     from prelm_jax.training import processes
 
     cache_compiled_programs()
+    if dry_run:
+        from prelm_jax.planning.rehearsal import rehearsal_table, rehearse_task
+
+        print_table(rehearsal_table(rehearse_task(run, seeds)))
+        return
     with processes.joined():
         path, results = finetune.finetune(run, workdir, seeds, take_over)
         if jax.process_index() == 0:

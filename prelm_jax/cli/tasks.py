@@ -137,21 +137,18 @@ def _predict(
     model: "TaskPretrained", spec: str, columns: Columns, null_threshold: float = 0.0, stride: int | None = None
 ) -> "tuple[list[Example], list[Prediction]]":
     """The examples of a file and their predictions; says on the standard error what was left out or cut."""
-    from prelm_jax.finetuning.files import read_examples
+    from prelm_jax.finetuning.files import print_counts, read_examples
 
     if spec.endswith(".txt") and model.kind in ("label", "labels", "number", "tags"):
         texts = [line.split() if model.kind == "tags" else line for line in read_lines(spec)]
         examples = [Example(str(i), ((tuple(x) if isinstance(x, list) else x,),)) for i, x in enumerate(texts)]
+        counts: dict[str, int] = {}
     else:
         examples, counts = read_examples(spec, model.kind, columns, labelled=False)
-        for name, count in counts.items():
-            print(f"{spec}: {count:,} {name}", file=sys.stderr)
     if not examples:
         raise InputError(f"{spec} has no texts")
     predictions, num_cut = model.predict(examples, null_threshold, stride, progress="predict")
-    if num_cut:
-        length = model.frame.max_length
-        print(f"{spec}: {num_cut:,} of {len(examples):,} examples cut to {length} tokens", file=sys.stderr)
+    print_counts(spec, counts, num_cut, len(examples), model.frame.max_length)
     return examples, predictions
 
 

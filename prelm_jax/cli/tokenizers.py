@@ -78,7 +78,7 @@ def inspect_tokenizer(tokenizer: TokenizerPath, input: Positional[Path | None] =
     Args:
         input: Text file in UTF-8, one text per line.
     """
-    from prelm_jax.report import print_table
+    from prelm_jax.report.summary import print_table
     from prelm_jax.storage import read_lines
     from prelm_jax.tokenizers.load import load
 

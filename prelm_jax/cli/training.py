@@ -11,12 +11,16 @@ import tyro
 
 from prelm_jax.bounds import Bounds, Fraction, NotNegative, Positive, Seed, Size
 from prelm_jax.cache import cache_compiled_programs
-from prelm_jax.cli.experiments import EXPERIMENT, load_run
+from prelm_jax.cli.experiments import EXPERIMENT, EXPERIMENT_OR_TASK, load_run
+from prelm_jax.cli.models import load_kind
 from prelm_jax.cli.options import AnyPath, Positional, Remainder, Step
+from prelm_jax.cli.tasks import ALL_USUAL
+from prelm_jax.data.examples import Columns
 from prelm_jax.errors import InputError
 from prelm_jax.storage import is_remote, reachable
 
 if TYPE_CHECKING:
+    from prelm_jax.finetuning.config import FineTuning
     from prelm_jax.run import Run
 
 
@@ -39,7 +43,7 @@ def pretrain(
 
     from prelm_jax import pretraining
     from prelm_jax.families import find_family
-    from prelm_jax.report import print_table, summary_table
+    from prelm_jax.report.summary import print_table, summary_table
     from prelm_jax.training import processes
 
     cache_compiled_programs()
@@ -62,24 +66,42 @@ def evaluate(
     model: Positional[str],
     workdir: AnyPath | None = None,
     corpus: tuple[str, ...] = (),
+    test: str | None = None,
+    columns: Columns = ALL_USUAL,
+    positive: str | None = None,
+    predictions: Path | None = None,
     step: Step = "newest",
     sample: Annotated[Fraction, Bounds(above=0)] = 1.0,
     batch_size: Size | None = None,
     devices: Annotated[Size | None, tyro.conf.arg(name="mesh.devices")] = None,
 ) -> None:
-    """Evaluate a run on its held-out text, or on another corpus; each target is scored exactly once.
+    """Evaluate a run on its held-out text or another corpus, or a fine-tuned model on a labelled file (--test).
+
+    Each target, or example, is scored exactly once.
 
     Args:
         model: Work directory of a run; or, for a model defined outside of the package, its experiment FILE.py:NAME.
+            With --test a model directory, the work directory of a seed, or the directory above seeds: the median seed.
         workdir: Work directory of the run; only if the first argument is an experiment.
         corpus: Sources of text to evaluate on; if unset, the held-out side of the run's own corpus.
+        test: File of labelled examples to evaluate a fine-tuned model on, as SPEC (docs/finetuning.md).
+        positive: With --test, the label whose precision and recall the metric f1 is about.
+        predictions: With --test, file to write with a prediction a line, as JSON.
         sample: Fraction of the text to read, spread over it; less than 1 if all of it takes too long.
         batch_size: Rows at once; lower it if memory runs out (the result stays the same). The run's own if unset.
         devices: Number of devices; all there are if unset.
     """
     from prelm_jax import pretraining
-    from prelm_jax.report import print_table, summary_table
+    from prelm_jax.report.summary import print_table, summary_table
 
+    of_tasks = {"--columns": columns != ALL_USUAL, "--positive": positive, "--predictions": predictions}
+    of_runs = {"--workdir": workdir, "--corpus": corpus, "--sample": sample != 1, "--batch-size": batch_size}
+    of_runs["--mesh.devices"] = devices
+    if given := [name for name, value in (of_tasks if test is None else of_runs).items() if value]:
+        raise InputError(f"{given[0]} goes {'only' if test is None else 'not'} with --test")
+    if test is not None:
+        _evaluate_task(model, test, columns, positive, predictions, step)
+        return
     experiment = None
     if workdir is not None:
         _, experiment, _ = load_run(model)
@@ -88,6 +110,29 @@ def evaluate(
     cache_compiled_programs()
     summary = pretraining.evaluate(workdir or model, corpus, step, experiment, sample, batch_size, devices)
     print_table(summary_table(summary))
+
+
+def _evaluate_task(
+    model: str, test: str, columns: Columns, positive: str | None, predictions: Path | None, step: Step
+) -> None:
+    from prelm_jax.finetuning.evaluation import evaluate
+    from prelm_jax.finetuning.results import RESULTS, read_results, scores_table, write_predictions
+    from prelm_jax.inference.heads import TaskPretrained
+    from prelm_jax.report.summary import print_table
+    from prelm_jax.storage import check_apart, output_file
+
+    if (reachable(model) / RESULTS).is_file():
+        model = f"{model}/seed-{read_results(model).median_seed().seed}"
+    with contextlib.ExitStack() as stack:
+        unfinished = None
+        if predictions is not None:
+            check_apart(predictions, test, model)
+            unfinished = stack.enter_context(output_file(predictions))
+        loaded = load_kind(model, step, TaskPretrained, "be evaluated with --test")
+        found = evaluate(loaded, test, columns, positive)
+        if unfinished is not None:
+            write_predictions(unfinished, loaded.kind, found.examples, found.predictions, loaded.labels)
+    print_table(scores_table(f"{model}, {len(found.examples):,} examples of {test}", found.scores, found.baselines))
 
 
 def export(
@@ -117,22 +162,15 @@ def export(
 
 
 def report(paths: Positional[tuple[AnyPath, ...]], output: Path = Path("report.html")) -> None:
-    """Draw the curves of runs beside their baselines in one HTML page, and list the settings in which they differ.
+    """Draw the curves of runs beside their baselines in one HTML page, with samples, settings and text statistics.
 
     Args:
         paths: Work directories of runs, or of fine-tunings with all their seeds; a picture shows all of them.
         output: HTML file to write.
     """
-    from prelm_jax.finetuning.results import seed_directories
-    from prelm_jax.finetuning.sections import section
-    from prelm_jax.page import read_curves, render
-    from prelm_jax.storage import output_file
+    from prelm_jax.reporting import write_report
 
-    seeds = {path: seed_directories(path) for path in paths}
-    curves = [read_curves(each) for path, found in seeds.items() for each in found or [path]]
-    page = render(curves, [section(path) for path, found in seeds.items() if found])
-    with output_file(output) as file:
-        file.write_text(page, encoding="utf-8")
+    write_report(paths, output)
     print(f"wrote {output}: open it in a browser")
 
 
@@ -147,7 +185,7 @@ def prepare(
             example --beam --runner=FlinkRunner.
     """
     from prelm_jax import pretraining
-    from prelm_jax.report import corpus_table, print_table
+    from prelm_jax.report.summary import corpus_table, print_table
 
     make_shards = None
     if beam is not None:
@@ -179,9 +217,13 @@ def batch(run: Annotated["Run", EXPERIMENT], step: NotNegative = 0, rows: Positi
 
 
 def plan(
-    run: Annotated["Run", EXPERIMENT], topology: str, as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    run: Annotated["Run | FineTuning", EXPERIMENT_OR_TASK],
+    topology: str,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Compile the train step for a TPU slice you don't have; report memory, bottleneck and time.
+
+    A task is planned with its files (--train, --dev, --init-from), for its widest batches.
 
     Args:
         topology: TPU slice to compile for, v5e:4x4 for example (extra tpu); or local, the devices of this machine.
@@ -190,7 +232,7 @@ def plan(
     import jax
 
     from prelm_jax.planning.plan import LOCAL, plan, plan_table
-    from prelm_jax.report import print_table
+    from prelm_jax.report.summary import print_table
 
     if topology != LOCAL:
         jax.config.update("jax_platforms", "cpu")  # The TPU compiler would look for attached chips.

@@ -18,7 +18,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -218,27 +217,26 @@ def make_shards_locally(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -
         shards = missing()
         first = list(itertools.islice(shards, 2))
         if len(first) == 2:
-            _in_processes(make, itertools.chain(first, shards), progress.advance)
+            _in_processes(make, itertools.chain(first, shards), progress.advance, directory)
         else:
             for shard in first:
                 make(shard)
                 progress.advance(shard.bytes)
 
 
-def _in_processes(make: Callable[[Shard], None], shards: Iterable[Shard], advance: Advance) -> None:
+def _in_processes(make: Callable[[Shard], None], shards: Iterable[Shard], advance: Advance, directory: Path) -> None:
     import cloudpickle  # Here: a small corpus needs no workers.
     import loky
 
     running: dict[futures.Future, float] = {}
     workers = loky.cpu_count()
+    # The workers read `make` from a file: loky hands over what it is given through a pipe whose reading end it keeps
+    # open, and would wait forever if a worker dies before it has read more than the pipe holds. The file is among the
+    # shards, so that a kill leaves nothing elsewhere.
+    file = directory / "make_shard.pickle"
+    file.write_bytes(cloudpickle.dumps(make))
     with contextlib.ExitStack() as stack:
-        # The workers read `make` from a file: loky hands over what it is given through a pipe whose reading end it
-        # keeps open, and would wait forever if a worker dies before it has read more than the pipe holds.
-        file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="prelm-"))
-        file.write(cloudpickle.dumps(make))
-        file.flush()
-        arguments = (file.name, os.getpid())
-        executor = loky.ProcessPoolExecutor(workers, initializer=_initialize_worker, initargs=arguments)
+        executor = loky.ProcessPoolExecutor(workers, initializer=_initialize_worker, initargs=(file, os.getpid()))
         stack.callback(executor.shutdown, kill_workers=True)
 
         def wait(number: int) -> None:
@@ -261,13 +259,13 @@ def _in_processes(make: Callable[[Shard], None], shards: Iterable[Shard], advanc
 _make_shard: Callable[[Shard], None]  # In a worker.
 
 
-def _initialize_worker(file: str, parent: int) -> None:
+def _initialize_worker(file: Path, parent: int) -> None:
     global _make_shard
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # There is a worker for each core.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # The parent process stops the workers.
-    _make_shard = pickle.loads(Path(file).read_bytes())
+    _make_shard = pickle.loads(file.read_bytes())
 
 
 def _end_with(parent: int) -> None:

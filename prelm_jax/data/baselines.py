@@ -91,12 +91,12 @@ def pair_baselines(
     for batch in evaluation:
         tokens.add(batch["masked_targets"][batch["masked_weights"] > 0])
         if "next_sentence_labels" in batch:
-            pairs_2L += _pairs_by_lengths(batch)
+            pairs_2L += pairs_by_lengths(batch)
     result = {"masked_lm_loss": {"unigram": tokens.unigram_loss()}, "masked_lm_accuracy": tokens.most_frequent()}
     if pairs_2L.any():
         result["next_sentence_accuracy"] = {
             "majority": float(pairs_2L.sum(axis=1).max() / pairs_2L.sum()),
-            "lengths only": _length_only_accuracy(_pairs_by_lengths(examples(np.arange(_VOTERS))), pairs_2L),
+            "lengths only": length_only_accuracy(pairs_by_lengths(examples(np.arange(_VOTERS))), pairs_2L),
         }
     return result
 
@@ -159,21 +159,17 @@ def bits_per_byte(loss: float, store: Store) -> float:
     return float(loss / math.log(2) * (store.num_tokens / store.document_bytes.sum()))
 
 
-def length_only_accuracy(training: HostBatch, evaluation: HostBatch) -> float:
+def length_only_accuracy(votes_2L: np.ndarray, pairs_2L: np.ndarray) -> float:
     """How often the lengths of the two segments alone tell a next sentence from a random one.
 
-    The examples of one batch vote for each pair of (binned) lengths, the examples of the other test the votes. The
+    Of two counts by `pairs_by_lengths`, one votes for each pair of (binned) lengths, and the other tests the votes. The
     baseline of next-sentence accuracy: 0.5 where the lengths say nothing.
     """
-    return _length_only_accuracy(_pairs_by_lengths(training), _pairs_by_lengths(evaluation))
-
-
-def _length_only_accuracy(votes_2L: np.ndarray, pairs_2L: np.ndarray) -> float:
     random_L = votes_2L[1] > votes_2L[0]
     return float(np.where(random_L, pairs_2L[1], pairs_2L[0]).sum() / pairs_2L.sum())
 
 
-def _pairs_by_lengths(batch: HostBatch) -> np.ndarray:
+def pairs_by_lengths(batch: HostBatch) -> np.ndarray:
     """The number of pairs of each label with each binned lengths of both segments, int64 [2, _BINS²]."""
     segments_BT, labels_BK = batch["segments"], batch["next_sentence_labels"]
     (B, T), K = segments_BT.shape, labels_BK.shape[1]

@@ -4,10 +4,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from prelm_jax.corpus.store import Store
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.tokenizers.characters import spelled
 from prelm_jax.training.contract import HostBatch
 
+LOOKED_AT = 1000  # Sentences of a store from which some are chosen.
 MARKER = r"⟦.*?⟧"  # a regular expression
 
 
@@ -62,6 +64,18 @@ def show_streams(batch: HostBatch, tokenizer: Tokenizer) -> Iterator[str]:
             inputs = spelled(batch["characters"][words])
             lines.append(f"  {direction:8} {format_targets(inputs, targets, weights, tokenizer)}")
         yield "\n".join(lines)
+
+
+def sentences(store: Store, tokenizer: Tokenizer, count: int) -> list[str]:
+    """Up to `count` sentences of 6 to 24 known tokens, spread evenly over a store; the same each time."""
+    starts = np.unique(np.linspace(0, store.num_sentences - 1, LOOKED_AT).astype(np.int64))
+    bounds = zip(store.sentence_offsets[starts].tolist(), store.sentence_offsets[starts + 1].tolist(), strict=True)
+    found = [store.gather(np.arange(start, end)) for start, end in bounds if 6 <= end - start <= 24]
+    known = [ids for ids in found if tokenizer.unknown_id not in ids]
+    chosen = [known[i] for i in np.unique(np.linspace(0, len(known) - 1, min(count, len(known))).astype(np.int64))]
+    if store.spellings is not None:
+        return [" ".join(spelled(store.spellings.characters(ids))) for ids in chosen]
+    return [tokenizer.decode(ids) for ids in chosen]
 
 
 def format_targets(inputs: Sequence[str], targets: np.ndarray, weights: np.ndarray, tokenizer: Tokenizer) -> str:

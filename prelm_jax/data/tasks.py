@@ -16,6 +16,28 @@ from prelm_jax.data.randomness import bits, key, permute
 from prelm_jax.training.contract import Layout
 
 
+def balanced(rows: Sequence[Row], num_labels: int) -> np.ndarray:
+    """The weight of each label, float32 [num_labels], with which the examples of any label weigh the same in total.
+
+    An example, or a tagged word, weighs 1 on average, as in scikit-learn; a label that does not occur weighs 1.
+    """
+    labels, weights = (np.concatenate([np.ravel(x) for x in each]) for each in _labels_and_weights(rows))
+    counts = np.bincount(labels, weights, num_labels)
+    found = np.divide(counts.sum(), num_labels * counts, out=np.ones(num_labels), where=counts > 0)
+    return found.astype(np.float32)
+
+
+def weighted(rows: Sequence[Row], weight_N: np.ndarray) -> list[Row]:
+    """The rows with the weight of each label, or of each tag, times that of its class."""
+    labels, weights = _labels_and_weights(rows)
+    return [row._replace(weight=w * weight_N[label]) for row, label, w in zip(rows, labels, weights, strict=True)]
+
+
+def _labels_and_weights(rows: Sequence[Row]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    found = [(row.label, row.weight) for row in rows if row.label is not None and row.weight is not None]
+    return [label for label, _ in found], [weight for _, weight in found]
+
+
 class _Rows(abc.ABC):
     """The rows of a task, and the batches of some of them. Fulfills `Batches`; a subclass defines `numbers`."""
 
@@ -34,6 +56,10 @@ class _Rows(abc.ABC):
     @abc.abstractmethod
     def numbers(self, step: int) -> np.ndarray:
         """The numbers of the rows of a step's batch."""
+
+    def width(self, step: int) -> int:
+        """The length that the texts of a step's batch are padded to."""
+        return self.frame.fitting_width([self._rows[number] for number in self.numbers(step)], self.num_texts)
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         return self.rows(step, 0, self.batch_size)

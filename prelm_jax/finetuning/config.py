@@ -1,8 +1,11 @@
 """FineTuning: everything that defines the training of a task on a pretrained encoder."""
 
 import dataclasses
+import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
 
 from prelm_jax.bounds import (
@@ -18,7 +21,8 @@ from prelm_jax.bounds import (
     Size,
 )
 from prelm_jax.data.examples import Columns, Kind
-from prelm_jax.data.frames import WIDTHS
+from prelm_jax.data.frames import WIDTHS, Row
+from prelm_jax.data.tasks import balanced
 from prelm_jax.errors import InputError
 from prelm_jax.models import heads
 from prelm_jax.training.loop import LoopConfig
@@ -41,6 +45,9 @@ class FineTuning:
     init_from: str | None = None
     scratch: bool = False  # Take only sizes and tokenizer from there, not the parameters: what is pretraining worth?
     columns: Columns = dataclasses.field(default_factory=Columns)
+    # Weight of each label in the training loss: balanced, so that rare labels count as much as frequent ones, or
+    # LABEL=WEIGHT for some; the others weigh 1. For a label each, and for tags without a CRF.
+    class_weights: tuple[str, ...] = ()
     metric: str | None = None  # Metric of the dev file by which the median seed is chosen; unset: the task's first.
     positive: str | None = None  # Label whose precision and recall the metric `f1` is about.
     warmup: FractionBelow1 = 0.1  # Fraction of the steps in which the learning rate rises.
@@ -67,6 +74,29 @@ class FineTuning:
             return self.head.kind
         kinds: dict[type, Kind] = {heads.Choice: "choice", heads.Tags: "tags", heads.Span: "spans"}
         return kinds[type(self.head)]
+
+    def weights_by_label(self, names: Sequence[str], rows: Sequence[Row]) -> np.ndarray | None:
+        """The weight of each label by number, float32; None where all weigh the same. `rows`: those to train on.
+
+        Raises InputError for --class-weights that are none, of unknown labels, or of a kind that has none.
+        """
+        given = self.class_weights
+        if not given:
+            return None
+        if self.kind not in ("label", "tags") or getattr(self.head, "crf", False):
+            raise InputError(f"--class-weights {' '.join(given)}: only for one label each, and for tags without a CRF")
+        if given == ("balanced",):
+            return balanced(rows, len(names))
+        weight_N = np.ones(len(names), np.float32)
+        for item in given:
+            name, _, number = item.rpartition("=")
+            if name not in names:
+                known = ", ".join(names)
+                raise InputError(f"--class-weights {item}: must be balanced, or LABEL=WEIGHT with a label of {known}")
+            if not re.fullmatch(r"\d+\.?\d*|\.\d+", number, re.ASCII) or not 0 < float(number) < 1e6:
+                raise InputError(f"--class-weights {item}: a weight must be a number above 0")
+            weight_N[names.index(name)] = float(number)
+        return weight_N
 
     def scheduled(self, rows: int) -> "FineTuning":
         """The task with steps for its epochs, for a number of rows to train on; evaluated each epoch at least.

@@ -16,12 +16,12 @@ import numpy as np
 from prelm_jax.cache import digest
 from prelm_jax.data.examples import Example, Label
 from prelm_jax.data.frames import WIDTHS, Frame, Row
-from prelm_jax.data.tasks import TaskBatches, TaskEvaluation
+from prelm_jax.data.tasks import TaskBatches, TaskEvaluation, weighted
 from prelm_jax.errors import InputError
 from prelm_jax.families import find_family
 from prelm_jax.finetuning import metrics
 from prelm_jax.finetuning.config import FineTuning
-from prelm_jax.finetuning.files import check_labels, label_names, read_examples
+from prelm_jax.finetuning.files import check_labels, label_names, print_counts, read_examples
 from prelm_jax.finetuning.results import (
     PREDICTIONS,
     RESULTS,
@@ -35,7 +35,7 @@ from prelm_jax.finetuning.results import (
 from prelm_jax.formats.base import LoadedModel, ModelConfig, save
 from prelm_jax.formats.transfer import initial_params
 from prelm_jax.hub import fetch, is_hub_name
-from prelm_jax.inference.base import Pretrained
+from prelm_jax.inference.base import Pretrained, Sample
 from prelm_jax.inference.decoding import Prediction, decode
 from prelm_jax.loading import load_checkpoint, load_encoder
 from prelm_jax.models import heads
@@ -77,13 +77,11 @@ def prepare(run: FineTuning) -> Task:
     if is_hub_name(str(run.init_from)):
         run = dataclasses.replace(run, init_from=fetch(str(run.init_from))[0])
     train_data, dev_data = (read_examples(str(spec), run.kind, run.columns) for spec in (run.train, run.dev))
-    for spec, data in ((run.train, train_data), (run.dev, dev_data)):
-        for name, count in data.counts.items() if jax.process_index() == 0 else ():
-            print(f"{spec}: {count:,} {name}", file=sys.stderr)
     names = label_names(train_data.examples, run.kind)
     check_labels(str(run.train), train_data, run.kind, names)
     check_labels(str(run.dev), dev_data, run.kind, names)
 
+    metrics.check_positive(run.kind, run.positive, names)
     if run.metric is not None and run.metric not in (
         known := metrics.scores(run.kind, dev_data.examples, _gold(dev_data.examples), names, run.positive)
     ):
@@ -101,10 +99,11 @@ def prepare(run: FineTuning) -> Task:
     framed = []
     for spec, data in ((run.train, train_data), (run.dev, dev_data)):
         found = frame.frame(data.examples, run.kind, names, run.stride)
-        if found.num_cut and jax.process_index() == 0:
-            share = found.num_cut / found.num_examples
-            print(f"{spec}: {found.num_cut:,} examples ({share:.1%}) cut to {max_length} tokens", file=sys.stderr)
+        if jax.process_index() == 0:
+            print_counts(str(spec), data.counts, found.num_cut, found.num_examples, max_length)
         framed.append(found.rows)
+    if (weight_N := run.weights_by_label(names, framed[0])) is not None:
+        framed[0] = weighted(framed[0], weight_N)
     vocab_size = max(pretrained.config.vocab_size or 0, tokenizer.vocab_size)
     config = TaskModelConfig(
         cast(EncoderConfig, dataclasses.replace(pretrained.config, vocab_size=vocab_size)),
@@ -140,7 +139,7 @@ def prepare(run: FineTuning) -> Task:
 
 
 def finetune(
-    run: FineTuning, workdir: str | os.PathLike | None = None, seeds: int = 1, take_over: bool = False
+    run: FineTuning, workdir: str | os.PathLike | None = None, seeds: int = 3, take_over: bool = False
 ) -> tuple[Path, Results]:
     """Trains a task with the seeds 0 to `seeds` - 1, each in a work directory of its own; resumes what is there.
 
@@ -151,6 +150,8 @@ def finetune(
     """
     task = prepare(run)
     path = reachable(workdir) if workdir is not None else default_workdir(task)
+    if seeds > 1 and jax.process_index() == 0:
+        print(f"{seeds} seeds of {task.run.loop.steps:,} steps; for a first trial: --seeds 1", file=sys.stderr)
     for seed in range(seeds):
         directory = WorkDir(path / f"seed-{seed}")
         with directory.hold(take_over):
@@ -165,10 +166,7 @@ def finetune(
                 print(f"seed {seed} of {seeds}: {directory.path}", file=sys.stderr)
             result, predictions = _train(task, seed, directory)
             if jax.process_index() == 0:
-                labels = [each.label for each in predictions]
-                write_predictions(
-                    directory.path / PREDICTIONS, task.dev_examples, labels, _probabilities(task, predictions)
-                )
+                write_predictions(directory.path / PREDICTIONS, run.kind, task.dev_examples, predictions, task.names)
                 others = [each for each in _results(task, path).seeds if each.seed != seed]
                 ordered = sorted([*others, result], key=lambda each: each.seed)
                 write_results(path, dataclasses.replace(results, seeds=tuple(ordered)))
@@ -212,15 +210,6 @@ def _baselines(task: Task) -> dict[str, dict[str, float]]:
     )
 
 
-def _probabilities(task: Task, predictions: Sequence[Prediction]) -> list[dict[str, float]] | None:
-    """For each example the probability of each label or choice; None of tags, numbers and answers."""
-    if task.run.kind not in ("label", "labels", "choice"):
-        return None
-    return [
-        dict(zip(task.names or map(str, range(len(each.scores))), each.scores, strict=True)) for each in predictions
-    ]
-
-
 def export(workdir: str | os.PathLike, directory: str | os.PathLike, seed: int | None = None) -> int:
     """Writes the model of a seed as a model directory in the format that others read; returns the seed.
 
@@ -235,7 +224,8 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike, seed: int |
     _, model = load_checkpoint(source, chosen.step)
     format = find_family(record.model_type, source.path).format
     name, command = Path(directory).name, shlex.join(record.command)
-    card = task_card(results, chosen.seed, name, format.library, command)
+    has_class = format.head_class(cast(TaskModelConfig, model.config).head) is not None
+    card = task_card(results, chosen.seed, name, format.library if has_class else "prelm_jax", command)
     save(model.loaded, format, directory, card)
     return chosen.seed
 
@@ -333,6 +323,10 @@ class DevEvaluation:
     def baselines(self) -> dict[str, dict[str, float]]:
         """metric -> trivial baseline -> value."""
         return _baselines(self._task)
+
+    def sample(self, params: Params) -> list[Sample]:
+        """None: predictions.jsonl has every example."""
+        return []
 
     def describe(self, values: Mapping[str, float]) -> str:
         """Metrics beside their best trivial baselines."""

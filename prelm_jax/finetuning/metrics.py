@@ -24,7 +24,8 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from prelm_jax.data.examples import Answers, Example, Kind, Label
-from prelm_jax.finetuning.files import is_bio
+from prelm_jax.errors import InputError
+from prelm_jax.finetuning.tags import is_bio
 
 BINS = 15  # of equal width, for the calibration error (Guo et al., 2017)
 CONSTANT = "best constant"
@@ -74,6 +75,13 @@ def scores(
     """
     metrics = _metrics(kind, examples, predictions, labels, positive)
     return {name: metric.score() for name, metric in metrics.items()}
+
+
+def check_positive(kind: Kind, positive: str | None, labels: Sequence[str]) -> None:
+    """Raises InputError for a positive label that is none of a task's."""
+    if positive is not None and (kind != "label" or positive not in labels):
+        known = ", ".join(labels) if kind == "label" else "not named one by one in this task"
+        raise InputError(f"--positive {positive}: the labels are {known}")
 
 
 def baselines(

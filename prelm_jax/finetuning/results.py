@@ -17,12 +17,13 @@ from rich.table import Table
 
 from prelm_jax import __version__
 from prelm_jax.bounds import NotNegative, Positive, Seed
-from prelm_jax.data.examples import Answers, Example, Kind, Label
+from prelm_jax.data.examples import Answers, Example, Kind
 from prelm_jax.errors import InputError
 from prelm_jax.finetuning.files import FileSpec
 from prelm_jax.finetuning.metrics import Score
-from prelm_jax.report import words
-from prelm_jax.storage import prefix_errors, reachable, read_json, read_lines
+from prelm_jax.inference import decoding
+from prelm_jax.report.summary import words
+from prelm_jax.storage import prefix_errors, reachable, read_json, read_lines, write_file
 from prelm_jax.validation import read
 
 RESULTS = "results.json"
@@ -139,16 +140,8 @@ class Results:
 
 def write_results(directory: str | os.PathLike, results: Results) -> None:
     """Writes results.json; a file that is there is replaced."""
-    _replace(
-        reachable(directory) / RESULTS, json.dumps(dataclasses.asdict(results), indent=1, ensure_ascii=False) + "\n"
-    )
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file at once, so that nobody reads half of it."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    content = json.dumps(dataclasses.asdict(results), indent=1, ensure_ascii=False) + "\n"
+    write_file(reachable(directory) / RESULTS, content.encode())
 
 
 def read_results(directory: str | os.PathLike) -> Results:
@@ -190,22 +183,29 @@ class Prediction:
 
 def write_predictions(
     path: str | os.PathLike,
+    kind: Kind,
     examples: Sequence[Example],
-    predictions: Sequence[Label],
-    probabilities: Sequence[Mapping[str, float]] | None = None,
+    predictions: Sequence[decoding.Prediction],
+    labels: Sequence[str] = (),
 ) -> None:
-    """Writes predictions.jsonl, in the order of the examples; a file that is there is replaced."""
-    given = [None] * len(examples) if probabilities is None else probabilities
+    """Writes predictions.jsonl, in the order of the examples; a file that is there is replaced.
+
+    labels: the names that the model knows, of the kinds that have names.
+    """
     lines = []
-    for example, predicted, each in zip(examples, predictions, given, strict=True):
+    for example, found in zip(examples, predictions, strict=True):
+        predicted = found.label
         parts = [part if isinstance(part, str) else " ".join(part) for parts in example.sequences for part in parts]
         gold = list(example.label.texts) if isinstance(example.label, Answers) else example.label
         if isinstance(predicted, Answers):
             predicted = predicted.texts[0] if predicted.texts else ""
-        rounded = None if each is None else {name: round(float(x), 6) for name, x in each.items()}
+        rounded = None
+        if found.scores and kind != "tags":
+            names = labels or map(str, range(len(found.scores)))
+            rounded = {name: round(x, 6) for name, x in zip(names, found.scores, strict=True)}
         line = Prediction(example.id, " | ".join(dict.fromkeys(parts))[:SHOWN], gold, predicted, rounded)
         lines.append(json.dumps(dataclasses.asdict(line), ensure_ascii=False) + "\n")
-    _replace(reachable(path), "".join(lines))
+    write_file(reachable(path), "".join(lines).encode())
 
 
 def read_predictions(path: str | os.PathLike) -> list[Prediction]:
@@ -246,10 +246,22 @@ def spread_rows(results: Results) -> tuple[list[str], list[list[str]]]:
             points(x.median),
             f"{points(x.lowest)} to {points(x.highest)}",
         ]
-        baselines = ", ".join(f"{which} {points(value)}" for which, value in results.baselines.get(name, {}).items())
-        row = [words(name), *(values if several else [points(x.mean)]), points(x.error), baselines]
+        beside = _beside(results.baselines.get(name, {}))
+        row = [words(name), *(values if several else [points(x.mean)]), points(x.error), beside]
         rows.append([*row, f"{x.at_baseline} of {len(results.seeds)}"])
     return [*header, "runs not above it"], rows
+
+
+def _beside(baselines: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {points(value)}" for name, value in baselines.items())
+
+
+def scores_table(title: str, scores: Mapping[str, Score], baselines: Mapping[str, Mapping[str, float]]) -> Table:
+    """The metrics of one model, each with its sampling error and trivial baselines."""
+    table = Table("metric (× 100)", "value", "sampling error", "baseline", title=title)
+    for name, score in scores.items():
+        table.add_row(words(name), points(score.value), points(score.error), _beside(baselines.get(name, {})))
+    return table
 
 
 def title(results: Results) -> str:

@@ -20,8 +20,8 @@ from prelm_jax.finetuning.results import (
     spread_rows,
     title,
 )
-from prelm_jax.page import table
-from prelm_jax.report import words
+from prelm_jax.report.page import table
+from prelm_jax.report.summary import words
 from prelm_jax.storage import reachable
 
 MATRIX = 20  # Labels that a confusion matrix shows at most; of more, the most frequent confusions are listed.

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from prelm_jax.errors import InputError
+from prelm_jax.models import heads
 from prelm_jax.models.task import TaskModelConfig
 from prelm_jax.storage import read_json
 from prelm_jax.tokenizers.base import Tokenizer
@@ -66,6 +67,7 @@ class Format(Generic[Config, Vocabulary]):
     # The same with the head of a task; None for a directory without one.
     read_task: Callable[[Path, bool], LoadedTask[Vocabulary] | None]
     write_task: Callable[[LoadedTask[Vocabulary], Path], None]
+    head_class: Callable[[heads.Config], str | None]  # The class of the library that has a head; None: it has none.
     library: str  # The library that reads the format, by its name on a model card.
     usage: str  # How the library loads a directory, in Markdown, for a model card; {name} is the path of the directory.
     settings_file: str  # Nothing loads a directory without this file.

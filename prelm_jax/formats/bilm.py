@@ -199,6 +199,7 @@ FORMAT = Format(
     write=write,
     read_task=read_task,
     write_task=write_task,
+    head_class=lambda head: None,
     library="allennlp",
     usage="""```python
 from allennlp.modules.elmo import Elmo, batch_to_ids

@@ -234,7 +234,7 @@ class Layout(Generic[Config]):
         model, parameters = split(task)
         encoder = cast(LoadedModel[Config, Tokenizer], model)
         head, max_length = task.config.head, task.max_length
-        name = next((name for name, each in self.architectures.items() if each.head == _plain(head)), None)
+        name = self.head_class(head)
         if name is None:
             self.write(encoder, directory, {}, {"architectures": [self.bare_architecture]}, max_length)
             write_head(task, directory)
@@ -255,6 +255,10 @@ class Layout(Generic[Config]):
         }
         self.write(encoder, directory, tensors, settings, max_length)
 
+    def head_class(self, head: heads.Config) -> str | None:
+        """The class of transformers that has a head."""
+        return next((name for name, each in self.architectures.items() if each.head == _plain(head)), None)
+
     def format(
         self, read: Callable[[Path, bool], LoadedModel[Config, Tokenizer]], task: str, example: str
     ) -> Format[Config, Tokenizer]:
@@ -266,6 +270,7 @@ class Layout(Generic[Config]):
             write=self.write,
             read_task=partial(self.read_task, read),
             write_task=self.write_task,
+            head_class=self.head_class,
             library="transformers",
             usage=f"```python\n{code}\n```",
             settings_file="config.json",

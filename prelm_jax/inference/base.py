@@ -4,10 +4,11 @@ Compiled functions compute products in full fp32 ("highest"); TPUs and GPUs by d
 """
 
 import abc
+import dataclasses
 import inspect
 import json
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Generic
 
 import numpy as np
@@ -21,6 +22,15 @@ from prelm_jax.storage import output_file
 Embedding = tuple[list[str], np.ndarray]  # The tokens of a text, and its hidden states [L + 1, tokens, D].
 Embeddings = Iterator[Embedding]
 Scores = Iterator[tuple[float, int]]  # Of each text the natural-log probability, and the number of its tokens.
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What a model does with a text: what it was given, what the text has there, and what the model says instead."""
+
+    given: str
+    expected: str
+    result: str
 
 
 class Pretrained(abc.ABC, Generic[Config, Vocabulary]):
@@ -44,6 +54,13 @@ class Pretrained(abc.ABC, Generic[Config, Vocabulary]):
     @abc.abstractmethod
     def score(self, texts: Collection[str]) -> Scores:
         """For each text, in order, the sum of the natural-log probabilities of its tokens, and their number."""
+
+    @abc.abstractmethod
+    def sample(self, texts: Sequence[str], count: int) -> list[Sample]:
+        """What the model does with the first `count` texts, for people to read; the same each time.
+
+        Texts that are too short or too long for it are left out.
+        """
 
 
 def write_embeddings(

@@ -1,6 +1,6 @@
 """A pretrained BERT: hidden states, filled masks, pseudo-log-likelihoods."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import cast
 
@@ -12,7 +12,7 @@ from jax import Array
 from prelm_jax.errors import InputError
 from prelm_jax.formats.base import LoadedModel
 from prelm_jax.inference import batching
-from prelm_jax.inference.base import Scores
+from prelm_jax.inference.base import Sample, Scores
 from prelm_jax.inference.transformer import TransformerPretrained, hidden_states
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.cross_entropy import cross_entropy
@@ -56,6 +56,22 @@ class BertPretrained(TransformerPretrained[BertConfig]):
             [(self.tokenizer.tokens[id], float(value)) for id, value in zip(ids_K, values_K, strict=True)]
             for ids_K, values_K in zip(np.asarray(ids_MK), np.asarray(values_MK), strict=True)
         ]
+
+    def sample(self, texts: Sequence[str], count: int) -> list[Sample]:
+        """The longest word that is one token, masked: the five most probable tokens in its place."""
+        mask, room = self.tokenizer.tokens[self._mask_id], self.config.max_position_embeddings - 2
+        samples = []
+        for text in texts[:count]:
+            words = text.split()
+            ids = self.tokenizer.encode_batch(words)
+            fits = [i for i, found in enumerate(ids) if len(found) == 1]
+            if not fits or sum(map(len, ids)) > room:
+                continue
+            masked = max(fits, key=lambda i: len(words[i]))
+            given = " ".join([*words[:masked], mask, *words[masked + 1 :]])
+            found = ", ".join(f"{token} {probability:.2f}" for token, probability in self.fill(given)[0])
+            samples.append(Sample(given, words[masked], found))
+        return samples
 
     def score(self, texts: Collection[str]) -> Scores:
         """For each text, in order, its pseudo-log-likelihood (Salazar et al. 2020) in nats and its number of tokens.

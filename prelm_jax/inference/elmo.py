@@ -12,7 +12,7 @@ from jax import Array
 
 from prelm_jax.errors import InputError
 from prelm_jax.inference import batching
-from prelm_jax.inference.base import Embedding, Embeddings, Pretrained, Scores
+from prelm_jax.inference.base import Embedding, Embeddings, Pretrained, Sample, Scores
 from prelm_jax.models.cross_entropy import cross_entropy
 from prelm_jax.models.elmo import DIRECTIONS, ELMoConfig
 from prelm_jax.tokenizers.characters import BEGIN_SENTENCE, END_SENTENCE, MAX_CHARACTERS, characters
@@ -66,6 +66,28 @@ class ELMoPretrained(Pretrained[ELMoConfig, WordVocabulary | None]):
                 carry = yield from self._embed_on(window, rows, carry)
             else:
                 yield from self._embed_each(window, carry)
+
+    def sample(self, texts: Sequence[str], count: int) -> list[Sample]:
+        """The longest word of a text, and the three words of the other texts whose top layer is nearest to it."""
+        embedded = [
+            (words, hidden[-1] / np.linalg.norm(hidden[-1], axis=1, keepdims=True))
+            for words, hidden in self.embed(texts)
+        ]
+        samples = []
+        for i, (words, vectors_TD) in enumerate(embedded[:count]):
+            if not words:
+                continue
+            query = max(range(len(words)), key=lambda position: len(words[position]))
+            others = [
+                (float(cosine), position, other)
+                for number, (other, others_TD) in enumerate(embedded)
+                if number != i
+                for position, cosine in enumerate(others_TD @ vectors_TD[query])
+            ]
+            nearest = sorted(others, key=lambda each: -each[0])[:3]
+            found = "; ".join(f"{_in_context(other, position)} {cosine:.2f}" for cosine, position, other in nearest)
+            samples.append(Sample(_in_context(words, query, len(words)), "", found))
+        return samples
 
     def score(self, texts: Collection[str]) -> Scores:
         """For each text, in order, the sum of its words' natural-log probabilities and the number of its words.
@@ -135,6 +157,12 @@ class ELMoPretrained(Pretrained[ELMoConfig, WordVocabulary | None]):
     ) -> tuple[Array, Params]:
         """([B, T, L + 1, 2 · P], the new state) of numbered texts."""
         return _hidden_states(self.config, self.params, encodings_UP[numbers_BT], segments_BT.sum(1), carry)
+
+
+def _in_context(words: Sequence[str], position: int, reach: int = 2) -> str:
+    """A word in brackets, with up to `reach` neighbors on each side."""
+    before, after = words[max(0, position - reach) : position], words[position + 1 : position + 1 + reach]
+    return " ".join([*before, f"[{words[position]}]", *after])
 
 
 def _without_ends(words: list[str], numbers: list[int], states_TLD: np.ndarray) -> Embedding:

@@ -1,6 +1,6 @@
 """A pretrained GPT-1: hidden states, log-probabilities, generated text."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import cast
 
@@ -11,12 +11,14 @@ from jax import Array
 
 from prelm_jax.errors import InputError
 from prelm_jax.inference import batching
-from prelm_jax.inference.base import Scores
+from prelm_jax.inference.base import Sample, Scores
 from prelm_jax.inference.transformer import TransformerPretrained, hidden_states
 from prelm_jax.models.cross_entropy import cross_entropy
 from prelm_jax.models.gpt import GPTConfig
 from prelm_jax.models.layers import MASKED
 from prelm_jax.training.contract import Params
+
+SAMPLED_TOKENS = 24  # of a continuation
 
 
 class GPTPretrained(TransformerPretrained[GPTConfig]):
@@ -76,6 +78,17 @@ class GPTPretrained(TransformerPretrained[GPTConfig]):
         for logits_V in self._continue(ids, max_tokens):
             ids.append(choose(logits_V[: self.tokenizer.vocab_size]))
         return self.tokenizer.decode(ids)
+
+    def sample(self, texts: Sequence[str], count: int) -> list[Sample]:
+        """The first half of a text, continued at temperature 0.7."""
+        samples = []
+        for text in texts[:count]:
+            (ids,) = self.tokenizer.encode_batch([text])
+            given, expected = self.tokenizer.decode(ids[: len(ids) // 2]), self.tokenizer.decode(ids[len(ids) // 2 :])
+            if given.strip():
+                continued = self.generate(given, SAMPLED_TOKENS, temperature=0.7)
+                samples.append(Sample(given, expected, continued.removeprefix(given).strip()))
+        return samples
 
     def _continue(self, ids: list[int], count: int) -> Iterator[Array]:
         """Yields `count` times the logits [padded vocabulary] of the token after `ids`; the caller appends it to `ids`.

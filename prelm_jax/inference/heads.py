@@ -13,7 +13,7 @@ from prelm_jax.data.examples import Example, Kind
 from prelm_jax.data.frames import WIDTHS, Frame, Row
 from prelm_jax.errors import InputError
 from prelm_jax.formats.base import LoadedTask, ModelConfig
-from prelm_jax.inference.base import Embeddings, Pretrained, Scores
+from prelm_jax.inference.base import Embeddings, Pretrained, Sample, Scores
 from prelm_jax.inference.batching import TOKENS_PER_BATCH
 from prelm_jax.inference.decoding import Outputs, Prediction, decode
 from prelm_jax.models import heads
@@ -70,6 +70,10 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
     def score(self, texts: Collection[str]) -> Scores:
         """The probability of texts, where the directory still has the pretraining heads; see `Pretrained`."""
         return self.pretrained.score(texts)
+
+    def sample(self, texts: Sequence[str], count: int) -> list[Sample]:
+        """Those of the encoder; see `Pretrained`."""
+        return self.pretrained.sample(texts, count)
 
     def classify(self, texts: Sequence[str | tuple[str, str]]) -> list[Prediction]:
         """The label, the labels or the number of each text or pair of texts; what is too long is cut.

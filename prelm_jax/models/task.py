@@ -25,6 +25,7 @@ from jax import Array
 from prelm_jax.bounds import Fraction, NotNegativeFloat, OutOfBounds
 from prelm_jax.models import heads
 from prelm_jax.models.language_model import Encoder, LanguageModel
+from prelm_jax.models.layers import products_in
 from prelm_jax.training.contract import Batch, HostBatch, Params, Sums
 
 HEAD = "head/"
@@ -140,7 +141,8 @@ class TaskModel(LanguageModel):
         With Tags also `tags` [B, K], the best tag of each word; where the batch has labels also `loss` and `weight`
         [B], of which the quotient of the sums is the mean loss.
         """
-        return cast(dict[str, Array], self.apply({"params": params}, batch, method="predictions"))
+        with products_in(self.dtype):
+            return cast(dict[str, Array], self.apply({"params": params}, batch, method="predictions"))
 
     def create_parameters(self) -> None:
         texts = 2 if isinstance(self.config.head, heads.Label) and self.config.head.pair else 1

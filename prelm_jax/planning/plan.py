@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,10 @@ import numpy as np
 from rich.table import Table
 
 from prelm_jax.corpus.store import Store
+from prelm_jax.data.tasks import TaskBatches, TaskEvaluation
 from prelm_jax.errors import InputError
+from prelm_jax.finetuning.config import FineTuning
+from prelm_jax.finetuning.finetune import prepare
 from prelm_jax.planning.hlo import Collective, Program
 from prelm_jax.planning.topology import collective_seconds, compile_only_devices, shape_of
 from prelm_jax.run import Run, check_batch_size
@@ -19,7 +23,7 @@ from prelm_jax.tokenizers import wordpiece, words
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training import memory
 from prelm_jax.training.chips import GiB, find_chip
-from prelm_jax.training.contract import Batches
+from prelm_jax.training.contract import Batch, Batches, HostBatch, Layout, Model
 from prelm_jax.training.memory import TooLarge
 from prelm_jax.training.metrics import peak_flops
 from prelm_jax.training.sharding import abstract_batch
@@ -29,6 +33,18 @@ LOCAL = "local"
 SYNTHETIC_TOKENS = (10_000, 1_000_000)  # At least some documents; at most what a second generates.
 SPECIAL_TOKENS = (*wordpiece.SPECIAL_TOKENS, *words.SPECIAL_TOKENS)
 ZIPF = 1.2  # The exponent at which random words repeat as often as in Simple English Wikipedia.
+
+
+class Work(NamedTuple):
+    """What a step works on: a model, and the largest of the batches that it is trained on."""
+
+    model: Model
+    batch: HostBatch
+    layout: Mapping[str, Layout]
+    fill: float = 1.0  # Tokens of a batch on average, as a fraction of those of the largest; padding included.
+
+
+MakeWork = Callable[[int], Work]  # of a batch size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +69,8 @@ class Plan:
     collectives: tuple[tuple[Collective, float | None], ...]  # With a lower bound in seconds, if the chip is known.
     seconds_by: dict[str, float]  # Lower bounds by "compute", "memory" and "links", the latter two if known.
     peak_flops: float
-    tokens: int  # Per step, padding included.
+    tokens: int  # Per step, padding included; of a task, in its widest batches.
+    fill: float  # Tokens of a step on average, as a fraction of these.
     steps: int
     sizes: dict[str, tuple[int, int]]  # (total bytes, bytes per chip) of parameters, optimizer state, carry and batch.
 
@@ -88,7 +105,7 @@ class Plan:
     @property
     def days(self) -> float:
         """Lower bound on the time of all steps."""
-        return self.steps * self.seconds / 86400
+        return self.steps * self.fill * self.seconds / 86400
 
     def as_json(self) -> dict[str, object]:
         """The fields and properties."""
@@ -96,12 +113,13 @@ class Plan:
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
 
 
-def plan(run: Run, topology: str, progress: Callable[[str], None] = lambda line: None) -> Plan:
+def plan(run: Run | FineTuning, topology: str, progress: Callable[[str], None] = lambda line: None) -> Plan:
     """Compiles the train step of a run for a slice such as "v5e:4x4", or for the devices of this machine ("local").
 
-    With `run.loop.mesh.slices` > 1, for that many slices. Reads no corpus, allocates no arrays, trains nothing; an
-    untrained vocabulary has its expected size. If the batch does not fit, bisects for the largest that does, a compile
-    each.
+    With `run.loop.mesh.slices` > 1, for that many slices. Trains nothing. Of an experiment it reads no corpus and
+    allocates no arrays; an untrained vocabulary has its expected size. Of a task it reads the files and the model to
+    start from, and compiles the step of the widest batches. If the batch does not fit, bisects for the largest that
+    does, a compile each.
 
         print_table(plan_table(plan(run, "v5e:4x4")))
 
@@ -110,13 +128,14 @@ def plan(run: Run, topology: str, progress: Callable[[str], None] = lambda line:
     devices = jax.devices() if topology == LOCAL else compile_only_devices(topology, run.loop.mesh.slices)
     mesh = run.loop.mesh.build(devices)
     check_batch_size(run, mesh.size)
+    run, make_work = task_work(run) if isinstance(run, FineTuning) else (run, run_work(run))
     try:
-        return analyze(run, topology, mesh, progress)
+        return analyze(run, topology, mesh, progress, make_work)
     except TooLarge as error:
         refused = error
     asked = f"{run.batch_size} rows need {refused.needed / GiB:.1f} GiB of {refused.available / GiB:.1f}"
     progress(f"{asked}: searching for the largest batch that fits")
-    fitting = _largest(run, topology, mesh, progress)
+    fitting = _largest(run, topology, mesh, progress, make_work)
     if fitting is None:
         switch = "" if run.loop.mesh.parameters == "fsdp" else "--mesh.parameters fsdp or "
         raise InputError(f"{asked}, and one row per chip does not fit either: try {switch}a larger slice")
@@ -127,14 +146,20 @@ def plan(run: Run, topology: str, progress: Callable[[str], None] = lambda line:
     return dataclasses.replace(fitting, fits=False, advice=advice, memory_needed=refused.needed)
 
 
-def _largest(run: Run, topology: str, mesh: jax.sharding.Mesh, progress: Callable[[str], None]) -> Plan | None:
+def _largest(
+    run: Run | FineTuning,
+    topology: str,
+    mesh: jax.sharding.Mesh,
+    progress: Callable[[str], None],
+    make_work: MakeWork,
+) -> Plan | None:
     """The plan of the largest batch that fits, if any; the batch of the run does not."""
     unit = run.accumulate * mesh.size
     low, high, fitting = 0, run.batch_size // unit, None
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            fitting = analyze(dataclasses.replace(run, batch_size=middle * unit), topology, mesh, progress)
+            fitting = analyze(dataclasses.replace(run, batch_size=middle * unit), topology, mesh, progress, make_work)
             low = middle
         except TooLarge:
             high = middle
@@ -154,29 +179,61 @@ class Step:
     compile_seconds: float
 
 
-def compile_step(run: Run, mesh: jax.sharding.Mesh) -> Step:
-    """Compiles the train step of `prelm pretrain` for the devices of a mesh; allocates nothing. Raises TooLarge."""
+def run_work(run: Run) -> MakeWork:
+    """The work of a run, on random words."""
     vocab_size = run.model.vocab_size or run.tokenizer.expected_vocab_size
     model = dataclasses.replace(run.model, vocab_size=vocab_size).build(jnp.dtype(run.precision))
-    batches = _synthetic_batches(run, vocab_size)
-    example = batches[0]
+
+    def make(batch_size: int) -> Work:
+        batches = _synthetic_batches(dataclasses.replace(run, batch_size=batch_size), vocab_size)
+        return Work(model, batches[0], batches.layout)
+
+    return make
+
+
+def task_work(run: FineTuning) -> tuple[FineTuning, MakeWork]:
+    """A task with the steps that follow from its files, and its work."""
+    task = prepare(run)
+    model = task.config.build(jnp.dtype(run.precision))
+
+    def make(batch_size: int) -> Work:
+        by_length = TaskEvaluation(task.frame, task.train_rows, batch_size)
+        batches = TaskBatches(task.frame, task.train_rows, batch_size, run.seed)
+        widths = [batches.width(step) for step in range(len(by_length))]
+        last = len(by_length) - 1
+        return Work(model, by_length[last], by_length.layout, min(1.0, float(np.mean(widths)) / by_length.width(last)))
+
+    return task.run, make
+
+
+def compile_step(run: Run | FineTuning, mesh: jax.sharding.Mesh, work: Work) -> Step:
+    """Compiles the train step of a run for the devices of a mesh; allocates nothing. Raises TooLarge."""
+    model, example, layout, _ = work
     model.check(example)
-    batch = abstract_batch(example, batches.layout, mesh)
+    batch = abstract_batch(example, layout, mesh)
     start = time.perf_counter()
     with jax.set_mesh(mesh):
         state = abstract_state(model, run.optimizer, run.batch_size, mesh, run.loop.mesh.parameters)
-        step = make_train_step(model, run.optimizer, run.accumulate, batches.layout, state)
+        step = make_train_step(model, run.optimizer, run.accumulate, layout, state)
         compiled = memory.compile_program(step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0))))
     seconds = time.perf_counter() - start
     optimizer_flops = run.optimizer.flops(state.params, model.matrices, mesh.shape["data"])
-    return Step(compiled, state, batch, int(model.tokens(example)[1]), model.flops(example), optimizer_flops, seconds)
+    shapes = cast(Batch, example)
+    return Step(compiled, state, batch, int(model.tokens(shapes)[1]), model.flops(shapes), optimizer_flops, seconds)
 
 
-def analyze(run: Run, topology: str, mesh: jax.sharding.Mesh, progress: Callable[[str], None]) -> Plan:
+def analyze(
+    run: Run | FineTuning,
+    topology: str,
+    mesh: jax.sharding.Mesh,
+    progress: Callable[[str], None],
+    make_work: MakeWork,
+) -> Plan:
     """The plan of a run at its own batch size. Raises TooLarge if that does not fit."""
     device = mesh.devices.flat[0].device_kind
     progress(f"compiling a step of {run.batch_size} rows for {mesh.size} × {device}")
-    step = compile_step(run, mesh)
+    work = make_work(run.batch_size)
+    step = compile_step(run, mesh, work)
     chip = find_chip(device)
     text, costs = step.compiled.as_text(), step.compiled.cost_analysis()
     assert text and costs, f"the compiler for {device} tells nothing about its program"
@@ -218,6 +275,7 @@ def analyze(run: Run, topology: str, mesh: jax.sharding.Mesh, progress: Callable
         seconds_by=seconds_by,
         peak_flops=peak,
         tokens=step.tokens,
+        fill=work.fill,
         steps=run.loop.steps,
         sizes={name: _sizes(tree) for name, tree in trees.items()},
     )
@@ -258,7 +316,8 @@ def plan_table(plan: Plan) -> Table:
     for name, (total, per_chip) in plan.sizes.items():
         if total:
             table.add_row(f"  {name}", f"{total / 1e6:,.1f} MB in total, {per_chip / 1e6:,.1f} MB per chip")
-    table.add_row("global batch", f"{plan.batch_size} rows, {plan.tokens:,} tokens")
+    share = "" if plan.fill == 1 else f"; {plan.fill:.0%} of them on average"
+    table.add_row("global batch", f"{plan.batch_size} rows, {plan.tokens:,} tokens{share}")
     table.add_section()
     flops = f"{plan.model_flops / 1e12:.2f} TFLOP by the model, {plan.compiled_flops / 1e12:.2f} as compiled"
     table.add_row("compute", flops)

@@ -2,16 +2,21 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from rich.table import Table
 
+from prelm_jax.data.tasks import TaskBatches
+from prelm_jax.finetuning import finetune
+from prelm_jax.finetuning.config import FineTuning
 from prelm_jax.pretraining import prepare, with_vocabulary
-from prelm_jax.run import Run, check_batch_size
+from prelm_jax.run import Run, Training, check_batch_size
 from prelm_jax.train import check_schedule, placed_batches, step_memory
 from prelm_jax.training import memory
 from prelm_jax.training.chips import GiB
+from prelm_jax.training.contract import Batches, Model
 from prelm_jax.training.step import Keys, abstract_state, new_state
 
 TIMED_STEPS = 3
@@ -24,7 +29,7 @@ class Rehearsal:
     parameters: int
     reading: str  # What a step reads, and how full its rows are.
     steps: int
-    tokens: float  # Of a step, without padding: the mean of the first ones.
+    tokens: float  # Of a step, without padding: the mean of those that were timed; of a task, of all.
     corpus_tokens: int  # Of the training side.
     memory_needed: float  # Bytes of a device.
     memory_available: float
@@ -32,6 +37,7 @@ class Rehearsal:
     checkpoints: int  # The largest number on disk at once.
     compile_seconds: float
     step_seconds: float
+    seeds: int = 1  # Trained one after the other.
 
     @property
     def passes(self) -> float:
@@ -41,7 +47,7 @@ class Rehearsal:
     @property
     def hours(self) -> float:
         """Of all steps, without evaluations and saves."""
-        return (self.compile_seconds + self.steps * self.step_seconds) / 3600
+        return (self.compile_seconds + self.seeds * self.steps * self.step_seconds) / 3600
 
 
 def rehearse(run: Run) -> Rehearsal:
@@ -49,16 +55,53 @@ def rehearse(run: Run) -> Rehearsal:
 
     print_table(rehearsal_table(rehearse(run)))
     """
-    settings, prepared = run.loop, prepare(run)
+    prepared = prepare(run)
+    run = dataclasses.replace(run, model=with_vocabulary(run.model, prepared.tokenizer))
+    batches = run.data.build(prepared.training, prepared.tokenizer, run.batch_size, run.seed)
+    model, first = run.model.build(jnp.dtype(run.precision)), range(1 + TIMED_STEPS)
+    return _measure(run, model, batches, [first], run.data.describe(batches), prepared.training.num_tokens)
+
+
+def rehearse_task(run: FineTuning, seeds: int) -> Rehearsal:
+    """Reads the files of a task, and compiles and times the steps of each width. Raises InputError as `finetune` does.
+
+    print_table(rehearsal_table(rehearse_task(run, seeds=3)))
+    """
+    task = finetune.prepare(run)
+    run, rows = task.run, task.train_rows
+    batches = TaskBatches(task.frame, rows, run.batch_size, run.seed)
+    by_width: dict[int, list[int]] = {}
+    for step in range(min(run.loop.steps, -(-len(rows) // run.batch_size))):  # Of an epoch.
+        by_width.setdefault(batches.width(step), []).append(step)
+    widest_first = sorted(by_width, reverse=True)
+    total = sum(map(len, by_width.values()))
+    shares = ", ".join(f"{width} tokens ({len(by_width[width]) / total:.0%})" for width in widest_first)
+    reading = f"{len(task.train_examples):,} examples in {len(rows):,} rows; batches of {run.batch_size} × {shares}"
+    tokens = sum(len(text.ids) for row in rows for text in row.texts)
+    model, groups = task.config.build(jnp.dtype(run.precision)), [by_width[width] for width in widest_first]
+    measured = _measure(run, model, batches, groups, reading, tokens)
+    return dataclasses.replace(measured, tokens=tokens * run.batch_size / len(rows), seeds=seeds)
+
+
+def _measure(
+    run: Training,
+    model: Model,
+    batches: Batches,
+    groups: Sequence[Sequence[int]],
+    reading: str,
+    corpus_tokens: int,
+) -> Rehearsal:
+    """Compiles the steps of a run and times some of each group.
+
+    groups: steps whose batches have one shape, the largest first, each as large as there are such steps.
+    """
+    settings = run.loop
     mesh = settings.mesh.build()
     check_batch_size(run, mesh.size)
     check_schedule(run, resuming=False)
-    run = dataclasses.replace(run, model=with_vocabulary(run.model, prepared.tokenizer))
-    model = run.model.build(jnp.dtype(run.precision))
-    batches = run.data.build(prepared.training, prepared.tokenizer, run.batch_size, run.seed)
-    example = batches[0]
+    example = batches[groups[0][0]]
     model.check(example)
-    count_tokens, tokens = jax.jit(model.tokens), 0
+    count_tokens, tokens, step_seconds = jax.jit(model.tokens), 0.0, 0.0
     with jax.set_mesh(mesh), memory.explained("the train state", "try --mesh.parameters fsdp or more devices"):
         abstract = abstract_state(model, run.optimizer, run.batch_size, mesh, settings.mesh.parameters)
         program = step_memory(run, model, abstract, example, batches.layout, mesh)
@@ -66,26 +109,31 @@ def rehearse(run: Run) -> Rehearsal:
         program.check()
         compile_seconds = time.perf_counter() - began
         state = new_state(model, run.optimizer, run.batch_size, run.seed, abstract)
-        key, times = Keys.from_seed(run.seed).dropout, []
-        for _, batch in placed_batches(batches, 0, 1 + TIMED_STEPS, mesh):
-            tokens += int(count_tokens(batch)[0])
-            began = time.perf_counter()
-            state, _ = jax.block_until_ready(program.step(state, batch, key))
-            times.append(time.perf_counter() - began)
+        key = Keys.from_seed(run.seed).dropout
+        for steps in groups:
+            share, times = len(steps) / sum(map(len, groups)), []
+            for step in [*steps, *[steps[0]] * TIMED_STEPS][: 1 + TIMED_STEPS]:
+                for _, batch in placed_batches(batches, step, step + 1, mesh):
+                    tokens += share * int(count_tokens(batch)[0]) / (1 + TIMED_STEPS)
+                    began = time.perf_counter()
+                    state, _ = jax.block_until_ready(program.step(state, batch, key))
+                    times.append(time.perf_counter() - began)
+            step_seconds += share * min(times)
+            compile_seconds += times[0] - min(times)  # The first step of a shape is compiled.
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.items()))
         return Rehearsal(
             parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-            reading=run.data.describe(batches),
+            reading=reading,
             steps=settings.steps,
-            tokens=tokens / len(times),
-            corpus_tokens=prepared.training.num_tokens,
+            tokens=tokens,
+            corpus_tokens=corpus_tokens,
             memory_needed=program.needed,
             memory_available=memory.available(mesh),
             checkpoint_bytes=size,
             # The best is kept as well, and one is being written.
             checkpoints=min(settings.keep + 2, 1 + settings.steps // settings.save_every),
             compile_seconds=compile_seconds,
-            step_seconds=min(times),
+            step_seconds=step_seconds,
         )
 
 
@@ -97,10 +145,10 @@ def rehearsal_table(rehearsal: Rehearsal) -> Table:
     table.add_row("tokens", f"{x.tokens:,.0f} a step, {x.steps * x.tokens:,.0f} in {x.steps:,} steps, without padding")
     table.add_row("passes over the text", f"{x.passes:.2f}, of {x.corpus_tokens:,} tokens each")
     table.add_row("memory of a device", f"{x.memory_needed / GiB:.2f} of {x.memory_available / GiB:.2f} GiB")
-    disk = x.checkpoints * x.checkpoint_bytes
-    table.add_row(
-        "disk for checkpoints", f"at most {x.checkpoints} × {x.checkpoint_bytes / 1e6:,.1f} MB: {disk / 1e9:,.2f} GB"
-    )
+    number = x.seeds * x.checkpoints
+    disk = f"at most {number} × {x.checkpoint_bytes / 1e6:,.1f} MB: {number * x.checkpoint_bytes / 1e9:,.2f} GB"
+    table.add_row("disk for checkpoints", disk)
     table.add_row("seconds per step", f"{x.step_seconds:.3f}, and {x.compile_seconds:.0f} to compile")
-    table.add_row("hours in all", f"{x.hours:.2f}, without evaluations and saves")
+    seeds = f" for {x.seeds} seeds" if x.seeds > 1 else ""
+    table.add_row("hours in all", f"{x.hours:.2f}{seeds}, without evaluations and saves")
     return table

@@ -39,6 +39,8 @@ class LoopConfig:
     evaluate_every: Positive = 1000  # Steps between evaluations on held-out text; the last step is evaluated as well.
     # Number of held-out batches that an evaluation during training samples; `prelm evaluate` reads all of the text.
     evaluate_batches: Positive = 32
+    # Held-out texts to show the model's results for at each evaluation (not with fsdp); 0: none.
+    samples: NotNegative = 4
     stop_after_no_gain: Positive | None = None  # Stop after this many evaluations without a new best one.
     log_every: Positive = 50  # Steps between lines of metrics.jsonl and of the terminal.
     tensorboard: bool = False  # Also write the metrics for TensorBoard.
@@ -69,6 +71,7 @@ class Evaluation(NamedTuple):
 
     evaluate: Callable[[TrainState], dict[str, float]]  # The means by name; `loss` is one of them.
     describe: Callable[[Mapping[str, float]], str]  # These as a line for people.
+    written: Callable[[], None]  # Called when they are in the file of metrics.
 
 
 class _Stop:
@@ -187,6 +190,7 @@ def train(
                 stopping, postponed, save_due = True, True, False
             else:
                 report.evaluation(done, evaluation, held_out.describe(evaluation))
+                held_out.written()
                 loss, improved = evaluation["loss"], checkpoints.improves(evaluation["loss"])
                 last = last or (not improved and gains_nothing(done))
                 save_due = save_due or last

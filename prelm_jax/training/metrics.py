@@ -1,13 +1,12 @@
 """Metrics of a training: JSON lines, progress on the terminal, and the fraction of the hardware's peak FLOP/s."""
 
-import contextlib
 import functools
 import io
 import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -100,17 +99,23 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     and kind (train, evaluation, …) a later one has as well.
     """
     found: dict[tuple[float, str], dict[str, float]] = {}
-    if not path.exists():
-        return []
-    with opened(path) as file:
-        lines = file.read().split(b"\n")
-    for line in lines:
-        with contextlib.suppress(ValueError, RecursionError):
-            metrics = _decode(line)
-            kind = next((name.partition("/")[0] for name in metrics if name != "step"), "")
-            found.pop((metrics["step"], kind), None)
-            found[metrics["step"], kind] = metrics
+    for metrics in stream_metrics(path):
+        kind = next((name.partition("/")[0] for name in metrics if name != "step"), "")
+        found.pop((metrics["step"], kind), None)
+        found[metrics["step"], kind] = metrics
     return list(found.values())
+
+
+def stream_metrics(path: Path) -> Iterator[dict[str, float]]:
+    """The lines of `read_metrics` one by one, and those that a later one of the same step and kind replaces."""
+    if path.exists():
+        with opened(path) as file:
+            for line in file:
+                try:
+                    metrics = _decode(line)
+                except (ValueError, RecursionError):
+                    continue
+                yield metrics
 
 
 def _encode(metrics: Mapping[str, float]) -> str:

@@ -37,17 +37,29 @@ def takes_arguments(size):
 
 
 @pytest.fixture(scope="session")
-def folder(common_directory):
+def folder(bert_folder):
     """Made by the first test process that needs it; not to be changed."""
+    with locked(bert_folder):
+        if not (bert_folder / "elmo-model").exists():
+            for name in ("gpt", "elmo"):
+                train(bert_folder, name, f"{TINY}:{name}", f"{name}-model")
+    return bert_folder
+
+
+@pytest.fixture(scope="session")
+def bert_folder(common_directory):
+    """The same without `gpt` and `elmo`."""
     folder = common_directory / "folder"
     with locked(folder):
         if not folder.exists():
             folder.mkdir()
             fill(folder)
+            train(folder, "run", f"{folder}/tiny.py:tiny", "model")
     return folder
 
 
 def fill(folder: Path) -> None:
+    """The corpus, the lines and the experiments."""
     sentences = [
         f"The {a} {b} sees a {c}." for a in ("old", "new", "big") for b in ("cat", "dog") for c in ("hen", "cow")
     ]
@@ -56,11 +68,13 @@ def fill(folder: Path) -> None:
     (folder / "corpus.txt").write_text("\n\n".join(documents))
     (folder / "lines.txt").write_text("The old cat sees a hen.\n\nA dog\n")
     (folder / "tiny.py").write_text(EXPERIMENTS.replace("CORPUS", str(folder / "corpus.txt")))
-    references = {"run": f"{folder}/tiny.py:tiny", "gpt": f"{TINY}:gpt", "elmo": f"{TINY}:elmo"}
-    for name, reference in references.items():
-        options = ["--corpus", f"{folder}/corpus.txt", "--workdir", f"{folder}/{name}", "--steps", "3"]
-        main(["pretrain", reference, *options])
-        main(["export", f"{folder}/{name}", f"{folder}/{'model' if name == 'run' else f'{name}-model'}"])
+
+
+def train(folder: Path, name: str, reference: str, model: str) -> None:
+    """A run of three steps, and the model that is exported."""
+    options = ["--corpus", f"{folder}/corpus.txt", "--workdir", f"{folder}/{name}", "--steps", "3"]
+    main(["pretrain", reference, *options])
+    main(["export", f"{folder}/{name}", f"{folder}/{model}"])
 
 
 @pytest.fixture

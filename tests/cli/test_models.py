@@ -79,16 +79,20 @@ def test_embed_never_replaces_its_inputs_or_a_device(folder, fails, tmp_path):
 def test_a_byte_order_mark_and_carriage_returns_are_no_tokens(folder, tmp_path, capsys):
     (tmp_path / "plain.txt").write_bytes(b"cat sees\n\na dog\n")
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfcat sees\r\n\r\na dog\r\n")
-    for model in ("run", "gpt", "elmo"):
-        printed, tokens = [], []
-        for name in ("plain", "marked"):
-            main(["embed", f"{folder}/{model}", f"{tmp_path}/{name}.txt", f"{tmp_path}/vectors.hdf5"])
-            with h5py.File(tmp_path / "vectors.hdf5") as file:
-                tokens.append([file[str(i)].attrs["tokens"] for i in range(3)])
-            main(["score", f"{folder}/{model}", f"{tmp_path}/{name}.txt"])
-            main(["tokenize", f"{folder}/{model}/tokenizer", f"{tmp_path}/{name}.txt"])
-            printed.append(capsys.readouterr().out)
-        assert tokens[0] == tokens[1] and printed[0] == printed[1]
+
+    def printed(command, model, name) -> str:
+        main([command, f"{folder}/{model}", f"{tmp_path}/{name}.txt"])
+        return capsys.readouterr().out
+
+    def embedded(name) -> list[str]:
+        main(["embed", f"{folder}/elmo-model", f"{tmp_path}/{name}.txt", f"{tmp_path}/vectors.hdf5"])
+        with h5py.File(tmp_path / "vectors.hdf5") as file:
+            return [file[str(i)].attrs["tokens"] for i in range(3)]
+
+    assert printed("score", "gpt-model", "plain") == printed("score", "gpt-model", "marked")
+    for run in ("run", "gpt", "elmo"):
+        assert printed("tokenize", f"{run}/tokenizer", "plain") == printed("tokenize", f"{run}/tokenizer", "marked")
+    assert embedded("plain") == embedded("marked")
 
 
 def test_generate(folder, capsys):
@@ -130,7 +134,7 @@ def test_options_of_elmo(folder, fails, tmp_path):
     "arguments",
     [["embed", "m", "in", "out"], ["score", "m", "in"], ["fill", "m", "[MASK]"], ["generate", "m", "--prompt", "x"]],
 )
-def test_steps_reach_load(monkeypatch, arguments):
+def test_options_reach_load(monkeypatch, arguments):
     received = []
 
     def load(*arguments):
@@ -138,36 +142,35 @@ def test_steps_reach_load(monkeypatch, arguments):
         raise InputError("enough")
 
     monkeypatch.setattr("prelm_jax.loading.load", load)
-    for option in ([], ["--step", "best"], ["--step", "30"]):
+    options = [[], ["--step", "best"], ["--step", "30"]]
+    expected = [("m", "newest", True), ("m", "best", True), ("m", 30, True)]
+    if arguments[0] != "generate":  # No BERT generates.
+        options, expected = [*options, ["--cased"]], [*expected, ("m", "newest", False)]
+    for option in options:
         with pytest.raises(SystemExit):
             main([*arguments, *option])
-    assert received == [("m", "newest", True), ("m", "best", True), ("m", 30, True)]
+    assert received == expected
 
 
-def test_cased_is_for_a_vocab_txt_without_settings(tmp_path, capsys):
+def test_cased_is_for_a_vocab_txt_without_settings(tmp_path):
     """As transformers does, a model directory that does not say whether it lower-cases is taken to."""
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "The", "cat"]
     config = BertConfig(len(tokens), 16, 1, 2, 32)
-    params = config.build().init_params(jax.random.key(0))
+    params = jax.jit(config.build().init_params)(jax.random.key(0))
     model = tmp_path / "model"
     model.mkdir()
     huggingface_bert.FORMAT.write(LoadedModel(config, params, WordPiece(tokens, lowercase=False)), model)
     (tmp_path / "lines.txt").write_text("The cat\n")
 
-    def results(*options) -> list[object]:
-        vectors = tmp_path / "vectors.hdf5"
-        main(["embed", f"{model}", f"{tmp_path}/lines.txt", f"{vectors}", *options])
-        main(["score", f"{model}", f"{tmp_path}/lines.txt", *options])
-        main(["fill", f"{model}", "The [MASK]", *options])
-        with h5py.File(vectors) as file:
-            return [json.loads(file["0"].attrs["tokens"])[1:-1], capsys.readouterr().out]
+    def tokens(*options) -> list[str]:
+        main(["embed", f"{model}", f"{tmp_path}/lines.txt", f"{tmp_path}/vectors.hdf5", *options])
+        with h5py.File(tmp_path / "vectors.hdf5") as file:
+            return json.loads(file["0"].attrs["tokens"])[1:-1]
 
-    cased = results()
+    assert tokens() == ["The", "cat"]
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (model / name).unlink()
-    assert results("--cased") == cased and cased[0] == ["The", "cat"]
-    lowercased = results()
-    assert lowercased[0] == ["[UNK]", "cat"] and lowercased[1] != cased[1]
+    assert tokens("--cased") == ["The", "cat"] and tokens() == ["[UNK]", "cat"]
 
 
 def test_a_family_without_the_command(folder, fails):

@@ -126,12 +126,14 @@ def make_shard(shard, directory, **_):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_no_worker_outlives_a_command(folder, tmp_path, number):
-    """Not even after a SIGKILL; a SIGTERM to the whole group, as of a scheduler, is no death of a worker."""
+    """Nor a temporary file, not even after a SIGKILL; a SIGTERM to the whole group is no death of a worker."""
     (tmp_path / "slow_shard.py").write_text(SLOW_SHARD)
+    (tmp_path / "temporary").mkdir()
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n\n".join(f"The old cat sees hen number {i}. It flies." for i in range(200)))
     environment = os.environ | {
         "PRELM_CACHE": str(tmp_path / "cache"),
+        "TMPDIR": str(tmp_path / "temporary"),
         "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
         "LOKY_MAX_CPU_COUNT": "2",
     }
@@ -159,3 +161,4 @@ def test_no_worker_outlives_a_command(folder, tmp_path, number):
     for worker in workers:
         while Path(f"/proc/{worker}").exists():
             time.sleep(0.01)
+    assert not list((tmp_path / "temporary").glob("prelm-*"))

@@ -62,7 +62,7 @@ def models(tmp_path_factory):
 def without_head(config, tokenizer):
     from prelm_jax.formats.base import LoadedModel
 
-    return LoadedModel(config, config.build().init_params(jax.random.key(0)), tokenizer)
+    return LoadedModel(config, jax.jit(config.build().init_params)(jax.random.key(0)), tokenizer)
 
 
 @pytest.fixture
@@ -143,6 +143,53 @@ def test_answer_writes_the_files_of_the_scorer(models, printed, tmp_path):
         assert sum(x["probability"] for x in files["nbest_predictions.json"][id]) == pytest.approx(1)
     printed("answer", models / "spans", tmp_path / "dev.json", tmp_path / "none", "--null-threshold", "-1e9")
     assert set(json.loads((tmp_path / "none/predictions.json").read_text()).values()) == {""}
+
+
+def test_evaluate_scores_every_kind(models, printed, tmp_path):
+    """Against counts by hand of what the commands predict; lines that are left out and texts that are cut are said."""
+    texts, golds = ["the cat", "on the mat", "sat " * 60, "a"], ["yes", "no", "yes", "yes"]
+    lines = [f"{text}\t{label}\n" for text, label in zip(texts, golds, strict=True)]
+    (tmp_path / "test.tsv").write_text("text\tlabel\n" + "".join(lines) + "broken\n")
+    spec, output = f"{tmp_path}/test.tsv,malformed=skip", tmp_path / "predictions.jsonl"
+    options = ["--test", spec, "--positive", "yes", "--predictions", output]
+    lines, notes = printed("evaluate", models / "label", *options)
+    predicted = [each.label for each in load(models / "label").classify(texts)]
+    accuracy = np.mean([a == b for a, b in zip(predicted, golds, strict=True)])
+    row = next(line.split("│") for line in lines if "accuracy" in line)
+    error = (accuracy * (1 - accuracy) / 3) ** 0.5
+    assert [cell.strip() for cell in row[2:5]] == [f"{100 * accuracy:.1f}", f"{100 * error:.1f}", "best constant 75.0"]
+    assert any(line.startswith("│ f1 ") for line in lines)
+    assert any("1 malformed" in note for note in notes) and any("1 of 4" in note for note in notes)
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(x["gold"], x["prediction"]) for x in written] == list(zip(golds, predicted, strict=True))
+    records = {
+        "labels": {"text": "the cat", "labels": ["threat"]},
+        "number": {"text": "the cat", "label": 2.5},
+        "choice": {"text": "the cat", "options": ["sat", "on"], "label": 1},
+        "tags": {"tokens": ["the", "cat"], "tags": ["O", "B-X"]},
+        "spans": {"question": "who?", "context": "the cat", "answers": [{"text": "cat", "answer_start": 4}]},
+    }
+    metrics = {"labels": "micro f1", "number": "pearson", "choice": "accuracy", "tags": "span f1", "spans": "f1"}
+    for kind, record in records.items():
+        (tmp_path / "test.jsonl").write_text(2 * f"{json.dumps(record)}\n")
+        lines, _ = printed("evaluate", models / kind, "--test", tmp_path / "test.jsonl")
+        assert any(line.startswith(f"│ {metrics[kind]} ") for line in lines)
+
+
+def test_what_cannot_be_evaluated_is_said_in_one_line(models, fails, tmp_path):
+    (tmp_path / "test.tsv").write_text("text\tlabel\nthe cat\tyes\non\tno\n")
+    (tmp_path / "other.tsv").write_text("text\tlabel\nthe cat\tyes\non\tmaybe\n")
+    test = ("--test", tmp_path / "test.tsv")
+    assert "bare has no head" in fails("evaluate", models / "bare", *test)
+    assert "maybe" in fails("evaluate", models / "label", "--test", tmp_path / "other.tsv")
+    assert "sentence" in fails("evaluate", models / "label", *test, "--columns.text", "sentence")
+    assert "not a number" in fails("evaluate", models / "number", *test)
+    assert "--positive maybe" in fails("evaluate", models / "label", *test, "--positive", "maybe")
+    assert "test.tsv" in fails("evaluate", models / "label", *test, "--predictions", tmp_path / "test.tsv")
+    assert "--step 3" in fails("evaluate", models / "label", *test, "--step", "3")
+    assert "--test" in fails("evaluate", models / "label")
+    for options, name in ((("--predictions", "x"), "--predictions"), ((*test, "--corpus", "x"), "--corpus")):
+        assert name in fails("evaluate", models / "label", *options)
 
 
 def test_what_cannot_be_done_is_said_in_one_line(models, fails, tmp_path):

@@ -1,5 +1,6 @@
 """pretrain, evaluate, export, prepare, batch, plan; and the mistakes one makes with them."""
 
+import functools
 import json
 import re
 import shlex
@@ -12,6 +13,7 @@ import tiny
 
 from prelm_jax.cli.main import main
 from prelm_jax.errors import InputError
+from prelm_jax.planning import plan as planning
 
 TINY = tiny.__file__
 
@@ -164,8 +166,9 @@ def test_the_model_card_says_where_the_model_comes_from(folder):
     assert re.search(r"\| masked lm loss \| \d\.\d{4} \|", card)
 
 
-def test_plan(folder, capsys, fails):
+def test_plan(folder, capsys, fails, monkeypatch):
     tiny = f"{folder}/tiny.py:tiny"
+    monkeypatch.setattr(planning, "compile_step", functools.cache(planning.compile_step))
     main(["plan", tiny, "--topology", "local", "--json", "--batch-size", "4"])
     planned = json.loads(capsys.readouterr().out)
     assert planned["batch_size"] == 4 and planned["tokens"] == 4 * 32 and planned["bound"] == "compute"
@@ -231,12 +234,14 @@ def test_a_text_to_evaluate_on_that_is_too_small(folder, fails, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_corpus_of_one_document_that_is_cut(folder, fails, tmp_path, capsys):
+def test_a_corpus_of_one_document_that_is_cut(bert_folder, fails, tmp_path, capsys):
     """What the message proposes works: lines as documents, a validation text, everything to train on."""
-    (tmp_path / "text.txt").write_text("\n".join((folder / "corpus.txt").read_text().split("\n\n")[0].split("\n") * 5))
-    text, validation = f"{tmp_path}/text.txt", f"{folder}/corpus.txt"
-    command = ["pretrain", f"{folder}/tiny.py:tiny", "--data.no-next-sentence", "--steps", "1"]
-    command += ["--tokenizer.path", f"{folder}/run/tokenizer", "--corpus"]
+    (tmp_path / "text.txt").write_text(
+        "\n".join((bert_folder / "corpus.txt").read_text().split("\n\n")[0].split("\n") * 5)
+    )
+    text, validation = f"{tmp_path}/text.txt", f"{bert_folder}/corpus.txt"
+    command = ["pretrain", f"{bert_folder}/tiny.py:tiny", "--data.no-next-sentence", "--steps", "1"]
+    command += ["--tokenizer.path", f"{bert_folder}/run/tokenizer", "--corpus"]
     assert f"{text} is one document" in fails(*command, text, "--workdir", tmp_path / "none")
     main([*command, f"{text},documents=line", "--workdir", str(tmp_path / "lines")])
     main([*command, text, "--validation", validation, "--workdir", str(tmp_path / "validation")])
@@ -253,11 +258,11 @@ def test_an_extension_ends_later(folder, fails):
 
 
 @pytest.mark.slow
-def test_extending_by_the_command(folder, tmp_path, capsys, monkeypatch):
+def test_extending_by_the_command(bert_folder, tmp_path, capsys, monkeypatch):
     """The hint at the end of a training tells how; the card lists both commands."""
     monkeypatch.setattr(sys, "argv", ["prelm", "pretrain"])
-    run, command = tmp_path / "run", ["pretrain", f"{folder}/tiny.py:tiny", "--steps", "3", "--workdir"]
-    shutil.copytree(folder / "run", run)
+    run, command = tmp_path / "run", ["pretrain", f"{bert_folder}/tiny.py:tiny", "--steps", "3", "--workdir"]
+    shutil.copytree(bert_folder / "run", run)
     main([*command, str(run), "--extend-to", "4"])
     assert "--extend-to" in capsys.readouterr().out
     main([*command, str(run)])

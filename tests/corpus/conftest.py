@@ -6,18 +6,6 @@ from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
 
 
-@pytest.fixture
-def write(tmp_path):
-    """Writes a file and returns its path: `write(name, content)`."""
-
-    def write(name: str, content: str | bytes) -> str:
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return str(path)
-
-    return write
-
-
 @pytest.fixture(scope="session")
 def texts():
     """The texts of a corpus: `texts(*sources, side=None, **options)`."""

@@ -42,7 +42,7 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(preparation, "_in_processes", in_this_process)
 
 
-def in_this_process(make, shards, advance):
+def in_this_process(make, shards, advance, directory):
     for shard in shards:
         make(shard)
         advance(shard.bytes)

@@ -18,12 +18,13 @@ from tiny_pairs import (
     corpora,
     corpus,
     random_sizes,
+    rows_of_hosts,
     tokenizer,
     unmasked,
 )
 
 from prelm_jax.corpus.store import Store
-from prelm_jax.data.baselines import length_only_accuracy
+from prelm_jax.data.baselines import length_only_accuracy, pairs_by_lengths
 from prelm_jax.data.masking import MaskingConfig
 from prelm_jax.data.pairs import PairsConfig
 from prelm_jax.errors import InputError
@@ -147,16 +148,7 @@ def test_single_segments_of_any_corpus(sizes, T, short, seed):
 @pytest.mark.parametrize("next_sentence", [True, False])
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_hosts_build_the_rows_of_the_global_batch(hosts, next_sentence):
-    sizes = article_sizes(np.random.default_rng(0), 50)
-    options = dict(max_length=64, short_sequence_probability=0.1, next_sentence=next_sentence)
-    expected = batches_of(corpus(sizes), 16, **options)[1000]
-    batches = batches_of(corpus(sizes), 16, **options)
-    batches[3]  # leaves no state
-    rows = [batches.rows(1000, i, i + 16 // hosts) for i in range(0, 16, 16 // hosts)]
-    for name, array in expected.items():
-        np.testing.assert_array_equal(np.concatenate([part[name] for part in rows]), array)
-        assert array.dtype == (np.float32 if name.endswith("weights") else np.int32)
-        assert array.flags.c_contiguous
+    rows_of_hosts(hosts, max_length=64, short_sequence_probability=0.1, next_sentence=next_sentence)
 
 
 def test_seeds_and_steps_differ():
@@ -244,7 +236,7 @@ def test_lengths_do_not_give_the_label_away(kind, T):
         "few articles": article_sizes(rng, 60),
     }[kind]
     batch = batches_of(corpus(sizes), 40_000, max_length=T, short_sequence_probability=0.1)[0]
-    assert length_only_accuracy(*halves(batch)) < 0.52
+    assert length_only_accuracy(*map(pairs_by_lengths, halves(batch))) < 0.52
 
 
 def test_length_only_accuracy_detects_lengths_that_give_the_label_away():
@@ -261,7 +253,7 @@ def test_length_only_accuracy_detects_lengths_that_give_the_label_away():
         "next_sentence_weights": np.ones_like(labels),
     }
     # 6 of the 20 lengths of a label tell it; for the others one can only guess.
-    assert abs(length_only_accuracy(*halves(batch)) - (6 + 14 / 2) / 20) < 0.04
+    assert abs(length_only_accuracy(*map(pairs_by_lengths, halves(batch))) - (6 + 14 / 2) / 20) < 0.04
 
 
 def test_baselines():

@@ -6,7 +6,7 @@ import tiny
 
 from prelm_jax.data.examples import Example
 from prelm_jax.data.frames import BertFrame, ELMoFrame
-from prelm_jax.data.tasks import TaskBatches, TaskEvaluation
+from prelm_jax.data.tasks import TaskBatches, TaskEvaluation, balanced, weighted
 
 
 def make(kind=BertFrame, number=7):
@@ -54,3 +54,23 @@ def test_evaluation_has_each_row_once_by_length():
     assert last["label_weights"].tolist() == [1, 1, 1, 0] and evaluation[0]["label_weights"].sum() == 4
     assert [evaluation[step]["segments"].shape[-1] for step in range(2)] == [32, 64]
     np.testing.assert_array_equal(evaluation.rows(1, 2, 4)["label_weights"], [1, 0])
+
+
+def test_balanced_labels_weigh_the_same_together():
+    """Of classes, and of the tags of all words, of which those in two windows count once."""
+    frame = BertFrame(tiny.tokenizer("bert"), 8)
+    labels = ["b", "a", "b", "c", "b", "b"]
+    examples = [Example(str(i), (("cat",),), label) for i, label in enumerate(labels)]
+    rows = frame.frame(examples, "label", "abc").rows
+    expected = np.array([6 / 3, 6 / (3 * 4), 6 / 3])
+    np.testing.assert_allclose(balanced(rows, 3), expected, rtol=1e-6)
+    batch = TaskBatches(frame, weighted(rows, balanced(rows, 3)), 6, 0)[0]
+    np.testing.assert_allclose(batch["label_weights"], expected[batch["labels"]], rtol=1e-6)
+    assert batch["label_weights"].dtype == np.float32
+    sentences = [tuple("acaabaaca"), ("b",)]  # 6 times a, twice b and c.
+    examples = [Example(str(i), ((("cat",) * len(tags),),), tags) for i, tags in enumerate(sentences)]
+    rows = frame.frame(examples, "tags", "abcd").rows
+    assert len(rows) > 2
+    np.testing.assert_allclose(balanced(rows, 4), [10 / 24, 10 / 8, 10 / 8, 1], rtol=1e-6)
+    batch = TaskEvaluation(frame, weighted(rows, balanced(rows, 4)), len(rows))[0]
+    np.testing.assert_allclose(batch["label_weights"].sum(), 3 * 10 / 4, rtol=1e-6)

@@ -18,12 +18,11 @@ from prelm_jax.finetuning.files import (
     Columns,
     FileSpec,
     LabelledData,
-    bio_tags,
     check_labels,
-    is_bio,
     label_names,
     read_examples,
 )
+from prelm_jax.finetuning.tags import bio_tags, is_bio
 
 # Any text but what UTF-8 cannot hold (surrogates) and what the readers refuse (NUL).
 characters = st.characters(exclude_categories=("Cs",), exclude_characters="\0")
@@ -33,16 +32,6 @@ cells = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
 cells = cells.filter(str.strip)
 line_ends = st.sampled_from(["\n", "\r\n", "\r"])
 property_test = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(name: str, content: str | bytes) -> str:
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return str(path)
-
-    return write
 
 
 def texts_and_labels(data: LabelledData) -> list[tuple]:

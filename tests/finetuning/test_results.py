@@ -30,6 +30,7 @@ from prelm_jax.finetuning.results import (
     write_results,
 )
 from prelm_jax.finetuning.sections import section
+from prelm_jax.inference.decoding import Prediction
 from prelm_jax.inference.heads import METHODS
 
 
@@ -93,15 +94,15 @@ def test_predictions_are_read_as_written(tmp_path):
         Example("d", (("Who?", "Ada."),), Answers(("Ada", "Ada."), (0, 0))),
         Example("e", (("Who?", "Ada."),), Answers()),
     ]
-    predicted = ["no", ("O", "O"), 0, Answers(("Ada",), (0,)), Answers()]
-    write_predictions(path, examples, predicted)
+    predicted = [Prediction(x) for x in ("no", ("O", "O"), 0, Answers(("Ada",), (0,)), Answers())]
+    write_predictions(path, "label", examples, predicted)
     found = read_predictions(path)
     assert [each.id for each in found] == list("abcde")
     assert [each.text for each in found[1:3]] == ["New York", "story | x | y"]
     assert found[0].text.startswith("one\ntwo | éé") and len(found[0].text) == 200
     assert [each.gold for each in found] == ["yes", ["B-LOC", "I-LOC"], 1, ["Ada", "Ada."], []]
     assert [each.prediction for each in found] == ["no", ["O", "O"], 0, "Ada", ""]
-    write_predictions(path, examples[:1], predicted[:1], [{"no": 2 / 3, "yes": 1 / 3}])
+    write_predictions(path, "label", examples[:1], [Prediction("no", (2 / 3, 1 / 3))], ("no", "yes"))
     assert read_predictions(path)[0].probabilities == {"no": 0.666667, "yes": 0.333333}
     with path.open("a") as file:
         file.write('{"id": 3}\n')
@@ -191,7 +192,9 @@ def make_directory(path, results, examples, predicted, probabilities=None) -> st
     seed = path / f"seed-{results.median_seed().seed}"
     seed.mkdir()
     (seed / "run.json").write_text("{}")
-    write_predictions(seed / PREDICTIONS, examples, predicted, probabilities)
+    scores = probabilities or [()] * len(predicted)
+    found = [Prediction(label, each) for label, each in zip(predicted, scores, strict=True)]
+    write_predictions(seed / PREDICTIONS, results.kind, examples, found, results.labels)
     text = section(path)
     assert text == section(path)
     return text
@@ -199,7 +202,7 @@ def make_directory(path, results, examples, predicted, probabilities=None) -> st
 
 def test_section_of_labels(tmp_path):
     examples = [Example(str(i), ((f"<text {i}>",),), label) for i, label in enumerate(["no", "no", "yes", "yes"])]
-    probabilities = [{"no": x, "yes": 1 - x} for x in (0.9, 0.1, 0.2, 0.8)]
+    probabilities = [(x, 1 - x) for x in (0.9, 0.1, 0.2, 0.8)]
     results = make_results({0: 0.9, 1: 0.5, 2: 0.4})
     text = make_directory(tmp_path, results, examples, ["no", "yes", "yes", "no"], probabilities)
     cells = Tags(text).cells

@@ -47,6 +47,10 @@ def test_every_class_with_a_head_is_read_and_written_back(case, published, tmp_p
     _, directory = published(case)
     task = read_task_of(case, directory)
     assert task.config.head == CASES[case][2]
+    assert (
+        format_of(case).head_class(task.config.head)
+        == json.loads((directory / "config.json").read_text())["architectures"][0]
+    )
     assert task.labels == (NAMES if CASES[case][1].get("id2label") else ())
     assert (task.max_length, task.missing) == (24, frozenset())
     save(task, format_of(case), tmp_path / "again", "# A model\n")
@@ -191,6 +195,7 @@ def own(bert_directory, gpt_directory, tmp_path_factory):
 @pytest.mark.parametrize("name", OWN)
 def test_other_heads_are_kept_bit_for_bit(name, own, tmp_path):
     format, task = own(name)
+    assert format.head_class(task.config.head) is None, "a card names no class"
     save(task, format, tmp_path / "model", "# A model\n")
     again = format.read_task(tmp_path / "model", True)
     assert (again.config, again.labels, again.max_length) == (task.config, task.labels, 20)

@@ -117,10 +117,15 @@ def referenced(params, config, carry, batch, drop):
 # Values and gradients
 
 
+@partial(jax.jit, static_argnums=0)
+def encode(config, params, characters):
+    return config.encoder().apply({"params": params}, characters, method="encode")
+
+
 @pytest.mark.parametrize("change", [{}, {"activation": "tanh", "num_highways": 1}])
 def test_words_are_encoded_as_by_the_reference(params, change):
     config, characters = dataclasses.replace(CONFIG, **change), make_batch()["characters"]
-    encoded = config.encoder().apply({"params": fp32(params)}, characters, method="encode")
+    encoded = encode(config, fp32(params), characters)
     close(encoded, reference.encode(params, config, characters), atol=2e-5)
     assert len(np.unique(np.round(encoded, 4), axis=0)) == WORDS
 
@@ -129,7 +134,7 @@ def test_words_are_encoded_as_by_the_reference(params, change):
 def test_words_are_encoded_alike_without_their_padding(params, longest):
     characters = make_batch()["characters"]
     characters = characters[(characters[:, longest:] == 260).all(1)]
-    encoded = CONFIG.encoder().apply({"params": fp32(params)}, characters[:, :longest], method="encode")
+    encoded = encode(CONFIG, fp32(params), characters[:, :longest])
     close(encoded, reference.encode(params, CONFIG, characters), atol=2e-5)
 
 

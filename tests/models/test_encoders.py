@@ -88,10 +88,15 @@ def test_elmo_repeats_the_word_and_reads_both_directions():
     params = jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape).astype(np.float32), abstract_params(config))
     batch, variables, encoder = make_batch("elmo", 3, 5), {"params": params}, config.encoder()
     first, *rest = hidden_states(config, params, batch)
-    with jax.default_matmul_precision("highest"):
+
+    @jax.jit
+    def read(variables, batch):
         words = encoder.apply(variables, batch["characters"], method="encode")[batch["words"]]
         carry = config.build().init_carry(3)
-        outputs, _ = encoder.apply(variables, words, np.array([5, 4, 4]), carry, method="apply_layers")
+        return words, encoder.apply(variables, words, np.array([5, 4, 4]), carry, method="apply_layers")[0]
+
+    with jax.default_matmul_precision("highest"):
+        words, outputs = read(variables, batch)
     real = batch["segments"] != 0
     np.testing.assert_allclose(first[real], np.concatenate([words, words], -1)[real], atol=TOLERANCE, rtol=0)
     for layer, state in enumerate(rest):
@@ -220,7 +225,8 @@ def test_narrow_embeddings_equal_transformers():
     for found, expected in zip(states, output.hidden_states, strict=True):
         np.testing.assert_allclose(found[real], expected.numpy()[real], atol=TOLERANCE, rtol=0)
     with jax.default_matmul_precision("highest"):
-        logits = ELECTRA.build().apply({"params": params}, states[-1], method="masked_lm_logits")
+        head = jax.jit(partial(ELECTRA.build().apply, method="masked_lm_logits"))
+        logits = head({"params": params}, states[-1])
     np.testing.assert_allclose(logits[real][:, :37], output.logits.numpy()[real], atol=TOLERANCE, rtol=0)
 
 

@@ -102,8 +102,8 @@ def test_a_bidirectional_lstm_is_torchs():
     module = BidirectionalLSTM(size)
     x = RNG.normal(size=(4, WORDS, width)).astype(np.float32)
     lengths = np.array([4, 3, 2, 1])
-    params = module.init(jax.random.key(0), x, lengths)["params"]
-    params = jax.tree.map(lambda leaf: RNG.normal(size=leaf.shape).astype(np.float32), params)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x, lengths)["params"]
+    params = jax.tree.map(lambda leaf: RNG.normal(size=leaf.shape).astype(np.float32), shapes)
     theirs = torch.nn.LSTM(width, size, batch_first=True, bidirectional=True)
     for direction, suffix in (("forward", ""), ("backward", "_reverse")):
         order = [0, 2, 1, 3]

@@ -11,7 +11,9 @@ import pytest
 
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.gpt import GPTConfig
+from prelm_jax.models.heads import Label
 from prelm_jax.models.layers import product, product_over_rows, products_in
+from prelm_jax.models.task import TaskModelConfig
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="only a CPU rounds inside products")
 
@@ -89,10 +91,14 @@ def dots(name, dtype):
         losses, _, _ = model.loss(params, {}, batch, jax.random.key(0), True)
         return sum(total for total, _ in losses.values())
 
-    text = jax.jit(jax.grad(loss)).lower(params, BATCH).as_text()
+    return [types for *_, types in operands(jax.jit(jax.grad(loss)).lower(params, BATCH).as_text())]
+
+
+def operands(text):
+    """(shape of x, of y, the element types of both) of each product in a program, without those sums."""
     found = re.findall(r"dot_general .*: \(tensor<([\dx]+)x(\w+)>, tensor<([\dx]+)x(\w+)>\)", text)
     assert found
-    return [(x_type, y_type) for x, x_type, y, y_type in found if not x.startswith("1x") and "4x16x2" not in (x, y)]
+    return [(x, y, (a, b)) for x, a, y, b in found if not x.startswith("1x") and "4x16x2" not in (x, y)]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -106,3 +112,22 @@ def test_a_model_in_bf16_has_every_product_in_bf16_forward_and_backward(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_in_fp32_has_none(name):
     assert set(dots(name, jnp.float32)) == {("f32", "f32")}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_task_computes_in_the_same_dtype_where_it_is_trained_and_where_it_is_evaluated(dtype):
+    """All products but those of the classifier, which has seven labels and is in fp32."""
+    model = TaskModelConfig(MODELS["bert"], Label(7)).build(dtype)
+    params = jax.eval_shape(model.init_params, jax.random.key(0))
+    texts = dict.fromkeys(("tokens", "token_types", "positions", "segments"), ONES[:, None])
+    labels = {"labels": jnp.ones(4, jnp.int32), "label_weights": jnp.ones(4)}
+    batch = texts | labels | {"read_positions": jnp.zeros((4, 1, 1), jnp.int32)}
+
+    def loss(params, batch):
+        return model.loss(params, {}, batch, jax.random.key(0), True)[0]["label_loss"][0]
+
+    for function in (jax.grad(loss), lambda params, batch: model.predict(params, {}, batch)):
+        text = jax.jit(function).lower(params, batch).as_text()
+        types = {types for *shapes, types in operands(text) if not any("7" in shape.split("x") for shape in shapes)}
+        expected = "bf16" if dtype == jnp.bfloat16 else "f32"
+        assert types == {(expected, expected)}

@@ -19,8 +19,8 @@ from prelm_jax.models.task import TaskModelConfig
 from prelm_jax.training.muon import groups
 from prelm_jax.training.optimizer import AdamW, decays
 from prelm_jax.training.parameters import path_name
-from prelm_jax.training.sharding import MeshConfig, abstract_batch, state_sharding
-from prelm_jax.training.step import abstract_state, make_train_step, transformation
+from prelm_jax.training.sharding import MeshConfig, abstract_batch, shard_batch, state_sharding
+from prelm_jax.training.step import abstract_state, make_train_step, new_state, transformation
 
 FROZEN = {"mix": True, "lstm_size": 4}
 HEADS = {
@@ -68,11 +68,11 @@ def examples(head):
     return kind, found
 
 
-def make_batch(family, head, rows=slice(0, 4), width=None):
+def make_batch(family, head, rows=slice(0, 4), width=None, copies=1):
     kind, found = examples(head)
     frame_class = find_family({"bert": "bert"}.get(family, family), "test").frame
     frame = frame_class(frame_class.task_tokenizer(tiny.tokenizer(family)), 32)
-    framed = frame.frame(found, kind, ("a", "b")).rows
+    framed = frame.frame(found, kind, ("a", "b")).rows * copies
     texts = max(len(row.texts) for row in framed)
     width = width or frame.fitting_width(framed, texts)
     return frame.batch(framed, rows, width, texts, width if kind == "tags" else 1), frame
@@ -188,15 +188,40 @@ def test_the_loss_of_next_tokens_is_a_mean_over_rows():
     losses, _, _ = jax.jit(lambda p, b: model.loss(p, {}, b, jax.random.key(0), False))(params, batch)
     assert model.coefficients == {"label_loss": 1.0, "lm_loss": 0.5}
     rows = {name: x[:, 0] for name, x in batch.items() if x.ndim == 3}
-    pretraining = encoder("openai-gpt").build()
-    last = config.encoder.encoder().apply({"params": params}, rows, method="hidden_states")[-1]
-    logits = np.asarray(pretraining.apply({"params": params}, last, method="logits"))[..., :64]
+
+    @jax.jit
+    def next_tokens(params, rows):
+        last = config.encoder.encoder().apply({"params": params}, rows, method="hidden_states")[-1]
+        return encoder("openai-gpt").build().apply({"params": params}, last, method="logits")
+
+    logits = np.asarray(next_tokens(params, rows))[..., :64]
     means = []
     for row in range(4):
         length = int((rows["segments"][row] != 0).sum())
         targets = rows["tokens"][row, 1:length]
         means.append(optax.softmax_cross_entropy_with_integer_labels(logits[row, : length - 1], targets).mean())
     np.testing.assert_allclose(losses["lm_loss"], (sum(means), 4), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_eight_devices_do_as_one():
+    """The first step of an ELMo: rows over devices, the characters of words on all of them, the same dropout."""
+    family, head = "elmo", "pair"
+    config = task(family, head)
+    model, optimizer, parts = config.build(), AdamW(1e-3, 0, 10), []
+    for devices in (1, 8):
+        mesh = MeshConfig(devices=devices).build()
+        batch, frame = make_batch(family, head, rows=slice(0, 8), width=32, copies=2)
+        layout = frame.layout(batch)
+        with jax.set_mesh(mesh):
+            abstract = abstract_state(model, optimizer, 8, mesh, "replicated")
+            state = new_state(model, optimizer, 8, 0, abstract, lambda fresh: random_params(config))
+            step = make_train_step(model, optimizer, 1, layout, abstract)
+            _, metrics = step(state, shard_batch(batch, layout, mesh), jax.random.key(0))
+        parts.append({name: np.asarray(x) for name, x in metrics.items()})
+    np.testing.assert_allclose(parts[0]["loss"], parts[1]["loss"], rtol=1e-6)
+    np.testing.assert_allclose(parts[0]["grad_norm"], parts[1]["grad_norm"], rtol=1e-5)
+    assert parts[0]["tokens"].tolist() == parts[1]["tokens"].tolist()
 
 
 def test_only_a_gpt_that_is_tuned_has_a_loss_of_next_tokens():
@@ -213,7 +238,7 @@ def test_a_head_alone_has_all_gradients_moments_and_decay():
     gradients = jax.jit(jax.grad(lambda p: model.loss(p, {}, batch, key, True)[0]["label_loss"][0]))(params)
     optimizer = AdamW(1e-2, 0, 10, weight_decay=0.1, clip_norm=1e-3)
     update = transformation(model, optimizer, params)
-    updates, state = update.update(gradients, update.init(params), params)
+    updates, state = jax.jit(update.update)(gradients, update.init(params), params)
     for (path, gradient), x in zip(
         jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(updates), strict=True
     ):
@@ -231,7 +256,7 @@ def test_a_layer_below_learns_more_slowly():
 
     def updates(config):
         update = transformation(config.build(), optimizer, params)
-        return update.update(gradients, update.init(params), params)[0]
+        return jax.jit(update.update)(gradients, update.init(params), params)[0]
 
     depths = {"head/classifier/kernel": 0, "pooler/kernel": 0, "encoder/layer_1/output/kernel": 1}
     depths |= {"encoder/layer_0/attention/query/bias": 2, "position_embeddings/embedding": 3}

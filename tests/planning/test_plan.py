@@ -12,7 +12,7 @@ from tiny import FAMILIES
 from prelm_jax.errors import InputError
 from prelm_jax.planning import plan as planning
 from prelm_jax.planning.hlo import COLLECTIVES, Collective, Program
-from prelm_jax.planning.plan import compile_step, plan, plan_table
+from prelm_jax.planning.plan import compile_step, plan, plan_table, run_work
 from prelm_jax.planning.topology import collective_seconds, compile_only_devices, link_bandwidth
 from prelm_jax.training.chips import GiB, find_chip
 from prelm_jax.training.memory import TooLarge
@@ -54,7 +54,7 @@ def test_largest_batch_that_fits(monkeypatch):
     """On a chip with room for 100, a state of 20 and rows of 7: eleven rows fit, twelve do not."""
     analyzed = []
 
-    def analyze(run, topology, mesh, progress):
+    def analyze(run, topology, mesh, progress, make_work):
         rows = run.batch_size // mesh.size
         analyzed.append(rows)
         if 20 + 7 * rows > 100:
@@ -83,7 +83,7 @@ def test_largest_batch_that_fits(monkeypatch):
 
 
 def test_state_that_does_not_fit(monkeypatch):
-    def analyze(run, topology, mesh, progress):
+    def analyze(run, topology, mesh, progress, make_work):
         raise TooLarge(20 * GiB, 15 * GiB)
 
     monkeypatch.setattr(planning, "analyze", analyze)
@@ -146,7 +146,8 @@ def test_compiled_for_a_pod(name, quick_compiler):
     """Devices exchange gradients and no activations; the state is updated in place."""
     run = EXPERIMENTS[name]()
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, **SMALLER[name]))
-    step = compile_step(run, MeshConfig().build(compile_only_devices("v5e:4x4", 1)))
+    mesh = MeshConfig().build(compile_only_devices("v5e:4x4", 1))
+    step = compile_step(run, mesh, run_work(run)(run.batch_size))
     text, memory = step.compiled.as_text(), step.compiled.memory_analysis()
     sizes_of_parameters = [leaf.size for leaf in jax.tree.leaves(step.state.params)]
     collectives = Program(text).collectives()

@@ -137,7 +137,7 @@ def train(workdir, config, evaluate=lambda step: float(step), interrupt=None):
                 state,
                 make_train_step(model, config.optimizer, config.accumulate, LAYOUT, abstract),
                 batches(),
-                loop.Evaluation(lambda state: {"loss": evaluate(int(jax.device_get(state.step)))}, str),
+                loop.Evaluation(lambda state: {"loss": evaluate(int(jax.device_get(state.step)))}, str, lambda: None),
                 checkpoints,
                 writer,
                 workdir,

@@ -2,13 +2,16 @@
 
 import json
 import re
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
-from prelm_jax import page
 from prelm_jax.cli.main import main
+from prelm_jax.inference.base import Sample
+from prelm_jax.report import dashboard, page
+from prelm_jax.workdir import WorkDir
 
 VOID = {"meta", "input", "link", "br"}
 
@@ -45,6 +48,7 @@ def make_run(directory, learning_rate=0.1, evaluations=((10, 3.0), (20, 2.5)), l
         "sources": {"corpus": ["c.txt"]},
         "loop": {"steps": 20},
         "command": ["pretrain"],
+        "statistics": {"documents": ["1,234", "56"]},
         "version": "0",
         "format": 3,
     }
@@ -54,7 +58,11 @@ def make_run(directory, learning_rate=0.1, evaluations=((10, 3.0), (20, 2.5)), l
         line = {"step": step, "train/loss": 5 - step / 10, "train/tokens_seen": 100 * step, "train/grad_norm": 1.0}
         metrics.append(line if step == 1 else line | {"perf/seconds_per_step": 30.0})
     metrics += [{"step": s, "evaluation/loss": x, "evaluation/masked_lm_loss": x} for s, x in evaluations]
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    torn = '{"step": 21, "train/loss": 9'  # The run is being written.
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics) + torn)
+    for step, _ in evaluations:
+        samples = [Sample("the [MASK] barks", "dog", f"<cat> {step / 100}")]
+        WorkDir(directory).write_samples(step, samples)
     return directory
 
 
@@ -73,7 +81,19 @@ def test_the_page_of_one_run(tmp_path):
     assert not checker.open
     assert all(address.startswith("#") for address in checker.addresses)  # clip paths and markers
     assert not re.search(r"@import|url\((?!#)|<script", text)
-    for word in ("masked lm loss", "unigram", "steps", "tokens", "minutes", "2.5000", "gradient norm before clipping"):
+    for word in (
+        "masked lm loss",
+        "unigram",
+        "steps",
+        "tokens",
+        "minutes",
+        "2.5000",
+        "gradient norm before clipping",
+        "dog",
+        "<cat> 0.1",
+        "<cat> 0.2",
+        "1,234",
+    ):
         assert word in checker.words
     assert "<b>" not in text and "&lt;b&gt;&amp;" in text  # the setting's value
     assert text == page.render([page.read_curves(tmp_path / "run")])
@@ -84,13 +104,35 @@ def test_several_runs_share_pictures_and_show_what_differs(tmp_path):
     text = page.render(runs)
     assert len(set(re.findall(r"stroke: (#[0-9a-f]{6})", text))) == len(page.COLORS)
     assert "optimizer.learning_rate" in text and "hidden_size" not in text
-    assert "The runs have the same settings" in page.render([runs[0], runs[0]])
+    assert "The runs have the same settings" in page._differences([runs[0], runs[0]], ["a", "b"])
 
 
-def test_long_runs_are_thinned(tmp_path):
+def test_long_runs_are_thinned():
+    """A spike stays on the page, as the upper bound of its point."""
     points = np.column_stack([np.arange(100_001.0), np.ones(100_001)])
-    thin = page._thinned(points)
-    assert len(thin) == page.POINTS and thin[0, 0] < thin[-1, 0] and (thin[:, 1] == 1).all()
+    points[5000, 1] = 9
+    thin = page._thinned(points, 400)
+    assert len(thin) == 400 and (np.diff(thin[:, 0]) > 0).all() and (thin[:, 2] == 1).all()
+    assert np.flatnonzero(thin[:, 3] == 9) == np.flatnonzero(thin[:, 1] > 1) == 20
+    np.testing.assert_array_equal(page._thinned(points[:3], 400), points[:3, [0, 1, 1, 1]])
+
+
+def test_later_lines_replace_earlier_ones(tmp_path):
+    run = make_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('}\n{"step": 10, "evaluation/loss": 2.0}\n{"step": 5, "train/loss": 1.0}\n')
+    series = page.read_curves(run).series
+    assert series["evaluation/loss"].tolist() == [[10, 2.0], [20, 2.5]]
+    assert series["train/loss"][[3, 4, 5], 1].tolist() == [4.6, 1.0, 4.4]
+
+
+def test_samples_of_later_steps_are_dropped(tmp_path):
+    """They are those of a run that was resumed before them."""
+    run = WorkDir(make_run(tmp_path / "run"))
+    run.write_samples(15, [Sample("a", "b", "c")])
+    with (run.path / "samples.jsonl").open("a") as file:
+        file.write('{"step": 20, "samp')
+    assert run.read_samples() == {10: [Sample("the [MASK] barks", "dog", "<cat> 0.1")], 15: [Sample("a", "b", "c")]}
 
 
 @pytest.mark.parametrize("lines", [0, 1])
@@ -107,3 +149,47 @@ def test_report_command(tmp_path, capsys):
         main(["report", str(tmp_path / "none"), "--output", str(tmp_path / "page.html")])
     assert exit.value.code == 1 and "none" in capsys.readouterr().err
     assert "2.5000" in (tmp_path / "page.html").read_text()
+
+
+@pytest.fixture
+def draw(monkeypatch):
+    """`draw(program)`: dashboards do not wait between pages, and run this program to draw one."""
+    monkeypatch.setattr(dashboard, "SECONDS", 0)
+    return lambda program: monkeypatch.setattr(dashboard, "PROGRAM", f"import sys; {program}")
+
+
+def test_a_page_reloads_itself_until_the_run_ends(tmp_path, draw, monkeypatch):
+    run = WorkDir(make_run(tmp_path / "run"))
+    monkeypatch.setattr(sys, "argv", ["-c", str(run.path), str(run.path / "report.html"), "running"])
+    exec(dashboard.PROGRAM)  # As the other process does.
+    running = (run.path / "report.html").read_text()
+    assert page.REFRESH in running and "2.5000" in running
+    with pytest.raises(KeyboardInterrupt), dashboard.Dashboard(run, active=True):
+        raise KeyboardInterrupt
+    assert (run.path / "report.html").read_text() == running.replace(page.REFRESH, "")
+    draw("open(sys.argv[2], 'a').write(sys.argv[3] + ' ')")
+    with dashboard.Dashboard(run, active=True) as board:
+        board.refresh()
+        board._process.wait()
+        board.refresh()
+        board._process.wait()
+    assert (run.path / "report.html").read_text().endswith("running running finished ")
+
+
+def test_a_page_that_cannot_be_drawn_does_not_end_the_run(tmp_path, draw, capsys):
+    run = WorkDir(make_run(tmp_path / "run"))
+    draw("raise OSError('the disk is full')")
+    with dashboard.Dashboard(run, active=True) as board:
+        board.refresh()
+        board._process.wait()
+        board.refresh()
+        board._process.wait()
+    errors = capsys.readouterr().err
+    assert errors.count("report.html could not be drawn: OSError: the disk is full") == 1 and errors.count("\n") == 2
+
+
+def test_a_short_run_draws_no_page(tmp_path):
+    run = WorkDir(make_run(tmp_path / "run"))
+    with dashboard.Dashboard(run, active=True) as board:
+        board.refresh()
+    assert not (run.path / "report.html").exists()

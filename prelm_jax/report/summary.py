@@ -17,6 +17,8 @@ from prelm_jax.run import Run, RunRecord, Training
 from prelm_jax.training.contract import Batch, HostBatch, Model, Params
 from prelm_jax.workdir import WorkDir
 
+QUANTILES = "* median / 90 % / 99 % / longest"
+
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
@@ -58,6 +60,14 @@ def summary_table(summary: Summary) -> Table:
 
 def corpus_table(corpus: Corpus, training: Store, held_out: Store) -> Table:
     """Counts of both sides of a prepared corpus."""
+    table = Table("corpus", "training", "held-out", caption=QUANTILES)
+    for name, values in corpus_statistics(corpus, training, held_out).items():
+        table.add_row(name, *values)
+    return table
+
+
+def corpus_statistics(corpus: Corpus, training: Store, held_out: Store) -> dict[str, list[str]]:
+    """Name -> what people read of the training and of the held-out side of a prepared corpus."""
     stores = (training, held_out)
 
     def lengths(unit: Literal["documents", "sentences"]) -> list[str]:
@@ -67,20 +77,20 @@ def corpus_table(corpus: Corpus, training: Store, held_out: Store) -> Table:
         found = [(store.count_of_length_one(unit), store.manifest[unit]) for store in stores]
         return [f"{count:,} ({count / max(number, 1):.1%})" for count, number in found]
 
-    table = Table("corpus", "training", "held-out", caption="* median / 90 % / 99 % / longest")
+    found = {}
     for name in ("documents", "sentences", "words", "tokens", "bytes"):
-        table.add_row(name, *(f"{store.manifest[name]:,}" for store in stores))
-    table.add_row("bytes per token", *(f"{store.manifest['bytes'] / max(store.num_tokens, 1):.2f}" for store in stores))
-    table.add_row("unknown tokens", *(f"{store.unknown_rate:.3%}" for store in stores))
-    table.add_row("longest word, characters", *(f"{store.manifest['longest_word']:,}" for store in stores))
-    table.add_row("tokens per document*", *lengths("documents"))
-    table.add_row("tokens per sentence*", *lengths("sentences"))
-    table.add_row("documents of one sentence", *of_length_one("documents"))
-    table.add_row("sentences of one token", *of_length_one("sentences"))
-    table.add_row("empty documents, dropped", *(f"{store.manifest['empty_documents']:,}" for store in stores))
+        found[name] = [f"{store.manifest[name]:,}" for store in stores]
+    found["bytes per token"] = [f"{store.manifest['bytes'] / max(store.num_tokens, 1):.2f}" for store in stores]
+    found["unknown tokens"] = [f"{store.unknown_rate:.3%}" for store in stores]
+    found["longest word, characters"] = [f"{store.manifest['longest_word']:,}" for store in stores]
+    found["tokens per document*"] = lengths("documents")
+    found["tokens per sentence*"] = lengths("sentences")
+    found["documents of one sentence"] = of_length_one("documents")
+    found["sentences of one token"] = of_length_one("sentences")
+    found["empty documents, dropped"] = [f"{store.manifest['empty_documents']:,}" for store in stores]
     if corpus.deduplicate:
-        table.add_row("duplicates, dropped", f"{corpus.duplicates:,} of both sides", "")
-    return table
+        found["duplicates, dropped"] = [f"{corpus.duplicates:,} of both sides", ""]
+    return found
 
 
 def print_run_header(

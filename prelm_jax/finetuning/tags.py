@@ -1,0 +1,43 @@
+"""Tags of words: spans in BIO, and other schemes converted to it."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import cast
+
+from prelm_jax.data.examples import Example
+
+
+def is_bio(names: Iterable[str]) -> bool:
+    """Whether tags mark spans in BIO: `B-` and `I-` before a type, and `O`."""
+    types = set(names) - {"O"}
+    return bool(types) and all(re.match(r"[BI]-.", name, re.DOTALL) for name in types)
+
+
+def with_bio_tags(examples: list[Example], counts: Counter[str]) -> list[Example]:
+    """The examples with spans in BIO, where all tags are of BIO, IOB1, BIOES, BILOU or BMES; else as they are."""
+    names = {tag for example in examples for tag in cast(tuple[str, ...], example.label)} - {"O"}
+    if not names or not all(re.match(r"[BIMESLU]-.", name, re.DOTALL) for name in names):
+        return examples
+    converted = []
+    for example in examples:
+        tags = cast(tuple[str, ...], example.label)
+        bio = bio_tags(tags)
+        counts["tags converted to BIO"] += sum(a != b for a, b in zip(tags, bio, strict=True))
+        converted.append(replace(example, label=bio))
+    return converted
+
+
+def bio_tags(tags: Sequence[str]) -> tuple[str, ...]:
+    """Tags of IOB1, BIOES, BILOU or BMES in BIO; those in BIO stay.
+
+    Example: I-PER I-PER O S-LOC B-ORG E-ORG is B-PER I-PER O B-LOC B-ORG I-ORG.
+    """
+    result, inside = [], ""  # The type of the span that the next word may continue.
+    for tag in tags:
+        prefix, _, name = tag.partition("-")
+        continues = prefix in "IMEL" and name == inside
+        result.append(tag if tag == "O" else f"{'I' if continues else 'B'}-{name}")
+        inside = "" if tag == "O" else name
+    return tuple(result)
