@@ -37,7 +37,7 @@ def test_the_public_interface(folder):
     """In every order: importing a submodule does not hide the function of the same name."""
     code = f"""
 import prelm_jax
-assert set(prelm_jax.__all__) == {{"Run", "load", "pretrain"}}
+assert set(prelm_jax.__all__) == {{"Run", "load", "pretrain", "write_report"}}
 from prelm_jax.pretraining import pretrain
 from prelm_jax import load
 model = load({str(folder / "model")!r})
