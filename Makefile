@@ -1,6 +1,6 @@
 # Needs Python >= 3.11 with pip:
 #   make demo        pretrain, evaluate, export and use a small BERT (3 minutes on two cores); or MODEL=gpt1, MODEL=elmo
-#   make test        lint, types and tests (7 minutes on two cores)
+#   make test        lint, types and tests (11 minutes on two cores)
 #   make test-slow   the tests that compile for pods, kill often or start many processes
 
 PYTHON ?= python3
