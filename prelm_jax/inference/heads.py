@@ -72,7 +72,7 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
         return self.pretrained.score(texts)
 
     def sample(self, texts: Sequence[str], count: int) -> list[Sample]:
-        """Those of the encoder; see `Pretrained`."""
+        """What the encoder does with some texts; see `Pretrained`."""
         return self.pretrained.sample(texts, count)
 
     def classify(self, texts: Sequence[str | tuple[str, str]]) -> list[Prediction]:

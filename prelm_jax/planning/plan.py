@@ -41,7 +41,7 @@ class Work(NamedTuple):
     model: Model
     batch: HostBatch
     layout: Mapping[str, Layout]
-    fill: float = 1.0  # Tokens of a batch on average, as a fraction of those of the largest; padding included.
+    fill: float = 1.0  # Tokens of an average batch over tokens of the largest, padding included.
 
 
 MakeWork = Callable[[int], Work]  # of a batch size

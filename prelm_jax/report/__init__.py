@@ -1,1 +1,1 @@
-"""What people read: the tables of a run and its model card, its page of curves, that page while the run goes on."""
+"""What people read: the tables of a run and its model card, its page of curves, and that page during training."""

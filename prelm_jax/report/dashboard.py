@@ -1,4 +1,4 @@
-"""The report page of a run that goes on: report.html in its work directory, which reloads itself in a browser."""
+"""The report page during training: report.html in its work directory, which reloads itself in a browser."""
 
 import contextlib
 import os
@@ -16,10 +16,10 @@ PROGRAM = "import sys; from prelm_jax.report import page; page.main(*sys.argv[1:
 
 
 class Dashboard:
-    """Draws the page of a work directory while its run goes on, and once more when the block ends.
+    """Draws the page of a work directory while its run trains, and once more when the block ends.
 
     Another process draws, at the lowest priority, so that the training does not wait. If that fails, a line says so,
-    and the run goes on. After an error in the block the last page stays, and no longer reloads itself.
+    and the run continues. After an error in the block the last page stays, and no longer reloads itself.
 
         with Dashboard(workdir, active=jax.process_index() == 0) as dashboard:
             ...

@@ -47,7 +47,7 @@ POINTS, POINTS_OF_PICTURE = 400, 2400
 BANDS = 3  # With more runs a picture has no bands from the lowest to the highest of the values behind each point.
 LOGARITHMIC = ("perplexity", "grad_norm")  # What the names of series contain that have a logarithmic scale if it helps.
 EVALUATIONS = 6  # whose samples are shown
-REFRESH = '<meta http-equiv="refresh" content="30">'  # Of the page of a run that goes on: the browser loads it anew.
+REFRESH = '<meta http-equiv="refresh" content="30">'  # Reloads the page of a running training.
 # A placeholder for the text color of the page, which differs between light and dark; no other color equals it.
 INK = "#123456"
 
@@ -67,7 +67,7 @@ nav a, nav span { display: inline-block; margin-right: 1rem; } a { color: inheri
 .sample { margin: 1rem 0; } .sample table { margin: .2rem 0 0; } .sample i { opacity: .7; }
 .tokens, .minutes { display: none; }
 """
-# The address of the page holds the axis, page.html#tokens, so that it stays when the page is loaded anew.
+# The address of the page holds the axis, page.html#tokens, so that it stays when the page is reloaded.
 OTHERS = ":has(" + ", ".join(f"#{axis}:target" for axis in AXES[1:]) + ")"
 STYLE += f"body{OTHERS} .steps {{ display: none; }} body:not({OTHERS}) #steps, nav a:target {{ font-weight: 700; }}\n"
 STYLE += "".join(f"body:has(#{axis}:target) div.{axis} {{ display: block; }}\n" for axis in AXES[1:])
@@ -129,7 +129,7 @@ def _latest(points: np.ndarray) -> np.ndarray:
 
 
 def main(workdir: str, page: str, state: Literal["running", "finished"]) -> None:
-    """Writes the page of a work directory, of a run that goes on or one that does not."""
+    """Writes the page of a work directory, of a run that is training or has ended."""
     text = render([read_curves(workdir)], running=state == "running")
     write_file(reachable(page), text.encode())
 
@@ -137,7 +137,7 @@ def main(workdir: str, page: str, state: Literal["running", "finished"]) -> None
 def render(runs: Sequence[Curves], sections: Sequence[str] = (), running: bool = False) -> str:
     """The page of one or more runs, as HTML; `sections` are HTML too, and stand before the curves.
 
-    running: the browser loads the page anew every 30 seconds.
+    running: the browser reloads the page every 30 seconds.
     """
     if not runs:
         raise InputError("a report needs a run: give the path of a work directory")
