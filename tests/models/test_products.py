@@ -116,7 +116,7 @@ def test_a_model_in_fp32_has_none(name):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_task_computes_in_the_same_dtype_where_it_is_trained_and_where_it_is_evaluated(dtype):
-    """All products but those of the classifier, which has seven labels and is in fp32."""
+    """All products except the classifier's, which has seven labels and is in fp32."""
     model = TaskModelConfig(MODELS["bert"], Label(7)).build(dtype)
     params = jax.eval_shape(model.init_params, jax.random.key(0))
     texts = dict.fromkeys(("tokens", "token_types", "positions", "segments"), ONES[:, None])
