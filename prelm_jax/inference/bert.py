@@ -1,6 +1,6 @@
 """A pretrained BERT: hidden states, filled masks, pseudo-log-likelihoods."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import cast
 
@@ -100,10 +100,9 @@ class BertPretrained(TransformerPretrained[BertConfig]):
                 sums[i] -= float(nll)
         return sums
 
-    def _encode(self, texts: Collection[str], truncate: bool = False) -> Iterator[list[int]]:
-        """The ids of each text with [CLS] and [SEP]; none for a blank text."""
-        for ids in batching.encode(self.tokenizer, texts, self.config.max_position_embeddings - 2, truncate):
-            yield [self._cls_id, *ids, self._sep_id] if ids else []
+    def frame(self, ids: list[int]) -> list[int]:
+        """[CLS] ids [SEP]."""
+        return [self._cls_id, *ids, self._sep_id]
 
     def _require_masked_lm(self) -> None:
         if missing := sorted(path for path in self.missing if path.startswith("masked_lm_")):
