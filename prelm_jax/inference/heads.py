@@ -2,7 +2,6 @@
 
 import collections
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
 from typing import cast
 
 import jax
@@ -15,6 +14,7 @@ from prelm_jax.errors import InputError
 from prelm_jax.formats.base import LoadedTask, ModelConfig
 from prelm_jax.inference.base import Embeddings, Pretrained, Sample, Scores
 from prelm_jax.inference.batching import TOKENS_PER_BATCH
+from prelm_jax.inference.compiling import compiled
 from prelm_jax.inference.decoding import Outputs, Prediction, decode
 from prelm_jax.models import heads
 from prelm_jax.models.task import TaskModelConfig
@@ -174,7 +174,7 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
         return batch
 
 
-@partial(jax.jit, static_argnums=0)
+@compiled(static=(0,))
 def _predict(config: TaskModelConfig, params: Params, batch: Batch) -> dict[str, Array]:
     with jax.default_matmul_precision("highest"):
         return cast("dict[str, Array]", config.build().predict(params, {}, batch))

@@ -1,7 +1,7 @@
 """What the pretrained Transformers have in common: the encoder, and embeddings and vectors of texts from it."""
 
-from collections.abc import Collection, Iterator
-from functools import partial
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cached_property
 from typing import TypeVar, cast
 
 import jax
@@ -12,6 +12,8 @@ from jax import Array
 from prelm_jax.errors import InputError
 from prelm_jax.inference import batching
 from prelm_jax.inference.base import Embeddings, Pretrained
+from prelm_jax.inference.batching import Example, Program, Query, Result
+from prelm_jax.inference.compiling import compiled
 from prelm_jax.inference.pooling import Pooling, PreparedTexts
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.gpt import GPTConfig
@@ -19,6 +21,7 @@ from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training.contract import Params
 
 Config = TypeVar("Config", bound=BertConfig | GPTConfig)
+Compute = Callable[[Params, Sequence[Example], int, int], Sequence[Result]]
 
 
 class TransformerPretrained(Pretrained[Config, Tokenizer]):
@@ -29,12 +32,11 @@ class TransformerPretrained(Pretrained[Config, Tokenizer]):
 
         A blank text has no tokens. A text that is too long raises InputError with its line, or is cut if `truncate`.
         """
-        c = self.config
-        encoded, compute = self._encode(texts, truncate), partial(_hidden_states, c, self.params)
-        for window in batching.windows(encoded):
-            for ids, states in batching.in_order(window, compute, c.max_position_embeddings):
-                states_TLD = states.reshape(len(ids), c.num_layers + 1, c.hidden_size)
-                yield [self.tokenizer.tokens[id] for id in ids], states_TLD.swapaxes(0, 1)
+        encoded = batching.encode(self.tokenizer, texts, self.room, truncate)
+        for window in batching.windows(map(self.frame, encoded)):
+            embedded = batching.answers(self.params, [self.embed_query(ids) for ids in window])
+            for ids, states in zip(window, embedded, strict=True):
+                yield [self.tokenizer.tokens[id] for id in ids], states
 
     def vectors(
         self,
@@ -45,25 +47,37 @@ class TransformerPretrained(Pretrained[Config, Tokenizer]):
     ) -> Iterator[np.ndarray]:
         """For each text, in order, its vector, f32 [width], pooled as the directory says (see `TextVectors`).
 
-        A text that is too long raises InputError with its line, or is cut if `truncate`; so does a text without tokens.
-        prompt: name of a prompt of the directory, which is put before each text; by default the directory's default,
-        if it has one. pooling: another than the directory's.
+        A text that is too long raises InputError with its line, or is cut if `truncate`; so does a blank text. prompt:
+        name of a prompt of the directory, which is put before each text; by default the directory's default, if it has
+        one. pooling: another than the directory's.
 
             np.stack(list(load("all-MiniLM-L6-v2").vectors(["A text.", "Another text."])))  # [2, 384]
         """
-        settings, pooling, prefix = self.loaded.vectors, pooling or self.pooling, self.prompt(prompt)
-        skipped = 0 if settings.include_prompt else self.prompt_length(prefix)
-        compute = partial(_hidden_states, self.config, self.params)
-        prepared = PreparedTexts(texts, prefix, settings.lowercase)
-        room = self.longest_pooled - len(self.frame([]))
-        encoded = map(self.frame, batching.encode(self.tokenizer, prepared, room, truncate))
-        line = 0
+        pooling, (prepared, skipped) = pooling or self.pooling, self.prepare(texts, prompt)
+        encoded = map(self.frame, batching.encode(self.tokenizer, prepared, self.vector_room, truncate))
+        first = 1
         for window in batching.windows(encoded):
-            for ids, states_TLD in batching.in_order(window, compute, self.config.max_position_embeddings):
-                line += 1
-                if len(ids) <= skipped:
-                    raise InputError(f"line {line} has no tokens, and so no vector")
-                yield pooling(states_TLD.swapaxes(0, 1), skipped)
+            if blank := [line for line, ids in enumerate(window, first) if len(ids) <= skipped]:
+                raise InputError(f"line {blank[0]} is blank, so it has no vector")
+            first += len(window)
+            yield from batching.answers(self.params, [self.vector_query(ids, pooling, skipped) for ids in window])
+
+    def prepare(self, texts: Collection[str], prompt: str | None = None) -> tuple[Collection[str], int]:
+        """Texts as their vectors are computed, and how many of the first tokens of each are not pooled.
+
+        prompt: name of a prompt of the directory; see `vectors`. Raises InputError for an unknown name.
+        """
+        settings = self.loaded.vectors
+        name = settings.default_prompt if prompt is None else prompt
+        if name is not None and name not in settings.prompts:
+            known = ", ".join(settings.prompts) or "none"
+            raise InputError(f"there is no prompt {name!r}; prompts of the model: {known}")
+        prefix, skipped = "" if name is None else settings.prompts[name], 0
+        if prefix and not settings.include_prompt:
+            (ids,) = self.tokenizer.encode_batch([prefix])
+            framed = self.frame(ids)
+            skipped = len(framed) - (framed[-1:] == [self.tokenizer.sep_id])
+        return PreparedTexts(texts, prefix, settings.lowercase), skipped
 
     @property
     def pooling(self) -> Pooling:
@@ -71,40 +85,64 @@ class TransformerPretrained(Pretrained[Config, Tokenizer]):
         vectors = self.loaded.vectors
         return Pooling(vectors.modes, dense=vectors.dense, normalize=vectors.normalize)
 
-    def frame(self, ids: list[int]) -> list[int]:
-        """The ids of a text with the special tokens that the model reads around it."""
-        return ids
+    @property
+    def vector_room(self) -> int:
+        """The tokens of the longest text that becomes a vector, without special ones."""
+        longest = self.loaded.vectors.max_length
+        return self.room if longest is None else min(self.room, longest - len(self.frame([0])) + 1)
 
     @property
-    def longest_pooled(self) -> int:
-        """The longest text that becomes a vector, in tokens with the special ones."""
-        positions = self.config.max_position_embeddings
-        return min(self.loaded.vectors.max_length or positions, positions)
+    def room(self) -> int:
+        """The tokens of the longest text that the model can read, without special ones."""
+        return self.config.max_position_embeddings - len(self.frame([0])) + 1
 
-    def prompt(self, name: str | None) -> str:
-        """The text of a prompt; without a name, of the default one. Raises InputError for an unknown name."""
-        settings = self.loaded.vectors
-        name = settings.default_prompt if name is None else name
-        if name is None:
-            return ""
-        if name not in settings.prompts:
-            known = ", ".join(settings.prompts) or "none"
-            raise InputError(f"there is no prompt {name!r}; prompts of the model: {known}")
-        return settings.prompts[name]
+    def frame(self, ids: Sequence[int]) -> list[int]:
+        """The ids of a text with the special tokens around it; none for a blank text."""
+        return list(ids)
 
-    def prompt_length(self, prompt: str) -> int:
-        """The number of the first tokens of a text that are its prompt's, with the special tokens before it."""
-        if not prompt:
-            return 0
-        (ids,) = self.tokenizer.encode_batch([prompt])
-        framed = self.frame(ids)
-        return len(framed) - (framed[-1:] == [self.tokenizer.sep_id])
+    def split(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, without special tokens."""
+        return self.tokenizer.encode_batch(list(texts))
 
-    def _encode(self, texts: Collection[str], truncate: bool = False) -> Iterator[list[int]]:
-        """The ids of each text, as the model reads it; none for a blank text. See `batching.encode`."""
-        room = self.config.max_position_embeddings - len(self.frame([]))
-        for ids in batching.encode(self.tokenizer, texts, room, truncate):
-            yield self.frame(ids) if ids else []
+    def embed_query(self, ids: Sequence[int]) -> Query[Sequence[int], np.ndarray, np.ndarray]:
+        """The hidden states [L + 1, tokens, D] of framed ids."""
+        empty = np.zeros((self.config.num_layers + 1, 0, self.config.hidden_size), np.float32)
+        return Query(
+            self.embed_program, [ids] if ids else [], lambda found: found[0].swapaxes(0, 1).copy() if found else empty
+        )
+
+    def vector_query(
+        self, ids: Sequence[int], pooling: Pooling, skipped: int = 0
+    ) -> Query[Sequence[int], np.ndarray, np.ndarray]:
+        """The vector of framed ids, at least one, of which the first `skipped` are not pooled."""
+        # Without a copy of the states: they are pooled where they were computed.
+        return Query(self.embed_program, [ids], lambda found: pooling(found[0].swapaxes(0, 1), skipped))
+
+    @cached_property
+    def embed_program(self) -> Program[Sequence[int], np.ndarray]:
+        """The hidden states [tokens, L + 1, D] of framed ids."""
+
+        def compute(params: Params, examples: Sequence[Sequence[int]], rows: int, length: int) -> list[np.ndarray]:
+            states_BTLD = np.asarray(_hidden_states(self.config, params, *batching.batch(examples, rows, length)))
+            return [row[: len(ids)] for ids, row in zip(examples, states_BTLD, strict=False)]
+
+        return self.program("embed", compute, len, self.random_ids)
+
+    def program(
+        self,
+        name: str,
+        compute: Compute[Example, Result],
+        length: Callable[[Example], int],
+        canary: Callable[[int, np.random.Generator], Example],
+    ) -> Program[Example, Result]:
+        """A program of examples of as many tokens as `length` says."""
+        longest = self.config.max_position_embeddings
+        padded = batching.padded_lengths(longest)
+        return Program(name, compute, lambda example: batching.padded_length(length(example), longest), padded, canary)
+
+    def random_ids(self, length: int, rng: np.random.Generator) -> list[int]:
+        """Any ids, for a canary."""
+        return rng.integers(self.tokenizer.vocab_size, size=length).tolist()
 
 
 def hidden_states(
@@ -120,7 +158,7 @@ def hidden_states(
     return cast("tuple[Array, ...]", config.encoder().apply({"params": params}, batch, method="hidden_states"))
 
 
-@partial(jax.jit, static_argnums=0)
+@compiled(static=(0,))
 def _hidden_states(config: BertConfig | GPTConfig, params: Params, tokens_BT: Array, segments_BT: Array) -> Array:
     """[B, T, L + 1, D]."""
     with jax.default_matmul_precision("highest"):

@@ -15,7 +15,7 @@ from prelm_jax.inference.pooling import Pooling
 from prelm_jax.loading import load
 
 TOLERANCE = 2e-5  # That of hidden states.
-TEXTS = ["the cat sat on the mat.", "unable cats", "", "a", "cat! " * 9, "a " * 30]
+TEXTS = ["the cat sat on the mat.", "unable cats", "a", "cat! " * 9, "a " * 30]
 OLD, NEW = "sentence_transformers.models.{}", "sentence_transformers.base.modules.{}"
 MODES = {  # Our name: the new form's, the old form's.
     "cls": ("cls", "cls_token"),
@@ -164,11 +164,13 @@ def test_modules_after_the_pooling(form, publish, bert_reference, bert_directory
 @BOTH
 def test_the_longest_text(form, publish):
     model = load(publish(form=form))
-    assert model.longest_pooled == 12
+    assert model.vector_room == 10
     with pytest.raises(InputError, match="line 2 has 11 tokens, but the model takes 10"):
         list(model.vectors(["a " * 10, "a " * 11]))
     whole, cut = model.vectors(["a " * 10, "a " * 11], truncate=True)
     np.testing.assert_array_equal(whole, cut)
+    with pytest.raises(InputError, match="line 3 is blank"):
+        list(model.vectors(["a", "cat", " "]))
 
 
 @BOTH
@@ -209,7 +211,7 @@ def test_the_encoder_in_a_folder_of_its_own(publish):
     modules = json.loads((directory / "modules.json").read_text())
     write_json(directory / "modules.json", [modules[0] | {"path": "0_BERT"}, *modules[1:]])
     model = load(directory)
-    assert model.longest_pooled == 12
+    assert model.vector_room == 10
     np.testing.assert_array_equal(next(model.vectors(["a cat"])), before)
 
 

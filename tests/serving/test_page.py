@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlencode
@@ -175,7 +175,7 @@ def visit(browser, origin, server):
     """`visit(tab, values, ...)` is the page with a tab that has run. No test may leave messages or ask other hosts."""
     problems, contexts = [], []
 
-    def visit(tab: str = "", values: dict = {}, **options: object):
+    def visit(tab: str = "", values: Mapping = {}, **options: object):
         contexts.append(browser.new_context(**({"viewport": {"width": 1000, "height": 800}} | options)))
         page = contexts[-1].new_page()
         page.set_default_timeout(20_000)
