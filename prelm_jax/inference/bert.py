@@ -181,7 +181,7 @@ class BertPretrained(TransformerPretrained[BertConfig]):
             raise InputError(f"the model has no masked LM head (its directory lacks {missing[0]})")
 
 
-@compiled(static=(0, 1, 2))
+@compiled(static=(0, 1, 2), shapes=("b, t", "b, t", "b"))
 def _fill(
     config: BertConfig,
     vocab_size: int,
@@ -196,7 +196,7 @@ def _fill(
     return tuple(jax.lax.top_k(jax.nn.softmax(logits_BV)[:, :vocab_size], count))
 
 
-@compiled(static=(0,))
+@compiled(static=(0,), shapes=("b, t", "b, t", "b", "b"))
 def _masked_nll(
     config: BertConfig, params: Params, tokens_BT: Array, segments_BT: Array, positions_B: Array, targets_B: Array
 ) -> Array:

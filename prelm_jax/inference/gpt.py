@@ -189,7 +189,7 @@ def restrict(logits_V: Array, temperature: float, top_k: int, top_p: float) -> A
     return jnp.where(logits_V >= lowest, logits_V, MASKED)
 
 
-@compiled(static=(0,))
+@compiled(static=(0,), shapes=("b, t", "b, t"))
 def _next_nll(config: GPTConfig, params: Params, tokens_BT: Array, segments_BT: Array) -> Array:
     """[B, T]: the negative log-likelihood of the token after each position; without meaning at the last position."""
     with jax.default_matmul_precision("highest"):
@@ -204,7 +204,7 @@ def _next_nll(config: GPTConfig, params: Params, tokens_BT: Array, segments_BT: 
         return jax.lax.map(row, (last_BTD, jnp.roll(tokens_BT, -1, axis=1)))
 
 
-@compiled(static=(0, 1, 2))
+@compiled(static=(0, 1, 2), shapes=("b, t", "b, t"))
 def _next_top(
     config: GPTConfig, vocab_size: int, count: int, params: Params, tokens_BT: Array, segments_BT: Array
 ) -> tuple[Array, Array, Array]:

@@ -158,7 +158,7 @@ def hidden_states(
     return cast("tuple[Array, ...]", config.encoder().apply({"params": params}, batch, method="hidden_states"))
 
 
-@compiled(static=(0,))
+@compiled(static=(0,), shapes=("b, t", "b, t"))
 def _hidden_states(config: BertConfig | GPTConfig, params: Params, tokens_BT: Array, segments_BT: Array) -> Array:
     """[B, T, L + 1, D]."""
     with jax.default_matmul_precision("highest"):
