@@ -23,6 +23,7 @@ INFO = {
     "model_type": "bert",
     "verbs": ["embed", "similarity", "tokenize", "fill", "score"],
     "max_tokens": 30,
+    "max_vector_tokens": 20,
     "num_layers": 2,
     "hidden_size": 4,
     "mask": "[MASK]",
