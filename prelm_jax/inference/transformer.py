@@ -1,6 +1,6 @@
-"""What the pretrained Transformers have in common: the encoder, and embeddings from it."""
+"""What the pretrained Transformers have in common: the encoder, and embeddings and vectors of texts from it."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from typing import TypeVar, cast
 
@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from prelm_jax.errors import InputError
 from prelm_jax.inference import batching
 from prelm_jax.inference.base import Embeddings, Pretrained
 from prelm_jax.inference.batching import Example, Program, Query, Result
 from prelm_jax.inference.compiling import compiled
+from prelm_jax.inference.pooling import Pooling, PreparedTexts
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.gpt import GPTConfig
 from prelm_jax.tokenizers.base import Tokenizer
@@ -36,6 +38,59 @@ class TransformerPretrained(Pretrained[Config, Tokenizer]):
             for ids, states in zip(window, embedded, strict=True):
                 yield [self.tokenizer.tokens[id] for id in ids], states
 
+    def vectors(
+        self,
+        texts: Collection[str],
+        truncate: bool = False,
+        prompt: str | None = None,
+        pooling: Pooling | None = None,
+    ) -> Iterator[np.ndarray]:
+        """For each text, in order, its vector, f32 [width], pooled as the directory says (see `TextVectors`).
+
+        A text that is too long raises InputError with its line, or is cut if `truncate`; so does a blank text. prompt:
+        name of a prompt of the directory, which is put before each text; by default the directory's default, if it has
+        one. pooling: another than the directory's.
+
+            np.stack(list(load("all-MiniLM-L6-v2").vectors(["A text.", "Another text."])))  # [2, 384]
+        """
+        pooling, (prepared, skipped) = pooling or self.pooling, self.prepare(texts, prompt)
+        encoded = map(self.frame, batching.encode(self.tokenizer, prepared, self.vector_room, truncate))
+        first = 1
+        for window in batching.windows(encoded):
+            if blank := [line for line, ids in enumerate(window, first) if len(ids) <= skipped]:
+                raise InputError(f"line {blank[0]} is blank, so it has no vector")
+            first += len(window)
+            yield from batching.answers(self.params, [self.vector_query(ids, pooling, skipped) for ids in window])
+
+    def prepare(self, texts: Collection[str], prompt: str | None = None) -> tuple[Collection[str], int]:
+        """Texts as their vectors are computed, and how many of the first tokens of each are not pooled.
+
+        prompt: name of a prompt of the directory; see `vectors`. Raises InputError for an unknown name.
+        """
+        settings = self.loaded.vectors
+        name = settings.default_prompt if prompt is None else prompt
+        if name is not None and name not in settings.prompts:
+            known = ", ".join(settings.prompts) or "none"
+            raise InputError(f"there is no prompt {name!r}; prompts of the model: {known}")
+        prefix, skipped = "" if name is None else settings.prompts[name], 0
+        if prefix and not settings.include_prompt:
+            (ids,) = self.tokenizer.encode_batch([prefix])
+            framed = self.frame(ids)
+            skipped = len(framed) - (framed[-1:] == [self.tokenizer.sep_id])
+        return PreparedTexts(texts, prefix, settings.lowercase), skipped
+
+    @property
+    def pooling(self) -> Pooling:
+        """How the directory turns hidden states into the vector of a text."""
+        vectors = self.loaded.vectors
+        return Pooling(vectors.modes, dense=vectors.dense, normalize=vectors.normalize)
+
+    @property
+    def vector_room(self) -> int:
+        """The tokens of the longest text that becomes a vector, without special ones."""
+        longest = self.loaded.vectors.max_length
+        return self.room if longest is None else min(self.room, longest - len(self.frame([0])) + 1)
+
     @property
     def room(self) -> int:
         """The tokens of the longest text that the model can read, without special ones."""
@@ -55,6 +110,13 @@ class TransformerPretrained(Pretrained[Config, Tokenizer]):
         return Query(
             self.embed_program, [ids] if ids else [], lambda found: found[0].swapaxes(0, 1).copy() if found else empty
         )
+
+    def vector_query(
+        self, ids: Sequence[int], pooling: Pooling, skipped: int = 0
+    ) -> Query[Sequence[int], np.ndarray, np.ndarray]:
+        """The vector of framed ids, at least one, of which the first `skipped` are not pooled."""
+        # Without a copy of the states: they are pooled where they were computed.
+        return Query(self.embed_program, [ids], lambda found: pooling(found[0].swapaxes(0, 1), skipped))
 
     @cached_property
     def embed_program(self) -> Program[Sequence[int], np.ndarray]:

@@ -345,7 +345,7 @@ class Verbs:
             raise Refusal(400, "encoding_format must be float or base64", "encoding_format")
         width = model.pooling.width(model.encoder.config.hidden_size)
         fields.only("dimensions", width)
-        texts = model.inputs(fields, "input", fields.boolean("truncate", False))
+        texts = model.inputs(fields, "input", fields.boolean("truncate", False), for_vectors=True)
         vectors = await self._vectors(texts, "input", model.pooling)
         data = [
             {
@@ -370,9 +370,10 @@ class Verbs:
         layers = fields.integers("layers", model.pooling.layers, -num_layers - 1, num_layers)
         mode = fields.text("pooling", "+".join(model.pooling.modes))
         normalize = fields.boolean("normalize", model.pooling.normalize)
+        prompt = None if fields.get("prompt") is None else fields.text("prompt")
         fields.no_others()
-        texts = model.read(given, "texts", truncate)
         if mode == "none":
+            texts = model.read(given, "texts", truncate)
             states = await batcher.submit([model.states_query(text, layers) for text in texts])
             return reply({"layers": layers, "results": list(map(self._tokens, given, texts, states))})
         modes = parse_modes(mode)
@@ -380,6 +381,7 @@ class Verbs:
             raise Refusal(400, f"pooling must be none or one or more of {', '.join(MODES)}, joined by +", "pooling")
         is_own = (modes, layers) == (model.pooling.modes, model.pooling.layers)
         pooling = Pooling(modes, layers, model.pooling.dense if is_own else (), normalize)
+        texts = model.read_for_vectors(given, "texts", truncate, prompt)
         vectors = await self._vectors(texts, "texts", pooling)
         if request.headers.get("accept") == NPY:
             return Response(npy(np.stack(vectors)), media_type=NPY)
@@ -401,7 +403,8 @@ class Verbs:
         given, truncate = fields.texts("texts"), fields.boolean("truncate", False)
         others = fields.texts("others") if fields.get("others") is not None else None
         fields.no_others()
-        texts = model.read(given, "texts", truncate) + model.read(others or [], "others", truncate)
+        texts = model.read_for_vectors(given, "texts", truncate)
+        texts += model.read_for_vectors(others or [], "others", truncate)
         vectors = np.stack(await self._vectors(texts, "texts", model.pooling))
         one, two = vectors[: len(given)], vectors if others is None else vectors[len(given) :]
         return reply({"cosines": cosines(one, two).round(7).tolist(), "truncated": [text.is_cut for text in texts]})
@@ -471,7 +474,8 @@ class Verbs:
         model, _ = self.service.ready
         texts = fields.texts("texts")
         fields.only("is_tokenized", False)
-        vectors = await self._vectors(model.read(texts, "texts", truncate=False), "texts", model.pooling)
+        read = model.read_for_vectors(texts, "texts", truncate=False)
+        vectors = await self._vectors(read, "texts", model.pooling)
         return reply({"id": fields.get("id"), "result": vectors, "status": 200})
 
     async def openai_completions(self, fields: Fields, request: Request) -> Response:

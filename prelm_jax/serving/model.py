@@ -23,10 +23,14 @@ CHARACTERS_PER_TOKEN = 250  # Of a text that is longer for its room, nothing is 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text as ids without special tokens, and whether it was cut to the room of the model."""
+    """A text as ids without special tokens, and whether it was cut to the room of the model.
+
+    skipped: how many of the first tokens, special ones included, are not pooled.
+    """
 
     ids: Sequence[int]
     is_cut: bool = False
+    skipped: int = 0
 
 
 class ServedModel:
@@ -87,6 +91,8 @@ class ServedModel:
             "model_type": config.model_type,
             "verbs": self.verbs,
             "max_tokens": self.encoder.room,
+            "max_vector_tokens": self.encoder.vector_room,
+            "prompts": sorted(self.encoder.loaded.vectors.prompts),
             "vocab_size": self.encoder.tokenizer.vocab_size,
             "num_layers": config.num_layers,
             "hidden_size": config.hidden_size,
@@ -101,40 +107,47 @@ class ServedModel:
             },
         }
 
-    def read(self, texts: Sequence[str], field: str, truncate: bool) -> list[Text]:
+    def read_for_vectors(
+        self, texts: Sequence[str], field: str, truncate: bool, prompt: str | None = None
+    ) -> list[Text]:
+        """Texts as ids, as their vectors are computed; see `TransformerPretrained.vectors`."""
+        prepared, skipped = self.encoder.prepare(texts, prompt)
+        found = self.read(list(prepared), field, truncate, self.encoder.vector_room)
+        return [dataclasses.replace(text, skipped=skipped) for text in found] if skipped else found
+
+    def read(self, texts: Sequence[str], field: str, truncate: bool, room: int | None = None) -> list[Text]:
         """Texts as ids. Raises a Refusal for one that is too long, unless it may be cut."""
         longest = CHARACTERS_PER_TOKEN * self.encoder.room
         for i, text in enumerate(texts):
             if len(text) > longest and not truncate:
                 raise Refusal(400, f"{field}[{i}] has {len(text)} characters; cut it to {longest}", field, "too_long")
-        return self.fit(self.encoder.split([text[:longest] for text in texts]), field, truncate)
+        return self.fit(self.encoder.split([text[:longest] for text in texts]), field, truncate, room)
 
-    def fit(self, encoded: Sequence[Sequence[int]], field: str, truncate: bool) -> list[Text]:
-        """Ids, cut to the room of the model if they may be."""
-        room = self.encoder.room
+    def fit(self, encoded: Sequence[Sequence[int]], field: str, truncate: bool, room: int | None = None) -> list[Text]:
+        """Ids, cut to the room of the model if they may be; `room`: less than that of the model."""
+        room = room or self.encoder.room
         for i, ids in enumerate(encoded):
             if len(ids) > room and not truncate:
                 message = f"{field}[{i}] has {len(ids)} tokens, but the model takes {room}; truncate it"
                 raise Refusal(400, message, field, "too_long")
         return [Text(ids[:room], len(ids) > room) for ids in encoded]
 
-    def inputs(self, fields: Fields, name: str, truncate: bool) -> list[Text]:
+    def inputs(self, fields: Fields, name: str, truncate: bool, for_vectors: bool = False) -> list[Text]:
         """OpenAI's four forms of input: a text, texts, ids, or lists of ids."""
+        room = self.encoder.vector_room if for_vectors else self.encoder.room
         value, last = fields.get(name), self.encoder.tokenizer.vocab_size - 1
         if is_ids(value, 0, last) and value:
-            return self.fit([cast(list[int], value)], name, truncate)
+            return self.fit([cast(list[int], value)], name, truncate, room)
         if isinstance(value, list) and value and all(is_ids(each, 0, last) and each for each in value):
-            return self.fit(cast(list[list[int]], value), name, truncate)
+            return self.fit(cast(list[list[int]], value), name, truncate, room)
         if isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value)):
-            return self.read(fields.texts(name), name, truncate)
+            read = self.read_for_vectors if for_vectors else self.read
+            return read(fields.texts(name), name, truncate)
         raise Refusal(400, f"{name} must be a text, texts, ids from 0 to {last}, or lists of ids", name)
 
     def vector_query(self, text: Text, pooling: Pooling) -> AnyQuery:
         """The vector of a text."""
-        query = self.encoder.embed_query(self.encoder.frame(text.ids))
-        # Without a copy of the states: they are pooled where they were computed.
-        pooled = Query(query.program, query.examples, lambda found: pooling(found[0].swapaxes(0, 1)))
-        return cast(AnyQuery, pooled)
+        return cast(AnyQuery, self.encoder.vector_query(self.encoder.frame(text.ids), pooling, text.skipped))
 
     def states_query(self, text: Text, layers: Sequence[int]) -> AnyQuery:
         """The hidden states [layers, tokens, D] of a text."""

@@ -15,6 +15,7 @@ from prelm_jax.cache import cache_compiled_programs
 from prelm_jax.errors import InputError
 from prelm_jax.inference.heads import TaskPretrained
 from prelm_jax.inference.pooling import MODES, Pooling, parse_modes
+from prelm_jax.inference.transformer import TransformerPretrained
 from prelm_jax.loading import load
 from prelm_jax.serving.app import Service, make_app
 from prelm_jax.serving.batcher import Batcher
@@ -75,16 +76,21 @@ def start(service: Service, options: Options) -> None:
     model = load(options.model, options.step)
     if isinstance(model, TaskPretrained):
         model = model.pretrained
-    served = ServedModel(model, service.name, choose_pooling(options))
+    if not isinstance(model, TransformerPretrained):
+        raise InputError(f"{options.model} is a model of type {model.config.model_type}, which cannot be served yet")
+    served = ServedModel(model, service.name, choose_pooling(options, model.pooling))
     service.start(served, Batcher(model.params, jax.local_devices(), options.max_queue_tokens))
 
 
-def choose_pooling(options: Options) -> Pooling:
-    """The pooling of the options, else mean of the last layer."""
-    modes = parse_modes(options.pooling or "mean")
+def choose_pooling(options: Options, own: Pooling) -> Pooling:
+    """The pooling of the options, else that of the model's directory, whose dense layers are for that one only."""
+    normalize = own.normalize if options.normalize is None else options.normalize
+    if options.pooling is None and not options.layers:
+        return dataclasses.replace(own, normalize=normalize)
+    modes = own.modes if options.pooling is None else parse_modes(options.pooling)
     if modes is None:
         raise InputError(f"--pooling {options.pooling}: give {', '.join(MODES)}, several joined by +")
-    return Pooling(modes, options.layers or (-1,), normalize=bool(options.normalize))
+    return Pooling(modes, options.layers or own.layers, normalize=normalize)
 
 
 def read_key(path: Path | None) -> str | None:
