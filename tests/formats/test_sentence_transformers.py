@@ -11,6 +11,7 @@ from model_directories import contents
 from safetensors.torch import save_file
 
 from prelm_jax.errors import InputError
+from prelm_jax.formats.sentence_transformers import read_vectors
 from prelm_jax.inference.pooling import Pooling
 from prelm_jax.loading import load
 
@@ -107,7 +108,7 @@ def test_poolings(modes, form, publish, bert_reference, bert_directory):
 
 
 def test_without_modules_it_is_the_mean(bert_reference, bert_directory):
-    """As in sentence-transformers. A fixed part of a text has the same bits in any company."""
+    """As in sentence-transformers; a text has the same bits in any company."""
     model = load(bert_directory)
     (alone,) = model.vectors(["unable cats"])
     expected = pool("mean", states_of(bert_reference, bert_directory, "unable cats"))
@@ -253,10 +254,10 @@ def test_what_cannot_be_read(file, changes, words, publish):
     tensors = {"linear.weight": torch.ones(4, 32), "linear.bias": torch.ones(4)}
     dense = {"name": "Dense", "config": config, "tensors": tensors}
     directory = publish(modules=[dense], prompts={"prompts": {}})
-    load(directory)
+    read_vectors(directory, 32)
     spoil(directory, file, **changes)
     with pytest.raises(InputError) as refused:
-        load(directory)
+        read_vectors(directory, 32)
     assert file.partition("/")[0] in str(refused.value) and words in str(refused.value)
 
 
@@ -282,7 +283,7 @@ def test_modules_that_cannot_be_read(modules, words, publish):
         modules = [known[i] if module is None else module for i, module in enumerate(modules)]
     write_json(directory / "modules.json", modules)
     with pytest.raises(InputError) as refused:
-        load(directory)
+        read_vectors(directory, 32)
     assert words in str(refused.value)
 
 

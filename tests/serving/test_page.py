@@ -102,6 +102,12 @@ class Server:
         self.key = ""
 
 
+def events(server: Server) -> list[bytes]:
+    """The parts of a stream; None stands for the end of the connection in its middle."""
+    texts = [each if isinstance(each, str) else json.dumps(each) for each in server.events if each is not None]
+    return [f"data: {text}\n\n".encode() for text in texts]
+
+
 @pytest.fixture(scope="module")
 def origin() -> Iterator[tuple[str, list[Server]]]:
     """The address, and a list whose last element answers."""
@@ -140,11 +146,12 @@ def origin() -> Iterator[tuple[str, list[Server]]]:
                 return self.answer(*server.routes[self.path](body))
             self.send_response(200)
             self.send_header("content-type", "text/event-stream")
-            self.send_header("connection", "close")
+            self.send_header("content-length", "1000" if None in server.events else str(len(b"".join(events(server)))))
             self.end_headers()
+            self.close_connection = True
             with contextlib.suppress(OSError):  # The page stopped the stream.
-                for event in server.events:
-                    self.wfile.write(f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n".encode())
+                for event in events(server):
+                    self.wfile.write(event)
                     self.wfile.flush()
                     server.go_on.wait(20)
 
@@ -181,10 +188,13 @@ def visit(browser, origin, server):
         page = contexts[-1].new_page()
         page.set_default_timeout(20_000)
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda message: problems.append(message.text) if "status of" not in message.text else None)
+        page.on("console", lambda message: problems.append(message.text) if is_own_message(message.text) else None)
         page.on("request", lambda request: problems.append(request.url) if not is_own(request.url) else None)
         page.goto(f"{origin[0]}/{f'#{tab}?{urlencode(values)}' if tab else ''}")
         return page
+
+    def is_own_message(text: str) -> bool:
+        return not text.startswith("Failed to load resource")  # Chromium's, for every refusal.
 
     def is_own(url: str) -> bool:
         return url.startswith((origin[0], "data:"))
@@ -326,6 +336,30 @@ def test_escape_stops_a_continuation(server, visit):
     server.go_on.set()
     assert page.locator(".output").inner_text() == "The cat"
     assert page.get_by_role("button", name="Stop").count() == 0
+
+
+def test_escape_stops_what_is_computed(server, visit):
+    def wait(body: dict) -> Answer:
+        server.go_on.wait(20)
+        return fill(body)
+
+    server.routes["/fill"] = wait
+    page = visit("fill", {"text": "A [MASK]."})
+    expect(page.locator(".result:visible")).to_have_text("Computing …")
+    assert page.locator("[role=tabpanel]:visible").get_attribute("aria-busy") == "true"
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator(".result:visible")).to_have_text("Stopped.")
+    server.go_on.set()
+    page.locator("#fill-text").press("Control+Enter")
+    expect(page.locator(".bars")).to_have_count(1)
+
+
+def test_a_stream_that_breaks_off(server, visit):
+    server.info, server.routes["/v1/completions"] = (200, GPT), complete
+    server.events = [chunk(" cat"), None]
+    server.go_on.set()
+    page = visit("complete", {"prompt": "The"})
+    expect(page.locator(".result .error")).to_have_text("The server stopped in the middle of its answer.")
 
 
 def test_an_error_in_a_stream(server, visit):
