@@ -401,3 +401,41 @@ def test_every_kind_trains(folder, family, kind, tmp_path, compiled):
 def test_a_gpt_answers_no_questions(folder):
     with pytest.raises(InputError, match="GPT"):
         finetune.prepare(task_of(folder, "openai-gpt", "spans"))
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_where_all_questions_have_answers_each_is_answered(folder, tmp_path, answered):
+    """As in SQuAD 1.1, though the model prefers no answer; in a file with such a question that decides."""
+    lines = (folder / "dev.jsonl").read_text().splitlines()
+    (tmp_path / "dev.jsonl").write_text("".join(f"{line}\n" for line in lines[answered:]))
+    task = finetune.prepare(dataclasses.replace(task_of(folder, "bert", "spans"), dev=f"{tmp_path}/dev.jsonl"))
+    evaluation = finetune.DevEvaluation(task, task.config.build())
+
+    def predict(params, carry, batches):
+        for batch in batches:
+            rows, _, width = batch["tokens"].shape
+            scores = np.zeros((rows, width, 2))
+            scores[:, 0] = 9
+            yield {"loss": np.zeros(rows), "weight": np.ones(rows), "scores": scores}
+
+    evaluation._predict = predict
+    values = evaluation({}, {}, MeshConfig(devices=1).build())
+    assert {bool(each.label.texts) for each in evaluation.predictions} == {answered}
+    assert ("no_answer_f1" in values) != answered
+
+
+def test_memory_is_checked_with_the_largest_batch(world, tmp_path, monkeypatch):
+    """Whichever batch comes first."""
+
+    class Seen(Exception):
+        pass
+
+    def step_memory(run, model, state, example, *rest):
+        raise Seen(example["tokens"].shape)
+
+    monkeypatch.setattr("prelm_jax.train.step_memory", step_memory)
+    task = finetune.prepare(make(world, batch_size=2))
+    widths = [finetune.TaskBatches(task.frame, task.train_rows, 2, 0).width(step) for step in range(13)]
+    assert widths[0] == 32 and max(widths) == 64
+    with pytest.raises(Seen, match=r"\(2, 1, 64\)"):
+        finetune.finetune(make(world, batch_size=2), tmp_path / "run", seeds=1)
