@@ -11,7 +11,7 @@ from model_directories import contents
 from safetensors.torch import save_file
 
 from prelm_jax.errors import InputError
-from prelm_jax.formats.sentence_transformers import read_vectors
+from prelm_jax.formats.sentence_transformers import read_vectors, write_vectors
 from prelm_jax.inference.pooling import Pooling
 from prelm_jax.loading import load
 
@@ -297,8 +297,22 @@ def test_a_pickle_is_never_read(publish):
         load(directory)
 
 
-def test_against_the_library(publish):
-    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+@pytest.fixture
+def library():
+    return pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+
+
+def test_the_library_opens_what_is_written(library, bert_directory, tmp_path):
+    directory = shutil.copytree(bert_directory, tmp_path / "model")
+    model = load(directory)
+    write_vectors(model.loaded, directory)
+    theirs = library.SentenceTransformer(str(directory), device="cpu", local_files_only=True)
+    assert theirs.max_seq_length == 24 and theirs.get_embedding_dimension() == 32
+    ours = np.stack(list(model.vectors(TEXTS, truncate=True)))
+    np.testing.assert_allclose(ours, theirs.encode(TEXTS), atol=2e-6, rtol=0)
+
+
+def test_against_the_library(library, publish):
     generator = torch.Generator().manual_seed(1)
     tensors = {"linear.weight": torch.randn(8, 64, generator=generator), "linear.bias": torch.zeros(8)}
     dense = {"name": "Dense", "config": {"in_features": 64, "out_features": 8}, "tensors": tensors}
