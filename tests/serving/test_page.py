@@ -40,6 +40,7 @@ TABS = {
     "gpt": ["Continue", "Similarity", "Nearest lines", "A word in contexts", "Tokens"],
     "encoder": ["Similarity", "Nearest lines", "A word in contexts", "Tokens"],
 }
+MANY = "\n".join(f"Line {i} of many lines." for i in range(12))  # Their table is wider than a phone.
 LINES = "A cat sat.\nThe dog ran.\nNo cat ran."
 WORDS = {"word": "bank", "text": "Her bank is here.\n😀 A bank of sand.\nThe Bank!\nA banker."}
 
@@ -427,7 +428,7 @@ def test_errors_and_nothing_to_do(server, visit):
 @pytest.mark.parametrize("tab", ["fill", "similarity", "nearest", "word", "tokens"])
 def test_phones_and_names(tab, server, visit):
     """At 320 pixels nothing sticks out, and each control has a name."""
-    values = {"text": "A [MASK].", "query": "a"} if tab in ("fill", "tokens") else {"text": LINES, "query": "a"}
+    values = {"text": "A [MASK].", "query": "a"} if tab in ("fill", "tokens") else {"text": MANY, "query": "a"}
     page = visit(tab, WORDS if tab == "word" else values, viewport={"width": 320, "height": 640}, color_scheme="dark")
     page.wait_for_selector(".result table, .result svg, .result .tokens")
     assert page.evaluate("document.documentElement.scrollWidth") <= 320
