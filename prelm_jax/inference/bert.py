@@ -45,7 +45,7 @@ class BertPretrained(TransformerPretrained[BertConfig]):
         ids, positions = self.split_at_masks(text)
         if len(ids) > self.room:
             raise InputError(f"the text has {len(ids)} tokens, but the model takes {self.room}")
-        (found,) = batching.answers(self.params, [self.fill_query(ids, positions, top_k)])
+        (found,) = batching.answers([self.fill_query(ids, positions, top_k)])
         return found
 
     def split_at_masks(self, text: str) -> tuple[list[int], list[int]]:
@@ -121,7 +121,7 @@ class BertPretrained(TransformerPretrained[BertConfig]):
         """
         self._require_masked_lm()
         for window in batching.windows(batching.encode(self.tokenizer, texts, self.room)):
-            for found in batching.answers(self.params, [self.score_query(ids) for ids in window]):
+            for found in batching.answers([self.score_query(ids) for ids in window]):
                 yield sum(found), len(found)
 
     def score_query(self, ids: Sequence[int]) -> Query[Masked, float, list[float]]:

@@ -17,7 +17,6 @@ pytest.importorskip("starlette", reason="needs the extra serve: pip install 'pre
 import jax
 
 from prelm_jax.inference import batching
-from prelm_jax.inference.pooling import Pooling
 from prelm_jax.loading import load
 from prelm_jax.serving import batcher
 from prelm_jax.serving.app import Service, make_app
@@ -87,8 +86,8 @@ def serving(service: Service) -> Iterator[Client]:
 def serving_model(model, devices=None, **options) -> Iterator[Client]:
     """A server of a model, once it is warm."""
     service = Service("tiny", options.pop("key", None))
-    served = ServedModel(model, "tiny", options.pop("pooling", Pooling()))
-    made = Batcher(model.params, devices or jax.devices()[:1], options.pop("max_queue_tokens", 10**5))
+    served = ServedModel(model, "tiny")
+    made = Batcher(devices or jax.devices()[:1], options.pop("max_queue_tokens", 10**5))
     service.start(served, made)
     try:
         with serving(service) as client:
