@@ -27,6 +27,8 @@ ROWS = (1, 4, 16)
 SMALL = 16  # Examples of a request that does not count as bulk.
 GENERATIONS = 8  # Texts that a device generates at once; each has its cache of keys and values.
 SECONDS_TO_ANSWER = 60.0
+CANARIES = 8  # Examples that a shape is tried out with.
+ENOUGH_BYTES = 4096  # Of a result, to tell whether its bits depend on the shape.
 
 AnyProgram = Program[object, object]
 AnyQuery = Query[object, object, object]
@@ -378,23 +380,29 @@ class Batcher:
     def _try_out(self, place: Placement, key: Key) -> None:
         """Compiles a program of a length for all numbers of rows, and finds those that give the bits of the full one.
 
-        The same example is computed alone, and as the first and the last row of a full batch of others.
+        A few examples are computed in a full batch, each in several of its rows, and in smaller batches.
         """
         program, length = key
-        rng, full = np.random.default_rng(length), full_rows(length)
-        canary, *others = (program.canary(length, rng) for _ in range(min(full, 4)))
-        mates = list(itertools.islice(itertools.cycle(others or [canary]), full - 1))
-        params = place(program.params)
-        found = program.compute(params, [canary, *mates[1:], canary][:full], full, length)
-        first, last = _bytes(found[0]), _bytes(found[-1])
+        rng, full, params = np.random.default_rng(length), full_rows(length), place(program.params)
+
+        def bits(examples: Sequence[object], rows: int) -> list[bytes]:
+            return [_bytes(found) for found in program.compute(params, examples, rows, length)]
+
+        canaries = [program.canary(length, rng) for _ in range(max(1, min(full // 2, CANARIES)))]
+        found = bits(list(itertools.islice(itertools.cycle(canaries), full)), full)
+        expected = found[: len(canaries)]
+        is_exact = found == list(itertools.islice(itertools.cycle(expected), full))
+        # Large results need no second example to tell other bits.
+        compared = canaries[:1] if len(expected[0]) >= ENOUGH_BYTES else canaries
         rows = [full]
-        for count in reversed([count for count in ROWS if count < full and program.any_rows]):
-            if _bytes(program.compute(params, [canary], count, length)[0]) == first:
-                rows.insert(0, count)
+        for count in [count for count in ROWS if count < full and program.any_rows]:
+            groups = (compared[i : i + count] for i in range(0, len(compared), count))
+            if [each for group in groups for each in bits(group, count)] == expected[: len(compared)]:
+                rows.append(count)
         with self._changed:
-            reference = self._canaries.setdefault(key, first)
-            self.exact[key] = self.exact.get(key, True) and first == last == reference
-            self.rows[key] = tuple(count for count in rows if count in self.rows.get(key, rows))
+            reference = self._canaries.setdefault(key, expected)
+            self.exact[key] = self.exact.get(key, True) and is_exact and expected == reference
+            self.rows[key] = tuple(count for count in sorted(rows) if count in self.rows.get(key, rows))
 
 
 def choose_rows(waiting: int, allowed: Sequence[int]) -> int:
@@ -418,5 +426,5 @@ def _resolve(tickets: Sequence[Ticket]) -> None:
             ticket.future.set_result(ticket.answers)
 
 
-def _bytes(result: object) -> list[bytes]:
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(result)]
+def _bytes(result: object) -> bytes:
+    return b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(result))

@@ -83,7 +83,7 @@ def serving(service: Service) -> Iterator[Client]:
 
 
 @contextlib.contextmanager
-def serving_model(model, devices=None, **options) -> Iterator[Client]:
+def _serving_model(model, devices=None, **options) -> Iterator[Client]:
     """A server of a model, once it is warm."""
     service = Service("tiny", options.pop("key", None))
     served = ServedModel(model, "tiny")
@@ -99,7 +99,19 @@ def serving_model(model, devices=None, **options) -> Iterator[Client]:
         made.stop()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
+def serving_without_model():
+    """`with serving_without_model(service) as client:` the model is never loaded."""
+    return serving
+
+
+@pytest.fixture(scope="session")
+def serving_model():
+    """`with serving_model(model, devices) as client:` a server of a model, once it is warm."""
+    return _serving_model
+
+
+@pytest.fixture(scope="package", autouse=True)
 def few_shapes() -> Iterator[None]:
     """Batches of 1, 2 or 4 rows at most, for fewer programs to compile."""
     with pytest.MonkeyPatch.context() as patch:
@@ -114,11 +126,11 @@ def tiny_model(directory: Path, model_type: str):
 
 @pytest.fixture(scope="package")
 def bert(tmp_path_factory, few_shapes) -> Iterator[Client]:
-    with serving_model(tiny_model(tmp_path_factory.mktemp("bert"), "bert")) as client:
+    with _serving_model(tiny_model(tmp_path_factory.mktemp("bert"), "bert")) as client:
         yield client
 
 
 @pytest.fixture(scope="package")
 def gpt(tmp_path_factory, few_shapes) -> Iterator[Client]:
-    with serving_model(tiny_model(tmp_path_factory.mktemp("gpt"), "openai-gpt")) as client:
+    with _serving_model(tiny_model(tmp_path_factory.mktemp("gpt"), "openai-gpt")) as client:
         yield client
