@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from pathlib import Path
 
 SHORT = "A man is eating a piece of bread by the river."
@@ -124,8 +124,8 @@ class Server:
 def embedding_request(texts: list[str]) -> bytes:
     """The bytes of a request for the vectors of texts."""
     body = json.dumps({"input": texts}).encode()
-    head = f"POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-    return f"{head}\r\n\r\n".encode() + body
+    head = "POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json"
+    return f"{head}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
 
 
 class Connection:
@@ -268,8 +268,8 @@ def measure(servers: list[Server], rounds: int, seconds: float) -> dict[str, dic
     short, texts = embedding_request([SHORT]), mixed_texts(256)
     bulk = embedding_request(texts)
 
-    def run(what: str, server: Server, work: Callable[[], Coroutine[None, None, Result]]) -> None:
-        found = asyncio.run(work())
+    def run(what: str, server: Server, work: Coroutine[None, None, Result]) -> None:
+        found = asyncio.run(work)
         results.setdefault(what, {}).setdefault(server.name, []).append(found)
         numbers = "  ".join(f"{name} {value:.1f}" for name, value in found.items())
         print(f"{what:12} {server.name:12} {numbers}", flush=True)
@@ -280,17 +280,17 @@ def measure(servers: list[Server], rounds: int, seconds: float) -> dict[str, dic
     for turn in range(rounds):
         for clients in (1, 32):
             for server in servers:
-                run(f"closed {clients}", server, lambda: closed(server, short, clients, seconds))
+                run(f"closed {clients}", server, closed(server, short, clients, seconds))
         for part in (0.5, 0.8):
             for server in servers:
                 rates = [found["per_second"] for found in results["closed 32"][server.name]]
                 rate = part * statistics.median(rates)
-                run(f"open {part:.0%}", server, lambda: opened(server, short, rate, 2 * seconds, turn))
+                run(f"open {part:.0%}", server, opened(server, short, rate, 2 * seconds, turn))
         for server in servers:
-            run("bulk", server, lambda: closed(server, bulk, 1, seconds))
+            run("bulk", server, closed(server, bulk, 1, seconds))
     for server in servers:
         if server.name == "ours":
-            run("full", server, lambda: full(server))
+            run("full", server, full(server))
     return results
 
 

@@ -32,15 +32,16 @@ Answer = TypeVar("Answer")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program(Generic[Example, Result]):
-    """What a model computes for examples of the same padded length together.
+    """What a model with parameters computes for examples of the same padded length together.
 
     compute: (params, examples, rows, length) to the result of each example, in a batch of `rows` rows, of which the
-    examples are the first. length: the padded length of an example. lengths: those that there are, shortest first.
-    canary: an example of a padded length that fills it, with random tokens. any_rows: whether `compute` takes fewer
-    rows than `full_rows`.
+    examples are the first; the parameters are those of the program, on any device. length: the padded length of an
+    example. lengths: those that there are, shortest first. canary: an example of a padded length that fills it, with
+    random tokens. any_rows: whether `compute` takes fewer rows than `full_rows`.
     """
 
     name: str
+    params: Params
     compute: Callable[[Params, Sequence[Example], int, int], Sequence[Result]]
     length: Callable[[Example], int]
     lengths: tuple[int, ...]
@@ -60,7 +61,7 @@ class Query(Generic[Example, Result, Answer]):
     finish: Callable[[Sequence[Result]], Answer]
 
 
-def answers(params: Params, queries: Sequence[Query[Example, Result, Answer]]) -> Iterator[Answer]:
+def answers(queries: Sequence[Query[Example, Result, Answer]]) -> Iterator[Answer]:
     """The answers to queries, in order, computed in full batches."""
     waiting: defaultdict[tuple[Program[Example, Result], int], list[tuple[int, int, Example]]] = defaultdict(list)
     results: list[dict[int, Result]] = [{} for _ in queries]
@@ -68,7 +69,7 @@ def answers(params: Params, queries: Sequence[Query[Example, Result, Answer]]) -
 
     def compute(program: Program[Example, Result], length: int) -> None:
         some = waiting.pop((program, length))
-        found = program.compute(params, [example for _, _, example in some], full_rows(length), length)
+        found = program.compute(program.params, [example for _, _, example in some], full_rows(length), length)
         for (i, j, _), result in zip(some, found, strict=True):
             results[i][j] = result
             if len(results[i]) == len(queries[i].examples):
@@ -147,9 +148,9 @@ def in_order(
     def finish(results: Sequence[np.ndarray]) -> np.ndarray:
         return results[0].copy() if results else np.zeros(0, np.float32)
 
-    program = Program("", results, lambda ids: padded_length(len(ids), longest), (), lambda length, rng: [])
+    program = Program("", {}, results, lambda ids: padded_length(len(ids), longest), (), lambda length, rng: [])
     queries = [Query(program, [ids] if ids else [], finish) for ids in window]
-    return zip(window, answers({}, queries), strict=True)
+    return zip(window, answers(queries), strict=True)
 
 
 def windows(texts: Iterable[Text], multiple: int = 1) -> Iterator[list[Text]]:

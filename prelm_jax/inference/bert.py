@@ -21,6 +21,7 @@ from prelm_jax.models.cross_entropy import cross_entropy
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training.contract import Params
 
+COMPARED = 64  # Logits that `score_program` adds.
 FILLED = 100  # Candidates for a mask that a program gives; a second one gives the whole vocabulary.
 
 Masked = tuple[Sequence[int], int]  # The ids of a text with its special tokens, and the position that is masked.
@@ -45,7 +46,7 @@ class BertPretrained(TransformerPretrained[BertConfig]):
         ids, positions = self.split_at_masks(text)
         if len(ids) > self.room:
             raise InputError(f"the text has {len(ids)} tokens, but the model takes {self.room}")
-        (found,) = batching.answers(self.params, [self.fill_query(ids, positions, top_k)])
+        (found,) = batching.answers([self.fill_query(ids, positions, top_k)])
         return found
 
     def split_at_masks(self, text: str) -> tuple[list[int], list[int]]:
@@ -121,25 +122,29 @@ class BertPretrained(TransformerPretrained[BertConfig]):
         """
         self._require_masked_lm()
         for window in batching.windows(batching.encode(self.tokenizer, texts, self.room)):
-            for found in batching.answers(self.params, [self.score_query(ids) for ids in window]):
+            for found in batching.answers([self.score_query(ids) for ids in window]):
                 yield sum(found), len(found)
 
-    def score_query(self, ids: Sequence[int]) -> Query[Masked, float, list[float]]:
+    def score_query(self, ids: Sequence[int]) -> Query[Masked, np.ndarray, list[float]]:
         """The natural-log probability of each of the ids, without special tokens, where it alone is masked.
 
         Raises InputError if the model has no masked LM head.
         """
         self._require_masked_lm()
         framed = self.frame(ids)
-        return Query(self.score_program, [(framed, position + 1) for position in range(len(ids))], list)
+        examples = [(framed, position + 1) for position in range(len(ids))]
+        return Query(self.score_program, examples, lambda found: [0.0 - float(each[0]) for each in found])
 
     @cached_property
-    def score_program(self) -> Program[Masked, float]:
-        """The natural-log probability of the token at a position, where it is masked."""
+    def score_program(self) -> Program[Masked, np.ndarray]:
+        """The negative log-likelihood of the token at a masked position, and a few logits there.
 
-        def compute(params: Params, examples: Sequence[Masked], rows: int, length: int) -> list[float]:
-            nll_B = np.asarray(_masked_nll(self.config, params, *self._masked(examples, rows, length)))
-            return [0.0 - nll for nll in nll_B[: len(examples)].tolist()]
+        The logits are for comparisons of bits: one number has the same ones by chance, now and then.
+        """
+
+        def compute(params: Params, examples: Sequence[Masked], rows: int, length: int) -> list[np.ndarray]:
+            found_BK = np.asarray(_masked_nll(self.config, params, *self._masked(examples, rows, length)))
+            return list(found_BK[: len(examples)])
 
         return self._masked_program("score", compute)
 
@@ -200,8 +205,9 @@ def _fill(
 def _masked_nll(
     config: BertConfig, params: Params, tokens_BT: Array, segments_BT: Array, positions_B: Array, targets_B: Array
 ) -> Array:
-    """[B]: the negative log-likelihood of the target at a position of each row."""
-    return cross_entropy(_masked_lm_logits(config, params, tokens_BT, segments_BT, positions_B), targets_B)[0]
+    """[B, 1 + COMPARED]: of a position of each row the negative log-likelihood of the target, and some logits."""
+    logits_BV = _masked_lm_logits(config, params, tokens_BT, segments_BT, positions_B)
+    return jnp.concatenate([cross_entropy(logits_BV, targets_B)[0][:, None], logits_BV[:, :COMPARED]], 1)
 
 
 def _masked_lm_logits(

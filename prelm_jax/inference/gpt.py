@@ -36,7 +36,7 @@ class GPTPretrained(TransformerPretrained[GPTConfig]):
         Nothing predicts the first token. A text that is too long raises InputError.
         """
         for window in batching.windows(batching.encode(self.tokenizer, texts, self.room)):
-            for found in batching.answers(self.params, [self.score_query(ids) for ids in window]):
+            for found in batching.answers([self.score_query(ids) for ids in window]):
                 yield float(found.sum(dtype=np.float64)), len(found)
 
     def score_query(self, ids: Sequence[int]) -> Query[Sequence[int], np.ndarray, np.ndarray]:

@@ -34,7 +34,7 @@ class TransformerPretrained(Pretrained[Config, Tokenizer]):
         """
         encoded = batching.encode(self.tokenizer, texts, self.room, truncate)
         for window in batching.windows(map(self.frame, encoded)):
-            embedded = batching.answers(self.params, [self.embed_query(ids) for ids in window])
+            embedded = batching.answers([self.embed_query(ids) for ids in window])
             for ids, states in zip(window, embedded, strict=True):
                 yield [self.tokenizer.tokens[id] for id in ids], states
 
@@ -60,7 +60,7 @@ class TransformerPretrained(Pretrained[Config, Tokenizer]):
             if blank := [line for line, ids in enumerate(window, first) if len(ids) <= skipped]:
                 raise InputError(f"line {blank[0]} is blank, so it has no vector")
             first += len(window)
-            yield from batching.answers(self.params, [self.vector_query(ids, pooling, skipped) for ids in window])
+            yield from batching.answers([self.vector_query(ids, pooling, skipped) for ids in window])
 
     def prepare(self, texts: Collection[str], prompt: str | None = None) -> tuple[Collection[str], int]:
         """Texts as their vectors are computed, and how many of the first tokens of each are not pooled.
@@ -138,7 +138,9 @@ class TransformerPretrained(Pretrained[Config, Tokenizer]):
         """A program of examples of as many tokens as `length` says."""
         longest = self.config.max_position_embeddings
         padded = batching.padded_lengths(longest)
-        return Program(name, compute, lambda example: batching.padded_length(length(example), longest), padded, canary)
+        return Program(
+            name, self.params, compute, lambda example: batching.padded_length(length(example), longest), padded, canary
+        )
 
     def random_ids(self, length: int, rng: np.random.Generator) -> list[int]:
         """Any ids, for a canary."""

@@ -22,12 +22,14 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from prelm_jax import __version__
+from prelm_jax.data.examples import Answers, Example
 from prelm_jax.errors import InputError
+from prelm_jax.inference.decoding import Prediction
 from prelm_jax.inference.pooling import MODES, Pooling, cosines, parse_modes
 from prelm_jax.serving.batcher import SECONDS_TO_ANSWER, AnyQuery, Batcher, Generation
 from prelm_jax.serving.metrics import SECONDS, Counter, Gauge, Histogram, render
 from prelm_jax.serving.model import Choice, Completion, Drawn, ServedModel, Text
-from prelm_jax.serving.protocol import Fields, Refusal, dumps, in_base64, refused, reply
+from prelm_jax.serving.protocol import Fields, Refusal, dumps, in_base64, is_pair, is_text, is_words, refused, reply
 
 MAX_BODY = 8 * 2**20
 MAX_BODIES = 32 * MAX_BODY  # Of all requests that are being read or answered.
@@ -142,7 +144,10 @@ def make_app(service: Service, hosts: Collection[str] = ("*",)) -> ASGIApp:
             body = await read_body(request, service)
             service.body_bytes += len(body)
             try:
-                response = await until_disconnected(request, handler(Fields(body), request))
+                fields = Fields(body)
+                if service.batcher is not None:
+                    service.batcher.check_room(fields.num_items)
+                response = await until_disconnected(request, handler(fields, request))
             finally:
                 service.body_bytes -= len(body)
             service.seconds.observe(time.monotonic() - began)
@@ -172,6 +177,10 @@ def make_app(service: Service, hosts: Collection[str] = ("*",)) -> ASGIApp:
         post("/fill", verbs.fill),
         post("/score", verbs.score),
         post("/encode", verbs.encode),
+        post("/classify", verbs.classify),
+        post("/tag", verbs.tag),
+        post("/answer", verbs.answer),
+        post("/choose", verbs.choose),
     ]
 
     async def not_found(request: Request, error: Exception) -> Response:
@@ -285,7 +294,7 @@ async def generated(batcher: Batcher, completion: Completion) -> AsyncGenerator[
     def emit(event: object) -> None:
         loop.call_soon_threadsafe(events.put_nowait, event)
 
-    generation = Generation(completion, emit, time.monotonic() + SECONDS_TO_ANSWER)
+    generation = Generation(completion.model.params, completion, emit, time.monotonic() + SECONDS_TO_ANSWER)
     batcher.generate(generation)
     try:
         while (event := await events.get()) is not None:
@@ -345,7 +354,7 @@ class Verbs:
             raise Refusal(400, "encoding_format must be float or base64", "encoding_format")
         width = model.pooling.width(model.encoder.config.hidden_size)
         fields.only("dimensions", width)
-        texts = model.inputs(fields, "input", fields.boolean("truncate", False), for_vectors=True)
+        texts = await model.inputs(fields, "input", fields.boolean("truncate", False), for_vectors=True)
         vectors = await self._vectors(texts, "input", model.pooling)
         data = [
             {
@@ -373,7 +382,7 @@ class Verbs:
         prompt = None if fields.get("prompt") is None else fields.text("prompt")
         fields.no_others()
         if mode == "none":
-            texts = model.read(given, "texts", truncate)
+            texts = await model.read(given, "texts", truncate)
             states = await batcher.submit([model.states_query(text, layers) for text in texts])
             return reply({"layers": layers, "results": list(map(self._tokens, given, texts, states))})
         modes = parse_modes(mode)
@@ -381,7 +390,7 @@ class Verbs:
             raise Refusal(400, f"pooling must be none or one or more of {', '.join(MODES)}, joined by +", "pooling")
         is_own = (modes, layers) == (model.pooling.modes, model.pooling.layers)
         pooling = Pooling(modes, layers, model.pooling.dense if is_own else (), normalize)
-        texts = model.read_for_vectors(given, "texts", truncate, prompt)
+        texts = await model.read_for_vectors(given, "texts", truncate, prompt)
         vectors = await self._vectors(texts, "texts", pooling)
         if request.headers.get("accept") == NPY:
             return Response(npy(np.stack(vectors)), media_type=NPY)
@@ -403,8 +412,8 @@ class Verbs:
         given, truncate = fields.texts("texts"), fields.boolean("truncate", False)
         others = fields.texts("others") if fields.get("others") is not None else None
         fields.no_others()
-        texts = model.read_for_vectors(given, "texts", truncate)
-        texts += model.read_for_vectors(others or [], "others", truncate)
+        texts = await model.read_for_vectors(given, "texts", truncate)
+        texts += await model.read_for_vectors(others or [], "others", truncate)
         vectors = np.stack(await self._vectors(texts, "texts", model.pooling))
         one, two = vectors[: len(given)], vectors if others is None else vectors[len(given) :]
         return reply({"cosines": cosines(one, two).round(7).tolist(), "truncated": [text.is_cut for text in texts]})
@@ -414,7 +423,7 @@ class Verbs:
         model, _ = self.service.ready
         texts, is_framed = fields.texts("texts"), fields.boolean("special_tokens", True)
         fields.no_others()
-        model.read(texts, "texts", truncate=True)
+        await model.read(texts, "texts", truncate=True)
         results = []
         for text in texts:
             ids, tokens, offsets = model.offsets(text, is_framed)
@@ -452,7 +461,7 @@ class Verbs:
         assert scorer is not None
         given, truncate = fields.texts("texts"), fields.boolean("truncate", False)
         fields.no_others()
-        texts = model.read(given, "texts", truncate)
+        texts = await model.read(given, "texts", truncate)
         answers = await batcher.submit(cast(list[AnyQuery], [scorer.score_query(text.ids) for text in texts]))
         results = []
         for text, found in zip(texts, cast(list[Sequence[float]], answers), strict=True):
@@ -474,9 +483,94 @@ class Verbs:
         model, _ = self.service.ready
         texts = fields.texts("texts")
         fields.only("is_tokenized", False)
-        read = model.read_for_vectors(texts, "texts", truncate=False)
+        read = await model.read_for_vectors(texts, "texts", truncate=False)
         vectors = await self._vectors(read, "texts", model.pooling)
         return reply({"id": fields.get("id"), "result": vectors, "status": 200})
+
+    async def classify(self, fields: Fields, request: Request) -> Response:
+        """The label, the labels or the number of texts, or of pairs of texts."""
+        self._require("classify")
+        given = fields.items("texts", "a text or a pair of texts", lambda each: is_text(each) or is_pair(each))
+        fields.no_others()
+        parts = [(each,) if isinstance(each, str) else tuple(cast(list[str], each)) for each in given]
+        found = await self._predict([Example(str(i), (each,)) for i, each in enumerate(parts)], "texts")
+        return reply({"results": [self._labelled(prediction, is_cut) for prediction, is_cut in found]})
+
+    async def tag(self, fields: Fields, request: Request) -> Response:
+        """A tag for each word of texts, which are split at white space or given as lists of words."""
+        self._require("tag")
+        given = fields.items("texts", "a text or a list of words", lambda each: is_text(each) or is_words(each))
+        fields.no_others()
+        words = [tuple(each.split() if isinstance(each, str) else cast(list[str], each)) for each in given]
+        found = await self._predict([Example(str(i), ((each,),)) for i, each in enumerate(words)], "texts")
+        results = [
+            {"words": each, "tags": prediction.label, "probabilities": prediction.scores}
+            for each, (prediction, _) in zip(words, found, strict=True)
+        ]
+        return reply({"results": results})
+
+    async def answer(self, fields: Fields, request: Request) -> Response:
+        """The answers to questions from passages: pairs [question, passage]."""
+        self._require("answer")
+        given = cast(list[list[str]], fields.items("questions", "a pair [question, passage]", is_pair))
+        threshold = fields.number("null_threshold", 0.0, -1e9, 1e9)
+        fields.no_others()
+        examples = [Example(str(i), (tuple(each),)) for i, each in enumerate(given)]
+        results = []
+        for prediction, is_cut in await self._predict(examples, "questions", threshold):
+            answers = cast(Answers, prediction.label)
+            best = prediction.candidates[: fields.integer("top_k", 5, 1, 20)]
+            results.append(
+                {
+                    "answer": next(iter(answers.texts), None),
+                    "start": next(iter(answers.starts), None),
+                    "candidates": [{"answer": each.text, "probability": each.probability} for each in best],
+                    "truncated": is_cut,
+                }
+            )
+        return reply({"results": results})
+
+    async def choose(self, fields: Fields, request: Request) -> Response:
+        """The number, from 0, of the option that goes best with a text: [text, options]."""
+        self._require("choose")
+
+        def fits(each: object) -> bool:
+            return isinstance(each, list) and len(each) == 2 and is_text(each[0]) and is_words(each[1])
+
+        given = cast(list[tuple[str, list[str]]], fields.items("choices", "a pair [text, options]", fits))
+        fields.no_others()
+        examples = [
+            Example(str(i), tuple((text, option) for option in options)) for i, (text, options) in enumerate(given)
+        ]
+        found = await self._predict(examples, "choices")
+        return reply({"results": [self._labelled(prediction, is_cut) for prediction, is_cut in found]})
+
+    def _require(self, verb: str) -> None:
+        model, _ = self.service.ready
+        model.require(verb)
+
+    async def _predict(
+        self, examples: Sequence[Example], field: str, null_threshold: float = 0.0
+    ) -> list[tuple[Prediction, bool]]:
+        """The predictions for examples, and whether each was cut."""
+        model, batcher = self.service.ready
+        assert model.task is not None
+        queries: list[object] = []
+        for i, example in enumerate(examples):
+            try:
+                queries.append(model.task.query(example, null_threshold))
+            except InputError as error:
+                raise Refusal(400, f"{field}[{i}]: {error}", field) from None
+            await asyncio.sleep(0)
+        return cast(list[tuple[Prediction, bool]], await batcher.submit(cast(list[AnyQuery], queries)))
+
+    def _labelled(self, prediction: Prediction, is_cut: bool) -> dict[str, object]:
+        model, _ = self.service.ready
+        assert model.task is not None
+        scores: object = prediction.scores
+        if len(model.task.labels) == len(prediction.scores):
+            scores = dict(zip(model.task.labels, prediction.scores, strict=True))
+        return {"label": prediction.label, "probabilities": scores, "truncated": is_cut}
 
     async def openai_completions(self, fields: Fields, request: Request) -> Response:
         """OpenAI's completions; of the options that it has no equal of, all but the neutral values are refused."""
@@ -499,7 +593,7 @@ class Verbs:
         if len(stops) > 4 or not all(stops):
             raise Refusal(400, "stop must be one to four texts that are not empty", "stop")
         echo, stream = fields.boolean("echo", False), fields.boolean("stream", False)
-        prompts = model.inputs(fields, "prompt", truncate=False)
+        prompts = await model.inputs(fields, "prompt", truncate=False)
         if not all(prompt.ids for prompt in prompts):
             raise Refusal(400, "a prompt is blank; give at least one word to continue", "prompt", "blank")
         scored: list[object] = [None] * len(prompts)

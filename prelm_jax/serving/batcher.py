@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from prelm_jax.inference.batching import Program, Query, full_rows
+from prelm_jax.inference.batching import SHORTEST, Program, Query, full_rows
 from prelm_jax.serving.metrics import SECONDS, SIZES, Counter, Histogram
 from prelm_jax.serving.protocol import Refusal
 from prelm_jax.training.contract import Params
@@ -27,6 +27,8 @@ ROWS = (1, 4, 16)
 SMALL = 16  # Examples of a request that does not count as bulk.
 GENERATIONS = 8  # Texts that a device generates at once; each has its cache of keys and values.
 SECONDS_TO_ANSWER = 60.0
+CANARIES = 8  # Examples that a shape is tried out with.
+ENOUGH_BYTES = 4096  # Of a result, to tell whether its bits depend on the shape.
 
 AnyProgram = Program[object, object]
 AnyQuery = Query[object, object, object]
@@ -68,6 +70,7 @@ class Entry:
 class Generation:
     """A text that is generated: `steps`, given the parameters, yields one event a token; `emit` takes them."""
 
+    params: Params
     steps: Callable[[Params], Iterator[object]]
     emit: Callable[[object], None]
     deadline: float
@@ -99,10 +102,23 @@ class Lane:
         return taken
 
 
+class Placement:
+    """Parameters on a device, copied there once."""
+
+    def __init__(self, device: jax.Device):
+        self._device = device
+        self._placed: dict[int, tuple[Params, Params]] = {}
+
+    def __call__(self, params: Params) -> Params:
+        if id(params) not in self._placed:
+            self._placed[id(params)] = params, jax.device_put(params, self._device)
+        return self._placed[id(params)][1]
+
+
 class Batcher:
     """The queue, and a thread for each device. `submit` and `generate` are for the thread of the event loop."""
 
-    def __init__(self, params: Params, devices: Sequence[jax.Device], max_queue_tokens: int):
+    def __init__(self, devices: Sequence[jax.Device], max_queue_tokens: int):
         self.max_queue_tokens, self.queue_tokens = max_queue_tokens, 0
         self.exact: dict[Key, bool] = {}  # Whether the bits of a row depend on it alone, as tried out.
         self.rows: dict[Key, tuple[int, ...]] = {}  # Numbers of rows that give the bits of full batches.
@@ -113,7 +129,7 @@ class Batcher:
         self.dropped = Counter("prelm_dropped_total", "Texts not computed: cancelled, expired, failed.", "reason")
         self.tokens = Counter("prelm_tokens_total", "Tokens computed, padding included.")
         self.generated = Counter("prelm_generated_tokens_total", "Tokens generated.")
-        self._params, self._devices = params, devices
+        self._devices = devices
         self._lanes = {"small": Lane(), "bulk": Lane()}
         self._generations: collections.deque[Generation] = collections.deque()
         self._cold: list[collections.deque[Key]] = [collections.deque() for _ in devices]
@@ -164,6 +180,10 @@ class Batcher:
         for (program, length), rows in sorted(self.rows.items(), key=lambda item: item[0][1]):
             found.setdefault(program.name, {})[str(length)] = rows
         return found
+
+    def check_room(self, texts: int) -> None:
+        """Raises a Refusal where so many texts cannot wait, before they are tokenized."""
+        self._check_room(texts * SHORTEST)
 
     async def submit(self, queries: Sequence[AnyQuery], seconds: float = SECONDS_TO_ANSWER) -> list[object]:
         """The answers to queries. If this is cancelled, what still waits is dropped.
@@ -229,7 +249,7 @@ class Batcher:
 
     def _work(self, device: jax.Device, cold: collections.deque[Key]) -> None:
         """The loop of a device's thread."""
-        params = jax.device_put(self._params, device)
+        place = Placement(device)
         generating: collections.deque[Generation] = collections.deque()
         turns = itertools.cycle(("small", "bulk", "generation"))
         while True:
@@ -246,11 +266,15 @@ class Batcher:
                     if generates or (turn != "generation" and (batch := self._take(turn)) is not None):
                         break
             if batch is not None:
-                self._run(params, *batch)
+                self._run(place, *batch)
             elif generates:
-                self._generate_token(params, generating)
+                self._generate_token(place, generating)
             elif cold:
-                self._try_out(params, cold[0])
+                try:
+                    self._try_out(place, cold[0])
+                except Exception:
+                    self.exact[cold[0]] = False
+                    self.dropped.add("canary failed")
                 cold.popleft()
 
     def _has_work(self, generating: Sequence[Generation]) -> bool:
@@ -276,16 +300,16 @@ class Batcher:
             self.queue_seconds.observe(now - entry.ticket.arrived)
         return key, entries, rows
 
-    def _run(self, params: Params, key: Key, entries: list[Entry], rows: int) -> None:
+    def _run(self, place: Placement, key: Key, entries: list[Entry], rows: int) -> None:
         program, length = key
         began = time.monotonic()
         done: list[Ticket] = []
         try:
-            results = program.compute(params, [entry.example for entry in entries], rows, length)
+            results = program.compute(place(program.params), [entry.example for entry in entries], rows, length)
             for entry, result in zip(entries, results, strict=True):
                 self._collect(entry, result, done)
         except Exception as error:
-            self._run_one_by_one(params, key, entries, error, done)
+            self._run_one_by_one(place, key, entries, error, done)
         seconds = time.monotonic() - began
         self.batch_rows.observe(len(entries))
         self.batch_seconds.observe(seconds)
@@ -294,7 +318,7 @@ class Batcher:
         self._deliver(done)
 
     def _run_one_by_one(
-        self, params: Params, key: Key, entries: list[Entry], error: Exception, done: list[Ticket]
+        self, place: Placement, key: Key, entries: list[Entry], error: Exception, done: list[Ticket]
     ) -> None:
         """After a batch failed: only the examples that fail alone are answered with an error."""
         program, length = key
@@ -302,7 +326,7 @@ class Batcher:
         for entry in entries:
             try:
                 if len(entries) > 1:
-                    (result,) = program.compute(params, [entry.example], rows, length)
+                    (result,) = program.compute(place(program.params), [entry.example], rows, length)
                     self._collect(entry, result, done)
                     continue
             except Exception as alone:
@@ -335,14 +359,14 @@ class Batcher:
         if tickets:
             tickets[0].future.get_loop().call_soon_threadsafe(_resolve, tickets)
 
-    def _generate_token(self, params: Params, generating: collections.deque[Generation]) -> None:
+    def _generate_token(self, place: Placement, generating: collections.deque[Generation]) -> None:
         generation = generating.popleft()
         if generation.dead:
             self.dropped.add("cancelled")
             return
         try:
             if generation.running is None:
-                generation.running = generation.steps(params)
+                generation.running = generation.steps(place(generation.params))
             if time.monotonic() > generation.deadline:
                 raise Refusal(504, "the text took too long", code="timeout")
             event = next(generation.running, None)
@@ -353,25 +377,32 @@ class Batcher:
             generating.append(generation)
         generation.emit(event)
 
-    def _try_out(self, params: Params, key: Key) -> None:
+    def _try_out(self, place: Placement, key: Key) -> None:
         """Compiles a program of a length for all numbers of rows, and finds those that give the bits of the full one.
 
-        The same example is computed alone, and as the first and the last of a full batch of others.
+        A few examples are computed in a full batch, each in several of its rows, and in smaller batches.
         """
         program, length = key
-        rng, full = np.random.default_rng(length), full_rows(length)
-        canary, *others = (program.canary(length, rng) for _ in range(min(full, 4)))
-        mates = list(itertools.islice(itertools.cycle(others or [canary]), full - 1))
-        first = _bytes(program.compute(params, [canary, *mates], full, length)[0])
-        last = _bytes(program.compute(params, [*mates, canary], full, length)[-1])
+        rng, full, params = np.random.default_rng(length), full_rows(length), place(program.params)
+
+        def bits(examples: Sequence[object], rows: int) -> list[bytes]:
+            return [_bytes(found) for found in program.compute(params, examples, rows, length)]
+
+        canaries = [program.canary(length, rng) for _ in range(max(1, min(full // 2, CANARIES)))]
+        found = bits(list(itertools.islice(itertools.cycle(canaries), full)), full)
+        expected = found[: len(canaries)]
+        is_exact = found == list(itertools.islice(itertools.cycle(expected), full))
+        # Large results need no second example to tell other bits.
+        compared = canaries[:1] if len(expected[0]) >= ENOUGH_BYTES else canaries
         rows = [full]
-        for count in reversed([count for count in ROWS if count < full and program.any_rows]):
-            if _bytes(program.compute(params, [canary], count, length)[0]) == first:
-                rows.insert(0, count)
+        for count in [count for count in ROWS if count < full and program.any_rows]:
+            groups = (compared[i : i + count] for i in range(0, len(compared), count))
+            if [each for group in groups for each in bits(group, count)] == expected[: len(compared)]:
+                rows.append(count)
         with self._changed:
-            reference = self._canaries.setdefault(key, first)
-            self.exact[key] = self.exact.get(key, True) and first == last == reference
-            self.rows[key] = tuple(count for count in rows if count in self.rows.get(key, rows))
+            reference = self._canaries.setdefault(key, expected)
+            self.exact[key] = self.exact.get(key, True) and is_exact and expected == reference
+            self.rows[key] = tuple(count for count in sorted(rows) if count in self.rows.get(key, rows))
 
 
 def choose_rows(waiting: int, allowed: Sequence[int]) -> int:
@@ -395,5 +426,5 @@ def _resolve(tickets: Sequence[Ticket]) -> None:
             ticket.future.set_result(ticket.answers)
 
 
-def _bytes(result: object) -> list[bytes]:
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(result)]
+def _bytes(result: object) -> bytes:
+    return b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(result))

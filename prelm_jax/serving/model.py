@@ -1,5 +1,6 @@
 """A loaded model as the server offers it: its verbs, texts to queries, and answers to JSON."""
 
+import asyncio
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from prelm_jax.inference.base import Pretrained
 from prelm_jax.inference.batching import Query
 from prelm_jax.inference.bert import BertPretrained
 from prelm_jax.inference.gpt import GPTPretrained
+from prelm_jax.inference.heads import METHODS, TaskPretrained
 from prelm_jax.inference.pooling import Pooling
 from prelm_jax.inference.transformer import TransformerPretrained
 from prelm_jax.serving.batcher import AnyProgram, AnyQuery
@@ -19,6 +21,7 @@ from prelm_jax.serving.protocol import Fields, Refusal, is_ids
 from prelm_jax.training.contract import Params
 
 CHARACTERS_PER_TOKEN = 250  # Of a text that is longer for its room, nothing is tokenized.
+CHARACTERS_AT_ONCE = 20_000  # What the event loop tokenizes in a few milliseconds.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +39,19 @@ class Text:
 class ServedModel:
     """A model, and how it pools by default."""
 
-    def __init__(self, model: Pretrained, name: str, pooling: Pooling):
-        self.model, self.name, self.pooling = model, name, pooling
-        if not isinstance(model, TransformerPretrained):
-            raise InputError(f"{name} is a model of type {model.config.model_type}, which cannot be served yet")
-        self.encoder: TransformerPretrained = model
+    def __init__(self, model: Pretrained, name: str, pooling: Pooling | None = None):
+        self.name, self.task = name, model if isinstance(model, TaskPretrained) else None
+        encoder = model if self.task is None else self.task.pretrained
+        if not isinstance(encoder, TransformerPretrained):
+            raise InputError(f"{name} is a model of type {encoder.config.model_type}; only BERT and GPT are served")
+        self.encoder: TransformerPretrained = encoder
+        self.pooling = pooling or encoder.pooling
 
     @property
     def verbs(self) -> list[str]:
         """What the model can do, by the names of routes."""
-        verbs = ["embed", "similarity", "tokenize"]
+        verbs = [] if self.task is None else [METHODS[self.task.kind]]
+        verbs += ["embed", "similarity", "tokenize"]
         if self.bert is not None:
             verbs += ["fill", "score"]
         if self.gpt is not None:
@@ -55,27 +61,25 @@ class ServedModel:
     @property
     def bert(self) -> BertPretrained | None:
         """The model, if it fills masks."""
-        can_fill = isinstance(self.model, BertPretrained) and self.model.has_masked_lm
-        return cast(BertPretrained, self.model) if can_fill else None
+        encoder = self.encoder
+        return encoder if isinstance(encoder, BertPretrained) and encoder.has_masked_lm else None
 
     @property
     def gpt(self) -> GPTPretrained | None:
         """The model, if it generates."""
-        return self.model if isinstance(self.model, GPTPretrained) else None
+        return self.encoder if isinstance(self.encoder, GPTPretrained) else None
 
     @property
     def programs(self) -> list[AnyProgram]:
         """All programs, the most needed first."""
         programs: list[object] = [self.encoder.embed_program]
+        if self.task is not None:
+            programs.insert(0, self.task.main_program)
         if self.bert is not None:
             programs += [self.bert.fill_program, self.bert.score_program]
         if self.gpt is not None:
             programs += [self.gpt.score_program, self.gpt.top_program]
         return cast(list[AnyProgram], programs)
-
-    @property
-    def params(self) -> Params:
-        return self.model.params
 
     def require(self, verb: str) -> None:
         """Raises a Refusal (404) if the model lacks a verb; it names those that it has."""
@@ -90,6 +94,7 @@ class ServedModel:
             "model": self.name,
             "model_type": config.model_type,
             "verbs": self.verbs,
+            "labels": [] if self.task is None else self.task.labels,
             "max_tokens": self.encoder.room,
             "max_vector_tokens": self.encoder.vector_room,
             "prompts": sorted(self.encoder.loaded.vectors.prompts),
@@ -107,21 +112,29 @@ class ServedModel:
             },
         }
 
-    def read_for_vectors(
+    async def read_for_vectors(
         self, texts: Sequence[str], field: str, truncate: bool, prompt: str | None = None
     ) -> list[Text]:
         """Texts as ids, as their vectors are computed; see `TransformerPretrained.vectors`."""
         prepared, skipped = self.encoder.prepare(texts, prompt)
-        found = self.read(list(prepared), field, truncate, self.encoder.vector_room)
+        found = await self.read(list(prepared), field, truncate, self.encoder.vector_room)
         return [dataclasses.replace(text, skipped=skipped) for text in found] if skipped else found
 
-    def read(self, texts: Sequence[str], field: str, truncate: bool, room: int | None = None) -> list[Text]:
+    async def read(self, texts: Sequence[str], field: str, truncate: bool, room: int | None = None) -> list[Text]:
         """Texts as ids. Raises a Refusal for one that is too long, unless it may be cut."""
         longest = CHARACTERS_PER_TOKEN * self.encoder.room
         for i, text in enumerate(texts):
             if len(text) > longest and not truncate:
                 raise Refusal(400, f"{field}[{i}] has {len(text)} characters; cut it to {longest}", field, "too_long")
-        return self.fit(self.encoder.split([text[:longest] for text in texts]), field, truncate, room)
+        encoded: list[list[int]] = []
+        some: list[str] = []
+        for text in texts:
+            some.append(text[:longest])
+            if sum(map(len, some)) > CHARACTERS_AT_ONCE:
+                encoded += self.encoder.split(some)
+                some = []
+                await asyncio.sleep(0)  # Other requests go on meanwhile.
+        return self.fit(encoded + self.encoder.split(some), field, truncate, room)
 
     def fit(self, encoded: Sequence[Sequence[int]], field: str, truncate: bool, room: int | None = None) -> list[Text]:
         """Ids, cut to the room of the model if they may be; `room`: less than that of the model."""
@@ -132,7 +145,7 @@ class ServedModel:
                 raise Refusal(400, message, field, "too_long")
         return [Text(ids[:room], len(ids) > room) for ids in encoded]
 
-    def inputs(self, fields: Fields, name: str, truncate: bool, for_vectors: bool = False) -> list[Text]:
+    async def inputs(self, fields: Fields, name: str, truncate: bool, for_vectors: bool = False) -> list[Text]:
         """OpenAI's four forms of input: a text, texts, ids, or lists of ids."""
         room = self.encoder.vector_room if for_vectors else self.encoder.room
         value, last = fields.get(name), self.encoder.tokenizer.vocab_size - 1
@@ -142,7 +155,7 @@ class ServedModel:
             return self.fit(cast(list[list[int]], value), name, truncate, room)
         if isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value)):
             read = self.read_for_vectors if for_vectors else self.read
-            return read(fields.texts(name), name, truncate)
+            return await read(fields.texts(name), name, truncate)
         raise Refusal(400, f"{name} must be a text, texts, ids from 0 to {last}, or lists of ids", name)
 
     def vector_query(self, text: Text, pooling: Pooling) -> AnyQuery:

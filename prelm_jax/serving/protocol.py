@@ -73,6 +73,11 @@ class Fields:
         self._content: dict[str, object] = content
         self._read: set[str] = set()
 
+    @property
+    def num_items(self) -> int:
+        """The length of the longest list."""
+        return max((len(value) for value in self._content.values() if isinstance(value, list)), default=0)
+
     def get(self, name: str) -> object:
         """The value of a field, None if it is null or missing."""
         self._read.add(name)
@@ -102,6 +107,14 @@ class Fields:
         value = [value] if isinstance(value, str) else value
         if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
             raise Refusal(400, f"{name} must be a string or a list of strings", name)
+        return checked_number(name, value)
+
+    def items(self, name: str, rule: str, fits: Callable[[object], bool]) -> list[object]:
+        """A list whose items fit a rule; one item may stand alone."""
+        value = self.get(name)
+        value = [value] if fits(value) else value
+        if not isinstance(value, list) or not all(map(fits, value)):
+            raise Refusal(400, f"{name} must be a list, each item {rule}", name)
         return checked_number(name, value)
 
     def integers(self, name: str, default: Sequence[int], low: int, high: int) -> tuple[int, ...]:
@@ -136,6 +149,20 @@ class Fields:
 def is_ids(value: object, low: int, high: int) -> bool:
     """Whether a value is a list of whole numbers in bounds."""
     return isinstance(value, list) and all(type(each) is int and low <= each <= high for each in value)
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def is_words(value: object) -> bool:
+    """Whether a value is a list of texts, at least one."""
+    return isinstance(value, list) and bool(value) and all(map(is_text, value))
+
+
+def is_pair(value: object) -> bool:
+    """Whether a value is a list of two texts."""
+    return is_words(value) and len(cast(list[object], value)) == 2
 
 
 def checked_number(name: str, texts: list[Value]) -> list[Value]:

@@ -13,9 +13,7 @@ import jax
 
 from prelm_jax.cache import cache_compiled_programs
 from prelm_jax.errors import InputError
-from prelm_jax.inference.heads import TaskPretrained
 from prelm_jax.inference.pooling import MODES, Pooling, parse_modes
-from prelm_jax.inference.transformer import TransformerPretrained
 from prelm_jax.loading import load
 from prelm_jax.serving.app import Service, make_app
 from prelm_jax.serving.batcher import Batcher
@@ -74,12 +72,9 @@ def start(service: Service, options: Options) -> None:
     """Loads the model, and begins to compile its programs."""
     cache_compiled_programs()
     model = load(options.model, options.step)
-    if isinstance(model, TaskPretrained):
-        model = model.pretrained
-    if not isinstance(model, TransformerPretrained):
-        raise InputError(f"{options.model} is a model of type {model.config.model_type}, which cannot be served yet")
-    served = ServedModel(model, service.name, choose_pooling(options, model.pooling))
-    service.start(served, Batcher(model.params, jax.local_devices(), options.max_queue_tokens))
+    served = ServedModel(model, service.name)
+    served.pooling = choose_pooling(options, served.pooling)
+    service.start(served, Batcher(jax.local_devices(), options.max_queue_tokens))
 
 
 def choose_pooling(options: Options, own: Pooling) -> Pooling:

@@ -17,7 +17,6 @@ pytest.importorskip("starlette", reason="needs the extra serve: pip install 'pre
 import jax
 
 from prelm_jax.inference import batching
-from prelm_jax.inference.pooling import Pooling
 from prelm_jax.loading import load
 from prelm_jax.serving import batcher
 from prelm_jax.serving.app import Service, make_app
@@ -84,11 +83,11 @@ def serving(service: Service) -> Iterator[Client]:
 
 
 @contextlib.contextmanager
-def serving_model(model, devices=None, **options) -> Iterator[Client]:
+def _serving_model(model, devices=None, **options) -> Iterator[Client]:
     """A server of a model, once it is warm."""
     service = Service("tiny", options.pop("key", None))
-    served = ServedModel(model, "tiny", options.pop("pooling", Pooling()))
-    made = Batcher(model.params, devices or jax.devices()[:1], options.pop("max_queue_tokens", 10**5))
+    served = ServedModel(model, "tiny")
+    made = Batcher(devices or jax.devices()[:1], options.pop("max_queue_tokens", 10**5))
     service.start(served, made)
     try:
         with serving(service) as client:
@@ -100,7 +99,19 @@ def serving_model(model, devices=None, **options) -> Iterator[Client]:
         made.stop()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
+def serving_without_model():
+    """`with serving_without_model(service) as client:` the model is never loaded."""
+    return serving
+
+
+@pytest.fixture(scope="session")
+def serving_model():
+    """`with serving_model(model, devices) as client:` a server of a model, once it is warm."""
+    return _serving_model
+
+
+@pytest.fixture(scope="package", autouse=True)
 def few_shapes() -> Iterator[None]:
     """Batches of 1, 2 or 4 rows at most, for fewer programs to compile."""
     with pytest.MonkeyPatch.context() as patch:
@@ -115,11 +126,11 @@ def tiny_model(directory: Path, model_type: str):
 
 @pytest.fixture(scope="package")
 def bert(tmp_path_factory, few_shapes) -> Iterator[Client]:
-    with serving_model(tiny_model(tmp_path_factory.mktemp("bert"), "bert")) as client:
+    with _serving_model(tiny_model(tmp_path_factory.mktemp("bert"), "bert")) as client:
         yield client
 
 
 @pytest.fixture(scope="package")
 def gpt(tmp_path_factory, few_shapes) -> Iterator[Client]:
-    with serving_model(tiny_model(tmp_path_factory.mktemp("gpt"), "openai-gpt")) as client:
+    with _serving_model(tiny_model(tmp_path_factory.mktemp("gpt"), "openai-gpt")) as client:
         yield client
