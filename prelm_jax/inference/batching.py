@@ -47,6 +47,11 @@ class Program(Generic[Example, Result]):
     lengths: tuple[int, ...]
     canary: Callable[[int, np.random.Generator], Example]
     any_rows: bool = True
+    texts: int = 1  # In a row.
+
+    def full_rows(self, length: int) -> int:
+        """The rows of a full batch of a padded length."""
+        return full_rows(length * self.texts)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,7 +74,7 @@ def answers(queries: Sequence[Query[Example, Result, Answer]]) -> Iterator[Answe
 
     def compute(program: Program[Example, Result], length: int) -> None:
         some = waiting.pop((program, length))
-        found = program.compute(program.params, [example for _, _, example in some], full_rows(length), length)
+        found = program.compute(program.params, [example for _, _, example in some], program.full_rows(length), length)
         for (i, j, _), result in zip(some, found, strict=True):
             results[i][j] = result
             if len(results[i]) == len(queries[i].examples):
@@ -81,7 +86,7 @@ def answers(queries: Sequence[Query[Example, Result, Answer]]) -> Iterator[Answe
         for j, example in enumerate(query.examples):
             key = query.program, query.program.length(example)
             waiting[key].append((i, j, example))
-            if len(waiting[key]) == full_rows(key[1]):
+            if len(waiting[key]) == query.program.full_rows(key[1]):
                 compute(*key)
     for key in list(waiting):
         compute(*key)

@@ -152,6 +152,7 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
                 lambda row: self.frame.fitting_width([row], num_texts),
                 self.frame.widths,
                 partial(self._canary, num_texts),
+                texts=num_texts,
             )
         return self._programs[num_texts]
 
@@ -198,7 +199,7 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
         outputs: dict[int, Outputs] = {}
         with Progress(progress, len(rows), "rows") as shown:
             for (num_texts, width), numbers in sorted(together.items()):
-                batch_size = batching.full_rows(num_texts * width)
+                batch_size = self.program(num_texts).full_rows(width)
                 for start in range(0, len(numbers), batch_size):
                     some = numbers[start : start + batch_size]
                     compute = self.program(num_texts).compute

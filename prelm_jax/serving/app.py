@@ -26,7 +26,7 @@ from prelm_jax.data.examples import Answers, Example
 from prelm_jax.errors import InputError
 from prelm_jax.inference.decoding import Prediction
 from prelm_jax.inference.pooling import MODES, Pooling, cosines, parse_modes
-from prelm_jax.serving.batcher import SECONDS_TO_ANSWER, AnyQuery, Batcher, Generation
+from prelm_jax.serving.batcher import SECONDS_TO_ANSWER, AnyProgram, AnyQuery, Batcher, Generation
 from prelm_jax.serving.metrics import SECONDS, Counter, Gauge, Histogram, render
 from prelm_jax.serving.model import Choice, Completion, Drawn, ServedModel, Text
 from prelm_jax.serving.protocol import Fields, Refusal, dumps, in_base64, is_pair, is_text, is_words, refused, reply
@@ -56,7 +56,7 @@ class Service:
         self.batcher: Batcher | None = None
         self.state = "loading"
         self.failure: str | None = None
-        self.num_essential = 0  # Shapes that must be compiled before the server is ready.
+        self._essential: list[AnyProgram] = []  # They must be compiled before the server is ready.
         self.started = time.time()
         self.body_bytes = 0
         self.requests = Counter("prelm_requests_total", "Requests.", "path", "status")
@@ -84,16 +84,12 @@ class Service:
         """The part of the shapes that had to be compiled and are."""
         if self.batcher is None:
             return 0.0
-        cold = max(0, self.batcher.num_cold - self.num_later)
-        return 1 - cold / max(1, self.num_essential)
-
-    num_later = 0
+        shapes = sum(len(program.lengths) for program in self._essential) * self.batcher.num_devices
+        return 1 - self.batcher.num_cold(self._essential) / max(1, shapes)
 
     def start(self, model: ServedModel, batcher: Batcher) -> None:
         """Compiles the programs; the server is ready when those of the first verb are."""
-        first, *later = model.programs
-        self.num_essential = len(first.lengths) * batcher.num_devices
-        self.num_later = sum(len(program.lengths) for program in later) * batcher.num_devices
+        self._essential = model.programs[:1]
         batcher.warm(model.programs)
         batcher.start()
         self.model, self.batcher = model, batcher
@@ -213,6 +209,8 @@ def guarded(
             response = refused(error).response()
         except (ClientDisconnect, Disconnected):
             response = Response(status_code=499)  # Nobody reads it.
+        except asyncio.CancelledError:
+            response = Refusal(503, "the server is stopping", code="stopping").response()
         except Exception as error:
             response = Refusal(500, f"the model failed: {type(error).__name__}", code="failed").response()
         service.requests.add(request.url.path, str(response.status_code))
@@ -513,13 +511,13 @@ class Verbs:
         """The answers to questions from passages: pairs [question, passage]."""
         self._require("answer")
         given = cast(list[list[str]], fields.items("questions", "a pair [question, passage]", is_pair))
-        threshold = fields.number("null_threshold", 0.0, -1e9, 1e9)
+        threshold, top_k = fields.number("null_threshold", 0.0, -1e9, 1e9), fields.integer("top_k", 5, 1, 20)
         fields.no_others()
         examples = [Example(str(i), (tuple(each),)) for i, each in enumerate(given)]
         results = []
         for prediction, is_cut in await self._predict(examples, "questions", threshold):
             answers = cast(Answers, prediction.label)
-            best = prediction.candidates[: fields.integer("top_k", 5, 1, 20)]
+            best = prediction.candidates[:top_k]
             results.append(
                 {
                     "answer": next(iter(answers.texts), None),

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from prelm_jax.inference.batching import SHORTEST, Program, Query, full_rows
+from prelm_jax.inference.batching import SHORTEST, Program, Query
 from prelm_jax.serving.metrics import SECONDS, SIZES, Counter, Histogram
 from prelm_jax.serving.protocol import Refusal
 from prelm_jax.training.contract import Params
@@ -161,10 +161,14 @@ class Batcher:
                 cold.extend((program, length) for program in programs for length in reversed(program.lengths))
             self._changed.notify_all()
 
-    @property
-    def num_cold(self) -> int:
-        """The number of shapes that `warm` has still to compile."""
-        return sum(map(len, self._cold))
+    def stop_warming(self) -> None:
+        """Leaves the shapes that are not compiled yet."""
+        for cold in self._cold:
+            cold.clear()
+
+    def num_cold(self, programs: Sequence[AnyProgram] | None = None) -> int:
+        """The number of shapes that `warm` has still to compile; of these programs only, if they are given."""
+        return sum(programs is None or program in programs for cold in self._cold for program, _ in list(cold))
 
     @property
     def num_devices(self) -> int:
@@ -270,12 +274,14 @@ class Batcher:
             elif generates:
                 self._generate_token(place, generating)
             elif cold:
+                key = cold[0]
                 try:
-                    self._try_out(place, cold[0])
+                    self._try_out(place, key)
                 except Exception:
-                    self.exact[cold[0]] = False
+                    self.exact[key] = False
                     self.dropped.add("canary failed")
-                cold.popleft()
+                if cold:
+                    cold.popleft()
 
     def _has_work(self, generating: Sequence[Generation]) -> bool:
         queued = any(lane.oldest() is not None for lane in self._lanes.values())
@@ -287,7 +293,7 @@ class Batcher:
         key = lane.oldest()
         if key is None:
             return None
-        allowed = self.rows.get(key, (full_rows(key[1]),))
+        allowed = self.rows.get(key, (key[0].full_rows(key[1]),))
         waiting = sum(len(each.groups.get(key, ())) for each in self._lanes.values())
         rows = choose_rows(waiting, allowed)
         entries = lane.take(key, rows)
@@ -322,7 +328,7 @@ class Batcher:
     ) -> None:
         """After a batch failed: only the examples that fail alone are answered with an error."""
         program, length = key
-        rows = self.rows.get(key, (full_rows(length),))[0]
+        rows = self.rows.get(key, (program.full_rows(length),))[0]
         for entry in entries:
             try:
                 if len(entries) > 1:
@@ -383,7 +389,7 @@ class Batcher:
         A few examples are computed in a full batch, each in several of its rows, and in smaller batches.
         """
         program, length = key
-        rng, full, params = np.random.default_rng(length), full_rows(length), place(program.params)
+        rng, full, params = np.random.default_rng(length), program.full_rows(length), place(program.params)
 
         def bits(examples: Sequence[object], rows: int) -> list[bytes]:
             return [_bytes(found) for found in program.compute(params, examples, rows, length)]

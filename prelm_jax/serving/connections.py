@@ -1,6 +1,7 @@
 """The HTTP server: uvicorn with limits on time, headers and connections, which it does not have itself."""
 
 import asyncio
+import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -91,27 +92,28 @@ class LimitedProtocol(Base):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which calls `on_start` with its addresses when it listens."""
+    """uvicorn's server, which calls `on_start` with its addresses when it listens, and `on_stop` when it stops to."""
 
-    def __init__(self, config: uvicorn.Config, on_start: Callable[[Sequence[str]], None]):
+    def __init__(self, config: uvicorn.Config, on_start: Callable[[Sequence[str]], None], on_stop: Callable[[], None]):
         super().__init__(config)
-        self._on_start = on_start
+        self._on_start, self._on_stop = on_start, on_stop
 
-    async def startup(self, sockets: list | None = None) -> None:
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._on_stop()
+        await super().shutdown(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        names = [socket.getsockname() for server in self.servers for socket in server.sockets]
+        names = [each.getsockname() for each in sockets or ()]
         self._on_start([name if isinstance(name, str) else f"http://{name[0]}:{name[1]}" for name in names])
 
 
 def make_server(
-    app: ASGIApp, host: str, port: int, uds: str | None, on_start: Callable[[Sequence[str]], None]
+    app: ASGIApp, on_start: Callable[[Sequence[str]], None], on_stop: Callable[[], None] = lambda: None
 ) -> Server:
-    """A server for an application, which listens when it is run."""
+    """A server for an application, to be run with sockets."""
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
-        uds=uds,
         http=LimitedProtocol,
         ws="none",
         lifespan="off",
@@ -122,4 +124,4 @@ def make_server(
         timeout_keep_alive=75,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
-    return Server(config, on_start)
+    return Server(config, on_start, on_stop)

@@ -110,9 +110,9 @@ class Fields:
         return checked_number(name, value)
 
     def items(self, name: str, rule: str, fits: Callable[[object], bool]) -> list[object]:
-        """A list whose items fit a rule; one item may stand alone."""
+        """A list whose items fit a rule; a text may stand alone."""
         value = self.get(name)
-        value = [value] if fits(value) else value
+        value = cast(list[object], [value]) if isinstance(value, str) else value
         if not isinstance(value, list) or not all(map(fits, value)):
             raise Refusal(400, f"{name} must be a list, each item {rule}", name)
         return checked_number(name, value)

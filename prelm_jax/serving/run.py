@@ -3,7 +3,10 @@
 import asyncio
 import dataclasses
 import ipaddress
+import os
 import resource
+import signal
+import socket
 import sys
 import threading
 from collections.abc import Sequence
@@ -61,11 +64,41 @@ def run(options: Options) -> None:
         print(f"prelm: serving {name} at {', '.join(addresses)}", file=sys.stderr, flush=True)
         threading.Thread(target=load_model, name="load", daemon=True).start()
 
+    def on_stop() -> None:
+        if service.batcher is not None:
+            service.batcher.stop_warming()
+
     raise_file_limit()
-    server = make_server(app, options.host, options.port, None if options.uds is None else str(options.uds), on_start)
-    asyncio.run(server.serve())
+    listener = listen(options)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # After the server's own handlers, which end it in an orderly way.
+    server = make_server(app, on_start, on_stop)
+    asyncio.run(server.serve([listener]))
+    if service.batcher is not None:
+        service.batcher.stop()
     if failures:
         raise failures[0]
+
+
+def listen(options: Options) -> socket.socket:
+    """The socket that the server listens at. Raises InputError if there is none to be had."""
+    if options.uds is not None:
+        found, previous = socket.socket(socket.AF_UNIX), os.umask(0o177)  # For the user alone.
+        try:
+            found.bind(str(options.uds))
+        except OSError as error:
+            found.close()
+            raise InputError(
+                f"--uds {options.uds}: {error.strerror or error}; another server, or a file of an old one?"
+            ) from None
+        finally:
+            os.umask(previous)
+        return found
+    try:
+        ((family, *_, address), *_) = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        raise InputError(f"cannot listen at {options.host}:{options.port} (--host, --port): {error.strerror}") from None
 
 
 def start(service: Service, options: Options) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -70,8 +71,9 @@ def serving(service: Service) -> Iterator[Client]:
         ports.append(int(addresses[0].rpartition(":")[2]))
         started.set()
 
-    server = make_server(make_app(service, HOSTS), "127.0.0.1", 0, None, on_start)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    server = make_server(make_app(service, HOSTS), on_start)
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
     thread.start()
     assert started.wait(60)
     try:
@@ -91,7 +93,7 @@ def _serving_model(model, devices=None, **options) -> Iterator[Client]:
     service.start(served, made)
     try:
         with serving(service) as client:
-            while made.num_cold:
+            while made.num_cold():
                 time.sleep(0.01)
             client.model = model
             yield client

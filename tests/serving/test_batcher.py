@@ -221,7 +221,7 @@ def test_only_numbers_of_rows_with_the_same_bits_are_used(result, rows, exact):
     program = Bits(result).program
     batcher.warm([program])
     batcher.start()
-    while batcher.num_cold:
+    while batcher.num_cold():
         threading.Event().wait(0.001)
     batcher.stop()
     assert batcher.rows == {(program, 8): rows} and batcher.exact == {(program, 8): exact}
