@@ -13,7 +13,6 @@ from prelm_jax.data.examples import Example, Kind
 from prelm_jax.data.frames import WIDTHS, Frame, Row, Text
 from prelm_jax.errors import InputError
 from prelm_jax.formats.base import LoadedTask, ModelConfig
-from prelm_jax.inference import batching
 from prelm_jax.inference.base import Embeddings, Pretrained, Sample, Scores
 from prelm_jax.inference.batching import Program, Query
 from prelm_jax.inference.compiling import compiled

@@ -43,6 +43,12 @@ NEUTRAL = (
     ("logit_bias", {}),
     ("suffix", ""),
 )
+# The methods of `Verbs` whose names are not those of their routes.
+HANDLERS = {
+    "/v1/models": "models",
+    "/v1/embeddings": "openai_embeddings",
+    "/v1/completions": "openai_completions",
+}
 NPY = "application/x-npy"
 Handler = Callable[[Fields, Request], Awaitable[Response]]
 
@@ -163,7 +169,7 @@ def make_app(service: Service, hosts: Collection[str] = ("*",)) -> ASGIApp:
         get("/", lambda: Response(service.page, headers=pages, media_type="text/html"), is_open=True),
         get("/health", verbs.health, is_open=True),
         get("/info", verbs.info),
-        get("/metrics", lambda: Response(service.metrics(), media_type="text/plain; version=0.0.4")),
+        get("/metrics", verbs.metrics),
         get("/v1/models", verbs.models),
         post("/v1/embeddings", verbs.openai_embeddings),
         post("/v1/completions", verbs.openai_completions),
@@ -178,6 +184,9 @@ def make_app(service: Service, hosts: Collection[str] = ("*",)) -> ASGIApp:
         post("/answer", verbs.answer),
         post("/choose", verbs.choose),
     ]
+
+    description = openapi(routes, verbs)
+    routes.append(get("/openapi.json", lambda: reply(description)))
 
     async def not_found(request: Request, error: Exception) -> Response:
         paths = ", ".join(route.path for route in routes)
@@ -308,6 +317,26 @@ def event(content: dict[str, object]) -> bytes:
     return b"data: " + dumps(content) + b"\n\n"
 
 
+def openapi(routes: Sequence[Route], verbs: "Verbs") -> dict[str, object]:
+    """The routes in the form of OpenAPI: what each does, and the statuses of its answers."""
+    error = {"description": "an error, as OpenAI's API has it"}
+    paths: dict[str, object] = {}
+    for route in routes:
+        handler = getattr(verbs, HANDLERS.get(route.path, route.path.strip("/")), None)
+        operation: dict[str, object] = {
+            "summary": ((handler and handler.__doc__) or "The page.").strip().partition("\n")[0],
+            "responses": {"200": {"description": "the answer"}, "4XX": error, "5XX": error},
+        }
+        method = "post" if "POST" in (route.methods or ()) else "get"
+        if method == "post":
+            operation["requestBody"] = {
+                "required": True,
+                "content": {"application/json": {"schema": {"type": "object"}}},
+            }
+        paths[route.path] = {method: operation}
+    return {"openapi": "3.1.0", "info": {"title": "prelm", "version": __version__}, "paths": paths}
+
+
 class Verbs:
     """The handlers of the routes."""
 
@@ -340,8 +369,13 @@ class Verbs:
         return reply(content)
 
     def models(self) -> Response:
+        """The one model, as OpenAI lists models."""
         model = {"id": self.service.name, "object": "model", "created": int(self.service.started), "owned_by": "prelm"}
         return reply({"object": "list", "data": [model]})
+
+    def metrics(self) -> Response:
+        """Counters and histograms for Prometheus."""
+        return Response(self.service.metrics(), media_type="text/plain; version=0.0.4")
 
     async def openai_embeddings(self, fields: Fields, request: Request) -> Response:
         """OpenAI's embeddings."""

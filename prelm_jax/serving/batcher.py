@@ -4,7 +4,8 @@ A thread takes a batch as soon as its device is free: the batch that runs is the
 and bulk ones take turns, and so do texts that are generated, a token each time. The queue is bounded in tokens.
 
 A batch has 1, 4, 16 or as many rows as `batching.full_rows` says, but only numbers of rows that give the bits of the
-full number. That is tried out at the start, with a canary: until then, and where bits differ, batches are full.
+full number. That is tried out after the start, in further threads, with canaries: until then, and where bits differ, batches
+are full.
 """
 
 import asyncio
@@ -106,13 +107,14 @@ class Placement:
     """Parameters on a device, copied there once."""
 
     def __init__(self, device: jax.Device):
-        self._device = device
+        self._device, self._lock = device, threading.Lock()
         self._placed: dict[int, tuple[Params, Params]] = {}
 
     def __call__(self, params: Params) -> Params:
-        if id(params) not in self._placed:
-            self._placed[id(params)] = params, jax.device_put(params, self._device)
-        return self._placed[id(params)][1]
+        with self._lock:
+            if id(params) not in self._placed:
+                self._placed[id(params)] = params, jax.device_put(params, self._device)
+            return self._placed[id(params)][1]
 
 
 class Batcher:
@@ -138,28 +140,29 @@ class Batcher:
         self._numbers = itertools.count()
         self._stopped = False
         self._threads = [
-            threading.Thread(target=self._work, args=each, name=f"device {each[0]}", daemon=True)
-            for each in zip(devices, self._cold, strict=True)
+            threading.Thread(target=target, args=arguments, name=f"{device}", daemon=True)
+            for device, cold in zip(devices, self._cold, strict=True)
+            for place in [Placement(device)]
+            for target, arguments in ((self._work, (place,)), (self._warm, (place, cold)))
         ]
 
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
 
-    def stop(self) -> None:
-        """Ends the threads after their present batches."""
+    def stop(self) -> bool:
+        """Ends the threads after their present batches; whether all have ended within seconds."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join(5)
+            thread.join(1)
+        return not any(thread.is_alive() for thread in self._threads)
 
     def warm(self, programs: Sequence[AnyProgram]) -> None:
-        """Compiles programs of all shapes and tries them out, when there is nothing else to do."""
-        with self._changed:
-            for cold in self._cold:
-                cold.extend((program, length) for program in programs for length in reversed(program.lengths))
-            self._changed.notify_all()
+        """Has programs of all shapes compiled and tried out from `start` on, the first ones first."""
+        for cold in self._cold:
+            cold.extend((program, length) for program in programs for length in reversed(program.lengths))
 
     def stop_warming(self) -> None:
         """Leaves the shapes that are not compiled yet."""
@@ -251,14 +254,25 @@ class Batcher:
             message = f"{self.queue_tokens} tokens are waiting already; try again later"
             raise Refusal(429, message, code="queue_full", retry_after=self.seconds_to_wait)
 
-    def _work(self, device: jax.Device, cold: collections.deque[Key]) -> None:
+    def _warm(self, place: Placement, cold: collections.deque[Key]) -> None:
+        """Tries out the shapes of a device, beside its thread: requests do not wait for the compiler."""
+        while cold and not self._stopped:
+            key = cold[0]
+            try:
+                self._try_out(place, key)
+            except Exception:
+                self.exact[key] = False
+                self.dropped.add("canary failed")
+            if cold:
+                cold.popleft()
+
+    def _work(self, place: Placement) -> None:
         """The loop of a device's thread."""
-        place = Placement(device)
         generating: collections.deque[Generation] = collections.deque()
         turns = itertools.cycle(("small", "bulk", "generation"))
         while True:
             with self._changed:
-                while not (self._stopped or cold or self._has_work(generating)):
+                while not (self._stopped or self._has_work(generating)):
                     self._changed.wait()
                 if self._stopped:
                     return
@@ -273,15 +287,6 @@ class Batcher:
                 self._run(place, *batch)
             elif generates:
                 self._generate_token(place, generating)
-            elif cold:
-                key = cold[0]
-                try:
-                    self._try_out(place, key)
-                except Exception:
-                    self.exact[key] = False
-                    self.dropped.add("canary failed")
-                if cold:
-                    cold.popleft()
 
     def _has_work(self, generating: Sequence[Generation]) -> bool:
         queued = any(lane.oldest() is not None for lane in self._lanes.values())

@@ -74,10 +74,12 @@ def run(options: Options) -> None:
         signal.signal(number, signal.SIG_IGN)  # After the server's own handlers, which end it in an orderly way.
     server = make_server(app, on_start, on_stop)
     asyncio.run(server.serve([listener]))
-    if service.batcher is not None:
-        service.batcher.stop()
+    is_idle = service.batcher is None or service.batcher.stop()
     if failures:
         raise failures[0]
+    if not is_idle:  # A program is being compiled, which nobody waits for.
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def listen(options: Options) -> socket.socket:

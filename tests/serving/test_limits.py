@@ -197,5 +197,16 @@ def test_a_wrong_field_of_a_completion_is_named(gpt, fields, param):
     assert gpt.error("/v1/completions", **fields)[:2] == (400, param)
 
 
+def test_every_route_is_described(bert):
+    status, found = bert.get("/openapi.json")
+    assert status == 200 and found["openapi"].startswith("3.1")
+    assert {"/embed", "/v1/completions", "/health", "/answer"} <= found["paths"].keys()
+    for path, methods in found["paths"].items():
+        for method, operation in methods.items():
+            assert operation["summary"].endswith("."), path
+            other = "GET" if method == "post" else "POST"
+            assert bert.request(other, path)[0] == 405
+
+
 def test_another_model_is_not_served(bert):
     assert bert.error("/v1/embeddings", model="gpt-5", input="a")[:2] == (404, "model")
