@@ -457,11 +457,13 @@ def test_errors_and_nothing_to_do(server, visit):
 
 @pytest.mark.parametrize("tab", ["fill", "similarity", "nearest", "word", "tokens"])
 def test_phones_and_names(tab, server, visit):
-    """At 320 pixels nothing sticks out, and each control has a name."""
+    """At 320 pixels nothing sticks out, the tab is in view, and each control has a name."""
     values = {"text": "A [MASK].", "query": "a"} if tab in ("fill", "tokens") else {"text": MANY, "query": "a"}
     page = visit(tab, WORDS if tab == "word" else values, viewport={"width": 320, "height": 640}, color_scheme="dark")
     page.wait_for_selector(".result table, .result svg, .result .tokens")
     assert page.evaluate("document.documentElement.scrollWidth") <= 320
+    box = page.locator("[role=tab][aria-selected=true]").bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 320
     unnamed = (
         "[...document.querySelectorAll('input,textarea,button')].filter(e => !(e.labels?.length || e.textContent))"
     )
