@@ -455,11 +455,11 @@ def test_errors_and_nothing_to_do(server, visit):
     assert page.locator(".result [role=alert]").count() == 0
 
 
-@pytest.mark.parametrize("tab", ["fill", "similarity", "nearest", "word", "tokens"])
+@pytest.mark.parametrize("tab", ["similarity", "word", "tokens"])
 def test_phones_and_names(tab, server, visit):
     """At 320 pixels nothing sticks out, the tab is in view, and each control has a name."""
-    values = {"text": "A [MASK].", "query": "a"} if tab in ("fill", "tokens") else {"text": MANY, "query": "a"}
-    page = visit(tab, WORDS if tab == "word" else values, viewport={"width": 320, "height": 640}, color_scheme="dark")
+    values = {"similarity": {"text": MANY}, "word": WORDS, "tokens": {"text": "A cat."}}[tab]
+    page = visit(tab, values, viewport={"width": 320, "height": 640}, color_scheme="dark")
     page.wait_for_selector(".result table, .result svg, .result .tokens")
     assert page.evaluate("document.documentElement.scrollWidth") <= 320
     box = page.locator("[role=tab][aria-selected=true]").bounding_box()
