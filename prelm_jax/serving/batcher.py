@@ -4,8 +4,8 @@ A thread takes a batch as soon as its device is free: the batch that runs is the
 and bulk ones take turns, and so do texts that are generated, a token each time. The queue is bounded in tokens.
 
 A batch has 1, 4, 16 or as many rows as `batching.full_rows` says, but only numbers of rows that give the bits of the
-full number. That is tried out with canaries after the start, in further threads. Until then, and where bits differ, batches
-are full.
+full number. That is tried out with canaries after the start, in further threads. Until then, and where bits differ,
+batches are full.
 """
 
 import asyncio

@@ -115,9 +115,9 @@ def serving_model():
 
 @pytest.fixture(scope="package", autouse=True)
 def few_shapes() -> Iterator[None]:
-    """Batches of 1, 2 or 4 rows at most, for fewer programs to compile."""
+    """Batches of one row or of 64 tokens, for fewer programs to compile."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batcher, "ROWS", (1, 2))
+        patch.setattr(batcher, "ROWS", (1,))
         patch.setattr(batching, "TOKENS_PER_BATCH", 64)
         yield
 
@@ -128,7 +128,8 @@ def tiny_model(directory: Path, model_type: str):
 
 @pytest.fixture(scope="package")
 def bert(tmp_path_factory, few_shapes) -> Iterator[Client]:
-    with _serving_model(tiny_model(tmp_path_factory.mktemp("bert"), "bert")) as client:
+    """A BERT on two devices."""
+    with _serving_model(tiny_model(tmp_path_factory.mktemp("bert"), "bert"), jax.devices()[:2]) as client:
         yield client
 
 

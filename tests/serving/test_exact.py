@@ -6,7 +6,6 @@ import random
 import socket
 import threading
 
-import jax
 import numpy as np
 import pytest
 import tiny
@@ -14,13 +13,6 @@ import tiny
 pytest.importorskip("starlette", reason="needs the extra serve: pip install 'prelm_jax[serve]'")
 
 CLIENTS, REQUESTS = 8, 500
-
-
-@pytest.fixture(scope="module")
-def on_two_devices(bert, serving_model):
-    """The same model on two devices."""
-    with serving_model(bert.model, jax.devices()[:2]) as client:
-        yield client
 
 
 def random_text(rng: random.Random, mask: bool = False) -> str:
@@ -84,8 +76,9 @@ def check(alone: Alone, path: str, fields: dict, answer: dict) -> None:
             assert np.array(each["vector"], np.float32).tobytes() == alone("vector", text)
 
 
-def test_500_mixed_requests_have_the_bits_of_each_text_alone(on_two_devices):
-    client, alone = on_two_devices, Alone(on_two_devices.model)
+def test_500_mixed_requests_have_the_bits_of_each_text_alone(bert):
+    """On two devices."""
+    client, alone = bert, Alone(bert.model)
     rng = random.Random(0)
     requests = [random_request(rng) for _ in range(REQUESTS)]
     answers: dict[int, tuple[int, dict]] = {}

@@ -58,6 +58,7 @@ def test_classify(served):
         assert status == 404 and "classify" in message
 
 
+@pytest.mark.slow
 def test_tag(served):
     texts = ["the cat sees a dog", "bird " * 40]
     with served("tags") as client:
@@ -81,6 +82,7 @@ def test_answer(served):
             assert len(each["candidates"]) == 2
 
 
+@pytest.mark.slow
 def test_choose(served):
     choices = [["the cat", ["a dog", "a bird", "the house"]]]
     with served("choice") as client:
