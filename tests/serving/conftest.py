@@ -128,8 +128,7 @@ def tiny_model(directory: Path, model_type: str):
 
 @pytest.fixture(scope="package")
 def bert(tmp_path_factory, few_shapes) -> Iterator[Client]:
-    """A BERT on two devices."""
-    with _serving_model(tiny_model(tmp_path_factory.mktemp("bert"), "bert"), jax.devices()[:2]) as client:
+    with _serving_model(tiny_model(tmp_path_factory.mktemp("bert"), "bert")) as client:
         yield client
 
 

@@ -6,6 +6,7 @@ import random
 import socket
 import threading
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -77,8 +78,17 @@ def check(alone: Alone, path: str, fields: dict, answer: dict) -> None:
 
 
 def test_500_mixed_requests_have_the_bits_of_each_text_alone(bert):
-    """On two devices."""
-    client, alone = bert, Alone(bert.model)
+    check_mixed_requests(bert, 1)
+
+
+@pytest.mark.slow
+def test_on_two_devices_too(bert, serving_model):
+    with serving_model(bert.model, jax.devices()[:2]) as client:
+        check_mixed_requests(client, 2)
+
+
+def check_mixed_requests(client, num_devices: int) -> None:
+    alone = Alone(client.model)
     rng = random.Random(0)
     requests = [random_request(rng) for _ in range(REQUESTS)]
     answers: dict[int, tuple[int, dict]] = {}
@@ -104,7 +114,7 @@ def test_500_mixed_requests_have_the_bits_of_each_text_alone(bert):
         assert status == 200, answer
         check(alone, path, fields, answer)
     info = client.get("/info")[1]
-    assert info["exact"] is True and len(info["devices"]) == 2
+    assert info["exact"] is True and len(info["devices"]) == num_devices
     metrics = client.request("GET", "/metrics")[2].decode()
     assert 'prelm_requests_total{path="/fill",status="200"}' in metrics and "prelm_queue_tokens 0" in metrics
 
