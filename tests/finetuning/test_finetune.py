@@ -82,7 +82,7 @@ def trained(world, compiled):
             main(arguments(world, world / "whole", "--seeds", seeds))
         marks.append(len(compiled))
     found = [programs(compiled[a:b]) for a, b in itertools.pairwise(marks)]
-    assert found[0] == (2, 2) and max(found[2]) <= 2, "train and evaluation steps of 32 and of 64 tokens"
+    assert found[0] == (2, 2) and max(found[2]) <= 2, "train and evaluation steps of 32 and of 48 tokens"
     assert found[1] == found[3] == (0, 0)
     return world / "whole"
 
@@ -421,6 +421,6 @@ def test_memory_is_checked_with_the_largest_batch(world, tmp_path, monkeypatch):
     monkeypatch.setattr("prelm_jax.train.step_memory", step_memory)
     task = finetune.prepare(make(world, batch_size=2))
     widths = [finetune.TaskBatches(task.frame, task.train_rows, 2, 0).width(step) for step in range(13)]
-    assert widths[0] == 32 and max(widths) == 64
-    with pytest.raises(Seen, match=r"\(2, 1, 64\)"):
+    assert widths[0] == 32 and max(widths) == 48
+    with pytest.raises(Seen, match=r"\(2, 1, 48\)"):
         finetune.finetune(make(world, batch_size=2), tmp_path / "run", seeds=1)
