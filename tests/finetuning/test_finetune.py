@@ -89,7 +89,7 @@ def trained(world, compiled):
 
 def test_results_and_predictions(world, trained):
     results = read_results(trained)
-    assert [(each.seed, each.step, each.evaluations) for each in results.seeds] == [(0, 13, 3), (1, 13, 3)]
+    assert [(each.seed, each.step, each.evaluations) for each in results.seeds] == [(0, 13, 2), (1, 13, 2)]
     assert results.labels == ("no", "yes") and results.metric == "accuracy" and results.task == "classify"
     assert (results.train_examples, results.dev_examples) == (26, 9)
     for each in results.seeds:
@@ -100,7 +100,7 @@ def test_results_and_predictions(world, trained):
         assert all(max(x.probabilities, key=x.probabilities.get) == x.prediction for x in predictions)
     lines = tiny.metrics(trained / "seed-0")
     evaluations = [line for line in lines if "evaluation/accuracy" in line]
-    assert [line["step"] for line in evaluations] == [6, 12, 13]
+    assert [line["step"] for line in evaluations] == [7, 13]
     assert evaluations[-1]["evaluation/accuracy"] == results.seeds[0].scores["accuracy"].value
     assert '"baseline/accuracy/' in (trained / "seed-0" / "metrics.jsonl").read_text()
     first = [next(line["train/loss"] for line in tiny.metrics(trained / f"seed-{seed}")) for seed in range(2)]
@@ -242,7 +242,7 @@ def test_epochs_become_steps(world):
         16,
         16,
         3,
-        6,
+        7,
     )
     assert make(world, epochs=2.5).scheduled(26).loop.steps == 2
     for option in ("warmup_steps", "decay_steps"):
