@@ -162,7 +162,7 @@ def compare(s: Settings, directory: Path) -> dict[str, Any]:
         speeds = ", ".join(f"{s.steps * s.batch_size / x:.1f}" for x in np.percentile(values, (25, 50, 75)))
         print(f"{name}: {s.steps * s.batch_size * len(values) / values.sum():.1f} examples/s (quartiles {speeds})")
     print(f"ours is {ratio[1]:.2f} × as fast ({ratio[0]:.2f} to {ratio[2]:.2f}) over {len(values)} rounds")
-    return {name: values.tolist() for name, values in turns.seconds.items()} | {"ratio": ratio.tolist()}
+    return turns.seconds | {"ratio": ratio.tolist()}
 
 
 def count_programs(s: Settings, directory: Path) -> dict[str, Any]:
