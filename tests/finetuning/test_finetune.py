@@ -365,12 +365,12 @@ def test_every_kind_trains(folder, family, kind, tmp_path, compiled):
     """
     marks = [len(compiled)]
     run = task_of(folder, family, kind, epochs=2, loop=LoopConfig(steps=99, mesh=MeshConfig(devices=1)))
-    with tiny.interruption(3, lambda: marks.append(len(compiled))):
+    task = finetune.prepare(run)
+    with tiny.interruption(task.run.loop.evaluate_every, lambda: marks.append(len(compiled))):
         _, results = finetune.finetune(run, tmp_path / "run", seeds=1)
     (seed,) = results.seeds
     assert seed.step > 3 and all(np.isfinite(score.value) for score in seed.scores.values())
     assert programs(compiled[marks[0] : marks[1]]) == (1, 1) and programs(compiled[marks[1] :]) == (0, 0)
-    task = finetune.prepare(run)
     found, _ = load(tmp_path / "run" / "seed-0").predict(task.dev_examples)
     predictions = read_predictions(tmp_path / "run" / "seed-0" / "predictions.jsonl")
     for each, other in zip(found, predictions, strict=True):
