@@ -31,9 +31,10 @@ class Row:
     group: str  # What intervals resample: the paradigm of a minimal pair, a word, a sentence.
     value: float  # 1 right, 0 wrong, 0.5 a tie; or a distance, a similarity.
     layer: int | None = None  # None: the test has no layers.
-    kind: str = ""  # A line of its own within the test: "control", "majority", "gold".
+    kind: str = ""  # A line of its own within the test: "control", "majority", "dev".
     tie: bool = False
     unknown: int = 0  # Words that the subject does not know.
+    gold: float | None = None  # What the value should correlate with, for such metrics.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +124,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "kind": (str,),
     "tie": (bool,),
     "unknown": (int,),
+    "gold": (float, int, type(None)),
 }
 
 
