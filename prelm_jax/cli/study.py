@@ -20,6 +20,7 @@ def study(
     output: Path,
     data: Path = DATA,
     pairs: NotNegative = 100,
+    babylm: Path | None = None,
 ) -> None:
     """Measure what pretrained models know, and write a record for each of them and each test.
 
@@ -32,14 +33,26 @@ def study(
         output: Directory of the records.
         data: Directory of the test sets, a folder for each; if unset, $PRELM_DATA/study.
         pairs: Minimal pairs of each paradigm to read, the first ones; 0 for all.
+        babylm: Directory for a file of predictions per subject, as BabyLM's scorer takes it (with --pairs 0).
     """
+    from prelm_jax.study import babylm as predictions
+    from prelm_jax.study import records
     from prelm_jax.study.opening import open_subject
+    from prelm_jax.study.pairs import PairsTest
     from prelm_jax.study.study import study
     from prelm_jax.study.tests import Settings, make_test
 
     cache_compiled_programs()
     settings = Settings(data, pairs)
     made = [make_test(name, settings) for name in tests]
+    if babylm is not None:
+        predictions.check(made)
     opened = (open_subject(subject, lambda reference: load_run(reference)[1]) for subject in subjects)
-    for path in study(opened, made, output):
-        print(path)
+    paths = study(opened, made, output)
+    if babylm is not None:
+        for number, subject in enumerate(subjects):
+            own = zip(made, paths[number * len(made) :], strict=False)
+            found = [(test, records.read(path)) for test, path in own if isinstance(test, PairsTest)]
+            kept = [(test, record) for test, record in found if test.name in predictions.TASKS]
+            paths.append(predictions.write_predictions(babylm, subject, kept))
+    print(*paths, sep="\n")
