@@ -69,6 +69,12 @@ nav a, nav span { display: inline-block; margin-right: 1rem; } a { color: inheri
 .key { width: 30px; height: 8px; flex: none; }
 .sample { margin: 1rem 0; } .sample table { margin: .2rem 0 0; } .sample i { opacity: .7; }
 .tokens, .minutes { display: none; }
+.box { border: 1px solid var(--line); border-radius: .5rem; padding: 0 1rem; font-size: .9rem; }
+small { display: block; opacity: .75; white-space: nowrap; } a.data { font-size: .8rem; } summary { margin: .5rem 0; }
+@media print {
+  body { margin: 0; max-width: none; font-size: 9pt; } nav, a.data { display: none; }
+  figure, tr { break-inside: avoid; } table { display: table; } .grid { grid-template-columns: 1fr 1fr; }
+}
 """
 # The address of the page holds the axis, page.html#tokens, so that it stays when the page is reloaded.
 OTHERS = ":has(" + ", ".join(f"#{axis}:target" for axis in AXES[1:]) + ")"
@@ -137,29 +143,34 @@ def main(workdir: str, page: str, state: Literal["running", "finished"]) -> None
     write_file(reachable(page), text.encode())
 
 
-def render(runs: Sequence[Curves], sections: Sequence[str] = (), running: bool = False) -> str:
-    """The page of one or more runs, as HTML; `sections` are HTML too, and stand before the curves.
+def render(runs: Sequence[Curves], sections: Sequence[str] = (), running: bool = False, title: str = "") -> str:
+    """The page of some runs, as HTML; `sections` are HTML too, and stand before the curves.
 
     running: the browser reloads the page every 30 seconds.
+    title: of a page with sections; if empty, it is about the runs.
     """
-    if not runs:
-        raise InputError("a report needs a run: give the path of a work directory")
+    if not runs and not sections:
+        raise InputError("a report needs a run or a study: give the path of a directory")
     held_out = dict.fromkeys(name for run in runs for name in run.series if name.startswith(HELD_OUT))
     labels = _labels(runs)
     axes = "".join(f'<a id="{axis}" href="#{axis}">{axis}</a>' for axis in AXES)
     legend = "".join(f"<span>{_key(i)} {escape(label)}</span>" for i, label in enumerate(labels) if len(runs) > 1)
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    title = title or (runs[0].name if len(runs) == 1 else f"{len(runs)} runs")
+    curves = [
+        f"<main><nav>{axes} {legend}</nav>",
+        _section("Held-out text", [(name, words(name.removeprefix(HELD_OUT))) for name in held_out], runs, labels),
+        _section("Training", list(TRAINING.items()), runs, labels),
+        f"</main>{_samples(runs, labels)}{_differences(runs, labels)}{_statistics(runs, labels)}",
+    ]
     parts = [
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         *([REFRESH] if running else []),
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
-        f"<h1>{escape(title)}</h1>{_summary(runs, labels)}",
+        f"<h1>{escape(title)}</h1>{_summary(runs, labels) if runs else ''}",
         *sections,
-        f"<main><nav>{axes} {legend}</nav>",
-        _section("Held-out text", [(name, words(name.removeprefix(HELD_OUT))) for name in held_out], runs, labels),
-        _section("Training", list(TRAINING.items()), runs, labels),
-        f"</main>{_samples(runs, labels)}{_differences(runs, labels)}{_statistics(runs, labels)}</body></html>\n",
+        *(curves if runs else []),
+        "</body></html>\n",
     ]
     return "\n".join(parts)
 
@@ -262,7 +273,7 @@ def _section(title: str, series: Sequence[tuple[str, str]], runs: Sequence[Curve
 
 def _picture(name: str, axis: str, runs: Sequence[Curves], labels: Sequence[str]) -> str:
     """SVG of one series of all runs against an axis, with the trivial baselines as dashed lines."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     def draw(axes: "Axes") -> None:
         count = max(40, min(POINTS, POINTS_OF_PICTURE // len(runs)))
@@ -290,8 +301,6 @@ def _picture(name: str, axis: str, runs: Sequence[Curves], labels: Sequence[str]
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlim(left=0)
-        thousands = EngFormatter(sep="")
-        axes.xaxis.set_major_formatter(lambda x, _: thousands(x) if x >= 1000 else f"{x:g}")
         axes.set_xlabel(axis, color=INK)
 
     return picture(draw, labels)
@@ -306,7 +315,9 @@ def picture(draw: "Callable[[Axes], None]", titles: Sequence[str] = (), size: tu
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
+    thousands = EngFormatter(sep="")
     style = {"svg.hashsalt": "prelm", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
     with rc_context(style | dict.fromkeys(("text.color", "axes.edgecolor", "xtick.color", "ytick.color"), INK)):
         figure = Figure(figsize=size)
@@ -314,6 +325,7 @@ def picture(draw: "Callable[[Axes], None]", titles: Sequence[str] = (), size: tu
         axes = figure.subplots()
         axes.grid(color=INK, alpha=0.15, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_formatter(lambda x, _: thousands(x) if x >= 1000 else f"{x:g}")
         draw(axes)
         output = io.StringIO()
         figure.patch.set_visible(False)

@@ -6,8 +6,8 @@ every word.
 
 Divergence: the original was trained on tokenized text ("do n't"). Such text is read unchanged with `tokenize=False`,
 which splits at white space only. With `tokenize=True` words are found as for BERT and GPT-1 here, but keep accents and,
-unless `lowercase` is set, case: punctuation marks and CJK ideographs are words of their own ("don't" is three), control
-characters are dropped, but for the joiners that spell words (U+200C and U+200D). The `tokenizers` library does the work.
+without `lowercase`, case: punctuation marks and CJK ideographs are words of their own ("don't" is three), and control
+characters are dropped, but for the joiners that spell words (U+200C and U+200D). The `tokenizers` library does it.
 """
 
 import codecs
@@ -129,7 +129,7 @@ def _flat(encoded: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Splitter:
-    """Texts to words: split at white space, and with `tokenize` as for BERT; accents are kept, and case if not asked."""
+    """Texts to words: split at white space, with `tokenize` as for BERT; accents are kept, case unless `lowercase`."""
 
     def __init__(self, tokenize: bool, lowercase: bool = False):
         self._tokenize, self._lowercase = tokenize, lowercase
