@@ -47,7 +47,7 @@ def probe(skill: float, seed: int, layers: int) -> list[Row]:
 def cka(layers: int) -> list[Row]:
     """The similarity of each layer with each."""
     return [
-        Row(str(other), "", 1 - abs(layer - other) / layers, layer)
+        Row(f"{layer} {other}", "", 1 - abs(layer - other) / layers)
         for layer in range(layers)
         for other in range(layers)
     ]

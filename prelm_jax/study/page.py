@@ -335,7 +335,7 @@ def _layer_curves(parts: _Parts, results: Results) -> None:
         constant: dict[str, float] = {}
         for model in results.models:
             of_model = results.lines(model, column)
-            for kind in dict.fromkeys(kind for kind, _ in of_model if kind not in ("dev", "gold")):
+            for kind in dict.fromkeys(kind for kind, _ in of_model if kind != "dev"):
                 layers, title = results.layers(model, column, kind), f"{labels[model.name]} {kind}".strip()
                 if len(layers) > 1:
                     style = "dotted" if kind else "dashed" if model.is_untrained else "solid"
@@ -368,10 +368,9 @@ def _maps(parts: _Parts, results: Results) -> None:
             continue
         for model in results.models:
             cells = {
-                (layer, int(row.item)): row.value
-                for (kind, layer), rows in results.lines(model, column).items()
-                for row in rows
-                if not kind and layer is not None
+                (int(own), int(others)): row.value
+                for row in results.rows(model, column)
+                for own, others in [row.item.split()]
             }
             if not cells:
                 continue

@@ -25,7 +25,7 @@ TESTS = (
 SHOWN = ("cka", "neighbors")
 # Subjects that are no model of a comparison, in the order of the table.
 BASELINES = ("unigram", "trigram", "word2vec")
-FRACTIONS = ("accuracy", "macro_accuracy", "group_mean")  # Metrics that are printed in percent.
+FRACTIONS = ("accuracy", "macro_accuracy")  # Metrics that are printed in percent.
 TOLERANCE = 0.02  # Relative difference of budgets that count as equal.
 
 
@@ -151,7 +151,7 @@ class Results:
         """The number of a line: the mean over the seeds that have it."""
         seeds = [dict(rows_by_line(record.rows)) for record in self.records(model, column)]
         found = [each for each in seeds if (kind, layer) in each]
-        return means.fmean(value([*x[kind, layer], *x.get(("gold", None), [])], column.metric) for x in found)
+        return means.fmean(statistics.value(each[kind, layer], column.metric) for each in found)
 
     def layers(self, model: Model, column: Column, kind: str = "") -> dict[int, float]:
         """Layer -> value; {} for a test without layers."""
@@ -180,23 +180,20 @@ class Results:
         return self._scores[key]
 
     def _score(self, model: Model, column: Column) -> Score | None:
-        rows, lines = self.rows(model, column), self.lines(model, column)
+        rows = self.rows(model, column)
         if not rows:
             return None
         layer, _ = self.chosen(model, column)
-        gold = lines.get(("gold", None), [])
-        values = []
-        for record in self.records(model, column):
-            of_seed = dict(rows_by_line(record.rows))
-            own = of_seed.get(("", layer), of_seed.get(("", None), []))
-            values.append(value([*own, *of_seed.get(("gold", None), [])], column.metric))
-        center, low, high = statistics.interval([*rows, *gold], column.metric)
+        of_seeds = [dict(rows_by_line(record.rows)) for record in self.records(model, column)]
+        line = ("", layer) if ("", layer) in of_seeds[0] else ("", None)
+        values = [statistics.value(lines[line], column.metric) for lines in of_seeds]
+        center, low, high = statistics.interval(rows, column.metric)
         shift = means.fmean(values) - center  # Not zero only where the metric is no mean.
         known = statistics.known(rows)
         kinds = {
             kind: self.value(model, column, kind, at)
-            for kind, at in lines
-            if kind not in ("", "dev", "gold") and at in (layer, None)
+            for kind, at in of_seeds[0]
+            if kind not in ("", "dev") and at in (layer, None)
         }
         return Score(
             value=means.fmean(values),
@@ -207,7 +204,7 @@ class Results:
             highest=max(values),
             ties=statistics.ties(rows),
             unknown=statistics.unknown(rows),
-            known=value([*known, *gold], column.metric) if 0 < len(known) < len(rows) else None,
+            known=statistics.value(known, column.metric) if 0 < len(known) < len(rows) else None,
             kinds=kinds,
         )
 
@@ -232,15 +229,9 @@ class Results:
         first, second = self.score(a, column), self.score(b, column)
         if first is None or second is None or not {row.item for row in of_a} & {row.item for row in of_b}:
             return None
-        gold = [self.lines(model, column).get(("gold", None), []) for model in (a, b)]
-        found = statistics.difference([*of_a, *gold[0]], [*of_b, *gold[1]], column.metric)
+        found = statistics.difference(of_a, of_b, column.metric)
         apart = first.lowest > second.highest or second.lowest > first.highest
         return found, apart and not found.low <= 0 <= found.high
-
-
-def value(rows: Sequence[Row], metric: str) -> float:
-    """The number that rows come to; those of kind "gold" are what the others are compared with."""
-    return statistics.value(rows, metric)
 
 
 def model_name(subject: str) -> str:

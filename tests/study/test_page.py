@@ -180,7 +180,7 @@ def test_short_names():
 
 def test_a_study_without_scores(tmp_path):
     """Only a map, of a model measured alone: no table of tests, no differences."""
-    records.write(tmp_path, header("cka", "mean", "a", "bert"), [Row("0", "", 1.0, 0)])
+    records.write(tmp_path, header("cka", "mean", "a", "bert"), [Row("0 0", "", 1.0)])
     page = draw(read_results([tmp_path]))
     assert "cka-a.csv" in page.files and "differences.csv" not in page.files and not Checker(page.html).open
 
