@@ -457,11 +457,18 @@ def _tuned_cell(found: Tuned) -> str:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Names without the directories that all of those with directories have in common."""
+    """Names without the directories that all of those with directories have in common.
+
+    `short_names(["a/b/c", "a/b/d/e", "untrained:a/b/c"])` has the values c, d/e and untrained:c.
+    """
     paths = [name.split("/")[:-1] for name in names if "/" in name and ":" not in name]
     common = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
     prefix = "".join(f"{parts[0]}/" for parts in common)
-    return {name: name.removeprefix(prefix) for name in names}
+    kinds = {name: name.partition(":") for name in names}
+    return {
+        name: f"{kind}:{rest.removeprefix(prefix)}" if colon else name.removeprefix(prefix)
+        for name, (kind, colon, rest) in kinds.items()
+    }
 
 
 def _table(header: Sequence[str], rows: Rows) -> str:

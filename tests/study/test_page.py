@@ -99,7 +99,7 @@ def test_curves_have_the_checkpoints_and_the_table_the_models(study, page):
         ("bert-trunk", "1000000"),
     ]
     models = [row["model"] for row in table(page.files["summary.csv"])]
-    assert models == ["unigram:runs/bert", "word2vec:a", "untrained:bert:demo", "bert", "elmo", "openai-gpt"]
+    assert models == ["unigram:bert", "word2vec:a", "untrained:bert:demo", "bert", "elmo", "openai-gpt"]
     layers = table(page.files["upos-layers.csv"])
     assert {row["relative_depth"] for row in layers if row["model"] == "bert"} == {"0.0000", "0.5000", "1.0000"}
     assert {(row["model"], row["layer"]) for row in layers if row["line"] == "all layers"} == {
@@ -174,8 +174,8 @@ def test_latex(page):
 
 
 def test_short_names():
-    names = ["runs/study/a/bert", "runs/study/gpt", "untrained:study:bert", "my-bert"]
-    assert list(short_names(names).values()) == ["a/bert", "gpt", "untrained:study:bert", "my-bert"]
+    names = ["runs/study/a/bert", "runs/study/gpt", "untrained:study:bert", "untrained:runs/study/gpt", "my-bert"]
+    assert list(short_names(names).values()) == ["a/bert", "gpt", "untrained:study:bert", "untrained:gpt", "my-bert"]
 
 
 def test_a_study_without_scores(tmp_path):
