@@ -57,6 +57,11 @@ Make = Callable[[Settings, str], Test]
 # Each makes a test of the settings and of what follows the colon in its name: `pairs:FILE`.
 TESTS: Mapping[str, Make] = {
     "blimp": lambda settings, _: pairs.blimp(settings.data, settings.pairs),
+    "supplement": lambda settings, _: pairs.supplement(settings.data, settings.pairs),
+    "zorro": lambda settings, _: pairs.zorro(settings.data, settings.pairs),
+    "agreement": lambda settings, _: pairs.agreement(settings.data, settings.pairs),
+    "climp": lambda settings, _: pairs.climp(settings.data, settings.pairs),
+    "pairs": lambda settings, files: pairs.own(files, settings.pairs),
 }
 
 
