@@ -12,7 +12,7 @@ from jax import Array
 from prelm_jax.errors import InputError
 from prelm_jax.formats.base import LoadedModel
 from prelm_jax.inference import batching
-from prelm_jax.inference.base import Sample, Scores
+from prelm_jax.inference.base import Sample, Scores, SentenceScore
 from prelm_jax.inference.transformer import TransformerPretrained, hidden_states
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.cross_entropy import cross_entropy
@@ -23,12 +23,14 @@ from prelm_jax.training.contract import Params
 class BertPretrained(TransformerPretrained[BertConfig]):
     """A BERT with `embed`, `fill` and `score`. A text is one segment: [CLS] text [SEP]."""
 
+    scoring = "pseudo-log-likelihood, within words from left to right"
+
     def __init__(self, loaded: LoadedModel[BertConfig, Tokenizer]):
         super().__init__(loaded)
         cls_id, sep_id, mask_id = loaded.tokenizer.cls_id, loaded.tokenizer.sep_id, loaded.tokenizer.mask_id
         if cls_id is None or sep_id is None or mask_id is None:
             raise InputError("a BERT needs a vocabulary with [CLS], [SEP] and [MASK]")
-        self._cls_id, self._sep_id, self._mask_id = cls_id, sep_id, mask_id
+        self._before, self._after, self._mask_id = (cls_id,), (sep_id,), mask_id
 
     def fill(self, text: str, top_k: int = 5) -> list[list[tuple[str, float]]]:
         """For each "[MASK]" in a text the `top_k` most probable tokens, each with its probability.
@@ -40,11 +42,11 @@ class BertPretrained(TransformerPretrained[BertConfig]):
         chunks = self.tokenizer.encode_batch(text.split(mask))
         if len(chunks) == 1:
             raise InputError(f'no "{mask}" in the text: write it where a token is to be filled in')
-        ids, positions = [self._cls_id, *chunks[0]], []
+        ids, positions = [*self._before, *chunks[0]], []
         for chunk in chunks[1:]:
             positions.append(len(ids))
             ids += [self._mask_id, *chunk]
-        ids.append(self._sep_id)
+        ids += self._after
         longest = self.config.max_position_embeddings
         if len(ids) > longest:
             raise InputError(f"the text has {len(ids) - 2} tokens, but the model takes {longest - 2}")
@@ -78,15 +80,36 @@ class BertPretrained(TransformerPretrained[BertConfig]):
 
         Each token is masked in turn, and its natural-log probability added. [CLS] and [SEP] are not counted.
         """
+        for total, ids in self._score(texts):
+            yield total, max(0, len(ids) - 2)
+
+    def score_sentences(self, texts: Collection[str]) -> Iterator[SentenceScore]:
+        """The pseudo-log-likelihood of each text; while a subword is masked, those after it in its word are as well.
+
+        Otherwise the rest of a rare word gives it away (Kauf & Ivanova 2023, "PLL-word-l2r").
+        """
+        for total, ids in self._score(texts, within_words=True):
+            yield SentenceScore(total, max(0, len(ids) - 2), self._unknown(ids))
+
+    def _score(self, texts: Collection[str], within_words: bool = False) -> Iterator[tuple[float, list[int]]]:
+        """The pseudo-log-likelihood of each text, and its ids. `within_words`: mask the rest of a word too."""
         self._require_masked_lm()
         for window in batching.windows(self._encode(texts)):
-            sums = self._score(window)
-            yield from ((total, max(0, len(ids) - 2)) for total, ids in zip(sums, window, strict=True))
+            yield from zip(self._pseudo_log_likelihoods(window, within_words), window, strict=True)
 
-    def _score(self, encoded: list[list[int]]) -> list[float]:
-        """The pseudo-log-likelihood of each text."""
+    def _pseudo_log_likelihoods(self, encoded: list[list[int]], within_words: bool) -> list[float]:
+        continues_V = np.zeros(self.tokenizer.vocab_size, bool)
+        if within_words:
+            continues_V |= getattr(self.tokenizer, "continuation", False)
+
+        def masked(ids: list[int], position: int) -> list[int]:
+            end = position + 1
+            while end < len(ids) - 1 and continues_V[ids[end]]:
+                end += 1
+            return [*ids[:position], *[self._mask_id] * (end - position), *ids[end:]]
+
         examples = (
-            ((i, position, ids[position]), [*ids[:position], self._mask_id, *ids[position + 1 :]])
+            ((i, position, ids[position]), masked(ids, position))
             for i, ids in enumerate(encoded)
             for position in range(1, len(ids) - 1)
         )
@@ -103,7 +126,7 @@ class BertPretrained(TransformerPretrained[BertConfig]):
     def _encode(self, texts: Collection[str], truncate: bool = False) -> Iterator[list[int]]:
         """The ids of each text with [CLS] and [SEP]; none for a blank text."""
         for ids in batching.encode(self.tokenizer, texts, self.config.max_position_embeddings - 2, truncate):
-            yield [self._cls_id, *ids, self._sep_id] if ids else []
+            yield [*self._before, *ids, *self._after] if ids else []
 
     def _require_masked_lm(self) -> None:
         if missing := sorted(path for path in self.missing if path.startswith("masked_lm_")):

@@ -1,6 +1,6 @@
 """A pretrained GPT-1: hidden states, log-probabilities, generated text."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import cast
 
@@ -11,7 +11,7 @@ from jax import Array
 
 from prelm_jax.errors import InputError
 from prelm_jax.inference import batching
-from prelm_jax.inference.base import Sample, Scores
+from prelm_jax.inference.base import Sample, Scores, SentenceScore
 from prelm_jax.inference.transformer import TransformerPretrained, hidden_states
 from prelm_jax.models.cross_entropy import cross_entropy
 from prelm_jax.models.gpt import GPTConfig
@@ -19,21 +19,37 @@ from prelm_jax.models.layers import MASKED
 from prelm_jax.training.contract import Params
 
 SAMPLED_TOKENS = 24  # of a continuation
+SENTENCE_END = "."  # After which a sentence is scored, because nothing else predicts its first token.
 
 
 class GPTPretrained(TransformerPretrained[GPTConfig]):
     """A GPT with `embed`, `score` and `generate`. A text is its tokens alone."""
+
+    scoring = f"log-probability after {SENTENCE_END!r}"
 
     def score(self, texts: Collection[str]) -> Scores:
         """For each text, in order, the natural-log probability of its tokens but the first, and their number.
 
         Nothing predicts the first token. A text that is too long raises InputError.
         """
-        longest = self.config.max_position_embeddings
+        for total, ids in self._score(self._encode(texts), 1):
+            yield total, max(0, len(ids) - 1)
+
+    def score_sentences(self, texts: Collection[str]) -> Iterator[SentenceScore]:
+        """The log-probability of each text after the end of a sentence, its first token included."""
+        (before,) = self.tokenizer.encode_batch([SENTENCE_END])
+        room = self.config.max_position_embeddings - len(before)
+        encoded = ([*before, *ids] if ids else [] for ids in batching.encode(self.tokenizer, texts, room))
+        for total, ids in self._score(encoded, len(before)):
+            own = ids[len(before) :]
+            yield SentenceScore(total, len(own), self._unknown(own))
+
+    def _score(self, encoded: Iterable[list[int]], given: int) -> Iterator[tuple[float, list[int]]]:
+        """The log-probability of each text's ids but the first `given`, at least one, and its ids."""
         compute = partial(_next_nll, self.config, self.params)
-        for window in batching.windows(self._encode(texts)):
-            for ids, nll_T in batching.in_order(window, compute, longest):
-                yield 0.0 - float(nll_T[:-1].sum(dtype=np.float64)), max(0, len(ids) - 1)
+        for window in batching.windows(encoded):
+            for ids, nll_T in batching.in_order(window, compute, self.config.max_position_embeddings):
+                yield 0.0 - float(nll_T[given - 1 : -1].sum(dtype=np.float64)), ids
 
     def generate(
         self,

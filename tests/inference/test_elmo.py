@@ -301,6 +301,25 @@ def test_score_equals_the_reference(elmo_with_softmax, reference):
         assert abs(total - expected) < 1e-5 * max(1, count)
 
 
+def test_score_sentences_adds_both_directions(elmo_with_softmax):
+    model = ELMoPretrained(elmo_with_softmax)
+    texts = ["the cat", "", "the dog, on a mat"]
+    for score, (mean, count) in zip(model.score_sentences(texts), model.score(texts), strict=True):
+        assert score.total == 2 * mean and score.tokens == count
+        assert sum(score.directions.values()) == pytest.approx(score.total, abs=1e-12)
+    assert [score.unknown for score in model.score_sentences(texts)] == [0, 0, 2]
+    alone = [next(model.score_sentences([text])) for text in texts]
+    assert list(model.score_sentences(["on on"] * 5 + texts * 30))[5:] == alone * 30
+
+
+def test_embed_words_takes_words_as_they_are(model):
+    sentences = [["don't", "sit", "."], [], ["cat"]]
+    found = list(model.embed_words(sentences))
+    assert [states.shape for states in found] == [(3, 3, 16), (3, 0, 16), (3, 1, 16)]
+    ((_, expected), *_) = model.embed(["don't sit ."])
+    np.testing.assert_array_equal(found[0], expected)
+
+
 def test_a_published_model_cannot_score(model):
     with pytest.raises(InputError, match="a published ELMo has no softmax"):
         next(model.score(["the cat"]))

@@ -1,0 +1,68 @@
+"""Tests by name: what is asked of a subject, one row an item."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Literal, Protocol
+
+from prelm_jax.bounds import NotNegative
+from prelm_jax.errors import InputError
+from prelm_jax.study import pairs
+from prelm_jax.study.records import Row
+from prelm_jax.study.subjects import Subject
+
+Verb = Literal["score", "embed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Where the tests find their data, and how much of it they use."""
+
+    data: Path  # Folder with the test sets, each in a folder of its own.
+    pairs: NotNegative = 100  # Minimal pairs of each paradigm, the first ones; 0: all.
+
+
+class Test(Protocol):
+    """A test. The same subject gives the same rows each time."""
+
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+
+    @property
+    def needs(self) -> Verb: ...
+
+    @property
+    def metric(self) -> str:
+        """How the rows become a number: a name in `statistics.METRICS`."""
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What the rows depend on besides the data and the subject, for the header of the record."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the data."""
+
+    @property
+    def num_texts(self) -> int:
+        """How many texts or sentences the subject is asked about in all, for the progress."""
+
+    def measure(self, subject: Subject) -> Iterator[Row]:
+        """The rows of a subject."""
+
+
+Make = Callable[[Settings, str], Test]
+
+# Each makes a test of the settings and of what follows the colon in its name: `pairs:FILE`.
+TESTS: Mapping[str, Make] = {
+    "blimp": lambda settings, _: pairs.blimp(settings.data, settings.pairs),
+}
+
+
+def make_test(name: str, settings: Settings) -> Test:
+    """The test of a name. Raises InputError for an unknown one, and where its data is missing."""
+    kind, _, argument = name.partition(":")
+    if kind not in TESTS:
+        raise InputError(f"there is no test {name!r}: choose among {', '.join(TESTS)}")
+    return TESTS[kind](settings, argument)
