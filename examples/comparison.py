@@ -27,6 +27,7 @@ from prelm_jax.planning.plan import plan
 from prelm_jax.report.summary import LOSS
 from prelm_jax.run import Run
 from prelm_jax.study.exclusion import data_files, exclude
+from prelm_jax.study.opening import PLAN
 from prelm_jax.workdir import WorkDir
 
 FAMILIES = ("bert", "gpt1", "elmo")
@@ -59,7 +60,8 @@ def main() -> None:
     text = args.output / "corpus.txt"
     if not text.exists():
         args.output.mkdir(parents=True, exist_ok=True)
-        found = exclude(args.corpus, data_files(args.data) if args.data else [], text, args.corpus_words)
+        tests = [*data_files(args.data), *data_files(args.data.parent / "tasks")] if args.data else []
+        found = exclude(args.corpus, tests, text, args.corpus_words)
         print(f"{text}: {found.words:,} words; {found.left_out:,} sentences that are in test sets were left out")
     families = budget(args, f"{text},sentences=line")
     for family in families:
@@ -160,7 +162,7 @@ def train(args: argparse.Namespace, family: Family, seed: int, rates: Sequence[s
         branch = trunk.with_name(f"{family.name}-{name}")
         if not branch.exists():
             prelm(*command, str(trunk), "--steps", str(round((1 - COOLED) * steps)))
-            (trunk / "plan.json").write_text(json.dumps(family.plan))
+            (trunk / PLAN).write_text(json.dumps(family.plan))
             copy_run(trunk, branch)
         prelm(*command, str(branch), "--optimizer.decay", "trapezoid", "--extend-to", str(steps))
 

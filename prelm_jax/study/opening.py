@@ -21,12 +21,15 @@ from prelm_jax.formats.base import LoadedModel
 from prelm_jax.loading import load, load_checkpoint
 from prelm_jax.pretraining import prepare, read_training_text, with_vocabulary
 from prelm_jax.run import Run
+from prelm_jax.storage import read_json
 from prelm_jax.study.ngrams import NgramSubject
 from prelm_jax.study.subjects import Origin, PretrainedSubject, Subject, fingerprint
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training.checkpoint import Step
 from prelm_jax.training.step import Keys
 from prelm_jax.workdir import WorkDir
+
+PLAN = "plan.json"  # In a work directory: what `prelm plan EXPERIMENT --topology local --json` printed of its run.
 
 LoadRun = Callable[[str], Run]  # The Run of an experiment by its name. Raises InputError if there is none.
 Open = Callable[[str, str, LoadRun], Subject]  # Of the whole argument, and of what follows the colon.
@@ -44,8 +47,27 @@ def open_subject(argument: str, load_run: LoadRun) -> Subject:
     found, model = load_checkpoint(workdir, step)
     seed = workdir.read_record().identity.get("seed")
     words_seen = workdir.words_seen(found)
-    origin = Origin(fingerprint(model), found, words_seen, seed=seed if isinstance(seed, int) else None)
+    flops = flops_per_step(workdir)
+    origin = Origin(
+        fingerprint(model),
+        found,
+        words_seen,
+        None if flops is None else found * flops,
+        seed if isinstance(seed, int) else None,
+    )
     return PretrainedSubject(argument, model, origin)
+
+
+def flops_per_step(workdir: WorkDir) -> float | None:
+    """FLOPs of a step as compiled, of the plan.json that `prelm plan --json` printed; None if there is no such file."""
+    path = workdir.path / PLAN
+    if not path.is_file():
+        return None
+    fields = read_json(path)
+    try:
+        return float(fields["compiled_flops"]) * int(fields["chips"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{path} is not what prelm plan --json prints: write it again, or delete it") from None
 
 
 def split_step(argument: str) -> tuple[str, Step]:
