@@ -28,6 +28,7 @@ from prelm_jax.report.summary import LOSS
 from prelm_jax.run import Run
 from prelm_jax.study.exclusion import data_files, exclude
 from prelm_jax.study.opening import PLAN
+from prelm_jax.study.tests import Settings, make_test
 from prelm_jax.workdir import WorkDir
 
 FAMILIES = ("bert", "gpt1", "elmo")
@@ -57,6 +58,9 @@ class Family:
 
 def main() -> None:
     args = parse_arguments()
+    if args.data:
+        for name in args.tests:  # What is missing should be known before the training.
+            make_test(name, Settings(args.data, args.pairs))
     text = args.output / "corpus.txt"
     if not text.exists():
         args.output.mkdir(parents=True, exist_ok=True)
@@ -69,7 +73,7 @@ def main() -> None:
         for seed in range(args.seeds):
             train(args, family, seed, rates)
     if args.data:
-        measure(args, families)
+        measure(args, families, text)
         prelm("report", f"{args.output}/records", "--output", f"{args.output}/report.html")
 
 
@@ -175,8 +179,8 @@ def copy_run(trunk: Path, branch: Path) -> None:
     unfinished.rename(branch)
 
 
-def measure(args: argparse.Namespace, families: Sequence[Family]) -> None:
-    """Models, untrained ones and counts of words with all tests they can do; checkpoints with minimal pairs."""
+def measure(args: argparse.Namespace, families: Sequence[Family], text: Path) -> None:
+    """Models with all tests, baselines with those that they can do, checkpoints with minimal pairs."""
     seeds = [args.output / f"seed-{seed}" for seed in range(args.seeds)]
     trunks = [seed / family.name for seed in seeds for family in families]
     study(
@@ -185,6 +189,7 @@ def measure(args: argparse.Namespace, families: Sequence[Family]) -> None:
     pairs = [name for name in args.tests if name in PAIRS]
     study(args, [f"untrained:{trunk}" for trunk in trunks[: len(families)]], args.tests)
     study(args, [f"{kind}:{trunk}" for kind in ("unigram", "trigram") for trunk in trunks[:1]], pairs)
+    study(args, [f"word2vec:{text},sentences=line"], [name for name in args.tests if name not in PAIRS])
     kept = {trunk: sorted(int(path.name) for path in trunk.glob("checkpoints.kept/*")) for trunk in trunks}
     study(args, [f"{trunk}@{step}" for trunk, steps in kept.items() for step in steps], pairs)
 

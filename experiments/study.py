@@ -3,7 +3,7 @@
 Outside of vocabulary tables and softmax, the models of a size differ by less than 10 %: they have 3.2 to 3.3 million
 parameters, and the small ones 0.41 to 0.45 million. The learning rate is constant after the warm-up, so that a
 cool-down can branch off any checkpoint: `examples/comparison.py` trains such branches, and docs/study.md explains them.
-Each public function returns a Run: `prelm pretrain study:NAME --help` explains it and lists its options.
+Each public function returns a Run: `prelm pretrain study:bert --help` explains it and lists its options.
 """
 
 import math
