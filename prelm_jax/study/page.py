@@ -125,7 +125,7 @@ def _summary(parts: _Parts, results: Results, tuned: Mapping[str, Tuned]) -> Non
     by_model: dict[str, dict[str, Tuned]] = {model.name: {} for model in results.models}
     for directory, found in tuned.items():
         by_model.setdefault(_tuned_model(found, results), {})[tasks[directory]] = found
-    header = ["model", "words seen", "PFLOP", "seeds", *map(results.label, columns), *(f"tuned: {x}" for x in names)]
+    header = ["model", "words seen", "TFLOP", "seeds", *map(results.label, columns), *(f"tuned: {x}" for x in names)]
     html, latex, plain = [], [], []
     models: Mapping[str, Model] = {model.name: model for model in results.models}
     for name, tunings in by_model.items():
@@ -158,7 +158,7 @@ def _facts(model: Model) -> list[str]:
     words, flops = model.mean("words_seen"), model.mean("flops")
     return [
         "" if words is None else f"{words / 1e6:.2f} M",
-        "" if flops is None else f"{flops / 1e15:.3g}",
+        "" if flops is None else f"{flops / 1e12:,.1f}",
         str(len(model.headers)),
     ]
 
