@@ -14,7 +14,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -71,8 +71,8 @@ class _TreebankTest:
     """What the tests on a treebank have in common."""
 
     treebank: Path
-    metric: ClassVar[str] = "mean"
-    needs: ClassVar[Literal["embed"]] = "embed"
+    metric: str = "mean"
+    needs: Literal["embed"] = "embed"
 
     @property
     def settings(self) -> Mapping[str, object]:
@@ -148,5 +148,5 @@ class CKA(_TreebankTest):
 # Each makes a test of the folder of the data and of what follows the colon in the test's name.
 TESTS: Mapping[str, Callable[[Path, str], SelfSimilarity | CKA]] = {
     "selfsim": lambda data, _: SelfSimilarity(annotations.folder(data, TREEBANK)),
-    "cka": lambda data, other: CKA(annotations.folder(data, TREEBANK), other),
+    "cka": lambda data, other: CKA(annotations.folder(data, TREEBANK), other=other),
 }

@@ -8,8 +8,8 @@ wic         whether two uses of a word have one sense: a threshold of their cosi
             (Pilehvar and Camacho-Collados 2019)
 scws        similarity of two words in context, as people rate it: the cosine (Huang et al. 2012)
 
-Kinds of rows: "" is the test part; dev, of wic, the dev part; majority the most frequent sense in the training part; of
-scws gold what people say, and different the pairs of two different words, without those of one word used twice.
+Kinds of rows: "" is the test part; dev, of wic, the dev part; majority the most frequent sense in the training part;
+different, of scws, the pairs of two different words, without those of one word used twice.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -46,7 +46,7 @@ class SensesTest:
     read: Callable[[], tuple[list[Sentence], list[Sentence]]]  # The training and the test part.
     metric: str
     settings: Mapping[str, object]
-    needs: ClassVar[Literal["embed"]] = "embed"
+    needs: Literal["embed"] = "embed"
 
     @property
     def fingerprint(self) -> str:
@@ -190,10 +190,14 @@ class WordsInContext:
     """The test `wic`."""
 
     folder: Path
-    name: ClassVar[str] = "wic"
-    metric: ClassVar[str] = "accuracy"
-    needs: ClassVar[Literal["embed"]] = "embed"
-    settings: ClassVar[Mapping[str, object]] = {"version": VERSION, "context": CONTEXT}
+    name: str = "wic"
+    metric: str = "accuracy"
+    needs: Literal["embed"] = "embed"
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What the rows depend on besides the data and the subject."""
+        return {"version": VERSION, "context": CONTEXT}
 
     @property
     def fingerprint(self) -> str:
@@ -231,10 +235,14 @@ class SimilarityInContext:
     """The test `scws`."""
 
     path: Path
-    name: ClassVar[str] = "scws"
-    metric: ClassVar[str] = "spearman"
-    needs: ClassVar[Literal["embed"]] = "embed"
-    settings: ClassVar[Mapping[str, object]] = {"version": VERSION, "context": CONTEXT}
+    name: str = "scws"
+    metric: str = "spearman"
+    needs: Literal["embed"] = "embed"
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What the rows depend on besides the data and the subject."""
+        return {"version": VERSION, "context": CONTEXT}
 
     @property
     def fingerprint(self) -> str:
@@ -251,14 +259,13 @@ class SimilarityInContext:
         return annotations.read_scws(self.path)
 
     def measure(self, subject: Subject) -> Iterator[Row]:
-        """The rows of what people say, then those of each layer."""
-        for number, pair in enumerate(self._pairs):
-            yield Row(str(number), pair.target, float(pair.gold), None, "gold")
+        """The rows of each layer; `gold` is what people say."""
         for layer, cosines in enumerate(pair_cosines(subject, self._pairs)):
             for number, (pair, cosine) in enumerate(zip(self._pairs, cosines.tolist(), strict=True)):
-                yield Row(str(number), pair.target, cosine, layer)
+                row = Row(str(number), pair.target, cosine, layer, gold=float(pair.gold))
+                yield row
                 if len(set(pair.target.lower().split())) == 2:
-                    yield Row(str(number), pair.target, cosine, layer, "different")
+                    yield dataclasses.replace(row, kind="different")
 
 
 # Each makes a test of the folder of the data and of what follows the colon in the test's name.

@@ -1,13 +1,14 @@
 """Tests by name: what is asked of a subject, one row an item."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, Protocol
 
 from prelm_jax.bounds import NotNegative
 from prelm_jax.errors import InputError
-from prelm_jax.study import pairs
+from prelm_jax.study import geometry, pairs, probes, senses, structural, words
 from prelm_jax.study.records import Row
 from prelm_jax.study.subjects import Subject
 
@@ -54,9 +55,24 @@ class Test(Protocol):
 
 Make = Callable[[Settings, str], Test]
 
+
+def _of_data(makes: Mapping[str, Callable[[Path, str], Test]]) -> dict[str, Make]:
+    """The same, which need no settings but the folder of the data."""
+    return {name: functools.partial(_make, make) for name, make in makes.items()}
+
+
+def _make(make: Callable[[Path, str], Test], settings: Settings, argument: str) -> Test:
+    return make(settings.data, argument)
+
+
 # Each makes a test of the settings and of what follows the colon in its name: `pairs:FILE`.
 TESTS: Mapping[str, Make] = {
     "blimp": lambda settings, _: pairs.blimp(settings.data, settings.pairs),
+    **_of_data(probes.TESTS),
+    **_of_data(structural.TESTS),
+    **_of_data(senses.TESTS),
+    **_of_data(words.TESTS),
+    **_of_data(geometry.TESTS),
 }
 
 

@@ -139,7 +139,11 @@ def test_scws(write):
 def test_word_pairs(write):
     path = Path(write("pairs.tsv", "word1\tword2\tSimLex\nold\tnew\t1.58\n\ntiger\tcat\t7\textra\n"))
     assert annotations.read_word_pairs(path) == [("old", "new", 1.58), ("tiger", "cat", 7.0)]
-    for text, named in (("a\tb\t1\nc\td\n", ":2 has 2 columns"), ("a\tb\t1\nc\td\tx\n", ":2.*x"), ("a\tb\t1\n", "1 pair")):
+    for text, named in (
+        ("a\tb\t1\nc\td\n", ":2 has 2 columns"),
+        ("a\tb\t1\nc\td\tx\n", ":2.*x"),
+        ("a\tb\t1\n", "1 pair"),
+    ):
         path = Path(write("pairs.tsv", text))
         with pytest.raises(InputError, match=f"{path}.*{named}" if named[0] != ":" else f"{path}{named}"):
             annotations.read_word_pairs(path)
