@@ -13,6 +13,7 @@ An analogy counts if its four words are among the most frequent, so that all sub
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -52,8 +53,8 @@ def find_contexts(words: Iterable[str], path: Path) -> dict[str, list[tuple[list
         wanted.setdefault(word.lower(), []).append(word)
     split = Splitter(tokenize=True)
     for _, line in text_lines(str(path)):
-        if wanted.keys().isdisjoint(line.lower().split()):  # Most lines, once the frequent words have their contexts.
-            continue
+        if wanted.keys().isdisjoint(re.findall(r"\w+", line.lower())):
+            continue  # As most lines, once the frequent words have their contexts.
         sentence = split(line)
         positions: dict[str, int] = {}
         for position, word in enumerate(sentence):
