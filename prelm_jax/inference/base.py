@@ -24,6 +24,9 @@ Embeddings = Iterator[Embedding]
 Scores = Iterator[tuple[float, int]]  # Of each text the natural-log probability, and the number of its tokens.
 
 
+SENTENCE_END = "."  # After it a sentence is scored whose first token nothing else predicts.
+
+
 class SentenceScore(NamedTuple):
     """How probable a sentence is, to be compared with that of a sentence that differs from it by little."""
 

@@ -11,7 +11,7 @@ from jax import Array
 
 from prelm_jax.errors import InputError
 from prelm_jax.inference import batching
-from prelm_jax.inference.base import Sample, Scores, SentenceScore
+from prelm_jax.inference.base import SENTENCE_END, Sample, Scores, SentenceScore
 from prelm_jax.inference.transformer import TransformerPretrained, hidden_states
 from prelm_jax.models.cross_entropy import cross_entropy
 from prelm_jax.models.gpt import GPTConfig
@@ -19,7 +19,6 @@ from prelm_jax.models.layers import MASKED
 from prelm_jax.training.contract import Params
 
 SAMPLED_TOKENS = 24  # of a continuation
-SENTENCE_END = "."  # After which a sentence is scored, because nothing else predicts its first token.
 
 
 class GPTPretrained(TransformerPretrained[GPTConfig]):

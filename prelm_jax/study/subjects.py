@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Protocol
 
@@ -10,11 +9,8 @@ import jax
 import numpy as np
 
 from prelm_jax.cache import digest
-from prelm_jax.errors import InputError
 from prelm_jax.inference.base import Pretrained, SentenceScore
 from prelm_jax.inference.heads import TaskPretrained
-from prelm_jax.loading import load
-from prelm_jax.training.checkpoint import Step
 from prelm_jax.training.parameters import path_name
 
 
@@ -87,21 +83,3 @@ def fingerprint(model: Pretrained) -> str:
         found.update(path_name(path).encode())
         found.update(np.ascontiguousarray(leaf).data)
     return found.hexdigest()
-
-
-def open_subject(argument: str) -> Subject:
-    """The subject that an argument of the command line names. Raises InputError where there is none."""
-    path, step = split_step(argument)
-    return PretrainedSubject(argument, load(path, step))
-
-
-def split_step(argument: str) -> tuple[str, Step]:
-    """(path, step) of RUN@STEP, where STEP is a number, best or newest."""
-    path, separator, step = argument.rpartition("@")
-    if not separator or os.path.exists(argument) or argument.startswith("hub:"):
-        return argument, "newest"
-    if step == "best" or step == "newest":
-        return path, step
-    if not step.isdecimal():
-        raise InputError(f"{argument}: {step!r} is no step: give RUN@N, RUN@best or RUN@newest")
-    return path, int(step)

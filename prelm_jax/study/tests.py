@@ -15,12 +15,17 @@ from prelm_jax.study.subjects import Subject
 Verb = Literal["score", "embed"]
 
 
+def _open_nothing(argument: str) -> Subject:
+    raise InputError(f"{argument}: a test that reads another subject needs Settings.open_subject")
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Where the tests find their data, and how much of it they use."""
 
     data: Path  # Folder with the test sets, each in a folder of its own.
     pairs: NotNegative = 100  # Minimal pairs of each paradigm, the first ones; 0: all.
+    open_subject: Callable[[str], Subject] = _open_nothing  # For a test that compares with another subject.
 
 
 class Test(Protocol):
@@ -68,11 +73,17 @@ def _make(make: Callable[[Path, str], Test], settings: Settings, argument: str) 
 # Each makes a test of the settings and of what follows the colon in its name: `pairs:FILE`.
 TESTS: Mapping[str, Make] = {
     "blimp": lambda settings, _: pairs.blimp(settings.data, settings.pairs),
+    "supplement": lambda settings, _: pairs.supplement(settings.data, settings.pairs),
+    "zorro": lambda settings, _: pairs.zorro(settings.data, settings.pairs),
+    "agreement": lambda settings, _: pairs.agreement(settings.data, settings.pairs),
+    "climp": lambda settings, _: pairs.climp(settings.data, settings.pairs),
+    "pairs": lambda settings, files: pairs.own(files, settings.pairs),
     **_of_data(probes.TESTS),
     **_of_data(structural.TESTS),
     **_of_data(senses.TESTS),
     **_of_data(words.TESTS),
     **_of_data(geometry.TESTS),
+    "cka": lambda settings, other: geometry.cka_test(settings.data, settings.open_subject(other) if other else None),
 }
 
 

@@ -82,15 +82,12 @@ def test_selfsim(data):
     assert len(found["", 1]) == 8 and len(found["baseline", 0]) == geometry.PAIRS
 
 
-def test_cka_of_layers(data, monkeypatch):
-    subject, other = tiny_subjects.contextual(), tiny_subjects.static()
-    rows = list(geometry.TESTS["cka"](data, "").measure(subject))
-    values = {row.item: row.value for row in rows}
+def test_cka_of_layers(data):
+    subject, other = tiny_subjects.contextual(), tiny_subjects.static("runs/other")
+    values = {row.item: row.value for row in geometry.cka_test(data, None).measure(subject)}
     assert values["0 0"] == pytest.approx(1) == values["1 1"] and values["0 1"] == pytest.approx(values["1 0"])
     assert 0.3 < values["0 1"] < 0.95
-    opened = []
-    monkeypatch.setattr(geometry, "open_subject", lambda name: opened.append(name) or other)
-    test = geometry.TESTS["cka"](data, "runs/other")
+    test = geometry.cka_test(data, other)
     values = {row.item: row.value for row in test.measure(subject)}
     assert values["0 0"] == pytest.approx(1) and set(values) == {"0 0", "1 0"}
-    assert test.name == "cka:runs/other" and test.settings["other"] == other.origin.model and opened == ["runs/other"]
+    assert test.name == "cka:runs/other" and test.settings["other"] == other.origin.model

@@ -79,3 +79,98 @@ def test_missing_data_are_named(tmp_path):
             pairs.blimp(tmp_path, 0)
         assert str(tmp_path / "blimp") in str(error.value) and "--data" in str(error.value)
         (tmp_path / "blimp").mkdir(exist_ok=True)
+
+
+def test_the_supplement_and_babylm_s_folders(tmp_path):
+    jsonl(tmp_path / "supplement_filtered" / "turn.jsonl", ("A: Who?\nB: Me.", "A: Who?\nB: It."))
+    jsonl(tmp_path / "blimp_filtered" / "a.jsonl", ("One cat", "One cats"))
+    assert pairs.supplement(tmp_path, 0).pairs == [Pair("turn_0", "turn", "A: Who?\nB: Me.", "A: Who?\nB: It.")]
+    assert pairs.blimp(tmp_path, 0).name == "blimp"
+
+
+def test_zorro_has_the_bad_sentence_first(tmp_path):
+    (tmp_path / "zorro").mkdir()
+    file = tmp_path / "zorro" / "case-subjective.txt"
+    file.write_text("the wolf brought i .\ni brought the wolf .\nhe sees they .\nthey see he .\n")
+    assert [pair[:3] for pair in pairs.zorro(tmp_path, 0).pairs] == [
+        ("case-subjective_0", "case-subjective", "i brought the wolf ."),
+        ("case-subjective_1", "case-subjective", "they see he ."),
+    ]
+    for lines, where in (("a\nb\nc\n", str(file)), ("a\nb\nc\n\n", f"{file}:4")):
+        file.write_text(lines)
+        with pytest.raises(InputError, match=where):
+            pairs.zorro(tmp_path, 0)
+
+
+def test_agreement_replaces_the_verb(tmp_path):
+    (tmp_path / "agreement").mkdir()
+    file = tmp_path / "agreement" / "linzen.tsv"
+    header = "position\tcorrect\twrong\tattractors\tsentence\n"
+    rows = [
+        "1\tis\tare\t0\tit is . <eos>",
+        "4\tAre\tIs\t2\tkeys to the door are here <eos>",
+        "0\tis\tare\t2\tIs it <eos>",
+    ]
+    file.write_text(header + "\n".join(rows))
+    made = pairs.agreement(tmp_path, 1).pairs
+    assert made == [
+        Pair("linzen_0", "linzen_0", "it is .", "it are .", ("0 attractors",)),
+        Pair("linzen_1", "linzen_1", "keys to the door are here", "keys to the door is here", ("2 attractors",)),
+    ]
+    assert len(pairs.agreement(tmp_path, 0).pairs) == 3
+    for row in ("2\tis\tare\t0\tit is .", "9\tis\tare\t0\tit is .", "x\tis\tare\t0\tit is ."):
+        file.write_text(header + row)
+        with pytest.raises(InputError, match=rf"linzen\.tsv:2: word {row[0]} .*'is'"):
+            pairs.agreement(tmp_path, 0)
+    file.write_text("position\tcorrect\twrong\n1\tis\tare\n")
+    with pytest.raises(InputError, match=r"linzen\.tsv has no column `attractors`"):
+        pairs.agreement(tmp_path, 0)
+
+
+def test_climp_has_the_sentences_of_a_pair_in_consecutive_rows(tmp_path):
+    (tmp_path / "climp-zh").mkdir()
+    file = tmp_path / "climp-zh" / "binding_1000.csv"
+    file.write_text(",0,1,2,3\n0,b,binding,她自己,1\n1,b,binding,他自己,0\n")
+    assert pairs.climp(tmp_path, 0).pairs == [Pair("binding_1000_0", "binding_1000", "她自己", "他自己")]
+    file.write_text(",0,1,2,3\n0,b,binding,她自己,0\n1,b,binding,他自己,1\n")
+    with pytest.raises(InputError, match=r"binding_1000\.csv:3"):
+        pairs.climp(tmp_path, 0)
+
+
+def test_pairs_of_one_s_own(tmp_path):
+    jsonl(tmp_path / "a.jsonl", ("A cat.", "A cats."), ("A dog.", "A dogs."))
+    (tmp_path / "b.tsv").write_text('id\tsentence_good\tsentence_bad\n1\tSo "quoted\tbad\n')
+    (tmp_path / "c.csv").write_text('sentence_bad,sentence_good\n"bad, really",good\n')
+    every = pairs.own(f"{tmp_path}/*", 0)
+    assert [pair[:4] for pair in every.pairs] == [
+        ("a_0", "a", "A cat.", "A cats."),
+        ("a_1", "a", "A dog.", "A dogs."),
+        ("b_0", "b", 'So "quoted', "bad"),
+        ("c_0", "c", "good", "bad, really"),
+    ]
+    one = pairs.own(f"{tmp_path}/a.jsonl", 0)
+    assert [pair.group for pair in one.pairs] == ["a_0", "a_1"] and one.name == f"pairs:{tmp_path}/a.jsonl"
+    (tmp_path / "d.tsv").write_text("good\tbad\nA\tB\n")
+    with pytest.raises(InputError, match=r"d\.tsv has no column `sentence_good`"):
+        pairs.own(f"{tmp_path}/d.tsv", 0)
+    (tmp_path / "e.jsonl").write_text("\n")
+    with pytest.raises(InputError, match=r"e\.jsonl: there are no pairs"):
+        pairs.own(f"{tmp_path}/e.jsonl", 0)
+
+
+def test_the_real_test_sets(real_data):
+    """As many paradigms as their READMEs say, and what is read of them."""
+    data = real_data / "study"
+    sizes = {
+        pairs.blimp: 44_000,
+        pairs.supplement: 4773,
+        pairs.zorro: 30_000,
+        pairs.agreement: 4993,
+        pairs.climp: 11_000,
+    }
+    for read, size in sizes.items():
+        assert len(read(data, 0).pairs) == size
+    assert len(pairs.blimp(data, 100).pairs) == 4400 and len({p.group for p in pairs.blimp(data, 1).pairs}) == 44
+    (first, *_) = pairs.blimp(data, 1).pairs
+    assert first.item == "adjunct_island_0" and first.good == "Who should Derek hug after shocking Richard?"
+    assert {pair.kinds[0] for pair in pairs.agreement(data, 1).pairs} == {f"{n} attractors" for n in range(5)}

@@ -1,5 +1,8 @@
 """A study: subjects × tests -> records, each measured once."""
 
+import json
+from pathlib import Path
+
 import pytest
 import tiny
 from study_subjects import WordSubject
@@ -66,11 +69,41 @@ def test_the_command_line(models, tmp_path, capsys):
     data = tmp_path / "data" / "blimp"
     data.mkdir(parents=True)
     (data / "verbs.jsonl").write_text('{"sentence_good": "the cat sees", "sentence_bad": "the cat see"}\n' * 3)
-    options = ["--tests", "blimp", "--output", str(tmp_path / "out"), "--data", str(data.parent), "--pairs", "2"]
-    main(["study", *map(str, models.values()), *options])
+    options = ["--tests", "blimp", "--output", str(tmp_path / "out"), "--data", str(data.parent)]
+    main(["study", *map(str, models.values()), *options, "--pairs", "2"])
     printed = capsys.readouterr().out.split()
-    assert printed == [str(path) for path in sorted(map(str, records.find(tmp_path / "out")))]
+    assert sorted(printed) == [str(path) for path in records.find(tmp_path / "out")]
     for path, family in zip(printed, models, strict=True):
         record = records.read(path)
         assert (record.header.family, record.header.rows) == (family, 2)
         assert [row.item for row in record.rows] == ["verbs_0", "verbs_1"]
+    main(["study", str(models["bert"]), *options, "--pairs", "0", "--babylm", str(tmp_path / "predictions")])
+    path, predictions = capsys.readouterr().out.split()
+    assert path not in printed and records.read(path).header.rows == 3
+    assert len(json.loads(Path(predictions).read_text())["blimp"]["verbs"]["predictions"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--tests", "blimb"], "blimb"),
+        (["--tests", "blimp", "--data", "nowhere"], "nowhere/blimp"),
+        (["--tests", "pairs:nowhere.tsv"], "nowhere.tsv"),
+        (["--tests", "pairs:{pairs}", "--babylm", "x"], "--tests blimp"),
+        (["nothing", "--tests", "pairs:{pairs}"], "nothing"),
+        (["untrained:nothing:demo", "--tests", "pairs:{pairs}"], "nothing"),
+        (["runs/a@x", "--tests", "pairs:{pairs}"], "runs/a@x"),
+        ([], "--tests"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, complaint, models, tmp_path, capsys):
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("sentence_good\tsentence_bad\nthe cat sees\tthe cat see\n")
+    arguments = [each.format(pairs=pairs) for each in arguments]
+    if not arguments or arguments[0].startswith("--"):
+        arguments = [str(models["bert"]), *arguments]
+    with pytest.raises(SystemExit) as stopped:
+        main(["study", *arguments, "--output", str(tmp_path / "out")])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prelm: ")]
+    assert stopped.value.code == 1 and complaint in line
+    assert records.find(tmp_path / "out") == []
