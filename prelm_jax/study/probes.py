@@ -101,15 +101,7 @@ def _length(tree: Tree) -> str:
 
 def _depth(tree: Tree) -> str:
     """Edges from the root to the deepest word, 7 for all that are deeper."""
-    return str(min(7, max(len(path) for path in _paths(tree))))
-
-
-def _paths(tree: Tree) -> Iterator[list[int]]:
-    for position in range(len(tree.words)):
-        path = []
-        while (position := tree.heads[position]) >= 0:
-            path.append(position)
-        yield path
+    return str(min(7, tree.distances()[tree.root].max()))
 
 
 def _tense(tree: Tree) -> str | None:

@@ -262,7 +262,7 @@ class SimilarityInContext:
         """The rows of each layer; `gold` is what people say."""
         for layer, cosines in enumerate(pair_cosines(subject, self._pairs)):
             for number, (pair, cosine) in enumerate(zip(self._pairs, cosines.tolist(), strict=True)):
-                row = Row(str(number), pair.target, cosine, layer, gold=float(pair.gold))
+                row = Row(str(number), f"{number} {pair.target}", cosine, layer, gold=float(pair.gold))
                 yield row
                 if len(set(pair.target.lower().split())) == 2:
                     yield dataclasses.replace(row, kind="different")

@@ -138,7 +138,8 @@ class Similarity:
             for number, pair in enumerate(self._pairs):
                 a, b = number_of[pair.first], number_of[pair.second]
                 cosine, unknown = float(vectors_ND[a] @ vectors_ND[b]), int(~known_N[a]) + int(~known_N[b])
-                group = f"{pair.first} {pair.second}"
+                # A file may have a pair twice.
+                group = f"{number} {pair.first} {pair.second}"
                 yield Row(str(number), group, cosine, layer, kind, unknown=unknown, gold=pair.rating)
 
 

@@ -56,7 +56,7 @@ def test_similarity(data):
     subject = tiny_subjects.contextual()
     rows = list(words.TESTS["ws353"](data, "").measure(subject))
     assert {(row.kind, row.layer) for row in rows} == {("", 0), ("", 1), ("contexts", 0), ("contexts", 1)}
-    assert [row.gold for row in rows[:3]] == [7.5, 2, 5] and rows[0].group == "cat dog"
+    assert [row.gold for row in rows[:3]] == [7.5, 2, 5] and rows[0].group == "0 cat dog"
     alone = {word: next(iter(subject.embed([[word]])))[1, 0] for word in ("cat", "dog")}
     contexts = words.find_contexts(["cat", "dog"], words.corpus_path(data))
     mean = {
