@@ -1,5 +1,7 @@
 """Senses by the nearest mean, thresholds and cosines in context, against plain loops."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import tiny_subjects
@@ -34,8 +36,9 @@ def vector(subject, sentence: annotations.Sentence) -> np.ndarray:
     return next(iter(subject.embed([sentence.words])))[1, sentence.spans[0].begin]
 
 
-def test_nearest_mean(data):
+def test_nearest_mean(data, monkeypatch):
     """Against a loop over the senses of each noun."""
+    monkeypatch.setattr(senses, "COARSE_DEV", 0)
     subject = tiny_subjects.contextual()
     rows = list(senses.TESTS["coarsewsd"](data, "").measure(subject))
     folder = data / "coarsewsd20"
@@ -59,6 +62,25 @@ def test_nearest_mean(data):
     assert len({(row.item, row.kind, row.layer) for row in rows}) == len(rows)
 
 
+def text(sentence: annotations.Sentence) -> str:
+    return " ".join(sentence.words)
+
+
+def test_parts_of_coarse_senses(data, monkeypatch):
+    """The dev part is not in the means, of which each sense has a few sentences at most."""
+    monkeypatch.setattr(senses, "COARSE_TRAIN", 5)
+    monkeypatch.setattr(senses, "COARSE_TEST", 9)
+    parts = senses._coarse_senses(data / "coarsewsd20")
+    assert (len(parts["dev"]), len(parts["test"])) == (6 + 8, 9 + 9)
+    files = [data / "coarsewsd20" / f"{noun}.train.tsv" for noun in ("bank", "bass")]
+    every = [sentence for path in files for sentence in annotations.read_coarse_senses(path)]
+    assert not Counter(map(text, [*parts["train"], *parts["dev"]])) - Counter(map(text, every))
+    sizes, dev, train = (Counter(s.spans[0].sense for s in part) for part in (every, parts["dev"], parts["train"]))
+    assert train == {sense: min(5, sizes[sense] - dev[sense]) for sense in sizes}
+    found = lines(senses.TESTS["coarsewsd"](data, "").measure(tiny_subjects.contextual()))
+    assert len(found["dev", 1]) == 14 and len(found["", 1]) == len(found["majority", None]) == 18
+
+
 def test_without_context_the_most_frequent_sense_is_taken(data):
     found = lines(senses.TESTS["coarsewsd"](data, "").measure(tiny_subjects.contextual()))
     assert found["", 0] == found["majority", None] != found["", 1]
@@ -70,8 +92,9 @@ def wf(word: str, lemma: str, key: str) -> str:
     return f"<wf cmd=done pos=NN lemma={lemma} wnsn=1 lexsn={key}>{word}</wf>\n"
 
 
-def test_semcor(tmp_path):
+def test_semcor(tmp_path, monkeypatch):
     """Words with two senses in brown1 count; a compound is the mean of its words."""
+    monkeypatch.setattr(senses, "SEMCOR_DEV", 0)
     (tmp_path / "semcor").mkdir()
     bank = [wf("bank", "bank", f"1:1{i}:00::") for i in range(2)]
     other, ice = wf("tree", "tree", "1:20:00::"), wf("ice_cream", "ice_cream", "1:13:00::")
