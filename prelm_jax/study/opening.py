@@ -21,6 +21,8 @@ from prelm_jax.corpus.store import Store
 from prelm_jax.errors import InputError
 from prelm_jax.families import find_family
 from prelm_jax.formats.base import LoadedModel
+from prelm_jax.inference.base import Pretrained
+from prelm_jax.inference.heads import TaskPretrained
 from prelm_jax.loading import load, load_checkpoint
 from prelm_jax.pretraining import prepare, read_training_text, with_vocabulary
 from prelm_jax.run import Run
@@ -47,12 +49,17 @@ def open_subject(argument: str, load_run: LoadRun) -> Subject:
         return WordVectorsSubject(argument, word2vec.read(Path(path)))
     workdir = WorkDir(path)
     if not workdir.exists():
-        return PretrainedSubject(argument, load(path, step))
+        return PretrainedSubject(argument, _encoder(load(path, step)))
     found, model = load_checkpoint(workdir, step)
+    model = _encoder(model)
     seed = workdir.read_record().identity.get("seed")
     words_seen = workdir.words_seen(found)
     origin = Origin(fingerprint(model), found, words_seen, seed=seed if isinstance(seed, int) else None)
     return PretrainedSubject(argument, model, origin)
+
+
+def _encoder(model: Pretrained) -> Pretrained:
+    return model.pretrained if isinstance(model, TaskPretrained) else model
 
 
 def split_step(argument: str) -> tuple[str, Step]:
@@ -71,16 +78,15 @@ def _open_untrained(name: str, reference: str, load_run: LoadRun) -> Subject:
     workdir = WorkDir(reference)
     if workdir.exists():
         record = workdir.read_record()
-        config, tokenizer = record.model(find_family(record.model_type, record.source).model), workdir.read_tokenizer()
-        seed = int(record.identity["seed"])
+        family = find_family(record.model_type, record.source)
+        run, tokenizer = record.run(family.model, family.data), workdir.read_tokenizer()
     else:
         run = load_run(reference)
-        tokenizer, seed = prepare(run).tokenizer, run.seed
-        config = with_vocabulary(run.model, tokenizer)
-    family = find_family(config.model_type, reference)
-    params = jax.tree.map(np.asarray, jax.jit(config.build().init_params)(Keys.from_seed(seed).init))
+        family, tokenizer = find_family(run.model.model_type, reference), prepare(run).tokenizer
+    config = with_vocabulary(run.model, tokenizer)
+    params = jax.tree.map(np.asarray, jax.jit(config.build().init_params)(Keys.from_seed(run.seed).init))
     model = family.pretrained(LoadedModel(config, params, tokenizer))
-    return PretrainedSubject(name, model, Origin(fingerprint(model), 0, 0, 0.0, seed))
+    return PretrainedSubject(name, model, Origin(fingerprint(model), 0, 0, 0.0, run.seed))
 
 
 def _open_ngram(order: Literal["unigram", "trigram"]) -> Open:

@@ -72,9 +72,15 @@ def _spearman(rows: Sequence[Row]) -> Statistic:
     return Statistic(number, of)
 
 
-# How the rows of a line become a number. macro_accuracy: the mean over groups of the means of their values, each group
-# as much as any other. accuracy and mean: the mean over items. spearman: the rank correlation of values with gold ones.
-METRICS: Mapping[str, Metric] = {"macro_accuracy": _macro, "accuracy": _micro, "mean": _micro, "spearman": _spearman}
+# How the rows of a line become a number. accuracy, mean: the mean over items. macro_accuracy, group_mean: the mean over
+# groups of the means of their items, each group as much as any other. spearman: the rank correlation of value and gold.
+METRICS: Mapping[str, Metric] = {
+    "accuracy": _micro,
+    "mean": _micro,
+    "macro_accuracy": _macro,
+    "group_mean": _macro,
+    "spearman": _spearman,
+}
 
 
 def value(rows: Sequence[Row], metric: str) -> float:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from prelm_jax.errors import InputError
 from prelm_jax.inference.base import SentenceScore
 from prelm_jax.progress import Progress
+from prelm_jax.storage import prefix_errors
 from prelm_jax.study import records
 from prelm_jax.study.records import Header
 from prelm_jax.study.subjects import Subject
@@ -27,21 +29,24 @@ def study(subjects: Iterable[Subject], tests: Sequence[Test], output: Path) -> l
     for subject in subjects:
         for test in tests:
             _check(subject, test)
-        paths += [measure(subject, test, output) for test in tests]
+        counted = _Counted(subject)  # One for all tests: they keep what they have asked it, by its identity.
+        paths += [_measure(counted, test, output) for test in tests]
     return paths
 
 
-def measure(subject: Subject, test: Test, output: Path) -> Path:
+def _measure(subject: "_Counted", test: Test, output: Path) -> Path:
     """Measures a subject with a test, unless it is done; returns the path of the record."""
     header = _header(subject, test)
     path = records.record_path(output, header)
     if path.exists():
         return path
     began = time.monotonic()
-    with Progress(f"{test.name}: {subject.name}", test.num_texts, "lines") as progress:
-        rows = list(test.measure(_Counted(subject, progress)))
-    header = _header(subject, test, round(time.monotonic() - began, 1))
-    return records.write(output, header, rows)
+    with (
+        prefix_errors(f"{test.name}, {subject.name}"),
+        Progress(f"{test.name}: {subject.name}", test.num_texts, "lines") as subject.progress,
+    ):
+        rows = list(test.measure(subject))
+    return records.write(output, replace(header, seconds=round(time.monotonic() - began, 1)), rows)
 
 
 def _check(subject: Subject, test: Test) -> None:
@@ -51,7 +56,7 @@ def _check(subject: Subject, test: Test) -> None:
         raise InputError(f"{subject.name} has no vectors of words, and {test.name} needs them")
 
 
-def _header(subject: Subject, test: Test, seconds: float = 0.0) -> Header:
+def _header(subject: Subject, test: Test) -> Header:
     settings = {**test.settings, **({"scoring": subject.scoring} if test.needs == "score" else {})}
     origin = subject.origin
     return Header(
@@ -66,24 +71,23 @@ def _header(subject: Subject, test: Test, seconds: float = 0.0) -> Header:
         origin.words_seen,
         origin.flops,
         origin.seed,
-        seconds,
     )
 
 
 class _Counted:
     """A subject whose answers are counted as progress."""
 
-    def __init__(self, subject: Subject, progress: Progress):
-        self._subject, self._progress = subject, progress
+    def __init__(self, subject: Subject):
+        self._subject, self.progress = subject, Progress(None, 0, "lines")
         self.name, self.family, self.scoring = subject.name, subject.family, subject.scoring
         self.num_layers, self.origin = subject.num_layers, subject.origin
 
     def score(self, texts: Collection[str]) -> Iterator[SentenceScore]:
         for score in self._subject.score(texts):
             yield score
-            self._progress.advance(1)
+            self.progress.advance(1)
 
     def embed(self, sentences: Iterable[Sequence[str]]) -> Iterator[np.ndarray]:
         for vectors in self._subject.embed(sentences):
             yield vectors
-            self._progress.advance(1)
+            self.progress.advance(1)

@@ -10,7 +10,6 @@ import numpy as np
 
 from prelm_jax.cache import digest
 from prelm_jax.inference.base import Pretrained, SentenceScore
-from prelm_jax.inference.heads import TaskPretrained
 from prelm_jax.training.parameters import path_name
 
 
@@ -58,12 +57,11 @@ class PretrainedSubject:
     """A pretrained model."""
 
     def __init__(self, name: str, model: Pretrained, origin: Origin | None = None):
-        self.name = name
-        self._model = model.pretrained if isinstance(model, TaskPretrained) else model
-        self.family: str = self._model.config.model_type
-        self.num_layers = self._model.config.num_layers + 1
-        self.scoring = self._model.scoring
-        self.origin = origin or Origin(fingerprint(self._model))
+        self.name, self._model = name, model
+        self.family: str = model.config.model_type
+        self.num_layers: int = model.config.num_layers + 1
+        self.scoring = model.scoring
+        self.origin = origin or Origin(fingerprint(model))
 
     def score(self, texts: Collection[str]) -> Iterator[SentenceScore]:
         """See `Subject`."""
