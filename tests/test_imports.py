@@ -64,6 +64,8 @@ HOMES = {
     "h5py": ("formats/", "inference/"),
     "starlette": ("serving/",),
     "sklearn": ("study/",),
+    "gensim": ("study/",),
+    "threadpoolctl": ("study/",),
     "transformers": (),
     "torch": (),
 }

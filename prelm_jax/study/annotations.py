@@ -69,18 +69,17 @@ class Tree(NamedTuple):
 
     def distances(self) -> np.ndarray:
         """int64 [words, words]: the number of edges between two words."""
-        depths, paths = [], []
-        for position in range(len(self.words)):
-            path = [position]
-            while (head := self.heads[path[-1]]) >= 0:
-                path.append(head)
-            depths.append(len(path) - 1)
-            paths.append(set(path))
-        # Two words have as many common ancestors, themselves included, as the deepest of these has, and it is one more
-        # than its depth.
-        common = np.array([[len(a & b) for b in paths] for a in paths])
-        depth = np.array(depths)
-        return depth[:, None] + depth[None, :] - 2 * (common - 1)
+        number = len(self.words)
+        # ancestors[i, j]: j is on the path from i to the root, i itself included.
+        ancestors = np.eye(number, dtype=np.int64)
+        for position in range(number):
+            head = self.heads[position]
+            while head >= 0:
+                ancestors[position, head] = 1
+                head = self.heads[head]
+        # The paths of two words have in common what is above the lowest common ancestor, itself included.
+        common, length = ancestors @ ancestors.T, ancestors.sum(1)
+        return length[:, None] + length[None, :] - 2 * common
 
 
 def read_trees(path: Path) -> list[Tree]:

@@ -10,18 +10,17 @@ All read the sentences of a treebank.
 """
 
 import dataclasses
-import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
 from prelm_jax.study import annotations
 from prelm_jax.study.probes import SEED, TREEBANK, embed_treebank, read_treebank, treebank_files
 from prelm_jax.study.records import Row
-from prelm_jax.study.subjects import Subject, open_subject
+from prelm_jax.study.subjects import Subject
 from prelm_jax.study.vectors import embed, unit
 
 VERSION = 1  # Raise it when the same data and subject would give other rows.
@@ -71,8 +70,8 @@ class _TreebankTest:
     """What the tests on a treebank have in common."""
 
     treebank: Path
-    metric: ClassVar[str] = "mean"
-    needs: ClassVar[Literal["embed"]] = "embed"
+    metric: str = "mean"
+    needs: Literal["embed"] = "embed"
 
     @property
     def settings(self) -> Mapping[str, object]:
@@ -114,30 +113,26 @@ class SelfSimilarity(_TreebankTest):
 
 @dataclasses.dataclass(frozen=True)
 class CKA(_TreebankTest):
-    """The test `cka`; `other`: the argument of another subject, "" for the layers of the same."""
+    """The test `cka`; `other`: the subject to compare with, None for the layers of the same."""
 
-    other: str = ""
+    other: Subject | None = None
 
     @property
     def name(self) -> str:
         """As on the command line."""
-        return f"cka:{self.other}" if self.other else "cka"
+        return f"cka:{self.other.name}" if self.other else "cka"
 
     @property
     def settings(self) -> Mapping[str, object]:
         """What the rows depend on besides the data and the subject."""
-        return {"version": VERSION, "words": WORDS, "other": self._other.origin.model if self._other else None}
-
-    @functools.cached_property
-    def _other(self) -> Subject | None:
-        return open_subject(self.other) if self.other else None
+        return {"version": VERSION, "words": WORDS, "other": self.other.origin.model if self.other else None}
 
     def measure(self, subject: Subject) -> Iterator[Row]:
         """A row for each pair of layers, the other subject's second."""
         own = embed_treebank(subject, self.treebank)["test"]
         theirs = own
-        if self._other:
-            theirs = embed(self._other, [tree.words for tree in read_treebank(self.treebank)["test"]])
+        if self.other:
+            theirs = embed(self.other, [tree.words for tree in read_treebank(self.treebank)["test"]])
         words = np.random.default_rng(SEED).permutation(own.offsets[-1])[:WORDS]
         for i in range(len(own.vectors_LWD)):
             for j in range(len(theirs.vectors_LWD)):
@@ -145,8 +140,12 @@ class CKA(_TreebankTest):
                 yield Row(f"{i} {j}", f"{i} {j}", value)
 
 
+def cka_test(data: Path, other: Subject | None) -> CKA:
+    """CKA with the layers of another subject, or of the same."""
+    return CKA(annotations.folder(data, TREEBANK), other=other)
+
+
 # Each makes a test of the folder of the data and of what follows the colon in the test's name.
-TESTS: Mapping[str, Callable[[Path, str], SelfSimilarity | CKA]] = {
+TESTS: Mapping[str, Callable[[Path, str], SelfSimilarity]] = {
     "selfsim": lambda data, _: SelfSimilarity(annotations.folder(data, TREEBANK)),
-    "cka": lambda data, other: CKA(annotations.folder(data, TREEBANK), other),
 }

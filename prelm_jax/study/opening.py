@@ -5,10 +5,13 @@ RUN@STEP                a checkpoint of a work directory: a number, best or newe
 untrained:EXPERIMENT    the model of an experiment, or of a work directory, before its first step
 unigram:EXPERIMENT      the words of the same corpus, counted, in the same vocabulary
 trigram:EXPERIMENT      its triples of words, counted
+word2vec:SPEC           vectors of words without context, trained on a corpus by gensim
+FILE                    such vectors, in word2vec's text format
 """
 
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -24,8 +27,10 @@ from prelm_jax.loading import load, load_checkpoint
 from prelm_jax.pretraining import prepare, read_training_text, with_vocabulary
 from prelm_jax.run import Run
 from prelm_jax.storage import read_json
+from prelm_jax.study import word2vec
 from prelm_jax.study.ngrams import NgramSubject
 from prelm_jax.study.subjects import Origin, PretrainedSubject, Subject, fingerprint
+from prelm_jax.study.word2vec import WordVectorsSubject
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training.checkpoint import Step
 from prelm_jax.training.step import Keys
@@ -43,6 +48,8 @@ def open_subject(argument: str, load_run: LoadRun) -> Subject:
     if colon and kind in KINDS:
         return KINDS[kind](argument, rest, load_run)
     path, step = split_step(argument)
+    if os.path.isfile(path):
+        return WordVectorsSubject(argument, word2vec.read(Path(path)))
     workdir = WorkDir(path)
     if not workdir.exists():
         return PretrainedSubject(argument, _encoder(load(path, step)))
@@ -118,8 +125,13 @@ def _training_text(reference: str, load_run: LoadRun) -> tuple[Store, Tokenizer]
     return prepared.training, prepared.tokenizer
 
 
+def _open_word2vec(name: str, spec: str, load_run: LoadRun) -> Subject:
+    return WordVectorsSubject(name, word2vec.train(spec))
+
+
 KINDS: Mapping[str, Open] = {
     "untrained": _open_untrained,
     "unigram": _open_ngram("unigram"),
     "trigram": _open_ngram("trigram"),
+    "word2vec": _open_word2vec,
 }

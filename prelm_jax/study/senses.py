@@ -8,8 +8,9 @@ wic         whether two uses of a word have one sense: a threshold of their cosi
             (Pilehvar and Camacho-Collados 2019)
 scws        similarity of two words in context, as people rate it: the cosine (Huang et al. 2012)
 
-Kinds of rows: "" is the test part; dev, of wic, the dev part; majority the most frequent sense in the training part; of
-scws gold what people say, and different the pairs of two different words, without those of one word used twice.
+Kinds of rows: "" is the test part; dev a part to choose the layer with, which CoarseWSD-20 and SemCor leave to their
+readers: here sentences of the training part that are not in the means; majority the most frequent sense in the training
+part; different, of scws, the pairs of two different words, without those of one word used twice.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -32,9 +33,12 @@ SEED = 0
 # Cosines are compared after rounding, so that to vectors without context all senses are equal: the first is taken.
 DECIMALS = 5
 CONTEXT = 30  # Words of a sentence on each side of the word in question.
-# Sentences drawn at random: of each sense and noun of CoarseWSD-20, of SemCor's parts; 0: all.
-COARSE_TRAIN, COARSE_TEST = 50, 100
-SEMCOR_TRAIN, SEMCOR_TEST = 5000, 1500
+# Sentences drawn at random. Of each noun of CoarseWSD-20: for the means at most so many a sense, for dev at most a
+# third of the training part.
+COARSE_TRAIN, COARSE_DEV, COARSE_TEST = 50, 50, 100
+SEMCOR_TRAIN, SEMCOR_DEV, SEMCOR_TEST = 5000, 500, 1500
+
+Parts = Mapping[Literal["train", "dev", "test"], list[Sentence]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +47,10 @@ class SensesTest:
 
     name: str
     files: tuple[Path, ...]
-    read: Callable[[], tuple[list[Sentence], list[Sentence]]]  # The training and the test part.
+    read: Callable[[], Parts]
     metric: str
     settings: Mapping[str, object]
-    needs: ClassVar[Literal["embed"]] = "embed"
+    needs: Literal["embed"] = "embed"
 
     @property
     def fingerprint(self) -> str:
@@ -56,27 +60,23 @@ class SensesTest:
     @property
     def num_texts(self) -> int:
         """The number of sentences."""
-        return sum(map(len, self._parts))
+        return sum(map(len, self._parts.values()))
 
     @functools.cached_property
-    def _parts(self) -> tuple[list[Sentence], list[Sentence]]:
+    def _parts(self) -> Parts:
         return self.read()
 
     def measure(self, subject: Subject) -> Iterator[Row]:
         """The rows of the most frequent sense, then those of all layers, of each word in turn."""
-        train, test = self._parts
-        senses_of = ambiguous_senses(train)
-        means_of = _sense_means(subject, train, senses_of)
-        for number, (sentence, states_LTD) in enumerate(zip(test, _embed(subject, test), strict=True)):
+        senses_of = ambiguous_senses(self._parts["train"])
+        for number, sentence in enumerate(self._parts["test"]):
             for span in sentence.spans:
-                if span.lemma not in senses_of:
-                    continue
-                item, senses = f"{number}:{span.begin}", senses_of[span.lemma]
-                yield Row(item, span.lemma, float(senses[0] == span.sense), None, "majority")
-                vector_LD = unit(states_LTD[:, span.begin : span.end].mean(1))
-                cosines_LS = np.einsum("LSD,LD->LS", means_of[span.lemma], vector_LD).round(DECIMALS)
-                for layer, nearest in enumerate(cosines_LS.argmax(1)):
-                    yield Row(item, span.lemma, float(senses[nearest] == span.sense), layer)
+                if span.lemma in senses_of:
+                    right = senses_of[span.lemma][0] == span.sense
+                    yield Row(f"{number}:{span.begin}", span.lemma, float(right), None, "majority")
+        means_of = _sense_means(subject, self._parts["train"], senses_of)
+        yield from _nearest(subject, self._parts["dev"], senses_of, means_of, "dev")
+        yield from _nearest(subject, self._parts["test"], senses_of, means_of, "")
 
 
 def ambiguous_senses(sentences: Sequence[Sentence]) -> dict[str, list[str]]:
@@ -108,22 +108,44 @@ def _sense_means(
     return {lemma: unit(sums_LSD) for lemma, sums_LSD in sums.items()}
 
 
+def _nearest(
+    subject: Subject,
+    sentences: Sequence[Sentence],
+    senses_of: Mapping[str, list[str]],
+    means_of: Mapping[str, np.ndarray],
+    kind: str,
+) -> Iterator[Row]:
+    """Whether the nearest mean is that of the right sense."""
+    for number, (sentence, states_LTD) in enumerate(zip(sentences, _embed(subject, sentences), strict=True)):
+        for span in sentence.spans:
+            if span.lemma not in senses_of:
+                continue
+            vector_LD = unit(states_LTD[:, span.begin : span.end].mean(1))
+            cosines_LS = np.einsum("LSD,LD->LS", means_of[span.lemma], vector_LD).round(DECIMALS)
+            for layer, nearest in enumerate(cosines_LS.argmax(1)):
+                right = senses_of[span.lemma][nearest] == span.sense
+                yield Row(f"{number}:{span.begin}", span.lemma, float(right), layer, kind)
+
+
 def _embed(subject: Subject, sentences: Sequence[Sentence]) -> Iterator[np.ndarray]:
     return iter(subject.embed([sentence.words for sentence in sentences]))
 
 
-def _coarse_senses(folder: Path) -> tuple[list[Sentence], list[Sentence]]:
+def _coarse_senses(folder: Path) -> Parts:
     rng = np.random.default_rng(SEED)
-    train, test = [], []
+    parts: Parts = {"train": [], "dev": [], "test": []}
     for path in annotations.matching(folder, "*.train.tsv*"):
+        sentences = _shuffled(map(_cropped, annotations.read_coarse_senses(path)), rng)
+        held_out = min(COARSE_DEV, len(sentences) // 3)
+        parts["dev"].extend(sentences[:held_out])
         counts: Counter[str] = Counter()
-        for sentence in _shuffled(map(_cropped, annotations.read_coarse_senses(path)), rng):
+        for sentence in sentences[held_out:]:
             counts[sentence.spans[0].sense] += 1
             if counts[sentence.spans[0].sense] <= COARSE_TRAIN:
-                train.append(sentence)
+                parts["train"].append(sentence)
     for path in annotations.matching(folder, "*.test.tsv*"):
-        test += _shuffled(map(_cropped, annotations.read_coarse_senses(path)), rng)[:COARSE_TEST]
-    return train, test
+        parts["test"].extend(_shuffled(map(_cropped, annotations.read_coarse_senses(path)), rng)[:COARSE_TEST])
+    return parts
 
 
 def _cropped(sentence: Sentence) -> Sentence:
@@ -140,7 +162,7 @@ def _shuffled(sentences: Iterable[Sentence], rng: np.random.Generator) -> list[S
 def _coarsewsd(data: Path, _: str) -> SensesTest:
     folder = annotations.folder(data, "coarsewsd20")
     files = tuple(annotations.matching(folder, "*.tsv*"))
-    settings = {"version": VERSION, "train": COARSE_TRAIN, "test": COARSE_TEST, "context": CONTEXT}
+    settings = {"version": VERSION, "sentences": [COARSE_TRAIN, COARSE_DEV, COARSE_TEST], "context": CONTEXT}
     return SensesTest("coarsewsd", files, lambda: _coarse_senses(folder), "macro_accuracy", settings)
 
 
@@ -148,12 +170,14 @@ def _semcor(data: Path, _: str) -> SensesTest:
     folder = annotations.folder(data, "semcor")
     files = tuple(annotations.matching(folder, part)[0] for part in ("brown1.sgml*", "brown2.sgml*"))
 
-    def read() -> tuple[list[Sentence], list[Sentence]]:
+    def read() -> Parts:
         rng = np.random.default_rng(SEED)
         train, test = (_shuffled(annotations.read_semcor(path), rng) for path in files)
-        return train[:SEMCOR_TRAIN], test[:SEMCOR_TEST]
+        held_out = min(SEMCOR_DEV, len(train) // 3)
+        dev, train = train[:held_out], train[held_out:]
+        return {"train": train[:SEMCOR_TRAIN], "dev": dev, "test": test[:SEMCOR_TEST]}
 
-    settings = {"version": VERSION, "train": SEMCOR_TRAIN, "test": SEMCOR_TEST}
+    settings = {"version": VERSION, "sentences": [SEMCOR_TRAIN, SEMCOR_DEV, SEMCOR_TEST]}
     return SensesTest("semcor", files, read, "accuracy", settings)
 
 
@@ -190,10 +214,14 @@ class WordsInContext:
     """The test `wic`."""
 
     folder: Path
-    name: ClassVar[str] = "wic"
-    metric: ClassVar[str] = "accuracy"
-    needs: ClassVar[Literal["embed"]] = "embed"
-    settings: ClassVar[Mapping[str, object]] = {"version": VERSION, "context": CONTEXT}
+    name: str = "wic"
+    metric: str = "accuracy"
+    needs: Literal["embed"] = "embed"
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What the rows depend on besides the data and the subject."""
+        return {"version": VERSION, "context": CONTEXT}
 
     @property
     def fingerprint(self) -> str:
@@ -231,10 +259,14 @@ class SimilarityInContext:
     """The test `scws`."""
 
     path: Path
-    name: ClassVar[str] = "scws"
-    metric: ClassVar[str] = "spearman"
-    needs: ClassVar[Literal["embed"]] = "embed"
-    settings: ClassVar[Mapping[str, object]] = {"version": VERSION, "context": CONTEXT}
+    name: str = "scws"
+    metric: str = "spearman"
+    needs: Literal["embed"] = "embed"
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What the rows depend on besides the data and the subject."""
+        return {"version": VERSION, "context": CONTEXT}
 
     @property
     def fingerprint(self) -> str:
@@ -251,14 +283,13 @@ class SimilarityInContext:
         return annotations.read_scws(self.path)
 
     def measure(self, subject: Subject) -> Iterator[Row]:
-        """The rows of what people say, then those of each layer."""
-        for number, pair in enumerate(self._pairs):
-            yield Row(str(number), pair.target, float(pair.gold), None, "gold")
+        """The rows of each layer; `gold` is what people say."""
         for layer, cosines in enumerate(pair_cosines(subject, self._pairs)):
             for number, (pair, cosine) in enumerate(zip(self._pairs, cosines.tolist(), strict=True)):
-                yield Row(str(number), pair.target, cosine, layer)
+                row = Row(str(number), f"{number} {pair.target}", cosine, layer, gold=float(pair.gold))
+                yield row
                 if len(set(pair.target.lower().split())) == 2:
-                    yield Row(str(number), pair.target, cosine, layer, "different")
+                    yield dataclasses.replace(row, kind="different")
 
 
 # Each makes a test of the folder of the data and of what follows the colon in the test's name.

@@ -15,7 +15,7 @@ Divergences: features are standardized; rank 64; sentences of at most 50 words i
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ def _step(
 ) -> tuple[Array, optax.OptState]:
     gradient = jax.grad(_loss)(map_DR, *batch)
     update, moments = optax.scale_by_adam().update(gradient, moments)
-    return map_DR - learning_rate * update, moments
+    return map_DR - learning_rate * cast(Array, update), moments
 
 
 def train(train: Sequence[Batch], dev: Sequence[Batch]) -> np.ndarray:
@@ -232,7 +232,7 @@ class StructuralProbe:
 
     name: str
     treebank: Path
-    needs: ClassVar[Literal["embed"]] = "embed"
+    needs: Literal["embed"] = "embed"
 
     @property
     def metric(self) -> str:

@@ -1,12 +1,17 @@
-"""Vectors of words without context: word2vec's (Mikolov et al. 2013), trained by gensim or read from a text file."""
+"""Vectors of words without context: word2vec's (Mikolov et al. 2013), trained by gensim or read from a text file.
+
+vectors = train("corpus/*.txt")
+vectors.lookup(["cat", "unicorn"]).shape  # (2, 100)
+"""
 
 import dataclasses
 import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -14,6 +19,7 @@ from prelm_jax.cache import cached_file, digest
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.errors import InputError
 from prelm_jax.finetuning.records import text_lines
+from prelm_jax.study.subjects import Origin
 from prelm_jax.tokenizers.words import Splitter
 
 VERSION = 1  # Raise it when the same corpus would give other vectors.
@@ -57,6 +63,26 @@ class WordVectors:
         found_ND = self.vectors_VD[rows]
         found_ND[np.array(rows, int) < 0] = 0
         return found_ND
+
+
+class WordVectorsSubject:
+    """Vectors of words as a subject of one layer. A word that it does not know has the zero vector."""
+
+    family = "word2vec"
+    num_layers = 1
+    scoring = ""
+
+    def __init__(self, name: str, vectors: WordVectors):
+        self.name, self._vectors = name, vectors
+        self.origin = Origin(vectors.fingerprint)
+
+    def score(self, texts: Collection[str]) -> NoReturn:
+        """Raises InputError."""
+        raise InputError(f"{self.name} has vectors of words only, no probabilities")
+
+    def embed(self, sentences: Iterable[Sequence[str]]) -> Iterator[np.ndarray]:
+        """See `Subject`."""
+        return (self._vectors.lookup(words)[None] for words in sentences)
 
 
 def train(spec: str) -> WordVectors:

@@ -5,7 +5,7 @@ analogies                             Mikolov et al. 2013: "Athens Greece Oslo ?
                                       Oslo among the 30,000 most frequent of a corpus; lower-cased, by cosine
 
 Kinds of rows: "" a word by itself, as a sentence of one word; contexts the mean of some of its occurrences in a corpus,
-which is the same for vectors that have no context and therefore left out there; gold what people say.
+which is the same for vectors that have no context and therefore left out there.
 
 An analogy counts if its four words are among the most frequent, so that all subjects are asked the same.
 """
@@ -13,9 +13,10 @@ An analogy counts if its four words are among the most frequent, so that all sub
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -52,8 +53,8 @@ def find_contexts(words: Iterable[str], path: Path) -> dict[str, list[tuple[list
         wanted.setdefault(word.lower(), []).append(word)
     split = Splitter(tokenize=True)
     for _, line in text_lines(str(path)):
-        if wanted.keys().isdisjoint(line.lower().split()):  # Most lines, once the frequent words have their contexts.
-            continue
+        if wanted.keys().isdisjoint(re.findall(r"\w+", line.lower())):
+            continue  # As most lines, once the frequent words have their contexts.
         sentence = split(line)
         positions: dict[str, int] = {}
         for position, word in enumerate(sentence):
@@ -95,8 +96,8 @@ class Similarity:
     name: str
     path: Path
     corpus: Path | None  # Of the contexts; None: without.
-    metric: ClassVar[str] = "spearman"
-    needs: ClassVar[Literal["embed"]] = "embed"
+    metric: str = "spearman"
+    needs: Literal["embed"] = "embed"
 
     @property
     def settings(self) -> Mapping[str, object]:
@@ -123,9 +124,7 @@ class Similarity:
         return sorted({word for pair in self._pairs for word in pair[:2]})
 
     def measure(self, subject: Subject) -> Iterator[Row]:
-        """The rows of what people say, then those of each layer, without contexts and with."""
-        for number, pair in enumerate(self._pairs):
-            yield Row(str(number), f"{pair.first} {pair.second}", pair.rating, None, "gold")
+        """The rows of each layer, without contexts and with; `gold` is what people say."""
         yield from self._rows(vectors_alone(subject, self._words), "")
         if self.corpus and subject.num_layers > 1:
             contexts = find_contexts(self._words, self.corpus)
@@ -138,8 +137,10 @@ class Similarity:
             known_N = vectors_ND.any(-1)
             for number, pair in enumerate(self._pairs):
                 a, b = number_of[pair.first], number_of[pair.second]
-                cosine, unknown = float(vectors_ND[a] @ vectors_ND[b]), int(2 - known_N[a] - known_N[b])
-                yield Row(str(number), f"{pair.first} {pair.second}", cosine, layer, kind, unknown=unknown)
+                cosine, unknown = float(vectors_ND[a] @ vectors_ND[b]), int(~known_N[a]) + int(~known_N[b])
+                # A file may have a pair twice.
+                group = f"{number} {pair.first} {pair.second}"
+                yield Row(str(number), group, cosine, layer, kind, unknown=unknown, gold=pair.rating)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +149,9 @@ class Analogies:
 
     path: Path
     corpus: Path
-    name: ClassVar[str] = "analogies"
-    metric: ClassVar[str] = "accuracy"
-    needs: ClassVar[Literal["embed"]] = "embed"
+    name: str = "analogies"
+    metric: str = "accuracy"
+    needs: Literal["embed"] = "embed"
 
     @property
     def settings(self) -> Mapping[str, object]:
