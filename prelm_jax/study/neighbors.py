@@ -67,8 +67,8 @@ class Neighbors:
 
     treebank: Path
     senses: Path
-    name: ClassVar[str] = "neighbors"
-    metric: ClassVar[str] = "mean"
+    name = "neighbors"
+    metric = "mean"
     needs: ClassVar[Literal["embed"]] = "embed"
 
     @property
