@@ -8,7 +8,7 @@ A row is `QUERY ⇒ NEIGHBOR`, both with the word in brackets; its value is the 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -67,9 +67,9 @@ class Neighbors:
 
     treebank: Path
     senses: Path
-    name = "neighbors"
-    metric = "mean"
-    needs: ClassVar[Literal["embed"]] = "embed"
+    name: str = "neighbors"
+    metric: str = "mean"
+    needs: Literal["embed"] = "embed"
 
     @property
     def settings(self) -> Mapping[str, object]:

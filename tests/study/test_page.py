@@ -13,6 +13,9 @@ from study_records import header, pairs, probe, write_study
 from test_report import Checker
 
 from prelm_jax.cli.main import main
+from prelm_jax.finetuning.metrics import Score
+from prelm_jax.finetuning.results import Results as Tuned
+from prelm_jax.finetuning.results import SeedResult
 from prelm_jax.study import records, statistics
 from prelm_jax.study.page import draw, short_names
 from prelm_jax.study.records import Row
@@ -164,6 +167,22 @@ def test_other_data_is_another_column_and_another_model_an_error(tmp_path):
     )
     with pytest.raises(Exception, match=f"{path}.* two models .* delete one"):
         read_results([tmp_path])
+
+
+def test_tuned_scores_stand_beside_the_others(study):
+    """In the row of the model that was fine-tuned; one that is not in the study has a row of its own."""
+    seeds = tuple(SeedResult(seed, 9, 1, {"accuracy": Score(x, 0.01)}) for seed, x in enumerate((0.7, 0.8)))
+    facts = ("train.tsv", "dev.tsv", 8, 8, ("no", "yes"), "accuracy", {"accuracy": {"constant": 0.5}}, seeds)
+    tuned = {
+        f"tuned/{i}": Tuned("finetuning:classify", "label", "bert", start, f"data/{name}-train.tsv", *facts[1:])
+        for i, (start, name) in enumerate((("./runs/bert/", "cola"), ("my-gpt", "cola"), ("runs/elmo", "sst")))
+    }
+    page = draw(read_results([study]), tuned)
+    rows = {row["model"]: row for row in table(page.files["summary.csv"])}
+    cola, sst = "tuned: classify, cola-train", "tuned: classify, sst-train"
+    assert rows["bert"][cola] == rows["my-gpt"][cola] == "75.0 (70.0 to 80.0), baseline 50.0"
+    assert rows["elmo"][sst] and not rows["elmo"][cola] and not rows["my-gpt"]["blimp"] and rows["bert"]["blimp"]
+    assert "75.0 (70.0 to 80.0)" in page.html and page.files["summary.tex"].count("75.0 (70.0 to 80.0)") == 3
 
 
 def test_latex(page):
