@@ -57,6 +57,12 @@ def neighbors() -> list[Row]:
     return [Row(f"The [bank] <of> a river ⇒ the left [bank] {i}", "bank", 0.9 - i / 10, 2) for i in range(2)]
 
 
+def replacement() -> list[Row]:
+    """Words that move if their left neighbor is replaced."""
+    words = range(3)
+    return [Row(f"0 {i} {j}", "a <b> c", float(j == i - 1), None) for i in words for j in words]
+
+
 def write_study(directory: Path, seeds: int = 1) -> Path:
     """Records of the families at equal words, of checkpoints, an untrained BERT, a unigram and word2vec."""
     number = 0
@@ -70,6 +76,7 @@ def write_study(directory: Path, seeds: int = 1) -> Path:
             records.write(directory, header("upos", "accuracy", name, family, **facts), rows)
             records.write(directory, header("cka", "mean", name, family, **facts), cka(LAYERS[family]))
             records.write(directory, header("neighbors", "mean", name, family, **facts), neighbors())
+            records.write(directory, header("replacement", "mean", name, family, **facts), replacement())
             for step in (25, 50):
                 facts = {"step": step, "words_seen": 20_000 * step, "flops": 1e13 * step, "seed": seed}
                 at = header("blimp", "macro_accuracy", f"{name}-trunk@{step}", family, **facts)

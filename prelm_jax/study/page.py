@@ -9,6 +9,7 @@ import base64
 import csv
 import io
 import itertools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -37,6 +38,7 @@ NAMES = {"bert": "BERT", "openai-gpt": "GPT", "elmo": "ELMo"}
 FAMILIES = ("bert", "openai-gpt", "elmo", "word2vec", "trigram", "unigram")  # Each has a color.
 GROUPS = 100  # A table of groups is on the page for tests with at most as many.
 SIDE = 3.4  # Inches of a map.
+LARGEST = 7  # Columns of a map that has its numbers in it.
 
 Rows = Sequence[Sequence[str]]
 
@@ -81,7 +83,8 @@ def draw(results: Results, tuned: Mapping[str, Tuned] | None = None) -> Page:
     _differences(parts, results)
     _learning_curves(parts, results)
     _layer_curves(parts, results)
-    _maps(parts, results)
+    _similarities(parts, results)
+    _replacements(parts, results)
     _neighbors(parts, results)
     _details(parts, results)
     return Page("\n".join(parts.html), parts.files)
@@ -359,42 +362,63 @@ def _layer_curves(parts: _Parts, results: Results) -> None:
     parts.grid("Layers", text, figures)
 
 
-def _maps(parts: _Parts, results: Results) -> None:
-    """Linear CKA between the layers of a model and those of another one, or its own."""
+def _map(values: Sequence[Sequence[float]], below: Sequence[str], beside: Sequence[str], highest: float) -> str:
+    """SVG of a map from 0 (dark) to `highest` (bright), the first row at the top, with numbers in small ones."""
+
+    def draw_map(axes: "Axes") -> None:
+        axes.grid(visible=False)
+        axes.set_position((0.2, 0.2, 0.77, 0.77))
+        axes.pcolormesh(values, cmap="cividis", vmin=0, vmax=highest, edgecolors="face")
+        axes.invert_yaxis()
+        for y, row in enumerate(values):
+            for x, each in enumerate(row if len(row) <= LARGEST else ()):
+                color = "#000000" if each > highest / 2 else "#ffffff"
+                axes.text(x + 0.5, y + 0.5, f"{each:.2f}", ha="center", va="center", color=color, fontsize=7)
+        axes.set_xticks([x + 0.5 for x in range(len(below))], below, rotation=90 if max(map(len, below)) > 2 else 0)
+        axes.set_yticks([y + 0.5 for y in range(len(beside))], beside)
+
+    return picture(draw_map, size=(SIDE, SIDE))
+
+
+def _similarities(parts: _Parts, results: Results) -> None:
+    """The similarity of the layers of a model with each other, or with those of another model."""
     labels, figures = short_names([model.name for model in results.models]), []
     for column in results.columns:
-        name, _, other = column.test.partition(":")
-        if name != "cka":
-            continue
-        for model in results.models:
-            cells = {
-                (int(own), int(others)): row.value
-                for row in results.rows(model, column)
-                for own, others in [row.item.split()]
-            }
-            if not cells:
-                continue
-            sides = [range(1 + max(place[i] for place in cells)) for i in (0, 1)]
-
-            def draw_map(
-                axes: "Axes", cells: Mapping[tuple[int, int], float] = cells, sides: Sequence[range] = sides
-            ) -> None:
-                values = [[cells.get((y, x), float("nan")) for x in sides[1]] for y in sides[0]]
-                axes.grid(visible=False)
-                axes.pcolormesh(values, cmap="cividis", vmin=0, vmax=1, edgecolors="face")
-                for (y, x), each in cells.items():
-                    color = "#000000" if each > 0.5 else "#ffffff"
-                    axes.text(x + 0.5, y + 0.5, f"{each:.2f}", ha="center", va="center", color=color, fontsize=8)
-                axes.set_xticks([x + 0.5 for x in sides[1]], [str(x) for x in sides[1]])
-                axes.set_yticks([y + 0.5 for y in sides[0]], [str(y) for y in sides[0]])
-
-            caption = f"{labels[model.name]} (upwards), {labels.get(other, other) or 'itself'} (to the right)"
-            rows = [[str(y), str(x), f"{each:.6g}"] for (y, x), each in sorted(cells.items())]
-            file = _file(f"cka {labels[model.name]} {labels.get(other, other)}")
-            svg = picture(draw_map, size=(SIDE, SIDE))
-            figures.append(parts.figure(file, caption, svg, ["layer", "other_layer", "cka"], rows))
+        kind, _, other = column.test.partition(":")
+        for model in results.models if kind == "cka" else ():
+            cells = {tuple(map(int, row.item.split())): row.value for row in results.rows(model, column)}
+            if cells:
+                name, others = labels[model.name], labels.get(other, other)
+                height, width = (1 + max(place[i] for place in cells) for i in (0, 1))
+                values = [[cells.get((y, x), math.nan) for x in range(width)] for y in range(height)]
+                svg = _map(values, [str(x) for x in range(width)], [str(y) for y in range(height)], 1.0)
+                rows = [[str(y), str(x), f"{each:.6g}"] for (y, x), each in sorted(cells.items())]
+                caption, header = f"{name}, and to the right {others or 'itself'}", ["layer", "other_layer", "cka"]
+                figures.append(parts.figure(_file(f"cka {name} {others}"), caption, svg, header, rows))
     text = "Linear CKA of two layers: 1 where their vectors of the same words differ by a rotation and a factor alone."
     parts.grid("Similarity of layers", text, figures)
+
+
+def _replacements(parts: _Parts, results: Results) -> None:
+    """How far each word of a sentence moves if another one is replaced."""
+    labels, figures = short_names([model.name for model in results.models]), []
+    for column in results.columns:
+        for model in results.models if column.test == "replacement" else ():
+            sentences: dict[str, dict[tuple[int, int], float]] = {}
+            for row in results.rows(model, column):
+                _, moved, replaced = map(int, row.item.split())
+                sentences.setdefault(row.group, {})[moved, replaced] = row.value
+            for number, (sentence, cells) in enumerate(sentences.items(), 1):
+                words, name = sentence.split(), labels[model.name]
+                values = [[cells.get((y, x), math.nan) for x in range(len(words))] for y in range(len(words))]
+                # The word that is replaced moves most itself, and would leave all others dark.
+                highest = max((each for (y, x), each in cells.items() if x != y), default=0.0)
+                svg = _map(values, words, words, highest or 1.0)
+                rows = [[words[y], words[x], str(y), str(x), f"{each:.6g}"] for (y, x), each in sorted(cells.items())]
+                header = ["moved", "replaced", "moved_position", "replaced_position", "distance"]
+                figures.append(parts.figure(_file(f"replacement {name} {number}"), name, svg, header, rows))
+    text = "How far the top layer's vector of each word (a row) moves if another one (a column) becomes a neutral word."
+    parts.grid("What a word depends on", text, figures)
 
 
 def _neighbors(parts: _Parts, results: Results) -> None:

@@ -22,7 +22,7 @@ TESTS = (
     *("uuas", "dspr", "coarsewsd", "semcor", "wic", "ws353", "simlex", "men", "scws", "analogies", "selfsim"),
 )
 # Tests that are pictures and texts, without a number in the table.
-SHOWN = ("cka", "neighbors")
+SHOWN = ("cka", "neighbors", "replacement")
 # Subjects that are no model of a comparison, in the order of the table.
 BASELINES = ("unigram", "trigram", "word2vec")
 FRACTIONS = ("accuracy", "macro_accuracy", "group_mean")  # Metrics that are printed in percent.

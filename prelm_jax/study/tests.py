@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from prelm_jax.bounds import NotNegative
 from prelm_jax.errors import InputError
-from prelm_jax.study import geometry, neighbors, pairs, probes, senses, structural, words
+from prelm_jax.study import geometry, neighbors, pairs, probes, replacement, senses, structural, words
 from prelm_jax.study.records import Row
 from prelm_jax.study.subjects import Subject
 
@@ -84,6 +84,7 @@ TESTS: Mapping[str, Make] = {
     **_of_data(words.TESTS),
     **_of_data(geometry.TESTS),
     **_of_data(neighbors.TESTS),
+    **_of_data(replacement.TESTS),
     "cka": lambda settings, other: geometry.cka_test(settings.data, settings.open_subject(other) if other else None),
 }
 

@@ -197,6 +197,13 @@ def test_short_names():
     assert list(short_names(names).values()) == ["a/bert", "gpt", "untrained:study:bert", "untrained:gpt", "my-bert"]
 
 
+def test_maps_have_their_data(page):
+    rows = table(page.files["cka-bert.csv"])
+    assert len(rows) == 9 and float(rows[1]["cka"]) == pytest.approx(2 / 3, rel=1e-5)
+    moved = table(page.files["replacement-elmo-1.csv"])
+    assert [(row["moved"], row["replaced"]) for row in moved if float(row["distance"])] == [("<b>", "a"), ("c", "<b>")]
+
+
 def test_a_study_without_scores(tmp_path):
     """Only a map, of a model measured alone: no table of tests, no differences."""
     records.write(tmp_path, header("cka", "mean", "a", "bert"), [Row("0 0", "", 1.0)])
