@@ -1,8 +1,8 @@
 """Replacement maps: how far the vector of each word of a sentence moves when another word is replaced by a neutral one.
 
 A picture of what a model reads, for any family: a left-to-right model has zeros where a word would look to its right.
-A row is `SENTENCE MOVED REPLACED`: its number, and the positions of two words. Its value is the distance that the vector
-of the first of them moves in the top layer, relative to its length.
+A row is `SENTENCE MOVED REPLACED`: its number, and the positions of two words. Its value is the distance that the
+vector of the first of them moves in the top layer, relative to its length.
 """
 
 import dataclasses
