@@ -73,7 +73,8 @@ def write_study(directory: Path, seeds: int = 1) -> Path:
             number += 1
             records.write(directory, header("blimp", "macro_accuracy", name, family, **facts), pairs(skill, number))
             rows = probe(skill, number, LAYERS[family])
-            records.write(directory, header("upos", "accuracy", name, family, **facts), rows)
+            probing = {"settings": {"sentences": {"train": 30, "dev": 10}, "penalties": [0.1, 1], "version": 1}}
+            records.write(directory, header("upos", "accuracy", name, family, **facts, **probing), rows)
             records.write(directory, header("cka", "mean", name, family, **facts), cka(LAYERS[family]))
             records.write(directory, header("neighbors", "mean", name, family, **facts), neighbors())
             records.write(directory, header("replacement", "mean", name, family, **facts), replacement())
@@ -81,8 +82,8 @@ def write_study(directory: Path, seeds: int = 1) -> Path:
                 facts = {"step": step, "words_seen": 20_000 * step, "flops": 1e13 * step, "seed": seed}
                 at = header("blimp", "macro_accuracy", f"{name}-trunk@{step}", family, **facts)
                 records.write(directory, at, pairs(skill * (0.8 + step / 500), number + step))
-    records.write(directory, header("upos", "accuracy", "untrained:bert:demo", "bert"), probe(0.4, 99, 3))
-    records.write(directory, header("upos", "accuracy", "word2vec:a", "word2vec"), probe(0.5, 98, 1))
+    records.write(directory, header("upos", "accuracy", "untrained:bert:demo", "bert", **probing), probe(0.4, 99, 3))
+    records.write(directory, header("upos", "accuracy", "word2vec:a", "word2vec", **probing), probe(0.5, 98, 1))
     records.write(
         directory, header("blimp", "macro_accuracy", "unigram:runs/bert", "unigram"), pairs(0.5, 97, tied=True)
     )

@@ -96,7 +96,7 @@ def draw(results: Results, tuned: Mapping[str, Tuned] | None = None) -> Page:
 def _protocol(parts: _Parts, results: Results) -> None:
     rows = []
     for column in results.columns:
-        settings = ", ".join(f"{name} {x}" for name, x in column.settings)
+        settings = "; ".join(f"{name} {x}" for name, x in column.settings)
         rows.append([column.test, column.metric.replace("_", " "), settings, column.data[:8]])
     scoring = {
         _family(header.family): str(header.settings["scoring"])

@@ -50,7 +50,7 @@ class Column:
 
     test: str
     data: str
-    settings: tuple[tuple[str, object], ...]
+    settings: tuple[tuple[str, str], ...]
     metric: str
 
     @property
@@ -241,7 +241,7 @@ def model_name(subject: str) -> str:
 
 def column_of(header: Header) -> Column:
     """The column of a record. How a family scores sentences is no other test."""
-    settings = tuple(sorted((name, _hashable(x)) for name, x in header.settings.items() if name != "scoring"))
+    settings = tuple(sorted((name, _text(x)) for name, x in header.settings.items() if name != "scoring"))
     return Column(header.test, header.data, settings, header.metric)
 
 
@@ -250,8 +250,11 @@ def read_results(directories: Sequence[Path]) -> Results:
     return Results([(path, records.read(path)) for directory in directories for path in records.find(directory)])
 
 
-def _hashable(x: object) -> object:
-    return tuple(map(_hashable, x)) if isinstance(x, list) else x
+def _text(setting: object) -> str:
+    """A setting, a value of JSON, as people read it."""
+    if isinstance(setting, dict):
+        return ", ".join(f"{name} {_text(x)}" for name, x in sorted(setting.items()))
+    return " ".join(map(_text, setting)) if isinstance(setting, list) else str(setting)
 
 
 def _newer(a: tuple[Path, Record], b: tuple[Path, Record]) -> tuple[Path, Record]:

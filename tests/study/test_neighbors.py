@@ -42,8 +42,8 @@ def data(tmp_path) -> Path:
 
 def test_neighbors_follow_the_context(data):
     def embed(words):
-        """The word, and whether there is a river in its sentence."""
-        river = np.full(4, 3.0 if "river" in words else -3.0)
+        """The word, and whether there is a river in its sentence; all of them point in one direction."""
+        river = np.full(4, 103.0 if "river" in words else 97.0)
         return np.stack([np.concatenate([tiny_subjects.word_vector(word.lower(), 12), river]) for word in words])[None]
 
     rows = list(TESTS["neighbors"](data, "").measure(tiny_subjects.Embedding(embed, 1)))
@@ -52,6 +52,7 @@ def test_neighbors_follow_the_context(data):
     assert first["by the river a [bank]"] == "The left [bank] of the river"
     assert first["A [set] of money"] != "A [set] of money"  # Its own sentence.
     assert {row.group for row in rows} == {"bank", "set"} and all(-1 <= row.value <= 1.0001 for row in rows)
+    assert min(row.value for row in rows) < 0.9  # Vectors are centered.
     assert len(rows) == 3 * 4 and len({(row.group, row.item) for row in rows}) == len(rows)
 
 

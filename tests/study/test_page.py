@@ -52,6 +52,7 @@ def test_the_page_is_whole_and_loads_nothing(study, tmp_path, capsys):
         "Details",
     ):
         assert heading in checker.words
+    assert "penalties 0.1 1; sentences dev 10, train 30; version 1" in checker.words
     assert "npi<&_>" in checker.words and "The [bank] <of> a river" in checker.words  # Escaped.
     written = {path.name for path in (tmp_path / "page-data").iterdir()}
     assert written == set(re.findall(r'download="(.*?)"', text)) >= {"summary.csv", "summary.tex", "upos-layers.csv"}
