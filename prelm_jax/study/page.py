@@ -138,7 +138,7 @@ def _summary(parts: _Parts, results: Results, tuned: Mapping[str, Tuned]) -> Non
         row, tex, numbers = [escape(label), *facts], [_tex(label), *facts], [label, *facts]
         for column in columns:
             score = cells.get((name, column))
-            is_best = score is not None and score.value == best[column]
+            is_best = column.is_better_if_higher and score is not None and score.value == best[column]
             row.append(_cell(score, column, is_best))
             tex.append(_tex_cell(score, column, is_best))
             numbers.append("" if score is None else f"{score.value:.6g}")
@@ -160,7 +160,7 @@ def _summary(parts: _Parts, results: Results, tuned: Mapping[str, Tuned]) -> Non
 def _facts(model: Model) -> list[str]:
     words, flops = model.mean("words_seen"), model.mean("flops")
     return [
-        "" if words is None else f"{words / 1e6:.2f} M",
+        "" if words is None else f"{words / 1e6:.3g} M",
         "" if flops is None else f"{flops / 1e12:,.1f}",
         str(len(model.headers)),
     ]
@@ -309,7 +309,7 @@ def _learning_curves(parts: _Parts, results: Results) -> None:
             score, words = results.score(model, column), model.mean("words_seen")
             if score is not None and words is not None:
                 found.setdefault((model.base, model.family, model.is_point), []).append((words, score.value))
-        if len({words for each in found.values() for words, _ in each}) < 2:
+        if not any(is_point for _, _, is_point in found):
             continue
         lines, rows = [], []
         for (name, family, is_point), each in found.items():
@@ -333,6 +333,7 @@ def _learning_curves(parts: _Parts, results: Results) -> None:
 def _layer_curves(parts: _Parts, results: Results) -> None:
     """Score against relative depth; untrained models dashed, control tasks dotted."""
     labels, figures = short_names([model.name for model in results.models]), []
+    drawn: list[Model] = []
     for column in results.scored:
         lines, rows = [], []
         constant: dict[str, float] = {}
@@ -341,6 +342,7 @@ def _layer_curves(parts: _Parts, results: Results) -> None:
             for kind in dict.fromkeys(kind for kind, _ in of_model if kind != "dev"):
                 layers, title = results.layers(model, column, kind), f"{labels[model.name]} {kind}".strip()
                 if len(layers) > 1:
+                    drawn.append(model)
                     style = "dotted" if kind else "dashed" if model.is_untrained else "solid"
                     x = [layer / max(layers) for layer in layers]
                     lines.append(Line(title, x, list(layers.values()), _color(model.family), style))
@@ -358,7 +360,7 @@ def _layer_curves(parts: _Parts, results: Results) -> None:
             svg = _chart(lines, constant, column.scale, "relative depth")
             header = ["model", "line", "layer", "relative_depth", "score"]
             figures.append(parts.figure(f"{_file(label)}-layers", label, svg, header, rows))
-    text = f"{_legend(results.models)} Dashed: untrained; dotted: control tasks and other lines. Layer 0 is at 0."
+    text = f"{_legend(drawn)} Dashed: untrained; dotted: control tasks and other lines. Layer 0 is at 0."
     parts.grid("Layers", text, figures)
 
 

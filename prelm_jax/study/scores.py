@@ -54,6 +54,11 @@ class Column:
     metric: str
 
     @property
+    def is_better_if_higher(self) -> bool:
+        """Whether a higher value is a better one; a similarity of vectors is no merit."""
+        return self.metric != "mean"
+
+    @property
     def scale(self) -> int:
         """By what values are multiplied to be printed."""
         return 100 if self.metric in FRACTIONS else 1
@@ -241,8 +246,8 @@ def model_name(subject: str) -> str:
 
 def column_of(header: Header) -> Column:
     """The column of a record. How a family scores sentences is no other test."""
-    settings = tuple(sorted((name, _text(x)) for name, x in header.settings.items() if name != "scoring"))
-    return Column(header.test, header.data, settings, header.metric)
+    settings = {name: _text(x) for name, x in header.settings.items() if name != "scoring" and x is not None}
+    return Column(header.test, header.data, tuple(sorted(settings.items())), header.metric)
 
 
 def read_results(directories: Sequence[Path]) -> Results:
@@ -254,7 +259,9 @@ def _text(setting: object) -> str:
     """A setting, a value of JSON, as people read it."""
     if isinstance(setting, dict):
         return ", ".join(f"{name} {_text(x)}" for name, x in sorted(setting.items()))
-    return " ".join(map(_text, setting)) if isinstance(setting, list) else str(setting)
+    if isinstance(setting, list):
+        return " ".join(map(_text, setting))
+    return re.sub(r"^([0-9a-f]{8})[0-9a-f]{24,}$", r"\1", str(setting))  # Of a fingerprint the beginning.
 
 
 def _newer(a: tuple[Path, Record], b: tuple[Path, Record]) -> tuple[Path, Record]:

@@ -186,6 +186,17 @@ def test_tuned_scores_stand_beside_the_others(study):
     assert "75.0 (70.0 to 80.0)" in page.html and page.files["summary.tex"].count("75.0 (70.0 to 80.0)") == 3
 
 
+def test_the_best_is_bold_where_more_is_better(tmp_path):
+    for family, value in (("bert", 0.25), ("elmo", 0.75)):
+        for test, metric in (("blimp", "macro_accuracy"), ("selfsim", "mean")):
+            of_model = header(test, metric, family, family, settings={"other": None, "model": "ab" * 32})
+            records.write(tmp_path, of_model, [Row("0", "0", value)])
+    page = draw(read_results([tmp_path]))
+    assert r"\textbf{75.0}" in page.files["summary.tex"] and r"\textbf{0.75}" not in page.files["summary.tex"]
+    assert "<td>model abababab</td>" in page.html and "None" not in page.html
+    assert "Learning curves" not in page.html and "blimp-words.csv" not in page.files  # There are no checkpoints.
+
+
 def test_latex(page):
     lines = page.files["summary.tex"].splitlines()
     assert lines[0] == r"\begin{tabular}{lrrrrr}" and lines[-1] == r"\end{tabular}"
