@@ -237,9 +237,7 @@ class LinearProbe(abc.ABC):
         """The rows of the majority, then those of each layer."""
         train, dev, test = (self.examples(split) for split in SENTENCES)
         if len(set(train.labels)) < 2 or not (len(dev.labels) and len(test.labels)):
-            raise InputError(
-                f"{self.treebank}: {self.name} needs two labels in the training part, and examples in the dev and test parts"
-            )
+            raise InputError(f"{self.treebank}: {self.name} needs two labels in the training part and examples in all")
         yield from _scored(test, np.array(majority_labels(train, test.types)), test.labels, "majority", None)
         states = self.states(subject)
         for layer in range(subject.num_layers):
