@@ -1,23 +1,27 @@
 """Training against PyTorch: the loss of every step, from the same initial weights on the same batches.
 
     python benchmarks/fidelity.py [--json FILE] [--picture docs/fidelity.svg]
+    python benchmarks/fidelity.py --families finetuning --init-from DIR --train sst2/train.tsv --steps 200
 
-ours      `prelm pretrain`: loop, gradients, clipping, optimizer, schedule
+ours      `prelm pretrain`, or `prelm finetune`: loop, gradients, clipping, optimizer, schedule
 PyTorch   the modules of transformers' BertForPreTraining and OpenAIGPTLMHeadModel, opened from our export of the
           initial weights; for ELMo torch_elmo.py. PyTorch's gradients, clipping and optimizers; rules that it lacks are
           written here after the papers.
 
 In fp32, without dropout, on the documentation inside Python. Prints the largest difference of each family; exits with 1
 if it is above 1e-3. The families train with three rules: BERT with Adam without bias correction and a linear decay,
-GPT with AdamW and a cosine, ELMo with Adagrad. Needs the extra `test`.
+GPT with AdamW and a cosine, ELMo with Adagrad. `finetuning` trains a classifier on a pretrained BERT by the recipe of
+finetuning:classify; PyTorch's is transformers' BertForSequenceClassification. Needs the extra `test`.
 """
 
 import dataclasses
+import json
 import math
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import harness
 import jax
@@ -29,14 +33,20 @@ import tyro
 from torch_elmo import TorchELMo
 
 from prelm_jax import pretraining
+from prelm_jax.cli.experiments import load_run_or_task
+from prelm_jax.data.examples import Columns
 from prelm_jax.data.pairs import PairsConfig
 from prelm_jax.data.streams import StreamsConfig
+from prelm_jax.data.tasks import TaskBatches
 from prelm_jax.data.windows import WindowsConfig
 from prelm_jax.families import find_family
-from prelm_jax.formats.base import LoadedModel, save
+from prelm_jax.finetuning import finetune
+from prelm_jax.finetuning.config import FineTuning
+from prelm_jax.formats.base import LoadedModel, LoadedTask, save
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.elmo import DIRECTIONS, ELMoConfig
 from prelm_jax.models.gpt import GPTConfig
+from prelm_jax.models.heads import Label
 from prelm_jax.run import Run
 from prelm_jax.tokenizers.bpe import BPEConfig
 from prelm_jax.tokenizers.wordpiece import WordPieceConfig
@@ -48,8 +58,8 @@ from prelm_jax.training.step import Keys
 from prelm_jax.workdir import WorkDir
 
 TOLERANCE = 1e-3  # nats
-TITLES = {"bert": "BERT", "openai-gpt": "GPT-1", "elmo": "ELMo"}
-COLORS = {"bert": "#1f6feb", "openai-gpt": "#bf8700", "elmo": "#8250df"}
+TITLES = {"bert": "BERT", "openai-gpt": "GPT-1", "elmo": "ELMo", "finetuning": "BERT, fine-tuned"}
+COLORS = {"bert": "#1f6feb", "openai-gpt": "#bf8700", "elmo": "#8250df", "finetuning": "#1a7f37"}
 
 Losses = dict[str, list[float]]  # "ours" and "torch": the loss of each step
 LossOfBatch = Callable[[dict[str, torch.Tensor]], torch.Tensor]
@@ -59,8 +69,10 @@ LossOfBatch = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 class Settings:
     """Which families, for how long; the sizes are those of `experiment`."""
 
-    families: tuple[Literal["bert", "openai-gpt", "elmo"], ...] = ("bert", "openai-gpt", "elmo")
+    families: tuple[Literal["bert", "openai-gpt", "elmo", "finetuning"], ...] = ("bert", "openai-gpt", "elmo")
     steps: int = 500
+    init_from: Path | None = None  # Directory of a BERT, for finetuning.
+    train: Path | None = None  # For finetuning: a TSV with the columns sentence and label.
     threads: int = 1
     json: Path | None = None
     picture: Path | None = None
@@ -118,7 +130,49 @@ def compare(run: Run, directory: Path) -> Losses:
     return {"ours": ours, "torch": torch_losses(run, model, loss_of_batch, batches)}
 
 
-def torch_losses(run: Run, model: torch.nn.Module, loss_of_batch: LossOfBatch, batches: Any) -> list[float]:
+def fine_tuning(settings: Settings, directory: Path) -> FineTuning:
+    """finetuning:classify without dropout; what is held out, a few examples, is read at the end."""
+    if settings.init_from is None or settings.train is None:
+        raise SystemExit("finetuning needs --init-from and --train")
+    encoder, dev = directory / "encoder", directory / "dev.tsv"
+    shutil.copytree(settings.init_from, encoder)
+    config = json.loads((encoder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (encoder / "config.json").write_text(json.dumps(config))
+    dev.write_text("".join(settings.train.read_text().splitlines(keepends=True)[:65]))
+    return dataclasses.replace(
+        cast(FineTuning, load_run_or_task("finetuning:classify")[1]),
+        head=Label(dropout=0.0),
+        init_from=str(encoder),
+        train=str(settings.train),
+        dev=str(dev),
+        columns=Columns("sentence"),
+        loop=LoopConfig(steps=settings.steps, log_every=1, mesh=MeshConfig(devices=1)),
+    )
+
+
+def compare_finetuning(run: FineTuning, directory: Path) -> Losses:
+    """Fine-tunes BERT for labels, and transformers' model from the same initial weights, the head's among them."""
+    finetune.finetune(run, directory / "run", seeds=1)
+    metrics = WorkDir(directory / "run" / "seed-0").read_metrics()
+    task = finetune.prepare(run)
+    fresh = jax.jit(task.config.build().init_params)(Keys.from_seed(run.seed).init)
+    initial = LoadedTask(task.config, finetune.initial(task, fresh), task.tokenizer, frozenset(), task.names, None)
+    save(initial, find_family("bert", directory).format, directory / "initial", "")
+    model = transformers.BertForSequenceClassification.from_pretrained(directory / "initial").train()
+
+    def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        tokens, types, segments = (batch[name][:, 0] for name in ("tokens", "token_types", "segments"))
+        return model(tokens, attention_mask=segments, token_type_ids=types, labels=batch["labels"]).loss
+
+    batches = TaskBatches(task.frame, task.train_rows, run.batch_size, run.seed)
+    ours = [line["train/loss"] for line in metrics if "train/loss" in line]
+    return {"ours": ours, "torch": torch_losses(task.run, model, loss, batches)}
+
+
+def torch_losses(
+    run: Run | FineTuning, model: torch.nn.Module, loss_of_batch: LossOfBatch, batches: Any
+) -> list[float]:
     """The loss of each step of a training loop in PyTorch."""
     config, losses = run.optimizer, []
     optimizer = torch_optimizer(config, model)
@@ -283,13 +337,18 @@ def draw(results: dict[str, Losses], path: Path) -> None:
 
 def main(settings: Settings) -> None:
     harness.limit_threads(settings.threads)
-    fields = dataclasses.asdict(settings) | {"json": None, "picture": None}
+    fields = dataclasses.asdict(settings) | {"json": None, "picture": None, "init_from": None, "train": None}
     record = {"machine": harness.machine(), "settings": fields, "results": {}}
     harness.print_machine(record["machine"])
     gaps = {}
     for family in settings.families:
-        with tempfile.TemporaryDirectory() as directory:
-            losses = record["results"][family] = compare(experiment(family, settings.steps), Path(directory))
+        with tempfile.TemporaryDirectory() as name:
+            directory = Path(name)
+            if family == "finetuning":
+                losses = compare_finetuning(fine_tuning(settings, directory), directory)
+            else:
+                losses = compare(experiment(family, settings.steps), directory)
+            record["results"][family] = losses
         harness.write_json(settings.json, record)
         gap_S = np.abs(np.subtract(losses["ours"], losses["torch"]))
         gaps[family] = gap_S.max()

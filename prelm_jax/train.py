@@ -50,6 +50,7 @@ def train(
     start: Callable[[Params], Params] | None = None,
     tokens_per_word: float = 1.0,
     extend_to: int | None = None,
+    largest: HostBatch | None = None,
 ) -> tuple[int, dict[str, float]]:
     """Trains a model up to `run.loop.steps` in a work directory; returns its last step and its evaluation there.
 
@@ -61,6 +62,8 @@ def train(
     With `extend_to`, a run that has a checkpoint gets a new segment: from there on the optimizer of `run`, its schedule
     ending at that step. A run with extensions trains up to the end of the last one, whatever `run.loop.steps` says.
 
+    largest: a batch of the largest shapes, whose step must fit into memory; None: all batches have the same shapes.
+
     Raises InputError for what the user can mend, and Preempted when SIGTERM stopped the run, after saving.
     """
     settings = run.loop
@@ -68,7 +71,7 @@ def train(
     check_batch_size(run, mesh.size)
     if evaluation is None and settings.stop_after_no_gain is not None:
         raise InputError(f"--stop-after-no-gain {settings.stop_after_no_gain}: there is no text to evaluate on")
-    example = batches[0]
+    example = batches[0] if largest is None else largest
     model.check(example)
     workdir.check(record, run, extending=extend_to is not None)
     earlier = workdir.read_record() if workdir.exists() else None

@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -31,19 +32,24 @@ import tiny
 STEPS_OF_A_LIFE = 8
 HANGS_AFTER = 300.0  # Seconds.
 
-FILL, SCORE = ["fill", "WORKDIR", "the [MASK] sees a dog"], ["score", "WORKDIR", "TEXT"]
-SLOW_DECAY = ["--optimizer.decay-steps", "10000000"]  # Every step changes the parameters.
+SLOW_DECAY = "--optimizer.decay-steps 10000000"  # Every step changes the parameters.
+PRETRAIN, EVALUATE = f"pretrain {tiny.__file__}:bert --corpus DIR/corpus.txt", "evaluate WORKDIR"
+FINETUNE = "finetune finetuning:classify --init-from DIR/encoder --train DIR/train.tsv --dev DIR/dev.tsv --seeds 1"
 
-# Kind of run: experiment, its options, devices, and the command of a reader besides `evaluate`.
+# Kind of run: its command, devices, and the commands of two readers.
 KINDS = {
-    "bert": ("bert", SLOW_DECAY, 1, FILL),
-    "gpt": ("gpt", SLOW_DECAY, 1, SCORE),
-    "elmo": ("elmo", [], 1, SCORE),
+    "bert": (f"{PRETRAIN} {SLOW_DECAY}", 1, ("fill WORKDIR [MASK]", EVALUATE)),
+    "gpt": (f"{PRETRAIN.replace(':bert', ':gpt')} {SLOW_DECAY}", 1, ("score WORKDIR DIR/lines.txt", EVALUATE)),
+    "elmo": (PRETRAIN.replace(":bert", ":elmo"), 1, ("score WORKDIR DIR/lines.txt", EVALUATE)),
     "bert-fsdp": (
-        "bert",
-        [*SLOW_DECAY, "--mesh.devices", "4", "--mesh.parameters", "fsdp"],
+        f"{PRETRAIN} {SLOW_DECAY} --mesh.devices 4 --mesh.parameters fsdp",
         4,
-        ["fill", "WORKDIR", "a [MASK]"],
+        ("fill WORKDIR [MASK]", EVALUATE),
+    ),
+    "finetuning": (
+        f"{FINETUNE} --batch-size 4 --epochs 1000000 --mesh.devices 1",
+        1,
+        ("classify WORKDIR DIR/lines.txt", f"{EVALUATE} --test DIR/dev.tsv"),
     ),
 }
 
@@ -60,6 +66,7 @@ def main() -> None:
     (directory / "corpus.txt").write_text(tiny.text(seed=0))
     (directory / "lines.txt").write_text("The cat sees a dog.\nA big bird likes the river.\n")
     import_all()
+    make_task(directory)
     state = json.loads(read(directory / "kills.json") or "{}")
     findings = 0
     for kind in arguments.kinds:
@@ -77,19 +84,34 @@ def main() -> None:
 def import_all() -> None:
     """Processes are forked from this one, which has imported everything and not yet touched a device."""
     import prelm_jax.cli.dispatch
+    import prelm_jax.finetuning.finetune
     import prelm_jax.loading
     import prelm_jax.pretraining  # noqa: F401
+
+
+def make_task(directory: Path) -> None:
+    """The files of a task, and an encoder to start from."""
+    rng = random.Random(0)
+    for name, number in (("train", 26), ("dev", 7)):
+        rows = [(" ".join(rng.choices(tiny.WORDS, k=rng.randint(1, 20))), ("no", "yes")[i % 2]) for i in range(number)]
+        lines = "".join(f"{text}\t{label}\n" for text, label in rows)
+        (directory / f"{name}.tsv").write_text(f"text\tlabel\n{lines}")
+    encoder = directory / "encoder"
+    if not encoder.exists():
+        made = Process(directory / "encoder.log", lambda: tiny.directory(encoder, "bert"), 1)
+        assert made.wait() == 0, made.output()
 
 
 class Run:
     """One kind of run in `directory/KIND`."""
 
     def __init__(self, kind: str, directory: Path, state: dict):
-        experiment, options, self.devices, self.reader = KINDS[kind]
+        command, self.devices, self.reading = KINDS[kind]
         self.state, self.directory, self.kind = state, directory, kind
-        self.whole, self.killed = directory / kind / "undisturbed", directory / kind / "killed"
-        self.command = ["pretrain", f"{tiny.__file__}:{experiment}", "--corpus", str(directory / "corpus.txt")]
-        self.command += ["--keep", "1", "--log-every", "5", "--evaluate-every", "20", *options]
+        # A fine-tuning has a work directory for each seed below the one that it is given.
+        seed = "seed-0" if command.startswith("finetune") else ""
+        self.whole, self.killed = (directory / kind / name / seed for name in ("undisturbed", "killed"))
+        self.command = [*self.words(command), "--keep", "1", "--log-every", "5", "--evaluate-every", "20"]
         self.random = random.Random(state["kills"])
 
     def kill_until(self, kills: int, done: Callable[[], None]) -> None:
@@ -150,8 +172,7 @@ class Run:
 
     @contextlib.contextmanager
     def readers(self) -> Iterator[None]:
-        values = {"WORKDIR": str(self.killed), "TEXT": str(self.directory / "lines.txt")}
-        commands = [[values.get(word, word) for word in self.reader], ["evaluate", str(self.killed)]]
+        commands = [self.words(command) for command in self.reading]
         logs = [self.log(f"reader-{command[0]}") for command in commands]
         readers = [
             Process(log, lambda command=command: read_forever(command, self.has_checkpoint), 1)
@@ -173,8 +194,14 @@ class Run:
                     self.finding(f"reader {command[0]}: {len(lines)} lines, the first: {lines[0]}")
 
     def start(self, name: str, workdir: Path, *options: str) -> "Process":
-        command = [*self.command, "--workdir", str(workdir), *options]
+        parent = workdir.parent if workdir.name == "seed-0" else workdir
+        command = [*self.command, "--workdir", str(parent), *options]
         return Process(self.log(name), lambda: call(command), self.devices)
+
+    def words(self, command: str) -> list[str]:
+        """The words of a command of KINDS."""
+        values = {"WORKDIR": str(self.killed), "DIR": str(self.directory)}
+        return [re.sub("WORKDIR|DIR", lambda found: values[found[0]], word) for word in command.split()]
 
     def log(self, name: str) -> Path:
         return self.directory / self.kind / f"{name}.log"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import random
 from pathlib import Path
 
 import numpy as np
@@ -41,4 +42,21 @@ def test_losses_are_those_of_pytorch(family, monkeypatch, tmp_path):
     losses = importlib.import_module("fidelity").compare(run, tmp_path)
     assert len(losses["ours"]) == STEPS
     assert losses["ours"][-1] < losses["ours"][0] - 0.1
+    np.testing.assert_allclose(losses["ours"], losses["torch"], atol=2e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_losses_of_a_fine_tuning_are_those_of_pytorch(monkeypatch, tmp_path):
+    """Over batches of two widths; the head is new."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    fidelity, rng = importlib.import_module("fidelity"), random.Random(0)
+    sentences = [" ".join(rng.choices(tiny.WORDS, k=rng.choice([3, 9, 9, 9, 40]))) for _ in range(24)]
+    rows = [f"{sentence}\t{'yes' if 'cat' in sentence.split() else 'no'}\n" for sentence in sentences]
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "".join(rows))
+    tiny.directory(tmp_path / "bert", "bert", hidden_size=32, num_layers=2, initializer_range=0.1, max_position_embeddings=64)
+    settings = fidelity.Settings(steps=STEPS, init_from=tmp_path / "bert", train=tmp_path / "train.tsv")
+    run = fidelity.fine_tuning(settings, tmp_path)
+    optimizer = dataclasses.replace(run.optimizer, learning_rate=1e-2, b2=0.99, weight_decay=1.0)
+    losses = fidelity.compare_finetuning(dataclasses.replace(run, optimizer=optimizer, batch_size=4), tmp_path)
+    assert len(losses["ours"]) == 18 and losses["ours"][-1] < losses["ours"][0] - 0.1
     np.testing.assert_allclose(losses["ours"], losses["torch"], atol=2e-5, rtol=0)

@@ -109,7 +109,7 @@ def test_killed_run_equals_uninterrupted(launch, train, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "kills"), [("bert", 3)])
+@pytest.mark.parametrize(("kind", "kills"), [("bert", 3), ("finetuning", 1)])
 def test_kills_while_others_read_and_try_to_write(tmp_path, kind, kills):
     script = Path(__file__).with_name("kill_runs.py")
     command = [sys.executable, script, tmp_path, str(kills), "--kinds", kind]

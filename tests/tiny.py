@@ -17,6 +17,7 @@ from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.data.windows import WindowsConfig
 from prelm_jax.families import find_family
 from prelm_jax.formats.base import LoadedModel
+from prelm_jax.loading import load
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.elmo import ELMoConfig
 from prelm_jax.models.gpt import GPTConfig
@@ -175,8 +176,13 @@ def assert_same_bits(workdir, other, experiment: Run | None = None) -> None:
 def newest_checkpoint(workdir, experiment: Run | None = None) -> tuple[int, dict]:
     """(step, items), on one device."""
     record = WorkDir(workdir).read_record()
-    experiment = experiment or FAMILIES[record.model_type]()
-    model = record.run(type(experiment.model), type(experiment.data)).model.build()
-    abstract = abstract_state(model, experiment.optimizer, 8, MeshConfig(devices=1).build(), "replicated")
+    if "head" in record.identity:  # Of a fine-tuning.
+        settings = {name: value for name, value in record.segments[0].optimizer.items() if name != "name"}
+        model, optimizer = load(workdir).config.build(), AdamW(**settings)
+    else:
+        experiment = experiment or FAMILIES[record.model_type]()
+        model = record.run(type(experiment.model), type(experiment.data)).model.build()
+        optimizer = experiment.optimizer
+    abstract = abstract_state(model, optimizer, 8, MeshConfig(devices=1).build(), "replicated")
     with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
         return checkpoints.restore(abstract.items())

@@ -22,6 +22,8 @@ from prelm_jax.tokenizers.base import Tokenizer
 
 Chosen = tuple[np.ndarray, np.ndarray]  # position_BM, and used_BM: false for slots without a position
 
+EVALUATED_PROBABILITY = 0.15  # Of the tokens of an evaluated text, as in the paper (A.1).
+
 _LARGEST = np.uint32(2**32 - 1)
 
 
@@ -29,7 +31,7 @@ _LARGEST = np.uint32(2**32 - 1)
 class MaskingConfig:
     """Selects `probability` × length tokens to predict and replaces most of them."""
 
-    # Fraction of a sequence's tokens to predict; special tokens count towards its length.
+    # Fraction of a sequence's tokens to predict; special tokens count towards its length. Evaluations predict 15 %.
     probability: Annotated[Fraction, Bounds(above=0)] = 0.15
     mask: Fraction = 0.8  # Fraction of the predicted tokens that the model reads as [MASK].
     random: Fraction = 0.1  # Fraction that it reads as a random token; the rest is left as it is.

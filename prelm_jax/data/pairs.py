@@ -28,7 +28,7 @@ from prelm_jax.bounds import Bounds, Fraction, Length, OutOfBounds, Positive
 from prelm_jax.corpus.store import Store
 from prelm_jax.data.baselines import Baselines, pair_baselines, perplexity
 from prelm_jax.data.batches import StoreBatches, special_id
-from prelm_jax.data.masking import MaskingConfig
+from prelm_jax.data.masking import EVALUATED_PROBABILITY, MaskingConfig
 from prelm_jax.data.packing import Packing, choose_packing, join, pack
 from prelm_jax.data.randomness import bits, key, permute, uniform
 from prelm_jax.data.segmentation import continuations
@@ -426,9 +426,10 @@ class PairEvaluation:
     """All of a text: first windows with masked tokens, then, for next sentences, a pair for each two adjacent ones.
 
     Each document is cut into windows without overlap, as long as a row has room for, so every token is in one of them.
-    As in training, `masking.probability` of a window's tokens are predicted, drawn by a hash of the window's number;
-    `max_predictions` does not limit them. With `next_sentence` a window is a pair, too: B begins with the sentence that
-    begins nearest to the middle; without one inside the window there is no B.
+    Of a window's tokens 15 % are predicted, drawn by a hash of the window's number, whatever `masking.probability` is,
+    so that models trained at different rates can be compared; `max_predictions` does not limit them. With
+    `next_sentence` a window is a pair, too: B begins with the sentence that begins nearest to the middle; without one
+    inside the window there is no B.
 
     Every sentence but a document's first is once the true B, or in half of the cases, drawn by a hash of the pair's
     number, a random sentence takes its place. A is the text before it. A text of one document has no pairs, because
@@ -448,8 +449,9 @@ class PairEvaluation:
             pairs_X[:] = 0
         self._pair_offsets = np.append(0, np.cumsum(pairs_X))
         num_pairs = int(self._pair_offsets[-1])
-        most = max(1, round(config.max_length * config.masking.probability))
-        config = replace(config, next_sentence=num_pairs > 0, max_predictions=most, packing=False)
+        masking = replace(config.masking, probability=EVALUATED_PROBABILITY)
+        most = max(1, round(config.max_length * EVALUATED_PROBABILITY))
+        config = replace(config, masking=masking, next_sentence=num_pairs > 0, max_predictions=most, packing=False)
         self._batches = PairBatches(config, store, tokenizer, batch_size=1, seed=0)
         self.layout = self._batches.layout
 

@@ -68,6 +68,11 @@ class _Rows(abc.ABC):
         """Rows start to stop of the batch of a step; its width is that of the whole batch."""
         return self._batch(self.numbers(step), slice(start, stop))
 
+    def largest(self) -> dict[str, np.ndarray]:
+        """A batch of the longest rows, which is as wide as any."""
+        longest = np.argsort([-row.length for row in self._rows], kind="stable")
+        return self._batch(np.resize(longest, self.batch_size), slice(None))
+
 
 class TaskBatches(_Rows):
     """The training batches of a task, pure in (seed, step)."""

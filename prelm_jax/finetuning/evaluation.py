@@ -32,7 +32,7 @@ def evaluate(
     data = read_examples(spec, kind, columns)
     check_labels(spec, data, kind, labels)
     metrics.check_positive(kind, positive, labels)
-    predictions, num_cut = model.predict(data.examples, progress="evaluate")
+    predictions, num_cut = model.predict(data.examples, metrics.null_threshold(data.examples), progress="evaluate")
     print_counts(spec, data.counts, num_cut, len(data.examples), model.frame.max_length)
     scores = metrics.scores(kind, data.examples, [each.label for each in predictions], labels, positive)
     return Evaluated(data.examples, predictions, scores, metrics.baselines(kind, data.examples, labels, positive))

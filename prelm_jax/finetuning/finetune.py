@@ -249,7 +249,8 @@ def _train(task: Task, seed: int, directory: WorkDir) -> tuple[SeedResult, list[
     batches = TaskBatches(task.frame, task.train_rows, run.batch_size, seed)
     evaluation = DevEvaluation(task, model)
     start = None if run.scratch else lambda fresh: initial(task, fresh)
-    step, _ = train(run, directory, _record(task, run), task.tokenizer, model, batches, evaluation, start)
+    record, largest = _record(task, run), batches.largest()
+    step, _ = train(run, directory, record, task.tokenizer, model, batches, evaluation, start, largest=largest)
     looks = sum("evaluation/loss" in line for line in directory.read_metrics())
     scores = _scores(task, [each.label for each in evaluation.predictions])
     return SeedResult(seed, step, looks, scores), evaluation.predictions
@@ -316,7 +317,8 @@ class DevEvaluation:
         assert len(outputs) == len(self._task.dev_rows)
         task = self._task
         ordered = [outputs[row] for row in range(len(outputs))]
-        self.predictions = decode(task.run.kind, task.dev_examples, task.dev_rows, ordered, task.names)
+        threshold = metrics.null_threshold(task.dev_examples)
+        self.predictions = decode(task.run.kind, task.dev_examples, task.dev_rows, ordered, task.names, threshold)
         scores = _scores(task, [each.label for each in self.predictions])
         return {"loss": float(loss / weight)} | {name: score.value for name, score in scores.items()}
 

@@ -14,6 +14,7 @@ spans   f1, exact_match (SQuAD's rules), and if some questions have no answer ha
 All are fractions: 0.5 is what papers print as 50.
 """
 
+import math
 import re
 import string
 from collections import Counter
@@ -316,6 +317,11 @@ def _answer_metrics(predictions: list[Answers], gold: list[Answers]) -> dict[str
         metrics["has_answer_f1"] = _mean(f1, answerable)
         metrics["no_answer_f1"] = _mean(f1, [not each for each in answerable])
     return metrics
+
+
+def null_threshold(examples: Sequence[Example]) -> float:
+    """The `null_threshold` for the questions of a file: infinity where each has an answer, as in SQuAD 1.1, else 0."""
+    return 0.0 if any(isinstance(each.label, Answers) and not each.label.texts for each in examples) else math.inf
 
 
 def answer_scores(predicted: str, gold: Answers, always_answerable: bool) -> tuple[float, float]:

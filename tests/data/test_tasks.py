@@ -44,6 +44,17 @@ def test_a_part_of_a_batch_is_that_of_the_whole(kind):
         assert whole["segments"].shape == (4, 1, 32 if longest <= 32 else 64)
 
 
+@pytest.mark.parametrize("kind", [BertFrame, ELMoFrame])
+def test_no_batch_is_larger_than_the_largest(kind):
+    frame, rows = make(kind)
+    for batch_size in (3, 9):
+        batches = TaskBatches(frame, rows, batch_size, seed=0)
+        shapes = [{name: x.shape for name, x in batches[step].items()} for step in range(7)]
+        largest = {name: x.shape for name, x in batches.largest().items()}
+        assert largest in shapes and all(shape["segments"] <= largest["segments"] for shape in shapes)
+        assert largest["segments"] == (batch_size, 1, 64)
+
+
 def test_evaluation_has_each_row_once_by_length():
     frame, rows = make()
     evaluation = TaskEvaluation(frame, rows, batch_size=4)

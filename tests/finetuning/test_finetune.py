@@ -26,7 +26,6 @@ from prelm_jax.training.loop import LoopConfig
 from prelm_jax.training.optimizer import AdamW
 from prelm_jax.training.parameters import path_name
 from prelm_jax.training.sharding import MeshConfig
-from prelm_jax.training.step import abstract_state
 
 OPTIONS = [
     *("--batch-size", "4", "--epochs", "2", "--max-length", "64", "--optimizer.learning-rate", "1e-2"),
@@ -88,17 +87,6 @@ def trained(world, compiled):
     return world / "whole"
 
 
-def newest(workdir):
-    record = json.loads((workdir / "run.json").read_text())
-    model = load(workdir).config.build()
-    optimizer = AdamW(**{key: value for key, value in record["segments"][0]["optimizer"].items() if key != "name"})
-    abstract = abstract_state(model, optimizer, 4, MeshConfig(devices=1).build(), "replicated")
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    step, items = checkpoints.restore(abstract.items())
-    checkpoints.close()
-    return step, items
-
-
 def test_results_and_predictions(world, trained):
     results = read_results(trained)
     assert [(each.seed, each.step, each.evaluations) for each in results.seeds] == [(0, 13, 3), (1, 13, 3)]
@@ -138,13 +126,10 @@ def test_an_end_in_the_middle_of_an_epoch_changes_no_bit(world, trained, tmp_pat
     assert ended.value.code == 75 and not (stopped / "results.json").exists()
     steps = {path: [int(x.name) for x in (path / "seed-0/checkpoints").glob("[0-9]*")] for path in (stopped, killed)}
     assert 0 < max(steps[killed]) < 9 <= max(steps[stopped]) < 13
-    whole_step, whole = newest(trained / "seed-0")
     for path in (stopped, killed):
         main(arguments(world, path))
-        assert tiny.metrics(path / "seed-0") == tiny.metrics(trained / "seed-0")
-        step, items = newest(path / "seed-0")
-        assert step == whole_step == 13
-        jax.tree.map(np.testing.assert_array_equal, items, whole)
+        assert tiny.newest_checkpoint(path / "seed-0")[0] == 13
+        tiny.assert_same_bits(path / "seed-0", trained / "seed-0")
 
 
 def test_complete_seeds_are_skipped(world, trained, monkeypatch, capsys):
@@ -401,3 +386,41 @@ def test_every_kind_trains(folder, family, kind, tmp_path, compiled):
 def test_a_gpt_answers_no_questions(folder):
     with pytest.raises(InputError, match="GPT"):
         finetune.prepare(task_of(folder, "openai-gpt", "spans"))
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_where_all_questions_have_answers_each_is_answered(folder, tmp_path, answered):
+    """As in SQuAD 1.1, though the model prefers no answer; in a file with such a question that decides."""
+    lines = (folder / "dev.jsonl").read_text().splitlines()
+    (tmp_path / "dev.jsonl").write_text("".join(f"{line}\n" for line in lines[answered:]))
+    task = finetune.prepare(dataclasses.replace(task_of(folder, "bert", "spans"), dev=f"{tmp_path}/dev.jsonl"))
+    evaluation = finetune.DevEvaluation(task, task.config.build())
+
+    def predict(params, carry, batches):
+        for batch in batches:
+            rows, _, width = batch["tokens"].shape
+            scores = np.zeros((rows, width, 2))
+            scores[:, 0] = 9
+            yield {"loss": np.zeros(rows), "weight": np.ones(rows), "scores": scores}
+
+    evaluation._predict = predict
+    values = evaluation({}, {}, MeshConfig(devices=1).build())
+    assert {bool(each.label.texts) for each in evaluation.predictions} == {answered}
+    assert ("no_answer_f1" in values) != answered
+
+
+def test_memory_is_checked_with_the_largest_batch(world, tmp_path, monkeypatch):
+    """Whichever batch comes first."""
+
+    class Seen(Exception):
+        pass
+
+    def step_memory(run, model, state, example, *rest):
+        raise Seen(example["tokens"].shape)
+
+    monkeypatch.setattr("prelm_jax.train.step_memory", step_memory)
+    task = finetune.prepare(make(world, batch_size=2))
+    widths = [finetune.TaskBatches(task.frame, task.train_rows, 2, 0).width(step) for step in range(13)]
+    assert widths[0] == 32 and max(widths) == 64
+    with pytest.raises(Seen, match=r"\(2, 1, 64\)"):
+        finetune.finetune(make(world, batch_size=2), tmp_path / "run", seeds=1)
