@@ -1,4 +1,4 @@
-"""Probes: what a linear classifier can read from the hidden states of a layer, and which trees it can.
+"""Probes: what a linear classifier can read from the hidden states of a layer.
 
 A probe is trained on some sentences of a treebank with the states of one layer; its penalty is chosen on the dev part,
 and so should be the layer. Kinds of rows: "" is the test part, and
@@ -7,6 +7,7 @@ and so should be the layer. Kinds of rows: "" is the test part, and
     control    words labelled by a random but fixed label of their type: what the probe can learn by heart
                (Hewitt and Liang 2019); accuracy less control accuracy is the selectivity
     majority   the most frequent label of the word (of a sentence: of all) in the training part
+
 A causal model has not read what is right of a word: its probes of words are another task than a bidirectional model's.
 
 Reference: Conneau et al. 2018 (SentEval's probing tasks).
@@ -235,8 +236,8 @@ class LinearProbe(abc.ABC):
     def measure(self, subject: Subject) -> Iterator[Row]:
         """The rows of the majority, then those of each layer."""
         train, dev, test = (self.examples(split) for split in SENTENCES)
-        if len(set(train.labels)) < 2:
-            raise InputError(f"{self.treebank}: the training part has fewer than two labels of {self.name}")
+        if len(set(train.labels)) < 2 or not (len(dev.labels) and len(test.labels)):
+            raise InputError(f"{self.treebank}: {self.name} needs two labels in the training part and examples in all")
         yield from _scored(test, np.array(majority_labels(train, test.types)), test.labels, "majority", None)
         states = self.states(subject)
         for layer in range(subject.num_layers):

@@ -104,7 +104,7 @@ def test_control_labels():
 def test_one_label_is_an_error(tmp_path):
     for split in probes.SENTENCES:
         (tmp_path / f"x-{split}.conllu").write_text("1\tw\t_\tX\t_\t_\t0\troot\t_\t_\n\n")
-    with pytest.raises(InputError, match="two labels of upos"):
+    with pytest.raises(InputError, match="upos needs two labels"):
         list(WordProbe("upos", tmp_path).measure(tiny_subjects.static()))
 
 
