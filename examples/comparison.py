@@ -20,6 +20,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
 from prelm_jax import pretraining
 from prelm_jax.cli.experiments import load_run
 from prelm_jax.errors import InputError
@@ -38,9 +40,10 @@ MEASURED = 20  # Batches whose tokens are counted.
 # BabyLM's checkpoints, in millions of words seen; of a budget below five millions, its tenths.
 MARKS = (*range(1, 11), *range(20, 101, 10), *range(200, 1001, 100))
 
-# Tests by what they need: probabilities of sentences, vectors of words, or vectors of words without context.
+# Tests of what they need: probabilities of sentences; vectors of words; vectors of a model that reads context.
 PAIRS = ("blimp", "zorro")
-LAYERS = ("upos", "deprel", "coarsewsd", "wic", "ws353", "simlex", "selfsim", "cka")
+VECTORS = ("upos", "deprel", "coarsewsd", "wic", "ws353", "simlex")
+CONTEXT = ("selfsim", "cka", "neighbors", "replacement")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Family:
 
 def main() -> None:
     args = parse_arguments()
+    # This process counts words and FLOPs; the accelerator is for the commands. FLOPs are those of a CPU's program.
+    jax.config.update("jax_platforms", "cpu")
     if args.data:
         for name in args.tests:  # What is missing should be known before the training.
             make_test(name, Settings(args.data, args.pairs))
@@ -91,13 +96,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--small", action="store_true", help="the models of 0.4 million parameters instead of 3.2")
     add("--rates", nargs="+", type=float, default=[1.0], help="factors of the learning rates to choose among")
     add("--pairs", type=int, default=100, help="minimal pairs of a paradigm; 0: all")
-    add("--tests", nargs="+", default=[*PAIRS, *LAYERS], help="tests of the models; the checkpoints have the pairs")
+    add("--tests", nargs="+", default=[*PAIRS, *VECTORS, *CONTEXT], help="tests of the models")
     add("--options", nargs="*", default=[], help="more options of prelm pretrain without dashes: precision=bfloat16")
     return parser.parse_args()
 
 
 def budget(args: argparse.Namespace, corpus: str) -> list[Family]:
-    """The families with their steps for each budget; equal FLOPs are the median at equal words, as compiled here."""
+    """The families with their steps for each budget; equal FLOPs are the median at equal words, as compiled."""
     path = args.output / "budgets.json"
     if path.exists():
         return [Family(**fields) for fields in json.loads(path.read_text())]
@@ -186,10 +191,14 @@ def measure(args: argparse.Namespace, families: Sequence[Family], text: Path) ->
     study(
         args, [f"{seed}/{each.name}-{name}" for seed in seeds for each in families for name in each.steps], args.tests
     )
-    pairs = [name for name in args.tests if name in PAIRS]
+    if "cka" in args.tests:
+        equal = [f"{seeds[0]}/{each.name}-{'words' if 'words' in each.steps else 'both'}" for each in families]
+        for number, other in enumerate(equal, 1):
+            study(args, equal[number:], [f"cka:{other}"])
     study(args, [f"untrained:{trunk}" for trunk in trunks[: len(families)]], args.tests)
+    pairs = [name for name in args.tests if name in PAIRS]
     study(args, [f"{kind}:{trunk}" for kind in ("unigram", "trigram") for trunk in trunks[:1]], pairs)
-    study(args, [f"word2vec:{text},sentences=line"], [name for name in args.tests if name not in PAIRS])
+    study(args, [f"word2vec:{text},sentences=line"], [name for name in args.tests if name in VECTORS])
     kept = {trunk: sorted(int(path.name) for path in trunk.glob("checkpoints.kept/*")) for trunk in trunks}
     study(args, [f"{trunk}@{step}" for trunk, steps in kept.items() for step in steps], pairs)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from prelm_jax.finetuning.results import Results as Tuned
 from prelm_jax.finetuning.results import points
 from prelm_jax.report.page import COLORS, INK, picture, table
-from prelm_jax.study.scores import Column, Model, Results, Score
+from prelm_jax.study.scores import Column, Model, Results, Score, model_name
 
 if TYPE_CHECKING:
     from prelm_jax.report.page import Axes
@@ -390,7 +390,7 @@ def _similarities(parts: _Parts, results: Results) -> None:
         for model in results.models if kind == "cka" else ():
             cells = {tuple(map(int, row.item.split())): row.value for row in results.rows(model, column)}
             if cells:
-                name, others = labels[model.name], labels.get(other, other)
+                name, others = labels[model.name], labels.get(model_name(other), other)
                 height, width = (1 + max(place[i] for place in cells) for i in (0, 1))
                 values = [[cells.get((y, x), math.nan) for x in range(width)] for y in range(height)]
                 svg = _map(values, [str(x) for x in range(width)], [str(y) for y in range(height)], 1.0)
