@@ -29,6 +29,9 @@ FRACTIONS = ("accuracy", "macro_accuracy", "group_mean")  # Metrics that are pri
 TOLERANCE = 0.03  # Relative difference of budgets that count as equal: batches have more or less padding.
 
 
+Lines = dict[tuple[str, int | None], list[Row]]  # (kind, layer) -> rows
+
+
 class Score(NamedTuple):
     """A cell: the mean over seeds, the interval over groups, and what else people should know of it."""
 
@@ -125,6 +128,7 @@ class Results:
         self.models = rows or self.all_models
         self.columns = sorted({column for _, column in self._records}, key=_order_of_columns)
         self._scores: dict[tuple[str, Column], Score | None] = {}
+        self._lines: dict[tuple[str, Column], tuple[Lines, list[Lines]]] = {}
 
     @property
     def scored(self) -> list[Column]:
@@ -145,18 +149,24 @@ class Results:
         seeds = self._records.get((model.name, column), {})
         return [seeds[subject][1] for subject in sorted(seeds)]
 
-    def lines(self, model: Model, column: Column) -> dict[tuple[str, int | None], list[Row]]:
-        """(kind, layer) -> the rows, whose values are means over seeds."""
-        seeds = [dict(rows_by_line(record.rows)) for record in self.records(model, column)]
-        return {
-            line: _mean_rows([each[line] for each in seeds if line in each]) for line in (seeds[0] if seeds else {})
-        }
+    def lines(self, model: Model, column: Column) -> Lines:
+        """The rows of each line, whose values are means over seeds."""
+        return self._of(model, column)[0]
 
     def value(self, model: Model, column: Column, kind: str, layer: int | None) -> float:
         """The number of a line: the mean over the seeds that have it."""
-        seeds = [dict(rows_by_line(record.rows)) for record in self.records(model, column)]
-        found = [each for each in seeds if (kind, layer) in each]
-        return means.fmean(statistics.value(each[kind, layer], column.metric) for each in found)
+        found = [lines[kind, layer] for lines in self._of(model, column)[1] if (kind, layer) in lines]
+        return means.fmean(statistics.value(rows, column.metric) for rows in found)
+
+    def _of(self, model: Model, column: Column) -> tuple[Lines, list[Lines]]:
+        """The lines of the mean of all seeds, and those of each."""
+        key = model.name, column
+        if key not in self._lines:
+            seeds: list[Lines] = [dict(rows_by_line(record.rows)) for record in self.records(model, column)]
+            names = seeds[0] if seeds else {}
+            mean = {name: _mean_rows([lines[name] for lines in seeds if name in lines]) for name in names}
+            self._lines[key] = mean, seeds
+        return self._lines[key]
 
     def layers(self, model: Model, column: Column, kind: str = "") -> dict[int, float]:
         """Layer -> value; {} for a test without layers."""
@@ -189,15 +199,15 @@ class Results:
         if not rows:
             return None
         layer, _ = self.chosen(model, column)
-        of_seeds = [dict(rows_by_line(record.rows)) for record in self.records(model, column)]
-        line = ("", layer) if ("", layer) in of_seeds[0] else ("", None)
-        values = [statistics.value(lines[line], column.metric) for lines in of_seeds]
+        _, seeds = self._of(model, column)
+        line = ("", layer) if ("", layer) in seeds[0] else ("", None)
+        values = [statistics.value(lines[line], column.metric) for lines in seeds]
         center, low, high = statistics.interval(rows, column.metric)
         shift = means.fmean(values) - center  # Not zero only where the metric is no mean.
         known = statistics.known(rows)
         kinds = {
             kind: self.value(model, column, kind, at)
-            for kind, at in of_seeds[0]
+            for kind, at in seeds[0]
             if kind not in ("", "dev") and at in (layer, None)
         }
         return Score(
