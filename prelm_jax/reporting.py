@@ -9,6 +9,7 @@ from prelm_jax.finetuning.sections import section
 from prelm_jax.report.page import read_curves, render
 from prelm_jax.storage import is_remote, output_file, reachable, write_file
 from prelm_jax.study import page, records, scores
+from prelm_jax.workdir import WorkDir
 
 
 def write_report(paths: Sequence[str | os.PathLike], output: str | os.PathLike) -> Path | None:
@@ -22,8 +23,9 @@ def write_report(paths: Sequence[str | os.PathLike], output: str | os.PathLike) 
 
         prelm_jax.write_report(["runs/bert-demo", "runs/bert-muon"], "report.html")
     """
-    studies = [path for path in paths if not is_remote(path) and records.find(path)]
-    seeds = {path: seed_directories(path) for path in paths if path not in studies}
+    seeds = {path: seed_directories(path) for path in paths}
+    studies = [path for path, found in seeds.items() if not found and _is_study(path)]
+    seeds = {path: found for path, found in seeds.items() if path not in studies}
     curves = [read_curves(each) for path, found in seeds.items() for each in found or [path]]
     sections = [section(path) for path, found in seeds.items() if found]
     files, title = {}, ""
@@ -41,3 +43,8 @@ def write_report(paths: Sequence[str | os.PathLike], output: str | os.PathLike) 
     for name, content in files.items():
         write_file(folder / name, content.encode())
     return folder
+
+
+def _is_study(path: str | os.PathLike) -> bool:
+    """Whether a directory holds records, and is no run."""
+    return not is_remote(path) and not WorkDir(path).exists() and bool(records.find(path))

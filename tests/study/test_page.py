@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from study_records import header, pairs, probe, write_study
-from test_report import Checker
+from test_report import Checker, make_run
 
 from prelm_jax.cli.main import main
 from prelm_jax.finetuning.metrics import Score
@@ -57,6 +57,20 @@ def test_the_page_is_whole_and_loads_nothing(study, tmp_path, capsys):
     written = {path.name for path in (tmp_path / "page-data").iterdir()}
     assert written == set(re.findall(r'download="(.*?)"', text)) >= {"summary.csv", "summary.tex", "upos-layers.csv"}
     assert str(tmp_path / "page-data") in capsys.readouterr().out
+
+
+def test_runs_and_fine_tunings_are_no_studies(study, tmp_path):
+    """Though they have folders with .jsonl files; with a study they are on its page."""
+    runs = [make_run(tmp_path / "run")]
+    (runs[0] / "profile").mkdir()
+    (runs[0] / "profile" / "a.jsonl").write_text("{}\n")
+    (tmp_path / "tuned").mkdir()
+    make_run(tmp_path / "tuned" / "seed-0")
+    main(["report", str(tmp_path / "tuned"), str(runs[0]), "--output", str(tmp_path / "page.html")])
+    assert not (tmp_path / "page-data").exists()
+    main(["report", str(study), str(runs[0]), "--output", str(tmp_path / "page.html")])
+    text = (tmp_path / "page.html").read_text()
+    assert "Held-out text" in text and "Learning curves" in text and not Checker(text).open
 
 
 def test_the_same_records_give_the_same_bytes(study, tmp_path):
