@@ -53,7 +53,9 @@ def test_losses_of_a_fine_tuning_are_those_of_pytorch(monkeypatch, tmp_path):
     sentences = [" ".join(rng.choices(tiny.WORDS, k=rng.choice([3, 9, 9, 9, 40]))) for _ in range(24)]
     rows = [f"{sentence}\t{'yes' if 'cat' in sentence.split() else 'no'}\n" for sentence in sentences]
     (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "".join(rows))
-    tiny.directory(tmp_path / "bert", "bert", hidden_size=32, num_layers=2, initializer_range=0.1, max_position_embeddings=64)
+    tiny.directory(
+        tmp_path / "bert", "bert", hidden_size=32, num_layers=2, initializer_range=0.1, max_position_embeddings=64
+    )
     settings = fidelity.Settings(steps=STEPS, init_from=tmp_path / "bert", train=tmp_path / "train.tsv")
     run = fidelity.fine_tuning(settings, tmp_path)
     optimizer = dataclasses.replace(run.optimizer, learning_rate=1e-2, b2=0.99, weight_decay=1.0)
