@@ -58,7 +58,7 @@ CONTENDERS = {
     "gpt": ("torch-gpt", "torch-gpt-muon", OURS),
     "elmo": ("torch-elmo", OURS),
 }
-EXPERIMENTS = {"bert": "bert:mini", "gpt": "gpt1:mini", "elmo": "elmo:demo"}
+EXPERIMENTS = {"bert": "bert:mini", "gpt": "gpt1:mini", "elmo": "elmo:mini"}
 METRICS = {"bert": "masked_lm_loss", "gpt": "lm_loss", "elmo": "loss"}
 UNITS = {"bert": "masked-LM loss, nats", "gpt": "bits per byte", "elmo": "loss, nats per word"}
 # What the trials of a peer choose from; the first values are those of a peer without trials.
@@ -80,7 +80,7 @@ class Settings:
 
     family: tyro.conf.Positional[Literal["bert", "gpt", "elmo"]]
     corpus: tuple[str, ...] = ()
-    experiment: str | None = None  # Of ours, whose sizes all have: bert:mini, gpt1:mini or elmo:demo.
+    experiment: str | None = None  # Of ours, whose sizes all have: bert:mini, gpt1:mini or elmo:mini.
     arguments: str = ""  # More options of `prelm pretrain`, but not of its sizes: "--batch-size 64".
     contenders: tuple[str, ...] = ()  # All of the family if none are named.
     minutes: float = 10.0

@@ -29,26 +29,37 @@ def demo() -> Run:
         corpus=("python-docs",),
         held_out=0.05,
         tokenizer=WordVocabularyConfig(vocab_size=8000),
-        model=ELMoConfig(
-            filters=((1, 16), (2, 32), (3, 64), (4, 64)),
-            num_highways=1,
-            projection_size=64,
-            hidden_size=256,
-            dropout=0.0,
-        ),
+        model=_short_run(projection_size=64, hidden_size=256),
         data=StreamsConfig(max_length=20, num_negatives=1024),
-        optimizer=Muon(
-            1.5e-2,
-            warmup_steps=50,
-            decay_steps=1000,
-            b1=0.9,
-            b2=0.95,
-            eps=1e-8,
-            clip_norm=1.0,
-            matrix_learning_rate=0.02,
-        ),
+        optimizer=_muon(warmup_steps=50, decay_steps=1000),
         batch_size=64,
         loop=LoopConfig(steps=1000, evaluate_every=200, save_every=500, log_every=50),
+    )
+
+
+def mini() -> Run:
+    """A first ELMo of a language or a domain: LSTMs of 512, projected to 128.
+
+    Target: held-out perplexities 30 % below those of trigrams on Simple English Wikipedia (106 MB).
+    Cost: 20 minutes on two CPU cores.
+
+    Chosen on 57 MB of English Wikipedia, where trigrams have a perplexity of 198; after as many tokens as 20 minutes
+    hold, this ended at 120, half of the rows with LSTMs of 1024 at 142.
+
+    With more time, raise the number of steps and the length of the schedule together:
+    --steps 20000 --optimizer.decay-steps 20000.
+
+        prelm pretrain elmo:mini --corpus simplewiki.txt.xz
+    """
+    return Run(
+        corpus=("corpus/*.txt",),
+        held_out=0.01,
+        tokenizer=WordVocabularyConfig(vocab_size=30_000),
+        model=_short_run(projection_size=128, hidden_size=512),
+        data=StreamsConfig(max_length=20, num_negatives=2048),
+        optimizer=_muon(warmup_steps=80, decay_steps=2000),
+        batch_size=128,
+        loop=LoopConfig(steps=2000, evaluate_every=500, save_every=250),
     )
 
 
@@ -102,5 +113,29 @@ def _published(projection_size: int, hidden_size: int, num_highways: int) -> Run
     )
 
 
+def _short_run(projection_size: int, hidden_size: int) -> ELMoConfig:
+    """A small ELMo for a short run: few filters, no dropout."""
+    return ELMoConfig(
+        filters=((1, 16), (2, 32), (3, 64), (4, 64)),
+        num_highways=1,
+        projection_size=projection_size,
+        hidden_size=hidden_size,
+        dropout=0.0,
+    )
+
+
 def _adagrad() -> Adagrad:
     return Adagrad(learning_rate=0.2, unroll_steps=20, initial_accumulator=1.0, clip_norm=10.0)
+
+
+def _muon(warmup_steps: int, decay_steps: int) -> Muon:
+    return Muon(
+        1.5e-2,
+        warmup_steps,
+        decay_steps,
+        b1=0.9,
+        b2=0.95,
+        eps=1e-8,
+        clip_norm=1.0,
+        matrix_learning_rate=0.02,
+    )

@@ -31,17 +31,7 @@ def demo() -> Run:
         tokenizer=BPEConfig(num_merges=5000),
         model=_short_run(hidden_size=128, num_layers=2),
         data=WindowsConfig(max_length=128),
-        optimizer=Muon(
-            6e-3,
-            warmup_steps=50,
-            decay_steps=800,
-            b1=0.9,
-            b2=0.95,
-            eps=1e-8,
-            weight_decay=0.01,
-            clip_norm=1.0,
-            matrix_learning_rate=0.02,
-        ),
+        optimizer=_muon(6e-3, warmup_steps=50, decay_steps=800, matrix_learning_rate=0.02),
         batch_size=16,
         loop=LoopConfig(steps=800, evaluate_every=200, save_every=400, log_every=50),
     )
@@ -50,8 +40,12 @@ def demo() -> Run:
 def mini() -> Run:
     """A first model of a genre: 4 layers of 192, on some dozens of novels (57 MB).
 
-    Target: fewer bits per byte on held-out novels than a trigram baseline fitted on all training novels.
+    Target: 1.52 bits per byte of held-out novels, where trigrams fitted on all training novels have 1.66.
     Cost: 20 minutes on two CPU cores.
+
+    Chosen on 57 MB of English Wikipedia, where trigrams have 1.73 bits per byte; after as many tokens as 20 minutes
+    hold, this ends at 1.60, twice the matrix_learning_rate at 1.61, half of the rows at 1.69, and these with 5,000
+    merges at 1.74, with 2,000 at 1.80.
 
     With more time, raise the number of steps and the length of the schedule together:
     --steps 20000 --optimizer.decay-steps 20000.
@@ -61,12 +55,12 @@ def mini() -> Run:
     return Run(
         corpus=("novels/*.txt,documents=file",),
         held_out=0.05,
-        tokenizer=BPEConfig(num_merges=2000),
+        tokenizer=BPEConfig(num_merges=10_000),
         model=_short_run(hidden_size=192, num_layers=4),
         data=WindowsConfig(max_length=128),
-        optimizer=_adamw(learning_rate=1e-3, warmup_steps=500, decay_steps=11_000),
-        batch_size=4,
-        loop=LoopConfig(steps=11_000, evaluate_every=2000, evaluate_batches=128, save_every=1000),
+        optimizer=_muon(1e-2, warmup_steps=60, decay_steps=1500, matrix_learning_rate=0.01),
+        batch_size=32,
+        loop=LoopConfig(steps=1500, evaluate_every=500, evaluate_batches=128, save_every=250),
     )
 
 
@@ -120,4 +114,18 @@ def _adamw(learning_rate: float, warmup_steps: int, decay_steps: int) -> AdamW:
         weight_decay=0.01,
         clip_norm=1.0,
         decay="cosine",
+    )
+
+
+def _muon(learning_rate: float, warmup_steps: int, decay_steps: int, matrix_learning_rate: float) -> Muon:
+    return Muon(
+        learning_rate,
+        warmup_steps,
+        decay_steps,
+        b1=0.9,
+        b2=0.95,
+        eps=1e-8,
+        weight_decay=0.01,
+        clip_norm=1.0,
+        matrix_learning_rate=matrix_learning_rate,
     )
