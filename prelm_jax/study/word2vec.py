@@ -117,7 +117,7 @@ def _train(corpus: Corpus, target: Path) -> None:
 
 
 def _write_words(corpus: Corpus, path: Path) -> None:
-    """Writes a line of words for each line of the corpus, without numbers and punctuation, which would fill the windows."""
+    """Writes a line for each line of the corpus: its words, without numbers and punctuation."""
     split = Splitter(tokenize=True)
     with open(path, "w", encoding="utf-8") as file:
         for document in corpus.documents(description="word2vec"):
