@@ -78,7 +78,7 @@ def vectors_alone(subject: Subject, words: Sequence[str]) -> np.ndarray:
 def vectors_in_contexts(
     subject: Subject, words: Sequence[str], contexts: Mapping[str, Sequence[tuple[list[str], int]]]
 ) -> np.ndarray:
-    """f32 [L, words, D]: the sum of the occurrences of each word, as good as their mean; zeros for one that has none."""
+    """f32 [L, words, D]: the sum of each word's occurrences, as good as their mean; zeros where there are none."""
     flat = [(number, *context) for number, word in enumerate(words) for context in contexts[word]]
     sums = np.zeros((0, 0, 0), np.float32)
     states = subject.embed([sentence for _, sentence, _ in flat])
