@@ -86,7 +86,7 @@ class WordVectorsSubject:
 
 
 def train(spec: str) -> WordVectors:
-    """The vectors of the lower-cased words of a corpus (a SPEC), split at punctuation and without it.
+    """The vectors of the lower-cased words of a corpus (a SPEC), split at punctuation, without it and numbers.
 
     They are kept in the cache.
     """
@@ -117,12 +117,12 @@ def _train(corpus: Corpus, target: Path) -> None:
 
 
 def _write_words(corpus: Corpus, path: Path) -> None:
-    """Writes a line of words for each line of the corpus, without punctuation, which would fill the windows."""
+    """Writes a line for each line of the corpus: its words, without numbers and punctuation."""
     split = Splitter(tokenize=True)
     with open(path, "w", encoding="utf-8") as file:
         for document in corpus.documents(description="word2vec"):
             for line in document.text.splitlines():
-                words = [word for word in split(line.lower()) if word[0].isalnum() or word[-1].isalnum()]
+                words = [word for word in split(line.lower()) if word[0].isalpha()]
                 for start in range(0, len(words), MAX_SENTENCE):
                     file.write(" ".join(words[start : start + MAX_SENTENCE]) + "\n")
 

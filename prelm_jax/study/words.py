@@ -78,7 +78,7 @@ def vectors_alone(subject: Subject, words: Sequence[str]) -> np.ndarray:
 def vectors_in_contexts(
     subject: Subject, words: Sequence[str], contexts: Mapping[str, Sequence[tuple[list[str], int]]]
 ) -> np.ndarray:
-    """f32 [L, words, D]: the mean of the occurrences of each word; zeros for one that has none."""
+    """f32 [L, words, D]: the sum of each word's occurrences, as good as their mean; zeros where there are none."""
     flat = [(number, *context) for number, word in enumerate(words) for context in contexts[word]]
     sums = np.zeros((0, 0, 0), np.float32)
     states = subject.embed([sentence for _, sentence, _ in flat])
@@ -86,7 +86,7 @@ def vectors_in_contexts(
         if not sums.size:
             sums = np.zeros((states_LTD.shape[0], len(words), states_LTD.shape[2]), np.float32)
         sums[:, number] += states_LTD[:, position]
-    return sums / np.maximum(1, [len(contexts[word]) for word in words])[None, :, None]
+    return sums
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,7 @@ def corpus(write):
     """Fruits and animals in sentences of their own."""
     rng = random.Random(0)
     groups = [["Apple", "pear", "plum", "sweet"], ["cat", "dog", "cow", "tame"]]
-    lines = [" ".join(rng.choices(rng.choice(groups), k=8)) + "." for _ in range(300)]
+    lines = [" ".join(rng.choices(rng.choice(groups), k=8)) + " 1990." for _ in range(300)]
     return write("corpus.txt", "\n".join([*lines, "rare"]) + "\n")
 
 
@@ -54,7 +54,7 @@ def test_train(corpus, monkeypatch):
     pytest.importorskip("gensim")
     monkeypatch.setitem(word2vec.SETTINGS, "epochs", 20)
     vectors = word2vec.train(corpus)
-    assert {"apple", "cat"} <= set(vectors.words) and not {"Apple", "rare", "."} & set(vectors.words)
+    assert {"apple", "cat"} <= set(vectors.words) and not {"Apple", "rare", ".", "1990"} & set(vectors.words)
     assert vectors.vectors_VD.shape == (len(vectors.words), 100) and vectors.vectors_VD.dtype == np.float32
     unit = vectors.vectors_VD / np.linalg.norm(vectors.vectors_VD, axis=1, keepdims=True)
     row = {word: unit[i] for i, word in enumerate(vectors.words)}
