@@ -25,11 +25,11 @@ BELOW = {
     ("train",): ("report",),
     ("pretraining",): ("train",),
     ("finetuning",): ("train",),
-    ("reporting",): ("pretraining", "finetuning"),
     ("study",): ("pretraining", "finetuning"),
+    ("reporting",): ("study",),
     ("serving",): ("pretraining", "finetuning"),
     ("planning",): ("pretraining", "finetuning"),
-    ("cli",): ("reporting", "study", "serving", "planning"),
+    ("cli",): ("reporting", "serving", "planning"),
     ("__main__",): ("cli",),
     ("__init__",): ("reporting",),
 }
@@ -64,6 +64,8 @@ HOMES = {
     "h5py": ("formats/", "inference/"),
     "starlette": ("serving/",),
     "sklearn": ("study/",),
+    "gensim": ("study/",),
+    "threadpoolctl": ("study/",),
     "transformers": (),
     "torch": (),
 }

@@ -28,8 +28,13 @@ def study(
 
     Args:
         subjects: A model directory, a work directory, hub:OWNER/NAME, or RUN@STEP (a checkpoint: a number, best or
-            newest); or untrained:, unigram: or trigram: and a work directory or the name of an experiment.
-        tests: Tests by name: blimp, supplement, zorro, agreement, climp, and pairs:FILES for pairs of your own.
+            newest); or untrained:, unigram: or trigram: and a work directory or the name of an experiment; or vectors
+            of words: word2vec:SPEC trains them on a corpus, and a file holds them in word2vec's text format.
+        tests: Tests by name. Minimal pairs: blimp, supplement, zorro, agreement, climp, and pairs:FILES for your own.
+            Probes by layer: upos, deprel, verb-number, length, depth, tense, subject-number, object-number,
+            bigram-shift; uuas and dspr, the structural probe. Senses: coarsewsd, semcor, wic, scws. Words: ws353,
+            simlex, men, analogies, and similarity:FILE, a TSV of word, word, rating. Geometry: selfsim, cka, and
+            cka:SUBJECT to compare with the layers of another subject.
         output: Directory of the records.
         data: Directory of the test sets, a folder for each; if unset, $PRELM_DATA/study.
         pairs: Minimal pairs of each paradigm to read, the first ones; 0 for all.
@@ -40,15 +45,19 @@ def study(
     from prelm_jax.study.opening import open_subject
     from prelm_jax.study.pairs import PairsTest
     from prelm_jax.study.study import study
+    from prelm_jax.study.subjects import Subject
     from prelm_jax.study.tests import Settings, make_test
 
     cache_compiled_programs()
-    settings = Settings(data, pairs)
+
+    def opened(subject: str) -> Subject:
+        return open_subject(subject, lambda reference: load_run(reference)[1])
+
+    settings = Settings(data, pairs, opened)
     made = [make_test(name, settings) for name in tests]
     if babylm is not None:
         predictions.check(made)
-    opened = (open_subject(subject, lambda reference: load_run(reference)[1]) for subject in subjects)
-    paths = study(opened, made, output)
+    paths = study(map(opened, subjects), made, output)
     if babylm is not None:
         for number, subject in enumerate(subjects):
             own = zip(made, paths[number * len(made) :], strict=False)

@@ -334,6 +334,8 @@ class ELMoFrame(Frame):
 
     def encode_words(self, words: list[str]) -> list[np.ndarray]:
         """The number of each word, which is not split."""
+        if self.tokenizer.lowercase:
+            words = [word.lower() for word in words]
         return [np.array([self.numbers.setdefault(word, len(self.numbers))], np.int32) for word in words]
 
     def encode_with_characters(self, text: str) -> tuple[np.ndarray, np.ndarray]:

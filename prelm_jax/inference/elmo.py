@@ -132,9 +132,11 @@ class ELMoPretrained(Pretrained[ELMoConfig, WordVocabulary | None]):
     def _encode(self, texts: Sequence[Sequence[str]]) -> tuple[list[list[int]], list[str], np.ndarray]:
         """Texts as numbers of distinct words, <S> and </S> included; these words; their encodings [U, P].
 
-        A word is encoded once, however often it occurs.
+        A word is encoded once, however often it occurs; lower-cased if the model was trained so.
         """
         numbers = {BEGIN_SENTENCE: 0, END_SENTENCE: 1}
+        if self.tokenizer is not None and self.tokenizer.lowercase:
+            texts = [[word.lower() for word in words] for words in texts]
         numbered = [[0, *(numbers.setdefault(word, len(numbers)) for word in words), 1] for words in texts]
         words = list(numbers)
         encodings_UP = np.empty((len(words), self.config.projection_size), np.float32)

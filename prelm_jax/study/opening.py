@@ -5,10 +5,13 @@ RUN@STEP                a checkpoint of a work directory: a number, best or newe
 untrained:EXPERIMENT    the model of an experiment, or of a work directory, before its first step
 unigram:EXPERIMENT      the words of the same corpus, counted, in the same vocabulary
 trigram:EXPERIMENT      its triples of words, counted
+word2vec:SPEC           vectors of words without context, trained on a corpus by gensim
+FILE                    such vectors, in word2vec's text format
 """
 
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -23,12 +26,17 @@ from prelm_jax.inference.heads import TaskPretrained
 from prelm_jax.loading import load, load_checkpoint
 from prelm_jax.pretraining import prepare, read_training_text, with_vocabulary
 from prelm_jax.run import Run
+from prelm_jax.storage import read_json
+from prelm_jax.study import word2vec
 from prelm_jax.study.ngrams import NgramSubject
 from prelm_jax.study.subjects import Origin, PretrainedSubject, Subject, fingerprint
+from prelm_jax.study.word2vec import WordVectorsSubject
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training.checkpoint import Step
 from prelm_jax.training.step import Keys
 from prelm_jax.workdir import WorkDir
+
+PLAN = "plan.json"  # In a work directory: what `prelm plan EXPERIMENT --topology local --json` printed of its run.
 
 LoadRun = Callable[[str], Run]  # The Run of an experiment by its name. Raises InputError if there is none.
 Open = Callable[[str, str, LoadRun], Subject]  # Of the whole argument, and of what follows the colon.
@@ -40,6 +48,8 @@ def open_subject(argument: str, load_run: LoadRun) -> Subject:
     if colon and kind in KINDS:
         return KINDS[kind](argument, rest, load_run)
     path, step = split_step(argument)
+    if os.path.isfile(path):
+        return WordVectorsSubject(argument, word2vec.read(Path(path)))
     workdir = WorkDir(path)
     if not workdir.exists():
         return PretrainedSubject(argument, _encoder(load(path, step)))
@@ -47,8 +57,27 @@ def open_subject(argument: str, load_run: LoadRun) -> Subject:
     model = _encoder(model)
     seed = workdir.read_record().identity.get("seed")
     words_seen = workdir.words_seen(found)
-    origin = Origin(fingerprint(model), found, words_seen, seed=seed if isinstance(seed, int) else None)
+    flops = flops_per_step(workdir)
+    origin = Origin(
+        fingerprint(model),
+        found,
+        words_seen,
+        None if flops is None else found * flops,
+        seed if isinstance(seed, int) else None,
+    )
     return PretrainedSubject(argument, model, origin)
+
+
+def flops_per_step(workdir: WorkDir) -> float | None:
+    """FLOPs of a step as compiled, of the plan.json that `prelm plan --json` printed; None if there is no such file."""
+    path = workdir.path / PLAN
+    if not path.is_file():
+        return None
+    fields = read_json(path)
+    try:
+        return float(fields["compiled_flops"]) * int(fields["chips"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{path} is not what prelm plan --json prints: write it again, or delete it") from None
 
 
 def _encoder(model: Pretrained) -> Pretrained:
@@ -96,8 +125,13 @@ def _training_text(reference: str, load_run: LoadRun) -> tuple[Store, Tokenizer]
     return prepared.training, prepared.tokenizer
 
 
+def _open_word2vec(name: str, spec: str, load_run: LoadRun) -> Subject:
+    return WordVectorsSubject(name, word2vec.train(spec))
+
+
 KINDS: Mapping[str, Open] = {
     "untrained": _open_untrained,
     "unigram": _open_ngram("unigram"),
     "trigram": _open_ngram("trigram"),
+    "word2vec": _open_word2vec,
 }

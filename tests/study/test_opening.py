@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -54,6 +55,17 @@ def test_a_run_says_what_it_has_seen(workdir, experiment):
     assert newest.origin.model != kept.origin.model and scores(newest) != scores(kept)
     assert opened(f"{workdir}@newest").origin == opened(f"{workdir}@4").origin == newest.origin
     np.testing.assert_array_equal(scores(kept), [s.total for s in load(workdir, 2).score_sentences(TEXTS)])
+
+
+def test_flops_are_those_of_the_plan(workdir, tmp_path):
+    """Of the file that `prelm plan --json` printed into the work directory."""
+    planned = shutil.copytree(workdir, tmp_path / "run")
+    assert opened(planned).origin.flops is None
+    (planned / "plan.json").write_text('{"compiled_flops": 1.5e9, "chips": 2}')
+    assert (opened(planned).origin.flops, opened(f"{planned}@2").origin.flops) == (1.2e10, 6e9)
+    (planned / "plan.json").write_text('{"flops": 3}')
+    with pytest.raises(InputError, match=r"plan\.json is not what prelm plan --json prints"):
+        opened(planned)
 
 
 def test_an_exported_model_is_the_same_model(workdir, tmp_path):
