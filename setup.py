@@ -4,5 +4,6 @@ from setuptools import find_packages, setup
 
 setup(
     packages=[*find_packages(include=["prelm_jax*"]), "prelm_jax.experiments"],
+    package_data={"prelm_jax.serving": ["page.html"]},
     package_dir={"prelm_jax.experiments": "experiments"},
 )

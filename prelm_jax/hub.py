@@ -5,12 +5,15 @@ files that are read are fetched: settings, safetensors and the tokenizer.
 """
 
 import os
+from functools import partial
 from pathlib import Path
 
 from prelm_jax.errors import InputError, first_line
 
 PREFIX = "hub:"
 FILES = ("*.json", "model*.safetensors", "vocab.txt", "merges.txt", "spiece.model")
+MODULES = "modules.json"  # Of sentence-transformers, whose modules are in folders: 1_Pooling.
+MODULE_FILES = ("[0-9]_*/config.json", "[0-9]_*/model.safetensors")
 
 
 def is_hub_name(path: str | os.PathLike) -> bool:
@@ -29,11 +32,10 @@ def fetch(name: str) -> tuple[str, Path]:
 
     repository, _, revision = name.removeprefix(PREFIX).partition("@")
     try:
-        directory = Path(
-            snapshot_download(
-                repository, revision=revision or None, allow_patterns=[*FILES], ignore_patterns=["*/*"], max_workers=4
-            )
-        )
+        download = partial(snapshot_download, repository, max_workers=4)
+        directory = Path(download(revision=revision or None, allow_patterns=[*FILES], ignore_patterns=["*/*"]))
+        if (directory / MODULES).is_file():
+            download(revision=directory.name, allow_patterns=[*MODULE_FILES])
     except Exception as error:  # Its own types, those of its HTTP library and the system's.
         raise InputError(f"{name}: not to be had from the hub or its cache ({first_line(error)})") from None
     return f"{PREFIX}{repository}@{directory.name}", directory

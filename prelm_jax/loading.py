@@ -1,5 +1,6 @@
 """load(path): a model directory or a work directory, as a pretrained model."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from prelm_jax.errors import InputError
 from prelm_jax.families import Family, find_family
 from prelm_jax.formats.base import LoadedModel, LoadedTask, abstract_params, find_model_type
 from prelm_jax.formats.heads import HEADS, split
+from prelm_jax.formats.sentence_transformers import encoder_directory, read_vectors
 from prelm_jax.hub import fetch, is_hub_name
 from prelm_jax.inference.base import Pretrained
 from prelm_jax.inference.heads import TaskPretrained
@@ -21,10 +23,11 @@ from prelm_jax.workdir import WorkDir
 def load(path: str | os.PathLike, step: Step = "newest", lowercase: bool = True) -> Pretrained:
     """A pretrained model, on the first device.
 
-    path: a model directory (Hugging Face's for BERT and GPT-1, Google's for BERT, OpenAI's for GPT-1, bilm-tf's for
-    ELMo), a model of the Hugging Face hub (hub:OWNER/NAME or hub:OWNER/NAME@REVISION), or a work directory, whose
-    checkpoint of `step` is taken: a step number, "newest", or "best" (lowest held-out loss). lowercase: whether text is
-    lower-cased for a vocab.txt without tokenizer_config.json, as transformers assumes.
+    path: a model directory (Hugging Face's for BERT and GPT-1, that of sentence-transformers with such an encoder,
+    Google's for BERT, OpenAI's for GPT-1, bilm-tf's for ELMo), a model of the Hugging Face hub (hub:OWNER/NAME or
+    hub:OWNER/NAME@REVISION), or a work directory, whose checkpoint of `step` is taken: a step number, "newest", or
+    "best" (lowest held-out loss). lowercase: whether text is lower-cased for a vocab.txt without tokenizer_config.json,
+    as transformers assumes.
 
     Raises InputError where there is none, naming what is missing. A fine-tuned model is a
     `prelm_jax.inference.heads.TaskPretrained`.
@@ -42,12 +45,13 @@ def load(path: str | os.PathLike, step: Step = "newest", lowercase: bool = True)
         raise InputError(f"--step {step}: {directory} is not a work directory (no run.json), so it has no steps")
     if is_remote(directory):
         raise InputError(f"{directory}: no work directory (no run.json); copy a model directory to this machine first")
-    family = find_family(*find_model_type(Path(directory)))
-    task = family.format.read_task(Path(directory), lowercase)
-    if task is None:
-        return family.pretrained(family.format.read(Path(directory), lowercase))
-    encoder, _ = split(task)
-    return TaskPretrained(task, family.pretrained(encoder), family.frame)
+    directory = encoder_directory(Path(path))
+    family = find_family(*find_model_type(directory))
+    task = family.format.read_task(directory, lowercase)
+    encoder = family.format.read(directory, lowercase) if task is None else split(task)[0]
+    vectors = read_vectors(Path(path), getattr(encoder.config, "hidden_size", 0))
+    pretrained = family.pretrained(dataclasses.replace(encoder, vectors=vectors))
+    return pretrained if task is None else TaskPretrained(task, pretrained, family.frame)
 
 
 def load_encoder(path: str | os.PathLike) -> Pretrained:

@@ -19,6 +19,7 @@ from prelm_jax.data.show import sentences
 from prelm_jax.errors import InputError
 from prelm_jax.families import FAMILIES, find_family
 from prelm_jax.formats.base import LoadedModel, abstract_params, save
+from prelm_jax.formats.sentence_transformers import require_bert, write_vectors
 from prelm_jax.formats.transfer import initial_params, positions_note
 from prelm_jax.hub import fetch, is_hub_name
 from prelm_jax.inference.base import Sample
@@ -225,10 +226,16 @@ def read_training_text(workdir: str | os.PathLike) -> tuple[Store, Tokenizer]:
     return preparation.prepare(corpus, tokenizer)[0], tokenizer
 
 
-def export(workdir: str | os.PathLike, directory: str | os.PathLike, step: Step | None = None) -> None:
+def export(
+    workdir: str | os.PathLike,
+    directory: str | os.PathLike,
+    step: Step | None = None,
+    sentence_transformers: bool = False,
+) -> None:
     """Writes a checkpoint of a work directory as a model directory, in the format that others read.
 
     step: by default the one with the lowest held-out loss, or the newest where none was evaluated.
+    sentence_transformers: whether the directory is also one of sentence-transformers; for a BERT only.
     """
     source = WorkDir(workdir)
     record = source.read_record()
@@ -237,7 +244,11 @@ def export(workdir: str | os.PathLike, directory: str | os.PathLike, step: Step 
     check_apart(directory, workdir, *filter(None, [run.init_from]))
     found, model = load_checkpoint(source, source.best_step() if step is None else step)
     card = summary.model_card(source, run, found, model.loaded, family.format, Path(directory).name)
+    if sentence_transformers:
+        require_bert(model.loaded)
     save(model.loaded, family.format, directory, card)
+    if sentence_transformers:
+        write_vectors(model.loaded, Path(directory))
 
 
 def show_batch(run: Run, step: int) -> Iterator[str]:

@@ -63,6 +63,8 @@ HOMES = {
     "tyro": ("cli/", "run.py", "finetuning/config.py"),
     "h5py": ("formats/", "inference/"),
     "starlette": ("serving/",),
+    "uvicorn": ("serving/",),
+    "orjson": ("serving/",),
     "sklearn": ("study/",),
     "gensim": ("study/",),
     "threadpoolctl": ("study/",),

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable
 
 from prelm_jax import __version__
-from prelm_jax.cli import finetuning, models, options, tasks, tokenizers, training
+from prelm_jax.cli import finetuning, models, options, serving, tasks, tokenizers, training
 from prelm_jax.cli.experiments import experiments
 from prelm_jax.cli.study import study
 from prelm_jax.errors import InputError
@@ -30,6 +30,7 @@ COMMANDS = {
     "answer": tasks.answer,
     "choose": tasks.choose,
     "study": study,
+    "serve": serving.serve,
     "tokenize": tokenizers.tokenize,
     "tokenizer train": tokenizers.train,
     "tokenizer inspect": tokenizers.inspect_tokenizer,

@@ -16,28 +16,44 @@ def embed(
     input: TextFile,
     output: Positional[Path],
     truncate: bool = False,
+    pooled: bool = False,
+    prompt: str | None = None,
     tokenize: bool = False,
     state: Literal["zero", "warm", "carry"] | None = None,
     batch_size: Size | None = None,
     cased: Cased = False,
     step: Step = "newest",
 ) -> None:
-    """Write the hidden states of each line of a text file to an HDF5 file.
+    """Write the hidden states of each line of a text file to an HDF5 file, or one vector of each line.
 
-    Dataset "i" is line i, from 0: float32 [layers + 1, tokens, width], its tokens in the attribute "tokens".
+    Dataset "i" is line i, from 0: float32 [layers + 1, tokens, width], its tokens in the attribute "tokens". With
+    --pooled, dataset "vectors" is float32 [lines, width].
 
     Args:
         output: HDF5 file to write.
+        pooled: BERT and GPT: one vector a line, as a sentence-transformers directory says; else the mean of the last
+            layer.
+        prompt: With --pooled, name of a prompt of the directory to put before each line ("query").
         truncate: Cut lines that are longer than the positions of the model, instead of refusing them.
         tokenize: ELMo: split lines into words as the training text was split, not at whitespace alone.
         state: ELMo: initial LSTM state of each line: zero (also if unset), warm (the state after an empty line), or
             carry (the final state of an earlier line, as in bilm-tf and AllenNLP).
         batch_size: ELMo with --state carry: line i continues from line i - BATCH_SIZE. Match the tool you compare with.
     """
-    from prelm_jax.inference.base import Pretrained, write_embeddings
+    from prelm_jax.inference.base import Pretrained, write_embeddings, write_vectors
+    from prelm_jax.inference.transformer import TransformerPretrained
     from prelm_jax.storage import check_apart, stream_lines
 
     check_apart(output, input, model)
+    if pooled:
+        if tokenize or state is not None or batch_size is not None:
+            raise InputError("--pooled goes with --truncate and --prompt only; the other options are for ELMo")
+        lines = stream_lines(input)
+        transformer = load_kind(model, step, TransformerPretrained, "embed --pooled", cased)
+        write_vectors(transformer.vectors(lines, truncate, prompt), len(lines), output)
+        return
+    if prompt is not None:
+        raise InputError(f"--prompt {prompt}: prompts are for vectors of texts; add --pooled")
     options = {"truncate": truncate, "tokenize": tokenize, "state": state, "batch_size": batch_size}
     given = {name: value for name, value in options.items() if value is not None and value is not False}
     write_embeddings(load_kind(model, step, Pretrained, "embed", cased), stream_lines(input), output, **given)

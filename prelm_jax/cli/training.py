@@ -136,7 +136,11 @@ def _evaluate_task(
 
 
 def export(
-    workdir: Positional[AnyPath], directory: Positional[Path], step: Step | None = None, seed: Seed | None = None
+    workdir: Positional[AnyPath],
+    directory: Positional[Path],
+    step: Step | None = None,
+    seed: Seed | None = None,
+    sentence_transformers: bool = False,
 ) -> None:
     """Write a trained model as a model directory, in the published format that other tools read.
 
@@ -145,6 +149,8 @@ def export(
         directory: Directory to write; a model directory that is already there is replaced.
         seed: Seed of a fine-tuning; the median one if unset.
         step: Step of the checkpoint, best (lowest held-out loss) or newest; best if unset and any was evaluated.
+        sentence_transformers: BERT: also write what sentence-transformers and text-embeddings-inference read; a text's
+            vector is the mean of the last layer.
     """
     from prelm_jax import pretraining
     from prelm_jax.finetuning import finetune
@@ -153,11 +159,15 @@ def export(
     if (reachable(workdir) / RESULTS).is_file():
         if step is not None:
             raise InputError(f"--step {step}: of a fine-tuning the last step of a seed is exported; choose with --seed")
+        if sentence_transformers:
+            raise InputError(
+                f"--sentence-transformers: {workdir} is a fine-tuning; only a pretrained BERT is exported so"
+            )
         print(f"wrote {directory} (seed {finetune.export(workdir, directory, seed)})")
         return
     if seed is not None:
         raise InputError(f"--seed {seed}: {workdir} has no {RESULTS}, so it is not the directory of a fine-tuning")
-    pretraining.export(workdir, directory, step)
+    pretraining.export(workdir, directory, step, sentence_transformers)
     print(f"wrote {directory}")
 
 

@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import ClassVar, Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Literal, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -42,6 +42,41 @@ Config = TypeVar("Config", bound=ModelConfig | TaskModelConfig)
 Vocabulary = TypeVar("Vocabulary", bound=Tokenizer | None)
 
 
+# How the hidden states of tokens become one vector; "weighted-mean": weights are positions, "mean-sqrt": sum / sqrt(n).
+PoolingMode = Literal["cls", "max", "mean", "mean-sqrt", "weighted-mean", "last"]
+Activation = Literal["Identity", "Tanh", "ReLU", "GELU", "Sigmoid"]  # Classes of torch.nn.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dense:
+    """A layer on the vector x of a text: activation(x kernel + bias), and if `residual` plus x, or x projection."""
+
+    kernel: np.ndarray  # [in, out]
+    bias: np.ndarray | None
+    activation: Activation = "Tanh"
+    residual: bool = False
+    projection: np.ndarray | None = None  # [in, out], if sizes differ.
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalize:
+    """Division of the vector of a text by its Euclidean norm."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextVectors:
+    """How a text becomes one vector; by default the mean of the last layer, as sentence-transformers does."""
+
+    modes: tuple[PoolingMode, ...] = ("mean",)  # Concatenated.
+    dense: tuple[Dense | Normalize, ...] = ()  # Applied to the vector, one after the other.
+    normalize: bool = False  # Whether the vector is normalized last.
+    max_length: int | None = None  # Longest text, in tokens with the special ones; None: all positions.
+    lowercase: bool = False  # Whether a text is lower-cased, whatever the tokenizer does.
+    prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)  # Name -> what comes before a text.
+    default_prompt: str | None = None  # The name of the prompt that is used where none is named.
+    include_prompt: bool = True  # Whether the tokens of the prompt are pooled.
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoadedModel(Generic[Config, Vocabulary]):
     """A config, its parameters and a tokenizer, from a model directory or a work directory."""
@@ -50,6 +85,7 @@ class LoadedModel(Generic[Config, Vocabulary]):
     params: Params = dataclasses.field(repr=False)  # The tree of the pretraining model, fp32, vocabulary tables padded.
     tokenizer: Vocabulary  # None for an ELMo directory without a vocabulary.
     missing: frozenset[str] = frozenset()  # Paths ("pooler/kernel") that the directory lacks; zeros in `params`.
+    vectors: TextVectors = dataclasses.field(default=TextVectors(), kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -115,3 +115,20 @@ def write_embeddings(
             dataset = file.create_dataset(str(i), data=hidden)
             dataset.attrs["tokens"] = json.dumps(tokens, ensure_ascii=False)
             progress.advance(1)
+
+
+def write_vectors(vectors: Iterator[np.ndarray], count: int, path: str | os.PathLike) -> None:
+    """Writes the vectors of `count` lines into an HDF5 file, which appears when it is complete.
+
+    Raises InputError if `path` is a directory, a device or a pipe. Dataset "vectors" is f32 [count, D].
+    """
+    with (
+        output_file(path) as unfinished,
+        hdf5_file(unfinished) as file,
+        Progress("embed", count, "lines") as progress,
+    ):
+        for i, vector in enumerate(vectors):
+            if i == 0:
+                file.create_dataset("vectors", (count, len(vector)), np.float32)
+            file["vectors"][i] = vector
+            progress.advance(1)

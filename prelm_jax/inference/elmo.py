@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Literal, cast
 
 import jax
@@ -13,6 +12,7 @@ from jax import Array
 from prelm_jax.errors import InputError
 from prelm_jax.inference import batching
 from prelm_jax.inference.base import Embedding, Embeddings, Pretrained, Sample, Scores, SentenceScore
+from prelm_jax.inference.compiling import compiled
 from prelm_jax.models.cross_entropy import cross_entropy
 from prelm_jax.models.elmo import DIRECTIONS, ELMoConfig
 from prelm_jax.tokenizers.characters import BEGIN_SENTENCE, END_SENTENCE, MAX_CHARACTERS, characters
@@ -187,7 +187,7 @@ def _without_ends(words: list[str], numbers: list[int], states_TLD: np.ndarray) 
     return [words[number] for number in numbers[1:-1]], states_TLD[1 : len(numbers) - 1].swapaxes(0, 1)
 
 
-@partial(jax.jit, static_argnums=0)
+@compiled(static=(0,))
 def _encode(config: ELMoConfig, params: Params, characters_UC: Array) -> Array:
     """[U, P]."""
     with jax.default_matmul_precision("highest"):
@@ -200,7 +200,7 @@ def _layers(config: ELMoConfig, params: Params, words_BTP: Array, lengths_B: Arr
     return cast("Layers", encoder.apply({"params": params}, words_BTP, lengths_B, carry, method="apply_layers"))
 
 
-@partial(jax.jit, static_argnums=0)
+@compiled(static=(0,))
 def _hidden_states(
     config: ELMoConfig, params: Params, words_BTP: Array, lengths_B: Array, carry: Params
 ) -> tuple[Array, Params]:
@@ -211,7 +211,7 @@ def _hidden_states(
         return jnp.concatenate(both, -1).transpose(1, 2, 0, 3), carry
 
 
-@partial(jax.jit, static_argnums=0)
+@compiled(static=(0,))
 def _neighbors_nll(
     config: ELMoConfig, params: Params, words_BTP: Array, lengths_B: Array, carry: Params, targets_BT: Array
 ) -> Array:

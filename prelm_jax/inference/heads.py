@@ -10,11 +10,12 @@ import numpy as np
 from jax import Array
 
 from prelm_jax.data.examples import Example, Kind
-from prelm_jax.data.frames import WIDTHS, Frame, Row
+from prelm_jax.data.frames import WIDTHS, Frame, Row, Text
 from prelm_jax.errors import InputError
 from prelm_jax.formats.base import LoadedTask, ModelConfig
 from prelm_jax.inference.base import Embeddings, Pretrained, Sample, Scores, SentenceScore
-from prelm_jax.inference.batching import TOKENS_PER_BATCH
+from prelm_jax.inference.batching import Program, Query
+from prelm_jax.inference.compiling import compiled
 from prelm_jax.inference.decoding import Outputs, Prediction, decode
 from prelm_jax.models import heads
 from prelm_jax.models.task import TaskModelConfig
@@ -54,6 +55,7 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
             raise InputError("the model has no vocabulary (vocab.txt), which says how texts are split into words")
         self.pretrained, self.labels, self._head = pretrained, loaded.labels, loaded.config.head
         self.scoring = pretrained.scoring
+        self._programs: dict[int, Program[Row, Outputs]] = {}
         self._reads_two = isinstance(self._head, heads.Label) and self._head.pair
         self.frame = frame(loaded.tokenizer, loaded.max_length or WIDTHS[-1], self._reads_two)
 
@@ -136,10 +138,56 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
         stride: tokens from a window of a long passage or sentence to the next (see `Frame.frame`). progress: what to
         call the work in a line of progress; None: say nothing.
         """
+        rows, num_cut = self._rows(examples, stride)
+        return decode(self.kind, examples, rows, self._outputs(rows, progress), self.labels, null_threshold), num_cut
+
+    def query(self, example: Example, null_threshold: float = 0.0) -> Query[Row, Outputs, tuple[Prediction, bool]]:
+        """The prediction for an example, and whether it was cut; see `predict`."""
+        rows, num_cut = self._rows([example], None)
+
+        def finish(found: Sequence[Outputs]) -> tuple[Prediction, bool]:
+            return decode(self.kind, [example], rows, found, self.labels, null_threshold)[0], bool(num_cut)
+
+        return Query(self.program(len(rows[0].texts)), rows, finish)
+
+    def program(self, num_texts: int) -> Program[Row, Outputs]:
+        """What the model gives for rows of so many texts each."""
+        if num_texts not in self._programs:
+            self._programs[num_texts] = Program(
+                "predict",
+                self.params,
+                partial(self._compute, num_texts),
+                lambda row: self.frame.fitting_width([row], num_texts),
+                self.frame.widths,
+                partial(self._canary, num_texts),
+                texts=num_texts,
+            )
+        return self._programs[num_texts]
+
+    @property
+    def main_program(self) -> Program[Row, Outputs]:
+        """The program of all examples but choices."""
+        return self.program(2 if self._reads_two and self.frame.pairs != "together" else 1)
+
+    def _compute(self, num_texts: int, params: Params, examples: Sequence[Row], rows: int, width: int) -> list[Outputs]:
+        filled = [*examples, *[examples[-1]] * (rows - len(examples))]
+        found = _predict(self.config, params, self._batch(filled, num_texts, width))
+        values = {name: np.asarray(x) for name, x in found.items()}
+        return [{name: x[i] for name, x in values.items()} for i in range(len(examples))]
+
+    def _canary(self, num_texts: int, width: int, rng: np.random.Generator) -> Row:
+        ids = rng.integers(self.tokenizer.vocab_size, size=width).astype(np.int32)
+        read = np.arange(width if self.kind == "tags" else 1, dtype=np.int32)
+        return Row(0, (Text(ids, width, read),) * num_texts)
+
+    def _rows(self, examples: Sequence[Example], stride: int | None) -> tuple[list[Row], int]:
+        """The rows of examples, and how many examples were cut."""
         self._check(examples)
         unlabelled = [Example(example.id, example.sequences) for example in examples]
         rows, _, num_cut = self.frame.frame(unlabelled, self.kind, self.labels, stride)
-        return decode(self.kind, examples, rows, self._outputs(rows, progress), self.labels, null_threshold), num_cut
+        if not all(row.length for row in rows):
+            raise InputError("a text without tokens: the model reads nothing that stands around a text")
+        return rows, num_cut
 
     def _check(self, examples: Sequence[Example]) -> None:
         for example in examples:
@@ -155,20 +203,16 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
         """What the model gives for each row, computed in a shape that depends on the row alone."""
         together: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
         for number, row in enumerate(rows):
-            if not row.length:
-                raise InputError("a text without tokens: the model reads nothing that stands around a text")
             together[len(row.texts), self.frame.fitting_width([row], len(row.texts))].append(number)
         outputs: dict[int, Outputs] = {}
         with Progress(progress, len(rows), "rows") as shown:
             for (num_texts, width), numbers in sorted(together.items()):
-                batch_size = max(1, TOKENS_PER_BATCH // (num_texts * width))
+                batch_size = self.program(num_texts).full_rows(width)
                 for start in range(0, len(numbers), batch_size):
                     some = numbers[start : start + batch_size]
-                    filled = [rows[number] for number in (some + some[-1:] * batch_size)[:batch_size]]
-                    found = _predict(self.config, self.params, self._batch(filled, num_texts, width))
-                    values = {name: np.asarray(x) for name, x in found.items()}
-                    for i, number in enumerate(some):
-                        outputs[number] = {name: x[i] for name, x in values.items()}
+                    compute = self.program(num_texts).compute
+                    found = compute(self.params, [rows[number] for number in some], batch_size, width)
+                    outputs.update(zip(some, found, strict=True))
                     shown.advance(len(some))
         return [outputs[number] for number in range(len(rows))]
 
@@ -183,7 +227,7 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
         return batch
 
 
-@partial(jax.jit, static_argnums=0)
+@compiled(static=(0,))
 def _predict(config: TaskModelConfig, params: Params, batch: Batch) -> dict[str, Array]:
     with jax.default_matmul_precision("highest"):
         return cast("dict[str, Array]", config.build().predict(params, {}, batch))

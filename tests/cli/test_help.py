@@ -138,7 +138,7 @@ def test_a_command_without_arguments_prints_its_help_and_fails(command, help_of)
 
 def test_positional_arguments_have_names(help_of):
     assert "embed [-h] [OPTIONS] MODEL INPUT OUTPUT" in help_of("embed", "--help")
-    assert "export [-h] WORKDIR DIRECTORY" in help_of("export", "--help")
+    assert "export [-h] [OPTIONS] WORKDIR DIRECTORY" in help_of("export", "--help")
 
 
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])

@@ -1,5 +1,6 @@
 """Models of the Hugging Face hub, from a cache without access to the hub."""
 
+import fnmatch
 import shutil
 
 import pytest
@@ -38,6 +39,25 @@ def test_a_model_in_the_cache_is_found_with_its_revision(name, folder, hub, caps
 @pytest.mark.parametrize("name", ["hub:owner/other", "hub:owner/tiny@v2", "hub:", "hub:a/b/c", "hub:owner/tiny@../x"])
 def test_a_model_that_is_not_there(name, hub, fails):
     assert name in fails("fill", name, "The [MASK] sees a hen.")
+
+
+def test_the_folders_of_sentence_transformers_are_fetched(folder, hub, monkeypatch, tmp_path):
+    asked = []
+    found = shutil.copytree(folder / "model", tmp_path / "snapshots" / REVISION)
+
+    def download(repository, **options):
+        asked.append((repository, options["revision"], options["allow_patterns"]))
+        return str(found)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    fetch("hub:owner/tiny")
+    assert len(asked) == 1
+    (found / "modules.json").write_text("[]")
+    fetch("hub:owner/tiny")
+    repository, revision, patterns = asked[2]
+    assert (repository, revision) == ("owner/tiny", REVISION)
+    names = ["1_Pooling/config.json", "2_Dense/model.safetensors", "2_Dense/pytorch_model.bin", "onnx/config.json"]
+    assert [any(fnmatch.fnmatch(name, each) for each in patterns) for name in names] == [True, True, False, False]
 
 
 def test_other_files_of_weights_are_not_read(hub, fails):

@@ -15,6 +15,7 @@ from prelm_jax.cli.main import main
 from prelm_jax.errors import InputError
 from prelm_jax.formats import huggingface_bert
 from prelm_jax.formats.base import LoadedModel
+from prelm_jax.loading import load
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.tokenizers.wordpiece import WordPiece
 
@@ -42,6 +43,48 @@ def test_fill_score_embed_tokenize(folder, model, tmp_path, capsys):
     main(["tokenize", str(tokenizer), f"{folder}/lines.txt"])
     ids = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert ids[1] == [] and len(ids[0]) == len(tokens) - 2
+
+
+def test_one_vector_a_line(folder, fails, tmp_path):
+    lines, output = tmp_path / "lines.txt", tmp_path / "vectors.hdf5"
+    lines.write_text("The old cat sees a hen.\nA dog\n")
+    main(["embed", f"{folder}/model", str(lines), str(output), "--pooled"])
+    with h5py.File(output) as file:
+        found = file["vectors"][:]
+    expected = [states[-1].mean(0) for _, states in load(folder / "model").embed(lines.read_text().splitlines())]
+    np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
+
+    model, text = folder / "model", folder / "lines.txt"  # Its second line is blank.
+    assert "line 2" in fails("embed", model, text, output, "--pooled")
+    assert "'query'" in fails("embed", model, lines, output, "--pooled", "--prompt", "query")
+    assert "--pooled" in fails("embed", model, lines, output, "--prompt", "query")
+    assert "--pooled" in fails("embed", model, lines, output, "--pooled", "--tokenize")
+    assert "elmo" in fails("embed", folder / "elmo-model", lines, output, "--pooled")
+
+
+def test_export_for_sentence_transformers(folder, fails, tmp_path):
+    """The old form, which every version of the library and text-embeddings-inference read."""
+    target = tmp_path / "model"
+    main(["export", f"{folder}/run", str(target), "--sentence-transformers"])
+    modules = json.loads((target / "modules.json").read_text())
+    assert [(module["path"], module["type"]) for module in modules] == [
+        ("", "sentence_transformers.models.Transformer"),
+        ("1_Pooling", "sentence_transformers.models.Pooling"),
+    ]
+    assert json.loads((target / "1_Pooling/config.json").read_text()) == {
+        "word_embedding_dimension": 16,
+        "pooling_mode_cls_token": False,
+        "pooling_mode_max_tokens": False,
+        "pooling_mode_mean_tokens": True,
+        "pooling_mode_mean_sqrt_len_tokens": False,
+    }
+    settings = json.loads((target / "sentence_bert_config.json").read_text())
+    assert settings == {"max_seq_length": 32, "do_lower_case": False}
+    for path in (target, folder / "model"):
+        np.testing.assert_array_equal(next(load(path).vectors(["A dog"])), next(load(target).vectors(["A dog"])))
+    main(["export", f"{folder}/run", str(target), "--sentence-transformers"])  # Over the first.
+    assert "openai-gpt" in fails("export", folder / "gpt", tmp_path / "gpt", "--sentence-transformers")
+    assert not (tmp_path / "gpt").exists()
 
 
 def test_embed_never_replaces_its_inputs_or_a_device(folder, fails, tmp_path):

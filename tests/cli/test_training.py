@@ -144,7 +144,7 @@ def test_steps_reach_evaluate_and_export(folder, monkeypatch, word, step):
     assert received == [
         ("gs://somewhere", (), step, None, 1.0, None, None),
         ("somewhere", ("a", "b"), step, tiny.bert(), 1.0, None, None),
-        ("somewhere", Path("there"), None if word is None else step),
+        ("somewhere", Path("there"), None if word is None else step, False),
     ]
 
 

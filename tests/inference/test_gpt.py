@@ -148,7 +148,7 @@ def test_a_token_costs_one_row_at_any_position(model, monkeypatch):
 
     monkeypatch.setattr(gpt, "_next_logits", count)
     model.generate("the cat", 30)
-    assert shapes == [(1, 16), *[(1, 1)] * 22, *[(1, 24)] * 7]
+    assert shapes == [(1, 8), *[(1, 1)] * 22, *[(1, 24)] * 7]
 
 
 @pytest.mark.parametrize(

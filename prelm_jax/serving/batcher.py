@@ -1,0 +1,441 @@
+"""Queries of all clients, mixed into batches of fixed shapes; one thread for each device.
+
+A thread takes a batch as soon as its device is free: the batch that runs is the time to wait for more. Small requests
+and bulk ones take turns, and so do texts that are generated, a token each time. The queue is bounded in tokens.
+
+A batch has 1, 4, 16 or as many rows as `batching.full_rows` says, but only numbers of rows that give the bits of the
+full number. That is tried out with canaries after the start, in further threads. Until then, and where bits differ,
+batches are full.
+"""
+
+import asyncio
+import collections
+import dataclasses
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from prelm_jax.inference.batching import SHORTEST, Program, Query
+from prelm_jax.serving.metrics import SECONDS, SIZES, Counter, Histogram
+from prelm_jax.serving.protocol import Refusal
+from prelm_jax.training.contract import Params
+
+ROWS = (1, 4, 16)
+SMALL = 16  # Examples of a request that does not count as bulk.
+GENERATIONS = 8  # Texts that a device generates at once; each has its cache of keys and values.
+SECONDS_TO_ANSWER = 60.0
+CANARIES = 8  # Examples that a shape is tried out with.
+ENOUGH_BYTES = 4096  # Of a result, to tell whether its bits depend on the shape.
+
+AnyProgram = Program[object, object]
+AnyQuery = Query[object, object, object]
+Key = tuple[AnyProgram, int]  # A program and a padded length.
+
+
+class Expired(Exception):
+    """A request that waited too long."""
+
+
+@dataclasses.dataclass(eq=False)
+class Ticket:
+    """A request in the queue: its queries, and the future of their answers."""
+
+    queries: Sequence[AnyQuery]
+    future: "asyncio.Future[list[object]]"
+    deadline: float
+    is_small: bool
+    arrived: float
+    tokens: int = 0  # Padded, that still wait.
+    dead: bool = False
+    answers: list[object] = dataclasses.field(default_factory=list)
+    missing: list[int] = dataclasses.field(default_factory=list)  # By query.
+    results: dict[tuple[int, int], object] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(eq=False)
+class Entry:
+    """An example of a ticket: the j-th of its i-th query."""
+
+    ticket: Ticket
+    i: int
+    j: int
+    example: object
+    number: int  # By arrival.
+
+
+@dataclasses.dataclass(eq=False)
+class Generation:
+    """A text that is generated: `steps`, given the parameters, yields one event a token; `emit` takes them."""
+
+    params: Params
+    steps: Callable[[Params], Iterator[object]]
+    emit: Callable[[object], None]
+    deadline: float
+    dead: bool = False
+    running: Iterator[object] | None = None
+
+
+class Lane:
+    """Entries by program and length, the oldest first."""
+
+    def __init__(self) -> None:
+        self.groups: dict[Key, collections.deque[Entry]] = {}
+
+    def oldest(self) -> Key | None:
+        """The group of the entry that has waited longest. Entries of tickets that ended are dropped."""
+        for key, group in list(self.groups.items()):
+            while group and group[0].ticket.dead:
+                group.popleft()
+            if not group:
+                del self.groups[key]
+        return min(self.groups, key=lambda key: self.groups[key][0].number, default=None)
+
+    def take(self, key: Key, count: int) -> list[Entry]:
+        """Up to `count` entries of a group."""
+        group, taken = self.groups.get(key, collections.deque[Entry]()), []
+        while group and len(taken) < count:
+            if not (entry := group.popleft()).ticket.dead:
+                taken.append(entry)
+        return taken
+
+
+class Placement:
+    """Parameters on a device, copied there once."""
+
+    def __init__(self, device: jax.Device):
+        self._device, self._lock = device, threading.Lock()
+        self._placed: dict[int, tuple[Params, Params]] = {}
+
+    def __call__(self, params: Params) -> Params:
+        with self._lock:
+            if id(params) not in self._placed:
+                self._placed[id(params)] = params, jax.device_put(params, self._device)
+            return self._placed[id(params)][1]
+
+
+class Batcher:
+    """The queue, and a thread for each device. `submit` and `generate` are for the thread of the event loop."""
+
+    def __init__(self, devices: Sequence[jax.Device], max_queue_tokens: int):
+        self.max_queue_tokens, self.queue_tokens = max_queue_tokens, 0
+        self.exact: dict[Key, bool] = {}  # Whether the bits of a row depend on it alone, as tried out.
+        self.rows: dict[Key, tuple[int, ...]] = {}  # Numbers of rows that give the bits of full batches.
+        self.tokens_per_second = 1000.0  # Measured, of padded tokens.
+        self.batch_rows = Histogram("prelm_batch_rows", "Texts in a batch.", SIZES)
+        self.batch_seconds = Histogram("prelm_batch_seconds", "Time of a batch on its device.", SECONDS)
+        self.queue_seconds = Histogram("prelm_queue_seconds", "Time of a text in the queue.", SECONDS)
+        self.dropped = Counter("prelm_dropped_total", "Texts not computed: cancelled, expired, failed.", "reason")
+        self.tokens = Counter("prelm_tokens_total", "Tokens computed, padding included.")
+        self.generated = Counter("prelm_generated_tokens_total", "Tokens generated.")
+        self._devices = devices
+        self._lanes = {"small": Lane(), "bulk": Lane()}
+        self._generations: collections.deque[Generation] = collections.deque()
+        self._cold: list[collections.deque[Key]] = [collections.deque() for _ in devices]
+        self._canaries: dict[Key, list[bytes]] = {}
+        self._changed = threading.Condition()
+        self._numbers = itertools.count()
+        self._stopped = False
+        self._threads = [
+            threading.Thread(target=target, args=arguments, name=f"{device}", daemon=True)
+            for device, cold in zip(devices, self._cold, strict=True)
+            for place in [Placement(device)]
+            for target, arguments in ((self._work, (place,)), (self._warm, (place, cold)))
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> bool:
+        """Ends the threads after their present batches; whether all have ended within seconds."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(1)
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def warm(self, programs: Sequence[AnyProgram]) -> None:
+        """Has programs of all shapes compiled and tried out from `start` on, the first ones first."""
+        for cold in self._cold:
+            cold.extend((program, length) for program in programs for length in reversed(program.lengths))
+
+    def stop_warming(self) -> None:
+        """Leaves the shapes that are not compiled yet."""
+        for cold in self._cold:
+            cold.clear()
+
+    def num_cold(self, programs: Sequence[AnyProgram] | None = None) -> int:
+        """The number of shapes that `warm` has still to compile; of these programs only, if they are given."""
+        return sum(programs is None or program in programs for cold in self._cold for program, _ in list(cold))
+
+    @property
+    def num_devices(self) -> int:
+        return len(self._devices)
+
+    @property
+    def device_names(self) -> list[str]:
+        return [f"{device.platform}:{device.id}" for device in self._devices]
+
+    def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """By program and padded length, the numbers of rows that are computed at once."""
+        found: dict[str, dict[str, tuple[int, ...]]] = {}
+        for (program, length), rows in sorted(self.rows.items(), key=lambda item: item[0][1]):
+            found.setdefault(program.name, {})[str(length)] = rows
+        return found
+
+    def check_room(self, texts: int) -> None:
+        """Raises a Refusal where so many texts cannot wait, before they are tokenized."""
+        self._check_room(texts * SHORTEST)
+
+    async def submit(self, queries: Sequence[AnyQuery], seconds: float = SECONDS_TO_ANSWER) -> list[object]:
+        """The answers to queries. If this is cancelled, what still waits is dropped.
+
+        Raises a Refusal for a full queue, after the time is over and if a text fails.
+        """
+        now = time.monotonic()
+        entries: list[tuple[Key, int, int, object]] = []
+        for i, query in enumerate(queries):
+            for j, example in enumerate(query.examples):
+                entries.append(((query.program, query.program.length(example)), i, j, example))
+        tokens = sum(length for (_, length), *_ in entries)
+        self._check_room(tokens)
+        future = asyncio.get_running_loop().create_future()
+        is_small = len(entries) <= SMALL
+        ticket = Ticket(queries, future, now + seconds, is_small, now, tokens)
+        ticket.answers = [None] * len(queries)
+        ticket.missing = [len(query.examples) for query in queries]
+        for i, query in enumerate(queries):
+            if not query.examples:
+                ticket.answers[i] = query.finish([])
+        if not entries:
+            return ticket.answers
+        with self._changed:
+            self.queue_tokens += tokens
+            groups = self._lanes["small" if is_small else "bulk"].groups
+            for key, i, j, example in entries:
+                groups.setdefault(key, collections.deque()).append(Entry(ticket, i, j, example, next(self._numbers)))
+            self._changed.notify(len(entries))
+        try:
+            async with asyncio.timeout(seconds):
+                return await future
+        except TimeoutError:
+            self.dropped.add("expired")
+            raise Refusal(504, f"no answer within {seconds:g} seconds", code="timeout") from None
+        except asyncio.CancelledError:
+            self.dropped.add("cancelled")
+            raise
+        finally:
+            with self._changed:
+                ticket.dead = True
+                self.queue_tokens -= ticket.tokens
+                ticket.tokens = 0
+
+    def generate(self, generation: Generation) -> None:
+        """Queues a text to generate."""
+        with self._changed:
+            self._generations.append(generation)
+            self._changed.notify()
+
+    @property
+    def seconds_to_wait(self) -> float:
+        """An estimate of the time until what waits now is computed."""
+        return self.queue_tokens / self.tokens_per_second
+
+    def _check_room(self, tokens: int) -> None:
+        if tokens > self.max_queue_tokens:
+            message = f"the request has {tokens} tokens, padding included; the server takes {self.max_queue_tokens}"
+            raise Refusal(413, message, code="too_many_tokens")
+        if self.queue_tokens + tokens > self.max_queue_tokens:
+            message = f"{self.queue_tokens} tokens are waiting already; try again later"
+            raise Refusal(429, message, code="queue_full", retry_after=self.seconds_to_wait)
+
+    def _warm(self, place: Placement, cold: collections.deque[Key]) -> None:
+        """Tries out the shapes of a device, beside its thread: requests do not wait for the compiler."""
+        while cold and not self._stopped:
+            key = cold[0]
+            try:
+                self._try_out(place, key)
+            except Exception:
+                self.exact[key] = False
+                self.dropped.add("canary failed")
+            if cold:
+                cold.popleft()
+
+    def _work(self, place: Placement) -> None:
+        """The loop of a device's thread."""
+        generating: collections.deque[Generation] = collections.deque()
+        turns = itertools.cycle(("small", "bulk", "generation"))
+        while True:
+            with self._changed:
+                while not (self._stopped or self._has_work(generating)):
+                    self._changed.wait()
+                if self._stopped:
+                    return
+                while self._generations and len(generating) < GENERATIONS:
+                    generating.append(self._generations.popleft())
+                batch, generates = None, False
+                for turn in itertools.islice(turns, 3):
+                    generates = turn == "generation" and bool(generating)
+                    if generates or (turn != "generation" and (batch := self._take(turn)) is not None):
+                        break
+            if batch is not None:
+                self._run(place, *batch)
+            elif generates:
+                self._generate_token(place, generating)
+
+    def _has_work(self, generating: Sequence[Generation]) -> bool:
+        queued = any(lane.oldest() is not None for lane in self._lanes.values())
+        return queued or bool(generating or self._generations)
+
+    def _take(self, name: str) -> tuple[Key, list[Entry], int] | None:
+        """The next batch of a lane: a program and length, entries, rows. Room is filled from the other lane."""
+        lane = self._lanes[name]
+        key = lane.oldest()
+        if key is None:
+            return None
+        allowed = self.rows.get(key, (key[0].full_rows(key[1]),))
+        waiting = sum(len(each.groups.get(key, ())) for each in self._lanes.values())
+        rows = choose_rows(waiting, allowed)
+        entries = lane.take(key, rows)
+        for other in self._lanes.values():
+            entries += other.take(key, rows - len(entries))
+        now = time.monotonic()
+        for entry in entries:
+            entry.ticket.tokens -= key[1]
+            self.queue_tokens -= key[1]
+            self.queue_seconds.observe(now - entry.ticket.arrived)
+        return key, entries, rows
+
+    def _run(self, place: Placement, key: Key, entries: list[Entry], rows: int) -> None:
+        program, length = key
+        began = time.monotonic()
+        done: list[Ticket] = []
+        try:
+            results = program.compute(place(program.params), [entry.example for entry in entries], rows, length)
+            for entry, result in zip(entries, results, strict=True):
+                self._collect(entry, result, done)
+        except Exception as error:
+            self._run_one_by_one(place, key, entries, error, done)
+        seconds = time.monotonic() - began
+        self.batch_rows.observe(len(entries))
+        self.batch_seconds.observe(seconds)
+        self.tokens.add(by=rows * length)
+        self.tokens_per_second += 0.1 * (len(entries) * length / seconds - self.tokens_per_second)
+        self._deliver(done)
+
+    def _run_one_by_one(
+        self, place: Placement, key: Key, entries: list[Entry], error: Exception, done: list[Ticket]
+    ) -> None:
+        """After a batch failed: only the examples that fail alone are answered with an error."""
+        program, length = key
+        rows = self.rows.get(key, (program.full_rows(length),))[0]
+        for entry in entries:
+            try:
+                if len(entries) > 1:
+                    (result,) = program.compute(place(program.params), [entry.example], rows, length)
+                    self._collect(entry, result, done)
+                    continue
+            except Exception as alone:
+                error = alone
+            self.dropped.add("failed")
+            entry.ticket.answers = [error]
+            entry.ticket.dead = True
+            done.append(entry.ticket)
+
+    def _collect(self, entry: Entry, result: object, done: list[Ticket]) -> None:
+        """Adds the result of an example; a query's answer is made from its results when the last one is there."""
+        ticket, i = entry.ticket, entry.i
+        if ticket.dead:
+            return
+        examples = ticket.queries[i].examples
+        if len(examples) == 1:
+            ticket.answers[i] = ticket.queries[i].finish([result])
+        else:
+            ticket.results[i, entry.j] = jax.tree.map(np.array, result)
+        ticket.missing[i] -= 1
+        if ticket.missing[i]:
+            return
+        if len(examples) > 1:
+            ticket.answers[i] = ticket.queries[i].finish([ticket.results.pop((i, j)) for j in range(len(examples))])
+        if not any(ticket.missing):
+            done.append(ticket)
+
+    def _deliver(self, tickets: Sequence[Ticket]) -> None:
+        """Hands the answers to the event loop."""
+        if tickets:
+            tickets[0].future.get_loop().call_soon_threadsafe(_resolve, tickets)
+
+    def _generate_token(self, place: Placement, generating: collections.deque[Generation]) -> None:
+        generation = generating.popleft()
+        if generation.dead:
+            self.dropped.add("cancelled")
+            return
+        try:
+            if generation.running is None:
+                generation.running = generation.steps(place(generation.params))
+            if time.monotonic() > generation.deadline:
+                raise Refusal(504, "the text took too long", code="timeout")
+            event = next(generation.running, None)
+        except Exception as error:
+            event = error
+        if event is not None and not isinstance(event, Exception):
+            self.generated.add()
+            generating.append(generation)
+        generation.emit(event)
+
+    def _try_out(self, place: Placement, key: Key) -> None:
+        """Compiles a program of a length for all numbers of rows, and finds those that give the bits of the full one.
+
+        A few examples are computed in a full batch, each in several of its rows, and in smaller batches.
+        """
+        program, length = key
+        rng, full, params = np.random.default_rng(length), program.full_rows(length), place(program.params)
+
+        def bits(examples: Sequence[object], rows: int) -> list[bytes]:
+            return [_bytes(found) for found in program.compute(params, examples, rows, length)]
+
+        canaries = [program.canary(length, rng) for _ in range(max(1, min(full // 2, CANARIES)))]
+        found = bits(list(itertools.islice(itertools.cycle(canaries), full)), full)
+        expected = found[: len(canaries)]
+        is_exact = found == list(itertools.islice(itertools.cycle(expected), full))
+        # Large results need no second example to tell other bits.
+        compared = canaries[:1] if len(expected[0]) >= ENOUGH_BYTES else canaries
+        rows = [full]
+        for count in [count for count in ROWS if count < full and program.any_rows]:
+            groups = (compared[i : i + count] for i in range(0, len(compared), count))
+            if [each for group in groups for each in bits(group, count)] == expected[: len(compared)]:
+                rows.append(count)
+        with self._changed:
+            reference = self._canaries.setdefault(key, expected)
+            self.exact[key] = self.exact.get(key, True) and is_exact and expected == reference
+            self.rows[key] = tuple(count for count in sorted(rows) if count in self.rows.get(key, rows))
+
+
+def choose_rows(waiting: int, allowed: Sequence[int]) -> int:
+    """The rows of the next batch: the fewest that hold all that waits, if more than half of them are used.
+
+    choose_rows(5, (1, 4, 16))  # 4, and the fifth is left
+    """
+    for rows in allowed:
+        if rows >= waiting and (2 * waiting > rows or rows == allowed[0]):
+            return rows
+    return max((rows for rows in allowed if rows <= waiting), default=allowed[0])
+
+
+def _resolve(tickets: Sequence[Ticket]) -> None:
+    for ticket in tickets:
+        if ticket.future.done():
+            continue
+        if ticket.answers and isinstance(error := ticket.answers[0], Exception):
+            ticket.future.set_exception(error)
+        else:
+            ticket.future.set_result(ticket.answers)
+
+
+def _bytes(result: object) -> bytes:
+    return b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(result))

@@ -1,0 +1,153 @@
+"""Starts everything: the HTTP server first, then the model in a thread, so that /health answers meanwhile."""
+
+import asyncio
+import dataclasses
+import ipaddress
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from prelm_jax.cache import cache_compiled_programs
+from prelm_jax.errors import InputError
+from prelm_jax.inference.pooling import MODES, Pooling, parse_modes
+from prelm_jax.loading import load
+from prelm_jax.serving.app import Service, make_app
+from prelm_jax.serving.batcher import Batcher
+from prelm_jax.serving.connections import make_server
+from prelm_jax.serving.model import ServedModel
+from prelm_jax.training.checkpoint import Step
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of `prelm serve`."""
+
+    model: str
+    step: Step = "newest"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    uds: Path | None = None
+    key_file: Path | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    name: str | None = None
+    pooling: str | None = None
+    layers: tuple[int, ...] = ()
+    normalize: bool | None = None
+    max_queue_tokens: int = 131072
+
+
+def run(options: Options) -> None:
+    """Serves until SIGTERM or SIGINT. Raises InputError if the model cannot be loaded."""
+    key = read_key(options.key_file)
+    if options.uds is None and not is_loopback(options.host) and key is None:
+        raise InputError(f"--host {options.host}: others could use the model; give --key-file, or serve at 127.0.0.1")
+    name = options.name or Path(options.model.rstrip("/")).name
+    service = Service(name, key)
+    app = make_app(service, {"localhost", "127.0.0.1", "[::1]", options.host, *options.allowed_hosts})
+    failures: list[Exception] = []
+
+    def load_model() -> None:
+        try:
+            start(service, options)
+        except Exception as error:
+            failures.append(error)
+            server.should_exit = True
+
+    def on_start(addresses: Sequence[str]) -> None:
+        print(f"prelm: serving {name} at {', '.join(addresses)}", file=sys.stderr, flush=True)
+        threading.Thread(target=load_model, name="load", daemon=True).start()
+
+    def on_stop() -> None:
+        if service.batcher is not None:
+            service.batcher.stop_warming()
+
+    raise_file_limit()
+    listener = listen(options)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # After the server's own handlers, which end it in an orderly way.
+    server = make_server(app, on_start, on_stop)
+    asyncio.run(server.serve([listener]))
+    is_idle = service.batcher is None or service.batcher.stop()
+    if failures:
+        raise failures[0]
+    if not is_idle:  # A program is being compiled, which nobody waits for.
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def listen(options: Options) -> socket.socket:
+    """The socket that the server listens at. Raises InputError if there is none to be had."""
+    if options.uds is not None:
+        found, previous = socket.socket(socket.AF_UNIX), os.umask(0o177)  # For the user alone.
+        try:
+            found.bind(str(options.uds))
+        except OSError as error:
+            found.close()
+            raise InputError(
+                f"--uds {options.uds}: {error.strerror or error}; another server, or a file of an old one?"
+            ) from None
+        finally:
+            os.umask(previous)
+        return found
+    try:
+        ((family, *_, address), *_) = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        raise InputError(f"cannot listen at {options.host}:{options.port} (--host, --port): {error.strerror}") from None
+
+
+def start(service: Service, options: Options) -> None:
+    """Loads the model, and begins to compile its programs."""
+    cache_compiled_programs()
+    model = load(options.model, options.step)
+    served = ServedModel(model, service.name)
+    served.pooling = choose_pooling(options, served.pooling)
+    service.start(served, Batcher(jax.local_devices(), options.max_queue_tokens))
+
+
+def choose_pooling(options: Options, own: Pooling) -> Pooling:
+    """The pooling of the options, else that of the model's directory, whose dense layers are for that one only."""
+    normalize = own.normalize if options.normalize is None else options.normalize
+    if options.pooling is None and not options.layers:
+        return dataclasses.replace(own, normalize=normalize)
+    modes = own.modes if options.pooling is None else parse_modes(options.pooling)
+    if modes is None:
+        raise InputError(f"--pooling {options.pooling}: give {', '.join(MODES)}, several joined by +")
+    return Pooling(modes, options.layers or own.layers, normalize=normalize)
+
+
+def read_key(path: Path | None) -> str | None:
+    """The key in a file."""
+    if path is None:
+        return None
+    try:
+        key = path.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--key-file {path}: {error}") from None
+    if len(key) < 16 or not key.isascii() or not key.isprintable() or " " in key:
+        raise InputError(f"--key-file {path}: a key has at least 16 characters, printable ASCII without spaces")
+    return key
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def raise_file_limit() -> None:
+    """Allows as many open connections as the system does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else 65536, hard))

@@ -1,0 +1,212 @@
+"""Hostile requests over raw sockets, each with its status; slow clients; keys, hosts and bodies."""
+
+import contextlib
+import json
+import socket
+import time
+
+import pytest
+
+pytest.importorskip("starlette", reason="needs the extra serve: pip install 'prelm_jax[serve]'")
+
+from prelm_jax.serving import app
+from prelm_jax.serving.app import Service, content_security_policy, host_name
+from prelm_jax.serving.connections import LimitedProtocol
+
+HEAD = "POST /embed HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+
+
+def ask(port: int, *parts: bytes | str) -> tuple[int | None, str]:
+    """Sends parts of a request and reads until the server closes: the status (None without an answer), the rest."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for part in parts:
+                connection.sendall(part.encode() if isinstance(part, str) else part)
+        received = b""
+        with contextlib.suppress(ConnectionResetError):
+            while chunk := connection.recv(2**16):
+                received += chunk
+                head, _, body = received.partition(b"\r\n\r\n")
+                if b"content-length: %d\r\n" % len(body) in head.lower() + b"\r\n":
+                    break
+    return (int(received[9:12]) if received else None), received.decode()
+
+
+def body_request(body: bytes | str, head: str = HEAD) -> bytes:
+    body = body.encode() if isinstance(body, str) else body
+    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+
+
+@pytest.fixture(scope="module")
+def impatient(serving_without_model):
+    """A server that gives requests little time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LimitedProtocol, "header_seconds", 0.2)
+        patch.setattr(LimitedProtocol, "request_seconds", 0.4)
+        with serving_without_model(Service("loading")) as client:
+            yield client
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        ("GET /health HTTP/1.1\r\n\r\n", 400),  # No host.
+        ("GET /health HTTP/1.1\r\nhost: localhost\r\nhost: evil\r\n\r\n", 400),
+        ("GET /health HTTP/1.1\r\nhost: evil.example\r\n\r\n", 421),
+        ("GET /health HTTP/1.1\r\nhost: localhost.evil.example\r\n\r\n", 421),
+        ("GET /health HTTP/1.1\r\nhost: LOCALHOST:8000\r\n\r\n", 503),  # It is loading.
+        ("nonsense\r\n\r\n", 400),
+        ("GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + "y" * 100_000, 431),
+        ("GET /health HTTP/1.1\r\nhost: localhost\r\n" + "x: y\r\n" * 20_000, 431),
+        ("GET /" + "x" * 100_000, 431),
+        ("GET /nowhere HTTP/1.1\r\nhost: localhost\r\n\r\n", 404),
+        ("GET /embed HTTP/1.1\r\nhost: localhost\r\n\r\n", 405),
+        ("OPTIONS /embed HTTP/1.1\r\nhost: localhost\r\norigin: http://evil\r\n\r\n", 405),
+        (HEAD + "content-length: 2\r\ncontent-length: 3\r\n\r\n{}", 400),
+        (HEAD + "content-length: -1\r\n\r\n{}", 400),
+        (HEAD + "content-length: 99999999999999999999999\r\n\r\n{}", 400),
+        (HEAD + "content-length: 2\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        (HEAD + "content-length: 900000000\r\n\r\n{}", 413),
+        ("POST /embed HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2\r\n\r\n{}", 415),
+        ("POST /embed HTTP/1.1\r\nhost: localhost\r\ncontent-type: text/plain\r\ncontent-length: 2\r\n\r\n{}", 415),
+        (body_request("[1, 2]"), 400),
+        (body_request("{"), 400),
+        (body_request(b'{"texts": "\xff"}'), 400),
+        (body_request('{"texts": "\\ud800"}'), 400),
+        (body_request('{"texts": NaN}'), 400),
+        (body_request('{"a":' * 100_000), 400),
+        (body_request('{"texts": "a"}'), 503),
+    ],
+)
+def test_status_of_a_hostile_request(impatient, request_, status):
+    found, answer = ask(impatient.port, request_)
+    assert found == status
+    assert "access-control" not in answer.lower() and "traceback" not in answer.lower()
+    assert "\r\nserver:" not in answer.lower()
+    assert json.loads(answer.partition("\r\n\r\n")[2]).keys() & {"error", "status"}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [],  # Silent.
+        ["GET /hea"],
+        ["GET /health HTTP/1.1\r\nhost: localhost\r\n"],
+        [HEAD + "content-length: 100\r\n\r\n{"],
+        [HEAD + "transfer-encoding: chunked\r\n\r\n5\r\n{}"],
+    ],
+)
+def test_a_request_that_does_not_end_is_ended(impatient, parts):
+    began = time.monotonic()
+    status, _ = ask(impatient.port, *parts)
+    assert status == 408 and time.monotonic() - began < 20
+
+
+def test_a_connection_is_kept_for_further_requests(impatient):
+    request = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", impatient.port), timeout=30) as connection:
+        for times in (1, 1, 2):  # The last two at once.
+            connection.sendall(request * times)
+            received = b""
+            while received.count(b'"loading"') < times:
+                received += connection.recv(2**16)
+            assert received.count(b"HTTP/1.1 503") == times
+
+
+def test_chunked_bodies_are_limited(impatient, monkeypatch):
+    monkeypatch.setattr(app, "MAX_BODY", 1000)
+    chunk = b"3e8\r\n" + b" " * 1000 + b"\r\n"
+    status, _ = ask(impatient.port, HEAD + "transfer-encoding: chunked\r\n\r\n", chunk, chunk, b"0\r\n\r\n")
+    assert status == 413
+
+
+def test_too_many_connections(impatient, monkeypatch):
+    monkeypatch.setattr(LimitedProtocol, "max_connections", 1)
+    with socket.create_connection(("127.0.0.1", impatient.port)):
+        for _ in range(2):
+            status, _ = ask(impatient.port, "GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+    assert status == 503
+
+
+def test_a_key_is_asked_for(serving_without_model):
+    key = "a-key-of-sixteen-letters"
+    with serving_without_model(Service("loading", key)) as client:
+        assert client.get("/health")[0] == 503
+        assert client.request("GET", "/")[0] == 200
+        for path in ("/info", "/metrics", "/v1/models"):
+            assert client.request("GET", path)[0] == 401
+            assert client.request("GET", path, authorization="Bearer wrong")[0] == 401
+            assert client.request("GET", path, authorization=f"Bearer {key}")[0] == 200
+        assert client.error("/embed", texts="a")[0] == 401
+
+
+def test_host_name():
+    assert [host_name(host) for host in ("Localhost", "127.0.0.1:80", "[::1]:8000", "a:b:c", "x:999999", "")] == [
+        *("localhost", "127.0.0.1", "[::1]", "", "", "")
+    ]
+
+
+def test_the_page_may_run_its_own_scripts_alone(impatient):
+    status, headers, page = impatient.request("GET", "/")
+    assert status == 200 and headers["content-type"].startswith("text/html")
+    policy = headers["content-security-policy"]
+    assert policy == content_security_policy(page) and "unsafe" not in policy and "connect-src 'self'" in policy
+    assert headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/embed", {}, "texts"),
+        ("/embed", {"texts": []}, "texts"),
+        ("/embed", {"texts": ["a", 1]}, "texts"),
+        ("/embed", {"texts": ["a"] * 2049}, "texts"),
+        ("/embed", {"texts": "a", "surprise": 1}, "surprise"),
+        ("/embed", {"texts": " "}, "texts"),
+        ("/embed", {"texts": "a", "layers": 2}, "layers"),
+        ("/embed", {"texts": "a", "layers": [True]}, "layers"),
+        ("/embed", {"texts": "a", "pooling": "median"}, "pooling"),
+        ("/embed", {"texts": "a", "truncate": "yes"}, "truncate"),
+        ("/embed", {"texts": "a" * 10_000}, "texts"),
+        ("/fill", {"texts": "no mask"}, "texts"),
+        ("/fill", {"texts": "[MASK]", "top_k": 101}, "top_k"),
+        ("/v1/embeddings", {"input": [[1, 2], ["a"]]}, "input"),
+        ("/v1/embeddings", {"input": [10**6]}, "input"),
+        ("/v1/embeddings", {"input": [-1]}, "input"),
+        ("/v1/embeddings", {"input": "a", "dimensions": 8}, "dimensions"),
+        ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, "encoding_format"),
+    ],
+)
+def test_a_wrong_field_is_named(bert, path, fields, param):
+    status, found, message = bert.error(path, **fields)
+    assert (status, found) == (400, param) and param in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": "a", "max_tokens": 10**6}, "max_tokens"),
+        ({"prompt": "a", "temperature": -1}, "temperature"),
+        ({"prompt": "a", "logprobs": 6}, "logprobs"),
+        ({"prompt": "a", "n": 2}, "n"),
+        ({"prompt": "a", "stop": [""]}, "stop"),
+        ({"prompt": " "}, "prompt"),
+    ],
+)
+def test_a_wrong_field_of_a_completion_is_named(gpt, fields, param):
+    assert gpt.error("/v1/completions", **fields)[:2] == (400, param)
+
+
+def test_every_route_is_described(bert):
+    status, found = bert.get("/openapi.json")
+    assert status == 200 and found["openapi"].startswith("3.1")
+    assert {"/embed", "/v1/completions", "/health", "/answer"} <= found["paths"].keys()
+    for path, methods in found["paths"].items():
+        for method, operation in methods.items():
+            assert operation["summary"].endswith("."), path
+            other = "GET" if method == "post" else "POST"
+            assert bert.request(other, path)[0] == 405
+
+
+def test_another_model_is_not_served(bert):
+    assert bert.error("/v1/embeddings", model="gpt-5", input="a")[:2] == (404, "model")

@@ -1,0 +1,99 @@
+"""The command: what it refuses, how it starts and how it ends."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+pytest.importorskip("starlette", reason="needs the extra serve: pip install 'prelm_jax[serve]'")
+
+from prelm_jax.cli.main import main
+from prelm_jax.inference.pooling import Pooling
+from prelm_jax.serving.run import Options, choose_pooling, is_loopback, listen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--host", "0.0.0.0"], ["--host 0.0.0.0", "--key-file"]),
+        (["--key-file", "missing"], ["--key-file missing"]),
+        (["--key-file", "short"], ["--key-file short", "16"]),
+        (["--port", "65536"], ["--port 65536"]),
+        (["--port", "{taken}"], ["127.0.0.1:{taken}", "--port"]),
+        (["--uds", "short"], ["--uds short"]),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short").write_text("secret\n")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = str(other.getsockname()[1])
+        with pytest.raises(SystemExit) as end:
+            main(["serve", "model", *(each.format(taken=taken) for each in arguments)])
+    message = capsys.readouterr().err
+    assert end.value.code == 1 and message.count("\n") == 1
+    assert all(each.format(taken=taken) in message for each in named) and "secret" not in message
+
+
+def test_a_unix_socket_is_for_its_user_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # Paths of sockets are short.
+    with listen(Options("model", uds="socket")):
+        assert os.stat("socket").st_mode & 0o777 == 0o600
+
+
+def test_is_loopback():
+    assert [is_loopback(host) for host in ("localhost", "127.0.0.2", "::1", "0.0.0.0", "::", "10.0.0.1", "name")] == [
+        *(True, True, True, False, False, False, False)
+    ]
+
+
+def test_options_of_pooling_go_before_the_directory():
+    own = Pooling(("cls",), normalize=True)
+    assert choose_pooling(Options("m"), own) == own
+    assert choose_pooling(Options("m", normalize=False), own) == Pooling(("cls",))
+    found = choose_pooling(Options("m", pooling="mean+max", layers=(-2,)), own)
+    assert found == Pooling(("mean", "max"), (-2,), normalize=True)
+
+
+@pytest.mark.slow
+def test_the_process_starts_and_ends(tmp_path):
+    """/health answers before the model is there; SIGTERM ends it with clients attached, the accepted ones answered."""
+    directory = tiny.directory(tmp_path / "model", "bert", max_position_embeddings=8)
+    command = [sys.executable, "-m", "prelm_jax", "serve", str(directory), "--port", "0", "--name", "tiny"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            line = process.stderr.readline()
+            port = int(re.search(r":(\d+)$", line.strip())[1])
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+            seen = []
+            while not seen or seen[-1] != "ready":
+                connection.request("GET", "/health")
+                seen.append(json.loads(connection.getresponse().read())["status"])
+            assert seen[0] == "loading"
+            with (
+                socket.create_connection(("127.0.0.1", port)) as silent,
+                socket.create_connection(("127.0.0.1", port)) as half,
+            ):
+                half.sendall(b"POST /embed HTTP/1.1\r\nhost: localhost\r\n")
+                body = json.dumps({"texts": ["the cat"] * 40})
+                connection.request("POST", "/embed", body, {"content-type": "application/json"})
+                other = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+                other.request("GET", "/info")
+                other.getresponse().read()
+                other.close()  # By now the first request was accepted.
+                process.send_signal(signal.SIGTERM)
+                answer = connection.getresponse()
+                assert answer.status == 200 and len(json.loads(answer.read())["results"]) == 40
+                assert process.wait(30) == 0
+                assert silent.recv(1) == b""
+            assert process.stderr.read() == ""
+        finally:
+            process.kill()
