@@ -1,5 +1,6 @@
 # Needs Python >= 3.11 with pip:
 #   make demo        pretrain, evaluate, export and use a small BERT (3 minutes on two cores); or MODEL=gpt1, MODEL=elmo
+#   make study       compare BERT, GPT-1 and ELMo, from text to a page (an hour on two cores; docs/study.md)
 #   make test        lint, types and tests (11 minutes on two cores)
 #   make test-slow   the tests that compile for pods, kill often or start many processes
 
@@ -8,12 +9,16 @@ MODEL ?= bert
 RUN = runs/$(MODEL)-demo
 EXPORTED = $(RUN)-exported
 PRELM = .venv/bin/prelm
+
+# Test sets, and Simple English Wikipedia to train on if it is there.
+DATA = $(or $(PRELM_DATA),data)
+STUDY_CORPUS ?= $(firstword $(wildcard $(DATA)/pretrain/simplewiki.txt.xz) python-docs)
 PYTEST = .venv/bin/python -m pytest --numprocesses auto --dist worksteal --durations 10
 
 # Large pages for large arrays: XLA on a Linux CPU spends a tenth of its time in page faults otherwise.
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
-.PHONY: demo use-bert use-gpt1 use-elmo lint test test-slow format
+.PHONY: demo use-bert use-gpt1 use-elmo study lint test test-slow format
 
 demo: .venv/installed
 	$(PRELM) pretrain $(MODEL):demo
@@ -31,6 +36,10 @@ use-gpt1:
 use-elmo:
 	.venv/bin/python examples/neighbors.py $(EXPORTED) --word set --sentences \
 		"A set is an unordered collection with no duplicate elements." "The flag is set if the call fails."
+
+study: .venv/installed-study
+	.venv/bin/python examples/comparison.py --small --words 1000000 --corpus $(STUDY_CORPUS) --corpus-words 3000000 \
+		--data $(DATA)/study --pairs 20 --output runs/study
 
 lint: .venv/installed-test
 	.venv/bin/ruff check .
@@ -52,6 +61,10 @@ format: .venv/installed-test
 
 .venv/installed: .venv/bin/python pyproject.toml setup.py constraints.txt
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-study: .venv/installed
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[study]"
 	touch $@
 
 .venv/installed-test: .venv/installed

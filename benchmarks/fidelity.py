@@ -131,7 +131,7 @@ def compare(run: Run, directory: Path) -> Losses:
 
 
 def fine_tuning(settings: Settings, directory: Path) -> FineTuning:
-    """finetuning:classify without dropout; what is held out, a few examples, is read at the end."""
+    """finetuning:classify without dropout, its schedule as long as itself; a few examples are held out."""
     if settings.init_from is None or settings.train is None:
         raise SystemExit("finetuning needs --init-from and --train")
     encoder, dev = directory / "encoder", directory / "dev.tsv"
@@ -139,9 +139,12 @@ def fine_tuning(settings: Settings, directory: Path) -> FineTuning:
     config = json.loads((encoder / "config.json").read_text())
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (encoder / "config.json").write_text(json.dumps(config))
-    dev.write_text("".join(settings.train.read_text().splitlines(keepends=True)[:65]))
+    lines = settings.train.read_text().splitlines(keepends=True)
+    dev.write_text("".join(lines[:65]))
+    run = cast(FineTuning, load_run_or_task("finetuning:classify")[1])
     return dataclasses.replace(
-        cast(FineTuning, load_run_or_task("finetuning:classify")[1]),
+        run,
+        epochs=settings.steps * run.batch_size / (len(lines) - 1),
         head=Label(dropout=0.0),
         init_from=str(encoder),
         train=str(settings.train),

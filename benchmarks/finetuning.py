@@ -124,6 +124,7 @@ TITLES = {
 }
 ENGLISH = ("sst2", "rte", "cola", "stsb", "sick", "trec", "ewt")
 EXPERIMENTS = {"label": "classify", "number": "rate", "tags": "tag"}
+FROZEN = {"label": "classify_frozen", "tags": "tag_frozen"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +207,7 @@ def command(s: Settings, data: Data, contender: str, init_from: str, workdir: Pa
     for name, value in vars(data.columns).items():
         arguments += [f"--columns.{name}", value] if name in ("text", "pair", "label") and value is not None else []
     if contender == "frozen":
-        return ["finetune", f"finetuning:{'tag' if data.task.kind == 'tags' else 'classify'}_frozen", *arguments]
+        return ["finetune", f"finetuning:{FROZEN[data.task.kind]}", *arguments]
     arguments += ["--epochs", str(s.epochs), "--batch-size", str(s.batch_size), "--warmup", str(WARMUP)]
     arguments += ["--optimizer.learning-rate", str(s.learning_rate), "--optimizer.bias-correction", "moments"]
     arguments += ["--optimizer.weight-decay", str(WEIGHT_DECAY), "--optimizer.eps", str(EPS)]
@@ -384,6 +385,8 @@ def run(s: Settings) -> None:
         baselines = metrics.baselines(data.task.kind, data.test_examples, data.names, training=data.examples)
         baseline = max(baselines[data.task.metric].values())
         for contender in s.contenders:
+            if contender == "frozen" and data.task.kind not in FROZEN:
+                continue
             for model, init_from in {"": ""}.items() if contender == "words" else models.items():
                 key = {"task": name, "model": model, "contender": contender}
                 result = next((r for r in record["results"] if {k: r[k] for k in key} == key), None)
@@ -438,8 +441,9 @@ def print_tables(records: Sequence[dict[str, Any]]) -> None:
             words[result["task"]] = found
         else:
             values.setdefault((result["model"], result["task"]), {}).setdefault(result["contender"], []).extend(found)
-    for (_, task), row in values.items():
-        row |= {"words": words[task]} if task in words else {}
+    for task, found in words.items():
+        for row in [row for (_, other), row in values.items() if other == task] or [values.setdefault(("", task), {})]:
+            row["words"] = found
     order = ("ours", "trainer", "frozen", "scratch", "words")
     shown = [name for name in order if any(name in row for row in values.values())]
     compared = {"ours", "trainer"} <= set(shown)

@@ -212,6 +212,20 @@ def _texts_of(
     return training, text
 
 
+def read_training_text(workdir: str | os.PathLike) -> tuple[Store, Tokenizer]:
+    """The text that the run in a work directory is trained on, and its tokenizer, for baselines.
+
+    Raises InputError if the corpus has changed since.
+    """
+    directory = WorkDir(workdir)
+    record = directory.read_record()
+    run, tokenizer = _run_of(directory, record, None), directory.read_tokenizer()
+    corpus, _ = _corpora(run)
+    if corpus.fingerprint != record.identity.get("corpus_fingerprint"):
+        raise InputError(f"the corpus {' '.join(run.corpus)} of {directory.path} has changed since the run was trained")
+    return preparation.prepare(corpus, tokenizer)[0], tokenizer
+
+
 def export(
     workdir: str | os.PathLike,
     directory: str | os.PathLike,

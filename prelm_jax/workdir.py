@@ -153,6 +153,15 @@ class WorkDir:
         """The checkpoints; `keep`: how many of the newest to keep, None: only read."""
         return Checkpoints(self.path / "checkpoints", keep, before_write=self._check_hold)
 
+    def words_seen(self, step: int) -> int | None:
+        """The words of the corpus that were trained on up to a checkpoint, by its tokens per word; None if unknown."""
+        counts = [self.read_record().statistics.get(name, [""])[0].replace(",", "") for name in ("words", "tokens")]
+        with contextlib.closing(self.open_checkpoints()) as checkpoints:
+            tokens_seen = checkpoints.tokens_seen(step)
+        if not tokens_seen or not all(count.isdecimal() and int(count) for count in counts):
+            return None
+        return round(tokens_seen * int(counts[0]) / int(counts[1]))
+
     def best_step(self) -> Step:
         """ "best" where a checkpoint was evaluated, else "newest"."""
         with contextlib.closing(self.open_checkpoints()) as checkpoints:

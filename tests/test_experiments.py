@@ -30,7 +30,7 @@ from prelm_jax.training.sharding import MeshConfig, abstract_batch, partition
 from prelm_jax.training.step import abstract_state, make_train_step
 
 ROOT = Path(__file__).parents[1]
-FILES = ("bert", "elmo", "gpt1")
+FILES = ("bert", "elmo", "gpt1", "study")
 GOLDEN = Path(__file__).parent / "golden"
 
 

@@ -25,11 +25,11 @@ BELOW = {
     ("train",): ("report",),
     ("pretraining",): ("train",),
     ("finetuning",): ("train",),
-    ("reporting",): ("pretraining", "finetuning"),
     ("study",): ("pretraining", "finetuning"),
+    ("reporting",): ("study",),
     ("serving",): ("pretraining", "finetuning"),
     ("planning",): ("pretraining", "finetuning"),
-    ("cli",): ("reporting", "study", "serving", "planning"),
+    ("cli",): ("reporting", "serving", "planning"),
     ("__main__",): ("cli",),
     ("__init__",): ("reporting",),
 }
@@ -66,6 +66,8 @@ HOMES = {
     "uvicorn": ("serving/",),
     "orjson": ("serving/",),
     "sklearn": ("study/",),
+    "gensim": ("study/",),
+    "threadpoolctl": ("study/",),
     "transformers": (),
     "torch": (),
 }

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from prelm_jax import __version__
 from prelm_jax.cli import finetuning, models, options, serving, tasks, tokenizers, training
 from prelm_jax.cli.experiments import experiments
+from prelm_jax.cli.study import study
 from prelm_jax.errors import InputError
 from prelm_jax.validation import check
 
@@ -28,6 +29,7 @@ COMMANDS = {
     "tag": tasks.tag,
     "answer": tasks.answer,
     "choose": tasks.choose,
+    "study": study,
     "serve": serving.serve,
     "tokenize": tokenizers.tokenize,
     "tokenizer train": tokenizers.train,

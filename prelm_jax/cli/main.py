@@ -26,7 +26,7 @@ UNWRITABLE = {
 }
 
 # Commands that leave nothing half done, so that the same command resumes after a signal.
-RESUMABLE = {"pretrain", "finetune", "prepare"}
+RESUMABLE = {"pretrain", "finetune", "prepare", "study"}
 
 # Has glibc ask Linux for huge pages. It reads this variable at the start of a process, and no other setting does that.
 ALLOCATOR, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"

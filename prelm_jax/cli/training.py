@@ -172,16 +172,16 @@ def export(
 
 
 def report(paths: Positional[tuple[AnyPath, ...]], output: Path = Path("report.html")) -> None:
-    """Draw the curves of runs beside their baselines in one HTML page, with samples, settings and text statistics.
+    """Draw runs and studies in one HTML page: curves beside baselines, samples and settings; scores, layers, intervals.
 
     Args:
-        paths: Work directories of runs, or of fine-tunings with all their seeds; a picture shows all of them.
-        output: HTML file to write.
+        paths: Work directories of runs, or of fine-tunings with all their seeds; directories of records (prelm study).
+        output: HTML file to write; of a study, tables and the data of pictures are written beside it.
     """
     from prelm_jax.reporting import write_report
 
-    write_report(paths, output)
-    print(f"wrote {output}: open it in a browser")
+    folder = write_report(paths, output)
+    print(f"wrote {output}: open it in a browser" + ("" if folder is None else f"; its data is in {folder}"))
 
 
 def prepare(

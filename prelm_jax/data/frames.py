@@ -28,7 +28,7 @@ from prelm_jax.tokenizers.characters import BEGIN_SENTENCE, END_SENTENCE, Spelli
 from prelm_jax.tokenizers.words import SPECIAL_TOKENS, WordVocabulary
 from prelm_jax.training.contract import Layout
 
-# The lengths that rows are padded to, as far as the model has positions: few programs to compile, little padding.
+# The lengths that rows are padded to where nothing is known of the others, as far as the model has positions.
 WIDTHS = (32, 64, 128, 256, 384, 512)
 
 QUESTION_LENGTH = 64  # Tokens of a question at most (run_squad.py, max_query_length).
@@ -113,10 +113,10 @@ class Frame(abc.ABC):
         shorter = [width for width in WIDTHS if width < self.max_length]
         return (*shorter[1 - len(WIDTHS) :], self.max_length)
 
-    def fitting_width(self, rows: Sequence[Row], num_texts: int) -> int:
-        """The least of the widths that holds some rows."""
+    def fitting_width(self, rows: Sequence[Row], num_texts: int, widths: Sequence[int] | None = None) -> int:
+        """The least of some widths, by default `widths`, that holds some rows; the last must be `max_length`."""
         longest = max(row.length for row in rows)
-        return next(width for width in self.widths if width >= longest)
+        return next(width for width in widths or self.widths if width >= longest)
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """The ids of each text, int32."""
@@ -334,6 +334,8 @@ class ELMoFrame(Frame):
 
     def encode_words(self, words: list[str]) -> list[np.ndarray]:
         """The number of each word, which is not split."""
+        if self.tokenizer.lowercase:
+            words = [word.lower() for word in words]
         return [np.array([self.numbers.setdefault(word, len(self.numbers))], np.int32) for word in words]
 
     def encode_with_characters(self, text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -349,18 +351,16 @@ class ELMoFrame(Frame):
         """As in pretraining, the characters are shared by all rows."""
         return {**super().layout(keys), "characters": "shared"}
 
-    def fitting_width(self, rows: Sequence[Row], num_texts: int) -> int:
+    def fitting_width(self, rows: Sequence[Row], num_texts: int, widths: Sequence[int] | None = None) -> int:
         """The width whose batches have room for the longest text and for all distinct words of some rows."""
         longest, distinct = max(row.length for row in rows), len(_distinct(rows))
-        fits = (
-            width for width in self.widths if width >= longest and self._room(len(rows), num_texts, width) >= distinct
-        )
-        return next(fits)
+        long_enough = (width for width in widths or self.widths if width >= longest)
+        return next(width for width in long_enough if self._room(len(rows), num_texts, width) >= distinct)
 
     def _room(self, num_rows: int, num_texts: int, width: int) -> int:
         """Distinct words that a batch of a width has room for (U): half of its positions, or all at the widest."""
         positions = num_rows * num_texts * width
-        most = min(positions, len(self.numbers)) if width == self.widths[-1] else positions // 2
+        most = min(positions, len(self.numbers)) if width == self.max_length else positions // 2
         return -(-most // 128) * 128
 
     def batch(

@@ -2,11 +2,12 @@
 
     4 rows in batches of 3      2 0 3 | 1 0 2 | 1 3 …      the second epoch begins within the second batch
 
-A batch is as wide as its longest row needs (`frames.WIDTHS`), so that at most six programs are compiled. Nothing is
-sorted for training: rows of one length would often have one label.
+A batch is as wide as its longest row needs, in six widths at most, so that as many programs are compiled: those that
+pad the batches of a file the least. Nothing is sorted for training: rows of one length would often have one label.
 """
 
 import abc
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,6 +15,24 @@ import numpy as np
 from prelm_jax.data.frames import Frame, Row
 from prelm_jax.data.randomness import bits, key, permute
 from prelm_jax.training.contract import Layout
+
+WIDTHS = (32, 48, 64, 96, 128, 192, 256, 384)  # And the longest row that a frame allows.
+NUM_WIDTHS = 6
+
+
+def best_widths(lengths: Sequence[int], batch_size: int, longest: int) -> tuple[int, ...]:
+    """Up to six widths, the last of them `longest`, whose padded batches of rows of these lengths are the smallest.
+
+    batch_size: rows of a batch, drawn at random; the longest decides.
+    """
+    shorter, sorted_lengths = [width for width in WIDTHS if width < longest], np.sort(lengths)
+
+    def mean_width(widths: Sequence[int]) -> float:
+        share_W = np.searchsorted(sorted_lengths, widths, side="right") / len(lengths)
+        return float(np.diff(share_W**batch_size, prepend=0) @ np.array(widths))
+
+    some = itertools.combinations(shorter, min(NUM_WIDTHS - 1, len(shorter)))
+    return min(((*widths, longest) for widths in some), key=mean_width)
 
 
 def balanced(rows: Sequence[Row], num_labels: int) -> np.ndarray:
@@ -39,10 +58,14 @@ def _labels_and_weights(rows: Sequence[Row]) -> tuple[list[np.ndarray], list[np.
 
 
 class _Rows(abc.ABC):
-    """The rows of a task, and the batches of some of them. Fulfills `Batches`; a subclass defines `numbers`."""
+    """The rows of a task, and the batches of some of them. Fulfills `Batches`; a subclass defines `numbers`.
 
-    def __init__(self, frame: Frame, rows: Sequence[Row], batch_size: int):
+    drawn: rows of a batch that are drawn at random.
+    """
+
+    def __init__(self, frame: Frame, rows: Sequence[Row], batch_size: int, drawn: int):
         self.frame, self._rows, self.batch_size = frame, rows, batch_size
+        self.widths = best_widths([row.length for row in rows], drawn, frame.max_length)
         self.num_texts = max(len(row.texts) for row in rows)
         # Tags read a token of each word; the others read one.
         self._reads_words = any(len(text.read) > 1 for row in rows for text in row.texts)
@@ -50,7 +73,7 @@ class _Rows(abc.ABC):
 
     def _batch(self, number_B: np.ndarray, own: slice) -> dict[str, np.ndarray]:
         rows = [self._rows[number] for number in number_B]
-        width = self.frame.fitting_width(rows, self.num_texts)
+        width = self.frame.fitting_width(rows, self.num_texts, self.widths)
         return self.frame.batch(rows, own, width, self.num_texts, width if self._reads_words else 1)
 
     @abc.abstractmethod
@@ -59,7 +82,8 @@ class _Rows(abc.ABC):
 
     def width(self, step: int) -> int:
         """The length that the texts of a step's batch are padded to."""
-        return self.frame.fitting_width([self._rows[number] for number in self.numbers(step)], self.num_texts)
+        rows = [self._rows[number] for number in self.numbers(step)]
+        return self.frame.fitting_width(rows, self.num_texts, self.widths)
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         return self.rows(step, 0, self.batch_size)
@@ -78,7 +102,7 @@ class TaskBatches(_Rows):
     """The training batches of a task, pure in (seed, step)."""
 
     def __init__(self, frame: Frame, rows: Sequence[Row], batch_size: int, seed: int):
-        super().__init__(frame, rows, batch_size)
+        super().__init__(frame, rows, batch_size, drawn=batch_size)
         self._key = key(seed, "tasks: epoch")
 
     def numbers(self, step: int) -> np.ndarray:
@@ -91,7 +115,7 @@ class TaskEvaluation(_Rows):
     """All rows of a task once, sorted by length; rows of weight 0 fill the last batch."""
 
     def __init__(self, frame: Frame, rows: Sequence[Row], batch_size: int):
-        super().__init__(frame, rows, batch_size)
+        super().__init__(frame, rows, batch_size, drawn=1)
         self._order = np.argsort([row.length for row in rows], kind="stable")
 
     def __len__(self) -> int:

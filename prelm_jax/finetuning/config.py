@@ -112,6 +112,6 @@ class FineTuning:
                 raise InputError(f"--optimizer.{option} {found}: give {instead}, from which the steps follow")
         steps = max(1, round(self.epochs * rows / self.batch_size))
         optimizer = dataclasses.replace(optimizer, warmup_steps=int(self.warmup * steps), decay_steps=steps)
-        evaluate_every = min(loop.evaluate_every, max(1, rows // self.batch_size))
+        evaluate_every = min(loop.evaluate_every, -(-rows // self.batch_size))
         loop = dataclasses.replace(loop, steps=min(loop.steps, steps), evaluate_every=evaluate_every)
         return dataclasses.replace(self, optimizer=optimizer, loop=loop)

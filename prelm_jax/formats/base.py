@@ -32,6 +32,9 @@ class ModelConfig(Protocol):
     @property
     def vocab_size(self) -> int | None: ...
 
+    @property
+    def num_layers(self) -> int: ...
+
     def build(self) -> Model: ...
 
 

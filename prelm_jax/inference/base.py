@@ -8,8 +8,8 @@ import dataclasses
 import inspect
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Generic
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Generic, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,18 @@ from prelm_jax.storage import output_file
 Embedding = tuple[list[str], np.ndarray]  # The tokens of a text, and its hidden states [L + 1, tokens, D].
 Embeddings = Iterator[Embedding]
 Scores = Iterator[tuple[float, int]]  # Of each text the natural-log probability, and the number of its tokens.
+
+
+SENTENCE_END = "."  # After it a sentence is scored whose first token nothing else predicts.
+
+
+class SentenceScore(NamedTuple):
+    """How probable a sentence is, to be compared with that of a sentence that differs from it by little."""
+
+    total: float  # Sum of the natural-log probabilities of its tokens, in both directions if there are two.
+    tokens: int
+    unknown: int  # Tokens outside of the vocabulary, which is why two sentences may be the same to a model.
+    directions: Mapping[str, float] = {}  # The sum of each direction, if there are two.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +51,8 @@ class Pretrained(abc.ABC, Generic[Config, Vocabulary]):
     Texts are read a part at a time, and results are computed as they are asked for: memory does not grow with them.
     """
 
+    scoring: str  # What `score_sentences` adds up, in a few words.
+
     def __init__(self, loaded: LoadedModel[Config, Vocabulary]):
         self.loaded = loaded
         self.config, self.params = loaded.config, loaded.params
@@ -54,6 +68,22 @@ class Pretrained(abc.ABC, Generic[Config, Vocabulary]):
     @abc.abstractmethod
     def score(self, texts: Collection[str]) -> Scores:
         """For each text, in order, the sum of the natural-log probabilities of its tokens, and their number."""
+
+    @abc.abstractmethod
+    def score_sentences(self, texts: Collection[str]) -> Iterator[SentenceScore]:
+        """For each text, in order, the score by which its family compares sentences (minimal pairs).
+
+        Each token is scored, the first too. A text's score has the same bits whatever other texts there are.
+        """
+
+    @abc.abstractmethod
+    def embed_words(self, sentences: Iterable[Sequence[str]]) -> Iterator[np.ndarray]:
+        """For each sentence, a sequence of words, their hidden states, f32 [L + 1, words, D].
+
+        A word is the mean of its subwords. A sentence that is too long is read in parts, cut between words.
+
+            next(load("bert-mini").embed_words([["The", "list", "is", "returned", "."]])).shape  # (5, 5, 256)
+        """
 
     @abc.abstractmethod
     def sample(self, texts: Sequence[str], count: int) -> list[Sample]:

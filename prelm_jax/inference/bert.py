@@ -1,6 +1,6 @@
 """A pretrained BERT: hidden states, filled masks, pseudo-log-likelihoods."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import cast
 
@@ -12,7 +12,7 @@ from jax import Array
 from prelm_jax.errors import InputError
 from prelm_jax.formats.base import LoadedModel
 from prelm_jax.inference import batching
-from prelm_jax.inference.base import Sample, Scores
+from prelm_jax.inference.base import Sample, Scores, SentenceScore
 from prelm_jax.inference.batching import Program, Query, Result
 from prelm_jax.inference.compiling import compiled
 from prelm_jax.inference.transformer import Compute, TransformerPretrained, hidden_states
@@ -31,12 +31,17 @@ Candidates = tuple[np.ndarray, np.ndarray]  # Probabilities [K], the greatest fi
 class BertPretrained(TransformerPretrained[BertConfig]):
     """A BERT with `embed`, `fill` and `score`. A text is one segment: [CLS] text [SEP]."""
 
+    scoring = "pseudo-log-likelihood, within words from left to right"
+
     def __init__(self, loaded: LoadedModel[BertConfig, Tokenizer]):
         super().__init__(loaded)
         cls_id, sep_id, mask_id = loaded.tokenizer.cls_id, loaded.tokenizer.sep_id, loaded.tokenizer.mask_id
         if cls_id is None or sep_id is None or mask_id is None:
             raise InputError("a BERT needs a vocabulary with [CLS], [SEP] and [MASK]")
-        self._cls_id, self._sep_id, self._mask_id = cls_id, sep_id, mask_id
+        self._before, self._after, self._mask_id = (cls_id,), (sep_id,), mask_id
+        self._continues_V = np.zeros(loaded.tokenizer.vocab_size, bool) | getattr(
+            loaded.tokenizer, "continuation", False
+        )
 
     def fill(self, text: str, top_k: int = 5) -> list[list[tuple[str, float]]]:
         """For each "[MASK]" in a text the `top_k` most probable tokens, each with its probability.
@@ -125,14 +130,26 @@ class BertPretrained(TransformerPretrained[BertConfig]):
             for found in batching.answers([self.score_query(ids) for ids in window]):
                 yield sum(found), len(found)
 
-    def score_query(self, ids: Sequence[int]) -> Query[Masked, np.ndarray, list[float]]:
+    def score_sentences(self, texts: Collection[str]) -> Iterator[SentenceScore]:
+        """The pseudo-log-likelihood of each text; while a subword is masked, those after it in its word are as well.
+
+        Otherwise the rest of a rare word gives it away (Kauf & Ivanova 2023, "PLL-word-l2r").
+        """
+        self._require_masked_lm()
+        for window in batching.windows(batching.encode(self.tokenizer, texts, self.room)):
+            found = batching.answers([self.score_query(ids, within_words=True) for ids in window])
+            for ids, values in zip(window, found, strict=True):
+                yield SentenceScore(sum(values), len(ids), self._unknown(ids))
+
+    def score_query(self, ids: Sequence[int], within_words: bool = False) -> Query[Masked, np.ndarray, list[float]]:
         """The natural-log probability of each of the ids, without special tokens, where it alone is masked.
 
-        Raises InputError if the model has no masked LM head.
+        within_words: the rest of its word is masked too. Raises InputError if the model has no masked LM head.
         """
         self._require_masked_lm()
         framed = self.frame(ids)
-        examples = [(framed, position + 1) for position in range(len(ids))]
+        masked = self._without_rest if within_words else lambda ids, position: ids
+        examples = [(masked(framed, position), position) for position in range(1, len(ids) + 1)]
         return Query(self.score_program, examples, lambda found: [0.0 - float(each[0]) for each in found])
 
     @cached_property
@@ -148,9 +165,12 @@ class BertPretrained(TransformerPretrained[BertConfig]):
 
         return self._masked_program("score", compute)
 
-    def frame(self, ids: Sequence[int]) -> list[int]:
-        """[CLS] ids [SEP]; none for a blank text."""
-        return [self._cls_id, *ids, self._sep_id] if ids else []
+    def _without_rest(self, framed: Sequence[int], position: int) -> list[int]:
+        """Framed ids, with masks instead of those after a position that continue its word."""
+        end = position + 1
+        while self._continues_V[framed[end]]:
+            end += 1
+        return [*framed[: position + 1], *[self._mask_id] * (end - position - 1), *framed[end:]]
 
     def _masked(self, examples: Sequence[Masked], rows: int, length: int) -> tuple[np.ndarray, ...]:
         """(tokens, segments, positions, targets): rows of examples, each with the token at its position masked."""

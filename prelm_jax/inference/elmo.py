@@ -1,7 +1,7 @@
 """A pretrained ELMo: hidden states and log-probabilities of words."""
 
 import sys
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from typing import Literal, cast
 
 import jax
@@ -11,7 +11,7 @@ from jax import Array
 
 from prelm_jax.errors import InputError
 from prelm_jax.inference import batching
-from prelm_jax.inference.base import Embedding, Embeddings, Pretrained, Sample, Scores
+from prelm_jax.inference.base import Embedding, Embeddings, Pretrained, Sample, Scores, SentenceScore
 from prelm_jax.inference.compiling import compiled
 from prelm_jax.models.cross_entropy import cross_entropy
 from prelm_jax.models.elmo import DIRECTIONS, ELMoConfig
@@ -29,6 +29,8 @@ Layers = tuple[dict[str, Array], Params]  # The outputs of the layers by directi
 
 class ELMoPretrained(Pretrained[ELMoConfig, WordVocabulary | None]):
     """An ELMo with `embed` and `score`. A text is its words, read between <S> and </S>."""
+
+    scoring = "log-probability forward + backward"
 
     def embed(
         self,
@@ -95,12 +97,23 @@ class ELMoPretrained(Pretrained[ELMoConfig, WordVocabulary | None]):
         The sum is the mean of both directions. Texts are split as in training and read from a zero state. <S> and </S>
         are not counted; words outside of the vocabulary count as <UNK>.
         """
+        for scored in self.score_sentences(texts):
+            yield scored.total / 2, scored.tokens
+
+    def score_sentences(self, texts: Collection[str]) -> Iterator[SentenceScore]:
+        """The sum of both directions for each text, and each of them; what is read and counted is that of `score`."""
         if self.missing or self.tokenizer is None:
             raise InputError("a published ELMo has no softmax to predict words with; give the work directory of a run")
         for window in batching.windows(map(Splitter(self.tokenizer.tokenize), texts)):
             yield from self._score(window, self.tokenizer)
 
-    def _score(self, texts: Sequence[list[str]], vocabulary: WordVocabulary) -> Scores:
+    def embed_words(self, sentences: Iterable[Sequence[str]]) -> Iterator[np.ndarray]:
+        """For each sentence, a sequence of words, their hidden states, f32 [L + 1, words, 2 · P], from a zero state."""
+        carry = self.config.build().init_carry(1)
+        for window in batching.windows(map(list, sentences)):
+            yield from (states for _, states in self._embed_each(window, carry))
+
+    def _score(self, texts: Sequence[list[str]], vocabulary: WordVocabulary) -> Iterator[SentenceScore]:
         numbered, words, encodings_UP = self._encode(texts)
         targets_U = np.array([vocabulary.ids.get(word, vocabulary.unknown_id) for word in words], np.int32)
 
@@ -111,15 +124,19 @@ class ELMoPretrained(Pretrained[ELMoConfig, WordVocabulary | None]):
 
         for numbers, nll_T2 in batching.in_order(numbered, compute, sys.maxsize):
             count = len(numbers) - 2
-            total = nll_T2[:count, 0].sum(dtype=np.float64) + nll_T2[2:, 1].sum(dtype=np.float64)
-            yield 0.0 - float(total) / 2, count
+            forward, backward = nll_T2[:count, 0].sum(dtype=np.float64), nll_T2[2:, 1].sum(dtype=np.float64)
+            directions = {"forward": 0.0 - float(forward), "backward": 0.0 - float(backward)}
+            unknown = int((targets_U[numbers[1:-1]] == vocabulary.unknown_id).sum())
+            yield SentenceScore(0.0 - float(forward + backward), count, unknown, directions)
 
     def _encode(self, texts: Sequence[Sequence[str]]) -> tuple[list[list[int]], list[str], np.ndarray]:
         """Texts as numbers of distinct words, <S> and </S> included; these words; their encodings [U, P].
 
-        A word is encoded once, however often it occurs.
+        A word is encoded once, however often it occurs; lower-cased if the model was trained so.
         """
         numbers = {BEGIN_SENTENCE: 0, END_SENTENCE: 1}
+        if self.tokenizer is not None and self.tokenizer.lowercase:
+            texts = [[word.lower() for word in words] for words in texts]
         numbered = [[0, *(numbers.setdefault(word, len(numbers)) for word in words), 1] for words in texts]
         words = list(numbers)
         encodings_UP = np.empty((len(words), self.config.projection_size), np.float32)

@@ -12,7 +12,7 @@ from jax import Array
 
 from prelm_jax.errors import InputError
 from prelm_jax.inference import batching
-from prelm_jax.inference.base import Sample, Scores
+from prelm_jax.inference.base import SENTENCE_END, Sample, Scores, SentenceScore
 from prelm_jax.inference.batching import Program, Query
 from prelm_jax.inference.compiling import compiled
 from prelm_jax.inference.transformer import TransformerPretrained, hidden_states
@@ -30,6 +30,8 @@ Top = tuple[np.ndarray, np.ndarray, np.ndarray]
 class GPTPretrained(TransformerPretrained[GPTConfig]):
     """A GPT with `embed`, `score` and `generate`. A text is its tokens alone."""
 
+    scoring = f"log-probability after {SENTENCE_END!r}"
+
     def score(self, texts: Collection[str]) -> Scores:
         """For each text, in order, the natural-log probability of its tokens but the first, and their number.
 
@@ -38,6 +40,15 @@ class GPTPretrained(TransformerPretrained[GPTConfig]):
         for window in batching.windows(batching.encode(self.tokenizer, texts, self.room)):
             for found in batching.answers([self.score_query(ids) for ids in window]):
                 yield float(found.sum(dtype=np.float64)), len(found)
+
+    def score_sentences(self, texts: Collection[str]) -> Iterator[SentenceScore]:
+        """The log-probability of each text after the end of a sentence, its first token included."""
+        (before,) = self.split([SENTENCE_END])
+        for window in batching.windows(batching.encode(self.tokenizer, texts, self.room - len(before))):
+            found = batching.answers([self.score_query([*before, *ids] if ids else []) for ids in window])
+            for ids, values in zip(window, found, strict=True):
+                total = float(values[max(0, len(values) - len(ids)) :].sum(dtype=np.float64))
+                yield SentenceScore(total, len(ids), self._unknown(ids))
 
     def score_query(self, ids: Sequence[int]) -> Query[Sequence[int], np.ndarray, np.ndarray]:
         """The natural-log probability of each of the ids but the first."""

@@ -1,7 +1,7 @@
 """A fine-tuned model in use: classify, tag, answer and choose, each example the same in any company."""
 
 import collections
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import cast
 
@@ -13,7 +13,7 @@ from prelm_jax.data.examples import Example, Kind
 from prelm_jax.data.frames import WIDTHS, Frame, Row, Text
 from prelm_jax.errors import InputError
 from prelm_jax.formats.base import LoadedTask, ModelConfig
-from prelm_jax.inference.base import Embeddings, Pretrained, Sample, Scores
+from prelm_jax.inference.base import Embeddings, Pretrained, Sample, Scores, SentenceScore
 from prelm_jax.inference.batching import Program, Query
 from prelm_jax.inference.compiling import compiled
 from prelm_jax.inference.decoding import Outputs, Prediction, decode
@@ -54,6 +54,7 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
         if loaded.tokenizer is None:
             raise InputError("the model has no vocabulary (vocab.txt), which says how texts are split into words")
         self.pretrained, self.labels, self._head = pretrained, loaded.labels, loaded.config.head
+        self.scoring = pretrained.scoring
         self._programs: dict[int, Program[Row, Outputs]] = {}
         self._reads_two = isinstance(self._head, heads.Label) and self._head.pair
         self.frame = frame(loaded.tokenizer, loaded.max_length or WIDTHS[-1], self._reads_two)
@@ -72,6 +73,14 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
     def score(self, texts: Collection[str]) -> Scores:
         """The probability of texts, where the directory still has the pretraining heads; see `Pretrained`."""
         return self.pretrained.score(texts)
+
+    def score_sentences(self, texts: Collection[str]) -> Iterator[SentenceScore]:
+        """Sentences to compare, where the directory still has the pretraining heads; see `Pretrained`."""
+        return self.pretrained.score_sentences(texts)
+
+    def embed_words(self, sentences: Iterable[Sequence[str]]) -> Iterator[np.ndarray]:
+        """The hidden states of words in the fine-tuned encoder; see `Pretrained`."""
+        return self.pretrained.embed_words(sentences)
 
     def sample(self, texts: Sequence[str], count: int) -> list[Sample]:
         """What the encoder does with some texts; see `Pretrained`."""

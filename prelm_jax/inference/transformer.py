@@ -1,6 +1,8 @@
 """What the pretrained Transformers have in common: the encoder, and embeddings and vectors of texts from it."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import collections
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TypeVar, cast
 
@@ -27,6 +29,10 @@ Compute = Callable[[Params, Sequence[Example], int, int], Sequence[Result]]
 class TransformerPretrained(Pretrained[Config, Tokenizer]):
     """A pretrained Transformer."""
 
+    # Ids that stand before and after those of a text.
+    _before: Sequence[int] = ()
+    _after: Sequence[int] = ()
+
     def embed(self, texts: Collection[str], truncate: bool = False) -> Embeddings:
         """For each text, in order, its tokens and its hidden states, f32 [L + 1, tokens, D].
 
@@ -37,6 +43,31 @@ class TransformerPretrained(Pretrained[Config, Tokenizer]):
             embedded = batching.answers([self.embed_query(ids) for ids in window])
             for ids, states in zip(window, embedded, strict=True):
                 yield [self.tokenizer.tokens[id] for id in ids], states
+
+    def embed_words(self, sentences: Iterable[Sequence[str]]) -> Iterator[np.ndarray]:
+        """For each sentence, a sequence of words, their hidden states, f32 [L + 1, words, D]; see `Pretrained`."""
+        waiting: collections.deque[tuple[list[int], bool]] = collections.deque()
+
+        def rows() -> Iterator[list[int]]:
+            for words in sentences:
+                parts = self._parts(words)
+                for number, part in enumerate(parts, 1):
+                    waiting.append((list(map(len, part)), number == len(parts)))
+                    ids = [*itertools.chain.from_iterable(part)]
+                    yield self.frame(ids)
+
+        found: list[np.ndarray] = []
+        for window in batching.windows(rows()):
+            for states_LTD in batching.answers([self.embed_query(ids) for ids in window]):
+                lengths, is_last = waiting.popleft()
+                states_TLD = states_LTD.swapaxes(0, 1)[len(self._before) :]
+                if lengths:
+                    sums_WLD = np.add.reduceat(states_TLD[: sum(lengths)], np.cumsum([0, *lengths[:-1]]))
+                    found.append(sums_WLD / np.array(lengths, np.float32)[:, None, None])
+                if is_last:
+                    none = states_TLD[:0]
+                    yield np.concatenate([none, *found]).swapaxes(0, 1)
+                    found = []
 
     def vectors(
         self,
@@ -76,7 +107,7 @@ class TransformerPretrained(Pretrained[Config, Tokenizer]):
         if prefix and not settings.include_prompt:
             (ids,) = self.tokenizer.encode_batch([prefix])
             framed = self.frame(ids)
-            skipped = len(framed) - (framed[-1:] == [self.tokenizer.sep_id])
+            skipped = len(framed) - len(self._after)
         return PreparedTexts(texts, prefix, settings.lowercase), skipped
 
     @property
@@ -89,20 +120,37 @@ class TransformerPretrained(Pretrained[Config, Tokenizer]):
     def vector_room(self) -> int:
         """The tokens of the longest text that becomes a vector, without special ones."""
         longest = self.loaded.vectors.max_length
-        return self.room if longest is None else min(self.room, longest - len(self.frame([0])) + 1)
+        return self.room if longest is None else min(self.room, longest - len(self._before) - len(self._after))
 
     @property
     def room(self) -> int:
         """The tokens of the longest text that the model can read, without special ones."""
-        return self.config.max_position_embeddings - len(self.frame([0])) + 1
+        return self.config.max_position_embeddings - len(self._before) - len(self._after)
 
     def frame(self, ids: Sequence[int]) -> list[int]:
         """The ids of a text with the special tokens around it; none for a blank text."""
-        return list(ids)
+        return [*self._before, *ids, *self._after] if ids else []
 
     def split(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, without special tokens."""
         return self.tokenizer.encode_batch(list(texts))
+
+    def _parts(self, words: Sequence[str]) -> list[list[list[int]]]:
+        """The words of a sentence as ids, at least one each, in as many parts as the positions of the model ask for."""
+        parts: list[list[list[int]]] = [[]]
+        used = 0
+        for ids in self.tokenizer.encode_batch(list(words)):
+            ids = ids[: self.room] or [cast(int, self.tokenizer.unknown_id)]
+            if used + len(ids) > self.room:
+                parts.append([])
+                used = 0
+            parts[-1].append(ids)
+            used += len(ids)
+        return parts
+
+    def _unknown(self, ids: Sequence[int]) -> int:
+        """The number of ids that stand for what the vocabulary cannot spell."""
+        return sum(id == self.tokenizer.unknown_id for id in ids)
 
     def embed_query(self, ids: Sequence[int]) -> Query[Sequence[int], np.ndarray, np.ndarray]:
         """The hidden states [L + 1, tokens, D] of framed ids."""

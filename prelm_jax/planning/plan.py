@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from prelm_jax.corpus.store import Store
-from prelm_jax.data.tasks import TaskBatches, TaskEvaluation
+from prelm_jax.data.tasks import TaskBatches
 from prelm_jax.errors import InputError
 from prelm_jax.finetuning.config import FineTuning
 from prelm_jax.finetuning.finetune import prepare
@@ -197,11 +197,10 @@ def task_work(run: FineTuning) -> tuple[FineTuning, MakeWork]:
     model = task.config.build(jnp.dtype(run.precision))
 
     def make(batch_size: int) -> Work:
-        by_length = TaskEvaluation(task.frame, task.train_rows, batch_size)
         batches = TaskBatches(task.frame, task.train_rows, batch_size, run.seed)
-        widths = [batches.width(step) for step in range(len(by_length))]
-        last = len(by_length) - 1
-        return Work(model, by_length[last], by_length.layout, min(1.0, float(np.mean(widths)) / by_length.width(last)))
+        largest = batches.largest()
+        widths = [batches.width(step) for step in range(-(-len(task.train_rows) // batch_size))]
+        return Work(model, largest, batches.layout, float(np.mean(widths)) / largest["segments"].shape[-1])
 
     return task.run, make
 

@@ -14,9 +14,9 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from prelm_jax.report.summary import QUANTILES, words
 from prelm_jax.run import flatten
 from prelm_jax.storage import reachable, write_file
 from prelm_jax.workdir import WorkDir, add_baselines
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # What curves are drawn against; a radio button of the page chooses.
 AXES = ("steps", "tokens", "minutes")
@@ -66,6 +69,12 @@ nav a, nav span { display: inline-block; margin-right: 1rem; } a { color: inheri
 .key { width: 30px; height: 8px; flex: none; }
 .sample { margin: 1rem 0; } .sample table { margin: .2rem 0 0; } .sample i { opacity: .7; }
 .tokens, .minutes { display: none; }
+.box { border: 1px solid var(--line); border-radius: .5rem; padding: 0 1rem; font-size: .9rem; }
+small { display: block; opacity: .75; white-space: nowrap; } a.data { font-size: .8rem; } summary { margin: .5rem 0; }
+@media print {
+  body { margin: 0; max-width: none; font-size: 9pt; } nav, a.data { display: none; }
+  figure, tr { break-inside: avoid; } table { display: table; } .grid { grid-template-columns: 1fr 1fr; }
+}
 """
 # The address of the page holds the axis, page.html#tokens, so that it stays when the page is reloaded.
 OTHERS = ":has(" + ", ".join(f"#{axis}:target" for axis in AXES[1:]) + ")"
@@ -134,29 +143,34 @@ def main(workdir: str, page: str, state: Literal["running", "finished"]) -> None
     write_file(reachable(page), text.encode())
 
 
-def render(runs: Sequence[Curves], sections: Sequence[str] = (), running: bool = False) -> str:
-    """The page of one or more runs, as HTML; `sections` are HTML too, and stand before the curves.
+def render(runs: Sequence[Curves], sections: Sequence[str] = (), running: bool = False, title: str = "") -> str:
+    """The page of some runs, as HTML; `sections` are HTML too, and stand before the curves.
 
     running: the browser reloads the page every 30 seconds.
+    title: of a page with sections; if empty, it is about the runs.
     """
-    if not runs:
-        raise InputError("a report needs a run: give the path of a work directory")
+    if not runs and not sections:
+        raise InputError("a report needs a run or a study: give the path of a directory")
     held_out = dict.fromkeys(name for run in runs for name in run.series if name.startswith(HELD_OUT))
     labels = _labels(runs)
     axes = "".join(f'<a id="{axis}" href="#{axis}">{axis}</a>' for axis in AXES)
     legend = "".join(f"<span>{_key(i)} {escape(label)}</span>" for i, label in enumerate(labels) if len(runs) > 1)
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    title = title or (runs[0].name if len(runs) == 1 else f"{len(runs)} runs")
+    curves = [
+        f"<main><nav>{axes} {legend}</nav>",
+        _section("Held-out text", [(name, words(name.removeprefix(HELD_OUT))) for name in held_out], runs, labels),
+        _section("Training", list(TRAINING.items()), runs, labels),
+        f"</main>{_samples(runs, labels)}{_differences(runs, labels)}{_statistics(runs, labels)}",
+    ]
     parts = [
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         *([REFRESH] if running else []),
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
-        f"<h1>{escape(title)}</h1>{_summary(runs, labels)}",
+        f"<h1>{escape(title)}</h1>{_summary(runs, labels) if runs else ''}",
         *sections,
-        f"<main><nav>{axes} {legend}</nav>",
-        _section("Held-out text", [(name, words(name.removeprefix(HELD_OUT))) for name in held_out], runs, labels),
-        _section("Training", list(TRAINING.items()), runs, labels),
-        f"</main>{_samples(runs, labels)}{_differences(runs, labels)}{_statistics(runs, labels)}</body></html>\n",
+        *(curves if runs else []),
+        "</body></html>\n",
     ]
     return "\n".join(parts)
 
@@ -259,16 +273,9 @@ def _section(title: str, series: Sequence[tuple[str, str]], runs: Sequence[Curve
 
 def _picture(name: str, axis: str, runs: Sequence[Curves], labels: Sequence[str]) -> str:
     """SVG of one series of all runs against an axis, with the trivial baselines as dashed lines."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    style = {"svg.hashsalt": "prelm", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
-    with rc_context(style | dict.fromkeys(("text.color", "axes.edgecolor", "xtick.color", "ytick.color"), INK)):
-        figure = Figure(figsize=(4.4, 2.7))
-        figure.subplots_adjust(left=0.15, right=0.97, bottom=0.17, top=0.97)
-        axes = figure.subplots()
+    def draw(axes: "Axes") -> None:
         count = max(40, min(POINTS, POINTS_OF_PICTURE // len(runs)))
         for i, run in enumerate(runs):
             if name in run.series:
@@ -280,7 +287,7 @@ def _picture(name: str, axis: str, runs: Sequence[Curves], labels: Sequence[str]
                 (line,) = axes.plot(
                     x, values, color=color, linestyle=dashes, marker=marker, markersize=3, linewidth=1.4
                 )
-                line.set_gid(f"run-{i}")
+                line.set_gid(f"line-{i}")
                 if len(x) < len(run.series[name]) and len(runs) <= BANDS:
                     axes.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0.8)
         for label, values in _baselines(name, runs).items():
@@ -294,20 +301,41 @@ def _picture(name: str, axis: str, runs: Sequence[Curves], labels: Sequence[str]
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlim(left=0)
+        axes.set_xlabel(axis, color=INK)
+
+    return picture(draw, labels)
+
+
+def picture(draw: "Callable[[Axes], None]", titles: Sequence[str] = (), size: tuple[float, float] = (4.4, 2.7)) -> str:
+    """SVG of what `draw` draws, in the style of the page; the same drawing gives the same bytes.
+
+    Text is INK, which becomes the text color of the page. An artist whose gid is line-N gets titles[N], which a browser
+    shows as its name.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    thousands = EngFormatter(sep="")
+    style = {"svg.hashsalt": "prelm", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
+    with rc_context(style | dict.fromkeys(("text.color", "axes.edgecolor", "xtick.color", "ytick.color"), INK)):
+        figure = Figure(figsize=size)
+        figure.subplots_adjust(left=0.66 / size[0], right=0.97, bottom=0.459 / size[1], top=0.97)
+        axes = figure.subplots()
         axes.grid(color=INK, alpha=0.15, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        thousands = EngFormatter(sep="")
         axes.xaxis.set_major_formatter(lambda x, _: thousands(x) if x >= 1000 else f"{x:g}")
-        axes.set_xlabel(axis, color=INK)
+        draw(axes)
         output = io.StringIO()
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
         FigureCanvasSVG(figure).print_svg(output, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = output.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    # A tenth of a point is enough for a line; and the browser says which run it is.
+    # A tenth of a point is enough for a line; and the browser says which one it is.
     svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"\d+\.\d+", lambda x: f"{float(x[0]):.1f}", path[0]), svg)
-    svg = re.sub(r'<g id="run-(\d+)">', lambda group: f"<g><title>{escape(labels[int(group[1])])}</title>", svg)
+    svg = re.sub(r'<g id="line-(\d+)">', lambda group: f"<g><title>{escape(titles[int(group[1])])}</title>", svg)
     # Names of groups would occur in every picture of the page; only those of clip paths and markers are referred to.
     return re.sub(r' id="[a-z]+[\w.]*_\d+"', "", svg)
 

@@ -122,7 +122,8 @@ class BPE(CachedEncoder):
         return _pipeline(tokens, self.merges)
 
     def _settings(self) -> dict[str, object]:
-        return {"tokenizer_class": "OpenAIGPTTokenizer"}
+        # Readers that pad, such as BabyLM's pipeline, fail without a token to do it with; a frame has one of its own.
+        return {"tokenizer_class": "OpenAIGPTTokenizer", "pad_token": UNKNOWN}
 
     def _vocabulary_files(self) -> dict[str, str | bytes]:
         return {

@@ -23,8 +23,8 @@ def build(config: TokenizerConfig, corpus: Corpus) -> Tokenizer:
     path = Path(config.path).expanduser()
     if isinstance(config, WordVocabularyConfig):
         read = WordVocabulary.from_directory if path.is_dir() else WordVocabulary.from_vocab
-        words = read(path, config.tokenize)
-        check_order(words.tokens, count(corpus, words.tokenize), path)
+        words = read(path, config.tokenize, config.lowercase)
+        check_order(words.tokens, count(corpus, words.tokenize, words.lowercase), path)
         return words
     if isinstance(config, WordPieceConfig):
         return load_subwords(path, config.lowercase, config.strip_accents)

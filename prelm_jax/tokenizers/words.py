@@ -5,9 +5,9 @@ not, because the model reads characters (`prelm_jax.tokenizers.characters`), so 
 every word.
 
 Divergence: the original was trained on tokenized text ("do n't"). Such text is read unchanged with `tokenize=False`,
-which splits at white space only. With `tokenize=True` words are found as for BERT and GPT-1 here, but keep case and
-accents: punctuation marks and CJK ideographs are words of their own ("don't" is three), control characters are dropped,
-but for the joiners that spell words (U+200C and U+200D). The `tokenizers` library does the work.
+which splits at white space only. With `tokenize=True` words are found as for BERT and GPT-1 here, but keep accents and,
+without `lowercase`, case: punctuation marks and CJK ideographs are words of their own ("don't" is three), and control
+characters are dropped, but for the joiners that spell words (U+200C and U+200D). The `tokenizers` library does it.
 """
 
 import codecs
@@ -45,7 +45,7 @@ CACHED_CHUNKS = 1 << 20
 class WordVocabulary(Tokenizer):
     """A vocabulary of words. `tokens` lists it by id and begins with <S>, </S> and <UNK>, in any order.
 
-    With `tokenize`, text is split at punctuation and not only at white space.
+    With `tokenize`, text is split at punctuation and not only at white space; with `lowercase` it is lower-cased first.
 
     Unlike the special tokens of other tokenizers, <S> and </S> are read as such where a text has them between white
     space, as in the original; `tokenize` takes them apart.
@@ -53,18 +53,18 @@ class WordVocabulary(Tokenizer):
     Raises InputError for a vocabulary with repeated words, or that begins with other words.
     """
 
-    lowercase: bool = False
     open_vocabulary: bool = True
 
-    def __init__(self, tokens: Iterable[str], tokenize: bool = False):
+    def __init__(self, tokens: Iterable[str], tokenize: bool = False, lowercase: bool = False):
         tokens = list(tokens)
         if set(tokens[:3]) != set(SPECIAL_TOKENS):
             raise InputError(f"the vocabulary begins with {' '.join(tokens[:3])}, not with {' '.join(SPECIAL_TOKENS)}")
         super().__init__(tokens, ROLES)
-        self.tokenize = tokenize
+        self.tokenize, self.lowercase = tokenize, lowercase
         # Earlier versions dropped the joiners inside of words when they tokenized.
-        self.fingerprint = digest(["words", tokens, "with joiners" if tokenize else False])
-        self._split = Splitter(tokenize)
+        reading = ["with joiners" if tokenize else False, *(["lowercase"] if lowercase else [])]
+        self.fingerprint = digest(["words", tokens, *reading])
+        self._split = Splitter(tokenize, lowercase)
 
     @staticmethod
     def at(path: Path) -> bool:
@@ -75,19 +75,22 @@ class WordVocabulary(Tokenizer):
         return {line.strip() for line in lines} == {token.encode() for token in SPECIAL_TOKENS}
 
     @classmethod
-    def from_vocab(cls, path: str | os.PathLike, tokenize: bool = False) -> "WordVocabulary":
+    def from_vocab(cls, path: str | os.PathLike, tokenize: bool = False, lowercase: bool = False) -> "WordVocabulary":
         """Reads a `vocab.txt`: UTF-8, a word per line, the line number (from 0) its id."""
         words = [word.strip() for word in read_vocab(path)]
         with prefix_errors(path):
-            return cls(words, tokenize)
+            return cls(words, tokenize, lowercase)
 
     @classmethod
-    def from_directory(cls, directory: str | os.PathLike, tokenize: bool = False) -> "WordVocabulary":
-        """Reads a directory with vocab.txt. `tokenize` applies to a directory without the setting."""
-        settings = Path(directory) / SETTINGS
-        if settings.exists():
-            tokenize = bool(read_json(settings).get("tokenize", tokenize))
-        return cls.from_vocab(Path(directory) / "vocab.txt", tokenize)
+    def from_directory(
+        cls, directory: str | os.PathLike, tokenize: bool = False, lowercase: bool = False
+    ) -> "WordVocabulary":
+        """Reads a directory with vocab.txt. `tokenize` and `lowercase` apply to a directory without settings."""
+        path = Path(directory) / SETTINGS
+        if path.exists():
+            settings = read_json(path)
+            tokenize, lowercase = bool(settings.get("tokenize", tokenize)), bool(settings.get("lowercase", False))
+        return cls.from_vocab(Path(directory) / "vocab.txt", tokenize, lowercase)
 
     def split_batch(self, texts: list[str]) -> list[list[str]]:
         """The words of each text."""
@@ -115,7 +118,8 @@ class WordVocabulary(Tokenizer):
 
         `model_max_length` is ignored: ELMo reads texts of any length.
         """
-        settings = json.dumps({"tokenize": self.tokenize}, indent=2) + "\n"
+        reading = {"tokenize": self.tokenize, **({"lowercase": True} if self.lowercase else {})}
+        settings = json.dumps(reading, indent=2) + "\n"
         write_files(directory, {"vocab.txt": "".join(f"{token}\n" for token in self.tokens), SETTINGS: settings})
 
 
@@ -125,10 +129,10 @@ def _flat(encoded: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Splitter:
-    """Texts to words: split at white space, and with `tokenize` as for BERT, case and accents kept."""
+    """Texts to words: split at white space, with `tokenize` as for BERT; accents are kept, case unless `lowercase`."""
 
-    def __init__(self, tokenize: bool):
-        self._tokenize = tokenize
+    def __init__(self, tokenize: bool, lowercase: bool = False):
+        self._tokenize, self._lowercase = tokenize, lowercase
         clean = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
         self._normalizer = normalizers.Sequence(keeping_joiners(clean))
         self._pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -136,6 +140,8 @@ class Splitter:
 
     def __call__(self, text: str) -> list[str]:
         chunks = text.split()
+        if self._lowercase:
+            chunks = [chunk if chunk in SPECIAL_TOKENS else chunk.lower() for chunk in chunks]
         if not self._tokenize:
             return chunks
         if len(self._known) > CACHED_CHUNKS:
@@ -160,6 +166,7 @@ class WordVocabularyConfig:
     # vocabulary or a lone vocab.txt: a directory has its own setting.
     tokenize: bool = True
     path: str | None = None  # Load this directory or vocab.txt instead of training.
+    lowercase: bool = False  # Lower-case text, as BERT and GPT-1 do here; the original ELMo keeps case.
 
     @property
     def expected_vocab_size(self) -> int:
@@ -167,10 +174,11 @@ class WordVocabularyConfig:
 
     def build(self, corpus: Corpus) -> WordVocabulary:
         """A tokenizer trained on the training side of a corpus, or the cached result."""
-        return WordVocabulary(train_once(self, VERSION, corpus, lambda: self._train(corpus)), self.tokenize)
+        words = train_once(self, VERSION, corpus, lambda: self._train(corpus))
+        return WordVocabulary(words, self.tokenize, self.lowercase)
 
     def _train(self, corpus: Corpus) -> list[str]:
-        counts = count(corpus, self.tokenize)
+        counts = count(corpus, self.tokenize, self.lowercase)
         words = [word for word, n in counts.items() if n >= self.min_count and word not in SPECIAL_TOKENS]
         if not words:
             raise InputError(
@@ -181,16 +189,16 @@ class WordVocabularyConfig:
         return [*SPECIAL_TOKENS, *words[: self.vocab_size - len(SPECIAL_TOKENS)]]
 
 
-def count(corpus: Corpus, tokenize: bool) -> Counter[str]:
+def count(corpus: Corpus, tokenize: bool, lowercase: bool = False) -> Counter[str]:
     """The number of occurrences of each word in the training side of a corpus. Memory holds every distinct word.
 
     Words of more than 100 characters, of which the model reads half, are left out.
     """
     chunks: Counter[str] = Counter()
-    split = Splitter(tokenize)
+    split = Splitter(tokenize, lowercase)
     for text in training_texts(corpus, "counting words", split):
         chunks.update(text.split())
-    if not tokenize:
+    if not (tokenize or lowercase):
         return chunks
     counts: Counter[str] = Counter()
     for chunk, n in chunks.items():

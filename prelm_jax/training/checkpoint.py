@@ -266,7 +266,10 @@ class Checkpoints:
         return self._record(step).evaluation_loss is not None
 
     def tokens_seen(self, step: int) -> int:
-        """The number of tokens trained on up to a full checkpoint; 0 if the step has none."""
+        """The number of tokens trained on up to a checkpoint; 0 if the step has none."""
+        if step not in self._records and step in self._kept.steps:
+            with contextlib.suppress(Exception):  # Restoring the checkpoint tells what is wrong.
+                return Record(**self._kept.metadata(step)["record"]).tokens_seen
         return self._record(step).tokens_seen
 
     def _record(self, step: int) -> Record:

@@ -12,6 +12,7 @@ from prelm_jax.data.examples import Answers, Example
 from prelm_jax.data.frames import QUESTION_LENGTH, WIDTHS, BertFrame, ELMoFrame, Frame, GPTFrame
 from prelm_jax.errors import InputError
 from prelm_jax.tokenizers.characters import spelled
+from prelm_jax.tokenizers.words import WordVocabulary
 
 FRAMES = {"bert": BertFrame, "openai-gpt": GPTFrame, "elmo": ELMoFrame}
 
@@ -56,6 +57,14 @@ def test_texts(family, symmetric, parts, expected, positions):
     assert [read(frame, text) for text in row.texts] == expected
     assert [text.read.tolist() for text in row.texts] == [[position] for position in positions]
     assert num_cut == 0
+
+
+def test_a_lower_cased_elmo_reads_lower_case():
+    """Texts as well as words that are given as such."""
+    frame = ELMoFrame(WordVocabulary(tiny.tokenizer("elmo").tokens, lowercase=True), 32)
+    (text,), words = frame.encode(["The CAT"]), np.concatenate(frame.encode_words(["The", "CAT"]))
+    np.testing.assert_array_equal(text, words)
+    assert list(frame.numbers)[2:] == ["the", "cat"]
 
 
 def test_token_types_begin_with_the_second_text():

@@ -1,12 +1,14 @@
 """Batches of a task: each epoch a permutation, one stream, pure; evaluation once for each row."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import tiny
 
 from prelm_jax.data.examples import Example
 from prelm_jax.data.frames import BertFrame, ELMoFrame
-from prelm_jax.data.tasks import TaskBatches, TaskEvaluation, balanced, weighted
+from prelm_jax.data.tasks import WIDTHS, TaskBatches, TaskEvaluation, balanced, best_widths, weighted
 
 
 def make(kind=BertFrame, number=7):
@@ -41,7 +43,7 @@ def test_a_part_of_a_batch_is_that_of_the_whole(kind):
             np.testing.assert_array_equal(joined, x)
         assert whole["labels"].tolist() == batches.numbers(step).tolist()
         longest = max(rows[number].length for number in batches.numbers(step))
-        assert whole["segments"].shape == (4, 1, 32 if longest <= 32 else 64)
+        assert whole["segments"].shape == (4, 1, next(width for width in (32, 48, 64) if width >= longest))
 
 
 @pytest.mark.parametrize("kind", [BertFrame, ELMoFrame])
@@ -85,3 +87,20 @@ def test_balanced_labels_weigh_the_same_together():
     np.testing.assert_allclose(balanced(rows, 4), [10 / 24, 10 / 8, 10 / 8, 1], rtol=1e-6)
     batch = TaskEvaluation(frame, weighted(rows, balanced(rows, 4)), len(rows))[0]
     np.testing.assert_allclose(batch["label_weights"].sum(), 3 * 10 / 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("longest", "batch_size"), [(512, 8), (512, 1), (100, 8), (20, 4)])
+def test_the_widths_pad_the_least(longest, batch_size):
+    """Less than any other six widths that begin with multiples of 16, in batches drawn at random."""
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(rng.geometric(1 / 40, 5000) + 2, longest)
+    widths = best_widths(lengths.tolist(), batch_size, longest)
+    assert len(widths) <= 6 and widths[-1] == longest and sorted(set(widths)) == list(widths)
+    batch_longest = rng.choice(lengths, (20_000, batch_size)).max(1)
+
+    def mean(widths):
+        return np.array(widths)[np.searchsorted(widths, batch_longest)].mean()
+
+    known = [width for width in WIDTHS if width < longest]
+    others = [(*each, longest) for number in range(min(6, 1 + len(known))) for each in combinations(known, number)]
+    assert mean(widths) <= min(map(mean, others)) * 1.002

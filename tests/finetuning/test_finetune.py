@@ -82,14 +82,14 @@ def trained(world, compiled):
             main(arguments(world, world / "whole", "--seeds", seeds))
         marks.append(len(compiled))
     found = [programs(compiled[a:b]) for a, b in itertools.pairwise(marks)]
-    assert found[0] == (2, 2) and max(found[2]) <= 2, "train and evaluation steps of 32 and of 64 tokens"
+    assert found[0] == (2, 2) and max(found[2]) <= 2, "train and evaluation steps of 32 and of 48 tokens"
     assert found[1] == found[3] == (0, 0)
     return world / "whole"
 
 
 def test_results_and_predictions(world, trained):
     results = read_results(trained)
-    assert [(each.seed, each.step, each.evaluations) for each in results.seeds] == [(0, 13, 3), (1, 13, 3)]
+    assert [(each.seed, each.step, each.evaluations) for each in results.seeds] == [(0, 13, 2), (1, 13, 2)]
     assert results.labels == ("no", "yes") and results.metric == "accuracy" and results.task == "classify"
     assert (results.train_examples, results.dev_examples) == (26, 9)
     for each in results.seeds:
@@ -100,7 +100,7 @@ def test_results_and_predictions(world, trained):
         assert all(max(x.probabilities, key=x.probabilities.get) == x.prediction for x in predictions)
     lines = tiny.metrics(trained / "seed-0")
     evaluations = [line for line in lines if "evaluation/accuracy" in line]
-    assert [line["step"] for line in evaluations] == [6, 12, 13]
+    assert [line["step"] for line in evaluations] == [7, 13]
     assert evaluations[-1]["evaluation/accuracy"] == results.seeds[0].scores["accuracy"].value
     assert '"baseline/accuracy/' in (trained / "seed-0" / "metrics.jsonl").read_text()
     first = [next(line["train/loss"] for line in tiny.metrics(trained / f"seed-{seed}")) for seed in range(2)]
@@ -242,7 +242,7 @@ def test_epochs_become_steps(world):
         16,
         16,
         3,
-        6,
+        7,
     )
     assert make(world, epochs=2.5).scheduled(26).loop.steps == 2
     for option in ("warmup_steps", "decay_steps"):
@@ -365,12 +365,12 @@ def test_every_kind_trains(folder, family, kind, tmp_path, compiled):
     """
     marks = [len(compiled)]
     run = task_of(folder, family, kind, epochs=2, loop=LoopConfig(steps=99, mesh=MeshConfig(devices=1)))
-    with tiny.interruption(3, lambda: marks.append(len(compiled))):
+    task = finetune.prepare(run)
+    with tiny.interruption(task.run.loop.evaluate_every, lambda: marks.append(len(compiled))):
         _, results = finetune.finetune(run, tmp_path / "run", seeds=1)
     (seed,) = results.seeds
     assert seed.step > 3 and all(np.isfinite(score.value) for score in seed.scores.values())
     assert programs(compiled[marks[0] : marks[1]]) == (1, 1) and programs(compiled[marks[1] :]) == (0, 0)
-    task = finetune.prepare(run)
     found, _ = load(tmp_path / "run" / "seed-0").predict(task.dev_examples)
     predictions = read_predictions(tmp_path / "run" / "seed-0" / "predictions.jsonl")
     for each, other in zip(found, predictions, strict=True):
@@ -421,6 +421,6 @@ def test_memory_is_checked_with_the_largest_batch(world, tmp_path, monkeypatch):
     monkeypatch.setattr("prelm_jax.train.step_memory", step_memory)
     task = finetune.prepare(make(world, batch_size=2))
     widths = [finetune.TaskBatches(task.frame, task.train_rows, 2, 0).width(step) for step in range(13)]
-    assert widths[0] == 32 and max(widths) == 64
-    with pytest.raises(Seen, match=r"\(2, 1, 64\)"):
+    assert widths[0] == 32 and max(widths) == 48
+    with pytest.raises(Seen, match=r"\(2, 1, 48\)"):
         finetune.finetune(make(world, batch_size=2), tmp_path / "run", seeds=1)

@@ -223,3 +223,22 @@ def test_tensors_equal_those_of_transformers(gpt_reference, exported, tmp_path):
     assert set(ours) == set(theirs)
     for name, value in theirs.items():
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
+
+
+def test_an_export_is_padded_and_scored_as_by_babylm(model, exported):
+    """Its pipeline reads offsets, pads with the tokenizer's token, and scores the tokens after the first."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported).eval()
+    assert tokenizer.pad_token_id == theirs.config.pad_token_id == 0 and tokenizer.is_fast
+    texts = ["the cat sat on the mat.", "on the mat"]
+    encoded = [tokenizer(text, return_offsets_mapping=True) for text in texts]
+    assert [each["offset_mapping"][-1][1] for each in encoded] == list(map(len, texts))
+    rows = [torch.tensor(each["input_ids"]) for each in encoded]
+    padded, mask = (
+        torch.nn.utils.rnn.pad_sequence(each, batch_first=True, padding_value=tokenizer.pad_token_id)
+        for each in (rows, [torch.ones_like(row) for row in rows])
+    )
+    logits = theirs(input_ids=padded, attention_mask=mask).logits.detach().log_softmax(-1)
+    for (total, _), row, text in zip(GPTPretrained(model).score(texts), rows, logits, strict=True):
+        expected = sum(text[i, id].item() for i, id in enumerate(row[1:]))
+        assert abs(total - expected) < 1e-4

@@ -128,6 +128,67 @@ def test_score_equals_transformers(model, bert_reference, tokenizer):
         assert abs(total - expected) < TOLERANCE * max(1, count)
 
 
+def test_score_sentences_masks_the_rest_of_a_word(model, bert_reference, tokenizer):
+    texts = [*TEXTS, "unables sating, unable"]  # un ##able ##s
+    expected, differ = [], 0
+    for text in texts:
+        encoded = tokenizer(text)
+        ids, words = encoded["input_ids"], encoded.word_ids()
+        expected.append(0.0)
+        for position in range(1, len(ids) - 1):
+            rest = [i for i in range(position, len(ids)) if words[i] == words[position]]
+            masked = [tokenizer.mask_token_id if i in rest else id for i, id in enumerate(ids)]
+            row = torch.tensor(logits(bert_reference, masked, position), dtype=torch.float64)
+            expected[-1] += row.log_softmax(-1)[ids[position]].item()
+            differ += len(rest) > 1
+    assert differ == 7
+    found = list(model.score_sentences(texts))
+    for score, total in zip(found, expected, strict=True):
+        assert abs(score.total - total) < TOLERANCE * max(1, score.tokens)
+    assert [score.tokens for score in found] == [len(tokenizer(text)["input_ids"]) - 2 for text in texts]
+    assert [score.unknown for score in model.score_sentences(["the Ω cat", "ω β", "cat"])] == [1, 2, 0]
+
+
+def test_score_sentences_gives_the_same_bits_in_any_company(model, monkeypatch):
+    alone = [next(model.score_sentences([text])) for text in TEXTS]
+    assert list(model.score_sentences(TEXTS * 30)) == alone * 30
+    assert list(model.score_sentences(["a cat"] * 7 + TEXTS))[7:] == alone
+
+
+def mean_of_pieces(states_LTD, words, pieces_of, first):
+    """[L, words, D]."""
+    parts, begin = [], first
+    for word in words:
+        end = begin + len(pieces_of(word))
+        parts.append(states_LTD[:, begin:end].mean(1))
+        begin = end
+    return np.stack(parts, 1)
+
+
+def test_embed_words_equals_transformers(model, bert_reference, tokenizer):
+    sentences = [["The", "unables", "cat-mat", "sat"], [], ["​", "a"], ["cat"]]
+    found = list(model.embed_words(sentences))
+    assert [states.shape for states in found] == [(3, len(words), 32) for words in sentences]
+    for words, ours in ((sentences[0], found[0]), (sentences[3], found[3])):
+        ids = torch.tensor([tokenizer(" ".join(words))["input_ids"]])
+        theirs = np.concatenate(
+            [x.detach().numpy() for x in bert_reference.bert(ids, output_hidden_states=True).hidden_states]
+        )
+        expected = mean_of_pieces(theirs, words, tokenizer.tokenize, 1)
+        np.testing.assert_allclose(ours, expected, atol=TOLERANCE, rtol=0)
+    (unknown,) = model.embed_words([["Ω", "a"]])  # A word without any piece is read as an unknown one.
+    np.testing.assert_allclose(found[2], unknown, atol=1e-6, rtol=0)
+
+
+def test_embed_words_reads_a_long_sentence_in_parts(model):
+    words = ["the", "unable"] * 9  # 27 pieces, room for 22.
+    (whole,) = model.embed_words([words])
+    first, second = model.embed_words([words[:15], words[15:]])  # 22 pieces.
+    np.testing.assert_allclose(whole, np.concatenate([first, second], 1), atol=1e-6, rtol=0)
+    ((long,), (cut,)) = ([*model.embed_words([["a" * n]])] for n in (30, 22))
+    np.testing.assert_allclose(long, cut, atol=1e-6, rtol=0)
+
+
 def test_without_a_masked_lm_head_only_embed_works(copy, model):
     change(copy, lambda name: None if name.startswith("cls.") else name)
     loaded = load(copy)

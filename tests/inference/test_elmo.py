@@ -1,6 +1,7 @@
 """A pretrained ELMo: embed and score against bilm-tf's computation in plain NumPy and against published results."""
 
 import copy
+import dataclasses
 import json
 
 import h5py
@@ -16,6 +17,7 @@ from prelm_jax.formats import bilm
 from prelm_jax.inference import elmo
 from prelm_jax.inference.base import write_embeddings
 from prelm_jax.inference.elmo import ELMoPretrained
+from prelm_jax.tokenizers.words import WordVocabulary
 
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}
 TEXTS = [
@@ -299,6 +301,36 @@ def test_score_equals_the_reference(elmo_with_softmax, reference):
                 logits = hidden @ table.T + bias
                 expected += (logits[ids.get(word, 2)] - np.log(np.exp(logits).sum())) / 2
         assert abs(total - expected) < 1e-5 * max(1, count)
+
+
+def test_a_lower_cased_model_reads_lower_case(elmo_with_softmax):
+    tokenizer = WordVocabulary(elmo_with_softmax.tokenizer.tokens, lowercase=True)
+    model = ELMoPretrained(dataclasses.replace(elmo_with_softmax, tokenizer=tokenizer))
+    cased = ELMoPretrained(elmo_with_softmax)
+    assert [*model.score(["The CAT"])] == [*model.score(["the cat"])] == [*cased.score(["the cat"])]
+    assert [*cased.score(["The CAT"])] != [*cased.score(["the cat"])]
+    (words, upper), (_, lower) = model.embed(["The CAT", "the cat"])
+    assert words == ["the", "cat"]
+    np.testing.assert_array_equal(upper, lower)
+
+
+def test_score_sentences_adds_both_directions(elmo_with_softmax):
+    model = ELMoPretrained(elmo_with_softmax)
+    texts = ["the cat", "", "the dog, on a mat"]
+    for score, (mean, count) in zip(model.score_sentences(texts), model.score(texts), strict=True):
+        assert score.total == 2 * mean and score.tokens == count
+        assert sum(score.directions.values()) == pytest.approx(score.total, abs=1e-12)
+    assert [score.unknown for score in model.score_sentences(texts)] == [0, 0, 2]
+    alone = [next(model.score_sentences([text])) for text in texts]
+    assert list(model.score_sentences(["on on"] * 5 + texts * 30))[5:] == alone * 30
+
+
+def test_embed_words_takes_words_as_they_are(model):
+    sentences = [["don't", "sit", "."], [], ["cat"]]
+    found = list(model.embed_words(sentences))
+    assert [states.shape for states in found] == [(3, 3, 16), (3, 0, 16), (3, 1, 16)]
+    ((_, expected), *_) = model.embed(["don't sit ."])
+    np.testing.assert_array_equal(found[0], expected)
 
 
 def test_a_published_model_cannot_score(model):

@@ -64,6 +64,35 @@ def test_score_equals_transformers(model, gpt_reference, gpt_ids_of):
         assert abs(total - expected) < TOLERANCE * count
 
 
+def test_score_sentences_begins_after_a_sentence_end(model, gpt_reference, gpt_ids_of):
+    found = list(model.score_sentences(TEXTS))
+    for text, score in zip(TEXTS, found, strict=True):
+        before, ids = gpt_ids_of("."), gpt_ids_of(text)
+        logits = gpt_reference(input_ids=torch.tensor([[*before, *ids]])).logits[0].detach().double()
+        expected = sum(logits[i].log_softmax(-1)[id].item() for i, id in enumerate(ids))
+        assert score.tokens == len(ids) and score.unknown == sum(GPT_TOKENS[id] == "<unk>" for id in ids)
+        assert abs(score.total - expected) < TOLERANCE * max(1, len(ids))
+    assert found[-1].unknown > 0
+    assert [score.tokens for score in model.score_sentences(["a " * 23])] == [23]
+    with pytest.raises(InputError, match="line 1 has 24 tokens, but the model takes 23"):
+        next(model.score_sentences(["a " * 24]))
+
+
+def test_score_sentences_gives_the_same_bits_in_any_company(model):
+    alone = [next(model.score_sentences([text])) for text in TEXTS]
+    assert list(model.score_sentences(TEXTS * 30)) == alone * 30
+    assert list(model.score_sentences(["a b"] * 7 + TEXTS))[7:] == alone
+
+
+def test_embed_words_are_the_means_of_their_pieces(model):
+    words = ["the", "dog,", "sat"]
+    ((tokens, states),) = model.embed([" ".join(words)])
+    assert tokens == ["the</w>", "d", "o", "g</w>", ",</w>", "sat</w>"]
+    (found,) = model.embed_words([words])
+    expected = np.stack([states[:, 0], states[:, 1:5].mean(1), states[:, 5]], 1)
+    np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
+
+
 def test_long_texts_are_refused_or_cut(model):
     texts = ["a", "a " * 24, "a " * 25]
     with pytest.raises(InputError, match="line 3 has 25 tokens, but the model takes 24"):

@@ -35,15 +35,15 @@ def test_the_work_of_a_plan_is_the_widest_batch(run):
     (scheduled, work), task = task_work(run), prepare(run)
     batches = TaskBatches(task.frame, task.train_rows, 4, 0)
     widths = [batches[step]["tokens"].shape[-1] for step in range(5)]
-    assert set(widths) == {32, 64} and scheduled.loop.steps == 15
-    assert work(4).batch["tokens"].shape == (4, 1, 64) and work(2).batch["tokens"].shape == (2, 1, 64)
-    assert work(4).fill == pytest.approx(np.mean(widths) / 64)
+    assert set(widths) == {32, 48} and scheduled.loop.steps == 15
+    assert work(4).batch["tokens"].shape == (4, 1, 48) and work(2).batch["tokens"].shape == (2, 1, 48)
+    assert work(4).fill == pytest.approx(np.mean(widths) / 48)
 
 
 @pytest.mark.slow
 def test_a_plan_has_the_steps_and_parameters_of_the_task(run):
     planned = plan(run, "local")
-    assert planned.tokens == 4 * 64 and planned.steps == 15 and planned.fill < 1
+    assert planned.tokens == 4 * 48 and planned.steps == 15 and planned.fill < 1
     assert planned.days == pytest.approx(15 * planned.seconds * planned.fill / 86400)
     assert planned.sizes["parameters"][0] == 4 * parameters(prepare(run))
 
@@ -69,5 +69,5 @@ def test_a_dry_run_times_both_widths_and_counts_all_seeds(run, tmp_path, monkeyp
     (found,), task = rehearsals, prepare(run)
     assert (found.steps, found.seeds, found.parameters) == (15, 3, parameters(task))
     assert found.corpus_tokens == sum(row.length for row in task.train_rows) and found.passes == pytest.approx(3)
-    assert "20 examples" in found.reading and "64 tokens" in found.reading and "32 tokens" in found.reading
+    assert "20 examples" in found.reading and "48 tokens" in found.reading and "32 tokens" in found.reading
     assert 3600 * found.hours == pytest.approx(found.compile_seconds + 45 * found.step_seconds)

@@ -80,7 +80,9 @@ FILES = {
     },
     "bpe": {
         "special_tokens_map.json": as_json(**GPT_TOKENS),
-        "tokenizer_config.json": as_json(**GPT_TOKENS, tokenizer_class="OpenAIGPTTokenizer", model_max_length=128),
+        "tokenizer_config.json": as_json(
+            **GPT_TOKENS, pad_token="<unk>", tokenizer_class="OpenAIGPTTokenizer", model_max_length=128
+        ),
         "vocab.json": '{"<unk>": 0, "é": 1, "z</w>": 2}\n',
         "merges.txt": "#version: 0.2\n",
     },

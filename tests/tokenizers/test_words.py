@@ -90,6 +90,25 @@ def test_any_text(texts, tokenize):
     assert list(ids.values()) == list(range(len(ids)))
 
 
+@pytest.mark.parametrize("tokenize", [False, True])
+def test_lower_cased(tokenize, tmp_path):
+    """Text and vocabulary, through files too; the special tokens stay themselves between white space."""
+    words = WordVocabulary(TOKENS, tokenize, lowercase=True)
+    assert words.split_batch(["THE É. Don't"])[0] == (
+        ["the", "é", ".", "don", "'", "t"] if tokenize else ["the", "é.", "don't"]
+    )
+    assert words.fingerprint != WordVocabulary(TOKENS, tokenize).fingerprint
+    words.save(tmp_path / "one")
+    again = load(tmp_path / "one")
+    assert again.fingerprint == words.fingerprint and again.encode_batch(["The THE"]) == [[3, 3]]
+    assert WordVocabulary(TOKENS, lowercase=True).encode_batch(["<S> The"]) == [[0, 3]]
+    (tmp_path / "corpus.txt").write_text("The the THE\n\nA cat A\n\n" * 3)
+    built = build(
+        WordVocabularyConfig(min_count=1, tokenize=tokenize, lowercase=True), Corpus((str(tmp_path / "corpus.txt"),))
+    )
+    assert built.lowercase and sorted(built.tokens[3:]) == ["a", "cat", "the"]
+
+
 def test_ids():
     words = WordVocabulary(TOKENS)
     assert words.vocab_size == 7

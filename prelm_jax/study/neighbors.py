@@ -1,0 +1,118 @@
+"""The nearest occurrences of a word in context, for people to read: does `bank` by a river stay near rivers?
+
+The queries are occurrences of ambiguous words, two of each sense or part of speech at most, their neighbors words of
+the sentences of a treebank. Vectors of the top layer are centered, because in many models all point in one direction.
+A row is `QUERY ⇒ NEIGHBOR`, both with the word in brackets; its value is the cosine.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from prelm_jax.study import annotations
+from prelm_jax.study.annotations import Tree, crop, read_coarse_senses
+from prelm_jax.study.probes import TREEBANK, embed_treebank, read_treebank, treebank_files
+from prelm_jax.study.records import Row
+from prelm_jax.study.subjects import Subject
+from prelm_jax.study.vectors import unit
+
+VERSION = 1  # Raise it when the same data and subject would give other rows.
+NEAREST = 3
+OF_EACH = 2  # Occurrences of each sense.
+CONTEXT = 8  # Words on each side that are shown.
+SENSES = {"bank": ("bank_bank", "bank_bank_(geography)")}  # As CoarseWSD-20 has them.
+TAGS = {"set": ("NOUN", "VERB"), "play": ("NOUN", "VERB"), "right": ("NOUN", "ADV")}  # As the treebank has them.
+
+
+class Occurrence(NamedTuple):
+    """A word of a sentence."""
+
+    sentence: Sequence[str]
+    position: int
+
+    def __str__(self) -> str:
+        words, at = crop(self.sentence, self.position, self.position + 1, CONTEXT)
+        words[at] = f"[{words[at]}]"
+        return " ".join(words)
+
+
+def queries(trees: Sequence[Tree], senses: Path) -> dict[str, list[Occurrence]]:
+    """The occurrences by word, those of one sense or part of speech together."""
+    found: dict[str, list[Occurrence]] = {}
+    for word, wanted in SENSES.items():
+        sentences = read_coarse_senses(annotations.matching(senses, f"{word}.test.tsv*")[0])
+        for sense in wanted:
+            of_sense = (x for x in sentences if x.spans[0].sense == sense)
+            found.setdefault(word, []).extend(
+                Occurrence(x.words, x.spans[0].begin) for x, _ in zip(of_sense, range(OF_EACH), strict=False)
+            )
+    for word, tags in TAGS.items():
+        for tag in tags:
+            of_tag = (
+                Occurrence(tree.words, position)
+                for tree in trees
+                for position, (form, other) in enumerate(zip(tree.words, tree.tags, strict=True))
+                if form.lower() == word and other == tag
+            )
+            found.setdefault(word, []).extend(x for x, _ in zip(of_tag, range(OF_EACH), strict=False))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbors:
+    """The test `neighbors`."""
+
+    treebank: Path
+    senses: Path
+    name: str = "neighbors"
+    metric: str = "mean"
+    needs: Literal["embed"] = "embed"
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What the rows depend on besides the data and the subject."""
+        return {"version": VERSION}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the data."""
+        return annotations.fingerprint(
+            [*treebank_files(self.treebank), *annotations.matching(self.senses, "bank.test*")]
+        )
+
+    @property
+    def num_texts(self) -> int:
+        """The number of sentences."""
+        return sum(map(len, read_treebank(self.treebank).values())) + sum(map(len, self._queries().values()))
+
+    def _queries(self) -> dict[str, list[Occurrence]]:
+        return queries(read_treebank(self.treebank)["train"], self.senses)
+
+    def measure(self, subject: Subject) -> Iterator[Row]:
+        """The nearest words in other sentences, one of a sentence at most."""
+        pool = [tree.words for tree in read_treebank(self.treebank)["train"]]
+        states = embed_treebank(subject, self.treebank)["train"]
+        vectors_ND = states.vectors_LWD[-1].astype(np.float32)
+        mean_D = vectors_ND.mean(0)
+        pool_ND = unit(vectors_ND - mean_D)
+        asked = [(word, each) for word, occurrences in self._queries().items() for each in occurrences]
+        for (word, query), states_LTD in zip(asked, subject.embed([x.sentence for _, x in asked]), strict=True):
+            cosine_N = pool_ND @ unit(states_LTD[-1, query.position] - mean_D)
+            found: dict[int, Occurrence] = {}
+            for index in np.argsort(-cosine_N, kind="stable"):
+                sentence = int(np.searchsorted(states.offsets, index, side="right")) - 1
+                if sentence in found or list(pool[sentence]) == list(query.sentence):
+                    continue
+                found[sentence] = Occurrence(pool[sentence], int(index - states.offsets[sentence]))
+                yield Row(f"{query} ⇒ {found[sentence]}", word, float(cosine_N[index]))
+                if len(found) == NEAREST:
+                    break
+
+
+# Each makes a test of the folder of the data and of what follows the colon in the test's name.
+TESTS: Mapping[str, Callable[[Path, str], Neighbors]] = {
+    "neighbors": lambda data, _: Neighbors(annotations.folder(data, TREEBANK), annotations.folder(data, "coarsewsd20")),
+}

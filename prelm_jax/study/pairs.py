@@ -1,0 +1,207 @@
+"""Minimal pairs: of two sentences that differ by little, a model should find the acceptable one more probable.
+
+A pair is right (1) if the acceptable sentence has the higher score, wrong (0) if the other has, and a tie (0.5) if both
+have the same, as when they differ only in words outside of a vocabulary. (Harnesses that take the first of two equal
+scores give 100 % to a model that cannot tell the sentences apart.) The scores are sums, not means.
+
+blimp        Warstadt et al. 2020: a paradigm a file, JSON lines
+supplement   BabyLM's additions to it, the same
+zorro        Huebner et al. 2021: words that children hear; line 2k - 1 is the unacceptable sentence, 2k the other
+agreement    Linzen et al. 2016: verbs of Wikipedia in both numbers, by the nouns of the other number before them
+climp        Xiang et al. 2021: Chinese; CSV, the sentences of a pair in consecutive rows
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from prelm_jax.cache import digest
+from prelm_jax.corpus.readers import extension
+from prelm_jax.corpus.sources import matching_files
+from prelm_jax.errors import InputError
+from prelm_jax.finetuning.records import Fields, Malformed, Record, text_lines
+from prelm_jax.finetuning.tables import read_csv, read_jsonl, read_tsv
+from prelm_jax.study.records import Row
+from prelm_jax.study.subjects import Subject
+
+
+class Pair(NamedTuple):
+    """Two sentences of which the first is better."""
+
+    item: str
+    group: str
+    good: str
+    bad: str
+    kinds: tuple[str, ...] = ()  # Lines of the report in which the pair counts besides that of all pairs.
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsTest:
+    """Minimal pairs. Fulfills `tests.Test`.
+
+    If the subject reads in two directions, each of them is a line of its own, `forward` and `backward`.
+    """
+
+    name: str
+    pairs: Sequence[Pair]
+    metric: str = "macro_accuracy"
+    limit: int = 0  # Pairs of each paradigm that were asked for; 0: all.
+    needs: Literal["score"] = "score"
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What the rows depend on besides the data and the subject."""
+        return {"pairs": self.limit}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the pairs."""
+        return digest(list(self.pairs))
+
+    @property
+    def num_texts(self) -> int:
+        """The number of sentences."""
+        return 2 * len(self.pairs)
+
+    def measure(self, subject: Subject) -> Iterator[Row]:
+        """The rows of a subject, one a pair, and another for each of the pair's kinds and the subject's directions."""
+        scores = subject.score([text for pair in self.pairs for text in (pair.good, pair.bad)])
+        for pair, good, bad in zip(self.pairs, scores, scores, strict=True):
+            lines = dict.fromkeys(("", *pair.kinds), (good.total, bad.total))
+            lines |= {name: (good.directions[name], bad.directions[name]) for name in good.directions}
+            for kind, (better, worse) in lines.items():
+                value = 0.5 if better == worse else float(better > worse)
+                value = value if abs(better) + abs(worse) < float("inf") else float("nan")
+                unknown = good.unknown + bad.unknown
+                yield Row(pair.item, pair.group, value, None, kind, better == worse, unknown)
+
+
+def blimp(data: Path, limit: int) -> PairsTest:
+    """BLiMP; `limit`: pairs of each paradigm, 0 for all."""
+    return _test("blimp", _files(data, ("blimp", "blimp_filtered"), ".jsonl"), _json_pairs, limit)
+
+
+def supplement(data: Path, limit: int) -> PairsTest:
+    """BabyLM's supplement to BLiMP."""
+    return _test("supplement", _files(data, ("blimp-supplement", "supplement_filtered"), ".jsonl"), _json_pairs, limit)
+
+
+def zorro(data: Path, limit: int) -> PairsTest:
+    """Zorro."""
+    return _test("zorro", _files(data, ("zorro",), ".txt"), _zorro_pairs, limit)
+
+
+def climp(data: Path, limit: int) -> PairsTest:
+    """CLiMP."""
+    return _test("climp", _files(data, ("climp-zh",), ".csv"), _climp_pairs, limit)
+
+
+def agreement(data: Path, limit: int) -> PairsTest:
+    """Verbs in both numbers, with a line for each number of attractors; `limit`: pairs of each of these numbers."""
+    counts: Counter[tuple[str, ...]] = Counter()
+    pairs = []
+    for pair in _linzen_pairs(data / "agreement" / "linzen.tsv"):
+        counts[pair.kinds] += 1
+        if not limit or counts[pair.kinds] <= limit:
+            pairs.append(pair)
+    return PairsTest("agreement", pairs, limit=limit)
+
+
+def own(files: str, limit: int) -> PairsTest:
+    """Pairs of one's own: TSV, CSV or JSON lines with the columns `sentence_good` and `sentence_bad`.
+
+    files: a path or glob. Each file is a paradigm; if there is one file, each pair is a group.
+    """
+    paths = [Path(path) for path in matching_files(files)]
+    readers = {".csv": read_csv, **dict.fromkeys((".jsonl", ".ndjson", ".json"), read_jsonl)}
+
+    def read(path: Path) -> Iterator[Pair]:
+        return _column_pairs(path, readers.get(extension(str(path)), read_tsv))
+
+    test = _test(f"pairs:{files}", paths, read, limit)
+    if not test.pairs:
+        raise InputError(f"{files}: there are no pairs in it")
+    each = [pair._replace(group=pair.item) for pair in test.pairs]
+    return test if len(paths) > 1 else dataclasses.replace(test, pairs=each)
+
+
+def _test(name: str, paths: Iterable[Path], read: Callable[[Path], Iterator[Pair]], limit: int) -> PairsTest:
+    return PairsTest(name, [pair for path in paths for pair in islice(read(path), limit or None)], limit=limit)
+
+
+Read = Callable[[str, Sequence[str], bool | None, Counter[str]], Iterator[Record]]
+
+
+def _json_pairs(path: Path) -> Iterator[Pair]:
+    return _column_pairs(path, read_jsonl)
+
+
+def _column_pairs(path: Path, read: Read) -> Iterator[Pair]:
+    columns = ("sentence_good", "sentence_bad")
+    for number, (where, fields) in enumerate(read(str(path), columns, None, Counter())):
+        good, bad = (_text(where, fields, column) for column in columns)
+        yield _pair(path, number, good, bad)
+
+
+def _zorro_pairs(path: Path) -> Iterator[Pair]:
+    lines = [(where, line.strip()) for where, line in text_lines(str(path))]
+    for number, ((_, bad), (where, good)) in enumerate(zip(lines[::2], [*lines[1::2], ("", "")], strict=False)):
+        if not (good and bad):
+            raise InputError(f"{where or path}: a pair is two lines, and one is missing or blank")
+        yield _pair(path, number, good, bad)
+
+
+def _climp_pairs(path: Path) -> Iterator[Pair]:
+    """Columns: number, phenomenon, name, sentence, 1 if it is grammatical and 0 if not."""
+    rows = [
+        (where, _text(where, fields, "2"), _text(where, fields, "3"))
+        for where, fields in read_csv(str(path), ("2", "3"), True, Counter())
+    ]
+    for number, ((_, good, one), (where, bad, zero)) in enumerate(zip(rows[::2], rows[1::2], strict=False)):
+        if (one, zero) != ("1", "0"):
+            raise InputError(f"{where}: a pair is a sentence with label 1 and one with label 0, not {one} and {zero}")
+        yield _pair(path, number, good, bad)
+
+
+def _linzen_pairs(path: Path) -> Iterator[Pair]:
+    """Columns: position of the verb from 0, its correct and wrong form, number of attractors, sentence with <eos>."""
+    columns = ("position", "correct", "wrong", "attractors", "sentence")
+    for number, (where, fields) in enumerate(read_tsv(str(path), columns, True, Counter())):
+        position, correct, wrong, attractors, sentence = (_text(where, fields, column) for column in columns)
+        words = sentence.removesuffix("<eos>").split()
+        index = int(position) if position.isdecimal() else len(words)
+        if index >= len(words) or words[index].lower() != correct.lower():
+            raise InputError(f"{where}: word {position} of the sentence is not {correct!r}")
+        wrong = wrong.lower() if words[index].islower() else wrong
+        bad = " ".join([*words[:index], wrong, *words[index + 1 :]])
+        pair = _pair(path, number, " ".join(words), bad)
+        yield pair._replace(group=pair.item, kinds=(f"{attractors} attractors",))
+
+
+def _pair(path: Path, number: int, good: str, bad: str) -> Pair:
+    paradigm = path.name.partition(".")[0]
+    return Pair(f"{paradigm}_{number}", paradigm, good, bad)
+
+
+def _text(where: str, fields: Fields, column: str) -> str:
+    """A cell with text. Raises InputError where there is none."""
+    try:
+        value = fields(column)
+    except Malformed as error:
+        raise InputError(f"{error.where or where} {error}") from None
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{where}: `{column}` is {value!r}: must be text")
+    return value
+
+
+def _files(data: Path, folders: Sequence[str], ending: str) -> list[Path]:
+    """The files of a test set with an ending, compressed or not, sorted by name; in the first of its folders."""
+    folder = next((data / name for name in folders if (data / name).is_dir()), data / folders[0])
+    found = sorted(path for path in folder.glob("*") if extension(str(path)) == ending)
+    found = [path for path in found if not path.name.startswith("published")]  # Scores of others.
+    if not found:
+        raise InputError(f"{folder}: no {ending} files of the test there; give the folder of the test sets with --data")
+    return found
