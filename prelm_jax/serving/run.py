@@ -18,10 +18,11 @@ from prelm_jax.cache import cache_compiled_programs
 from prelm_jax.errors import InputError
 from prelm_jax.inference.pooling import MODES, Pooling, parse_modes
 from prelm_jax.loading import load
-from prelm_jax.serving.app import Service, make_app
+from prelm_jax.serving.app import make_app
 from prelm_jax.serving.batcher import Batcher
 from prelm_jax.serving.connections import make_server
 from prelm_jax.serving.model import ServedModel
+from prelm_jax.serving.service import Service
 from prelm_jax.training.checkpoint import Step
 
 

@@ -20,10 +20,11 @@ import jax
 from prelm_jax.inference import batching
 from prelm_jax.loading import load
 from prelm_jax.serving import batcher
-from prelm_jax.serving.app import Service, make_app
+from prelm_jax.serving.app import make_app
 from prelm_jax.serving.batcher import Batcher
 from prelm_jax.serving.connections import make_server
 from prelm_jax.serving.model import ServedModel
+from prelm_jax.serving.service import Service
 
 HOSTS = ("127.0.0.1", "localhost")
 

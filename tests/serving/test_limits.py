@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("starlette", reason="needs the extra serve: pip install 'prelm_jax[serve]'")
 
 from prelm_jax.serving import app
-from prelm_jax.serving.app import Service, content_security_policy, host_name
+from prelm_jax.serving.app import content_security_policy, host_name
 from prelm_jax.serving.connections import LimitedProtocol
+from prelm_jax.serving.service import Service
 
 HEAD = "POST /embed HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 

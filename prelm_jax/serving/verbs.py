@@ -1,0 +1,440 @@
+"""The handlers of the routes: fields of a request to queries, and answers to JSON."""
+
+import asyncio
+import contextlib
+import io
+import secrets
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import cast
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from prelm_jax import __version__
+from prelm_jax.data.examples import Answers, Example
+from prelm_jax.errors import InputError
+from prelm_jax.inference.decoding import Prediction
+from prelm_jax.inference.pooling import MODES, Pooling, cosines, parse_modes
+from prelm_jax.serving.batcher import SECONDS_TO_ANSWER, AnyQuery, Batcher, Generation
+from prelm_jax.serving.model import Choice, Completion, Drawn, Text
+from prelm_jax.serving.protocol import Fields, Refusal, dumps, in_base64, is_pair, is_text, is_words, reply
+from prelm_jax.serving.service import Service
+
+MAX_LOGPROBS = 5
+# Options of OpenAI's completions that are not supported, with the values that ask for nothing.
+NEUTRAL = (
+    ("n", 1),
+    ("best_of", 1),
+    ("presence_penalty", 0),
+    ("frequency_penalty", 0),
+    ("logit_bias", {}),
+    ("suffix", ""),
+)
+NPY = "application/x-npy"
+
+
+class Verbs:
+    """The handlers of the routes."""
+
+    def __init__(self, service: Service):
+        self.service = service
+
+    def health(self) -> Response:
+        """200 when requests are answered, else 503 and how far the start is."""
+        service = self.service
+        status = 200 if service.is_ready else 503
+        content = {"status": service.state, "progress": round(service.progress, 3)}
+        if service.failure is not None:
+            content["error"] = service.failure
+        return reply(content, status)
+
+    def info(self) -> Response:
+        """The model, what it can do, and the limits."""
+        service = self.service
+        content: dict[str, object] = {"version": __version__, "status": service.state, "model": service.name}
+        if service.model is not None and service.batcher is not None:
+            batcher = service.batcher
+            content |= service.model.info()
+            content |= {
+                "exact": all(batcher.exact.values()) if batcher.exact else None,
+                "shapes": batcher.shapes(),
+                "precision": "float32",
+                "devices": batcher.device_names,
+                "max_queue_tokens": batcher.max_queue_tokens,
+            }
+        return reply(content)
+
+    def models(self) -> Response:
+        """The one model, as OpenAI lists models."""
+        model = {"id": self.service.name, "object": "model", "created": int(self.service.started), "owned_by": "prelm"}
+        return reply({"object": "list", "data": [model]})
+
+    def metrics(self) -> Response:
+        """Counters and histograms for Prometheus."""
+        return Response(self.service.metrics(), media_type="text/plain; version=0.0.4")
+
+    async def openai_embeddings(self, fields: Fields, request: Request) -> Response:
+        """OpenAI's embeddings."""
+        model, _ = self.service.ready
+        self._check_model(fields)
+        form = fields.text("encoding_format", "float")
+        if form not in ("float", "base64"):
+            raise Refusal(400, "encoding_format must be float or base64", "encoding_format")
+        width = model.pooling.width(model.encoder.config.hidden_size)
+        fields.only("dimensions", width)
+        texts = await model.inputs(fields, "input", fields.boolean("truncate", False), for_vectors=True)
+        vectors = await self._vectors(texts, "input", model.pooling)
+        data = [
+            {
+                "object": "embedding",
+                "index": i,
+                "embedding": in_base64(vector) if form == "base64" else vector,
+            }
+            for i, vector in enumerate(vectors)
+        ]
+        used = sum(len(text.ids) for text in texts)
+        usage = {"prompt_tokens": used, "total_tokens": used}
+        content = {"object": "list", "data": data, "model": self.service.name, "usage": usage}
+        cut = ",".join(str(i) for i, text in enumerate(texts) if text.is_cut)
+        return reply(content, headers={"x-truncated": cut} if cut else {})
+
+    async def embed(self, fields: Fields, request: Request) -> Response:
+        """Vectors of texts, or of their tokens."""
+        model, batcher = self.service.ready
+        num_layers = model.encoder.config.num_layers
+        given = fields.texts("texts")
+        truncate = fields.boolean("truncate", False)
+        layers = fields.integers("layers", model.pooling.layers, -num_layers - 1, num_layers)
+        mode = fields.text("pooling", "+".join(model.pooling.modes))
+        normalize = fields.boolean("normalize", model.pooling.normalize)
+        prompt = None if fields.get("prompt") is None else fields.text("prompt")
+        fields.no_others()
+        if mode == "none":
+            texts = await model.read(given, "texts", truncate)
+            states = await batcher.submit([model.states_query(text, layers) for text in texts])
+            return reply({"layers": layers, "results": list(map(self._tokens, given, texts, states))})
+        modes = parse_modes(mode)
+        if modes is None:
+            raise Refusal(400, f"pooling must be none or one or more of {', '.join(MODES)}, joined by +", "pooling")
+        is_own = (modes, layers) == (model.pooling.modes, model.pooling.layers)
+        pooling = Pooling(modes, layers, model.pooling.dense if is_own else (), normalize)
+        texts = await model.read_for_vectors(given, "texts", truncate, prompt)
+        vectors = await self._vectors(texts, "texts", pooling)
+        if request.headers.get("accept") == NPY:
+            return Response(npy(np.stack(vectors)), media_type=NPY)
+        return reply(
+            {
+                "layers": layers,
+                "pooling": mode,
+                "normalize": normalize,
+                "results": [
+                    {"vector": vector, "num_tokens": len(text.ids), "truncated": text.is_cut}
+                    for vector, text in zip(vectors, texts, strict=True)
+                ],
+            }
+        )
+
+    async def similarity(self, fields: Fields, request: Request) -> Response:
+        """Cosines of the vectors of texts: of all pairs, or of those in `texts` with those in `others`."""
+        model, _ = self.service.ready
+        given, truncate = fields.texts("texts"), fields.boolean("truncate", False)
+        others = fields.texts("others") if fields.get("others") is not None else None
+        fields.no_others()
+        texts = await model.read_for_vectors(given, "texts", truncate)
+        texts += await model.read_for_vectors(others or [], "others", truncate)
+        vectors = np.stack(await self._vectors(texts, "texts", model.pooling))
+        one, two = vectors[: len(given)], vectors if others is None else vectors[len(given) :]
+        return reply({"cosines": cosines(one, two).round(7).tolist(), "truncated": [text.is_cut for text in texts]})
+
+    async def tokenize(self, fields: Fields, request: Request) -> Response:
+        """The tokens of texts, their ids, and the characters at which they begin and end."""
+        model, _ = self.service.ready
+        texts, is_framed = fields.texts("texts"), fields.boolean("special_tokens", True)
+        fields.no_others()
+        await model.read(texts, "texts", truncate=True)
+        results = []
+        for text in texts:
+            ids, tokens, offsets = model.offsets(text, is_framed)
+            results.append({"ids": ids, "tokens": tokens, "offsets": offsets})
+        return reply({"results": results})
+
+    async def fill(self, fields: Fields, request: Request) -> Response:
+        """The most probable tokens for each mask of each text."""
+        model, batcher = self.service.ready
+        model.require("fill")
+        bert = model.bert
+        assert bert is not None
+        texts, top_k = fields.texts("texts"), fields.integer("top_k", 5, 1, 100)
+        fields.no_others()
+        queries = []
+        for i, text in enumerate(texts):
+            try:
+                ids, positions = bert.split_at_masks(text)
+            except InputError as error:
+                raise Refusal(400, f"texts[{i}]: {error}", "texts", "no_mask") from None
+            model.fit([ids], "texts", truncate=False)
+            queries.append(bert.fill_query(ids, positions, top_k))
+        answers = await batcher.submit(cast(list[AnyQuery], queries))
+        results = [
+            [[{"token": token, "probability": p} for token, p in candidates] for candidates in masks]
+            for masks in cast(list[list[list[tuple[str, float]]]], answers)
+        ]
+        return reply({"results": [{"masks": masks} for masks in results]})
+
+    async def score(self, fields: Fields, request: Request) -> Response:
+        """The log-probability of texts and of their tokens."""
+        model, batcher = self.service.ready
+        model.require("score")
+        scorer = model.bert or model.gpt
+        assert scorer is not None
+        given, truncate = fields.texts("texts"), fields.boolean("truncate", False)
+        fields.no_others()
+        texts = await model.read(given, "texts", truncate)
+        answers = await batcher.submit(cast(list[AnyQuery], [scorer.score_query(text.ids) for text in texts]))
+        results = []
+        for text, found in zip(texts, cast(list[Sequence[float]], answers), strict=True):
+            # GPT gives the first token no probability.
+            known: list[float | None] = [None] * (len(text.ids) - len(found)) + [float(each) for each in found]
+            results.append(
+                {
+                    "log_probability": float(sum(each for each in known if each is not None)),
+                    "num_tokens": len(found),
+                    "tokens": [model.encoder.tokenizer.tokens[id] for id in text.ids],
+                    "log_probabilities": known,
+                    "truncated": text.is_cut,
+                }
+            )
+        return reply({"results": results})
+
+    async def encode(self, fields: Fields, request: Request) -> Response:
+        """bert-as-service's form of `embed`."""
+        model, _ = self.service.ready
+        texts = fields.texts("texts")
+        fields.only("is_tokenized", False)
+        read = await model.read_for_vectors(texts, "texts", truncate=False)
+        vectors = await self._vectors(read, "texts", model.pooling)
+        return reply({"id": fields.get("id"), "result": vectors, "status": 200})
+
+    async def classify(self, fields: Fields, request: Request) -> Response:
+        """The label, the labels or the number of texts, or of pairs of texts."""
+        self._require("classify")
+        given = fields.items("texts", "a text or a pair of texts", lambda each: is_text(each) or is_pair(each))
+        fields.no_others()
+        parts = [(each,) if isinstance(each, str) else tuple(cast(list[str], each)) for each in given]
+        found = await self._predict([Example(str(i), (each,)) for i, each in enumerate(parts)], "texts")
+        return reply({"results": [self._labelled(prediction, is_cut) for prediction, is_cut in found]})
+
+    async def tag(self, fields: Fields, request: Request) -> Response:
+        """A tag for each word of texts, which are split at white space or given as lists of words."""
+        self._require("tag")
+        given = fields.items("texts", "a text or a list of words", lambda each: is_text(each) or is_words(each))
+        fields.no_others()
+        words = [tuple(each.split() if isinstance(each, str) else cast(list[str], each)) for each in given]
+        found = await self._predict([Example(str(i), ((each,),)) for i, each in enumerate(words)], "texts")
+        results = [
+            {"words": each, "tags": prediction.label, "probabilities": prediction.scores}
+            for each, (prediction, _) in zip(words, found, strict=True)
+        ]
+        return reply({"results": results})
+
+    async def answer(self, fields: Fields, request: Request) -> Response:
+        """The answers to questions from passages: pairs [question, passage]."""
+        self._require("answer")
+        given = cast(list[list[str]], fields.items("questions", "a pair [question, passage]", is_pair))
+        threshold, top_k = fields.number("null_threshold", 0.0, -1e9, 1e9), fields.integer("top_k", 5, 1, 20)
+        fields.no_others()
+        examples = [Example(str(i), (tuple(each),)) for i, each in enumerate(given)]
+        results = []
+        for prediction, is_cut in await self._predict(examples, "questions", threshold):
+            answers = cast(Answers, prediction.label)
+            best = prediction.candidates[:top_k]
+            results.append(
+                {
+                    "answer": next(iter(answers.texts), None),
+                    "start": next(iter(answers.starts), None),
+                    "candidates": [{"answer": each.text, "probability": each.probability} for each in best],
+                    "truncated": is_cut,
+                }
+            )
+        return reply({"results": results})
+
+    async def choose(self, fields: Fields, request: Request) -> Response:
+        """The number, from 0, of the option that goes best with a text: [text, options]."""
+        self._require("choose")
+
+        def fits(each: object) -> bool:
+            return isinstance(each, list) and len(each) == 2 and is_text(each[0]) and is_words(each[1])
+
+        given = cast(list[tuple[str, list[str]]], fields.items("choices", "a pair [text, options]", fits))
+        fields.no_others()
+        examples = [
+            Example(str(i), tuple((text, option) for option in options)) for i, (text, options) in enumerate(given)
+        ]
+        found = await self._predict(examples, "choices")
+        return reply({"results": [self._labelled(prediction, is_cut) for prediction, is_cut in found]})
+
+    def _require(self, verb: str) -> None:
+        model, _ = self.service.ready
+        model.require(verb)
+
+    async def _predict(
+        self, examples: Sequence[Example], field: str, null_threshold: float = 0.0
+    ) -> list[tuple[Prediction, bool]]:
+        """The predictions for examples, and whether each was cut."""
+        model, batcher = self.service.ready
+        assert model.task is not None
+        queries: list[object] = []
+        for i, example in enumerate(examples):
+            try:
+                queries.append(model.task.query(example, null_threshold))
+            except InputError as error:
+                raise Refusal(400, f"{field}[{i}]: {error}", field) from None
+            await asyncio.sleep(0)
+        return cast(list[tuple[Prediction, bool]], await batcher.submit(cast(list[AnyQuery], queries)))
+
+    def _labelled(self, prediction: Prediction, is_cut: bool) -> dict[str, object]:
+        model, _ = self.service.ready
+        assert model.task is not None
+        scores: object = prediction.scores
+        if len(model.task.labels) == len(prediction.scores):
+            scores = dict(zip(model.task.labels, prediction.scores, strict=True))
+        return {"label": prediction.label, "probabilities": scores, "truncated": is_cut}
+
+    async def openai_completions(self, fields: Fields, request: Request) -> Response:
+        """OpenAI's completions; of the options that it has no equal of, all but the neutral values are refused."""
+        model, batcher = self.service.ready
+        model.require("complete")
+        gpt = model.gpt
+        assert gpt is not None
+        self._check_model(fields)
+        for name, *neutral in NEUTRAL:
+            fields.only(name, *neutral)
+        options = {
+            "temperature": fields.number("temperature", 1.0, 0, 2),
+            "top_p": fields.number("top_p", 1.0, 1e-6, 1),
+            "seed": fields.integer("seed", secrets.randbits(32), 0, 2**32 - 1),
+        }
+        logprobs = fields.get("logprobs")
+        num_logprobs = None if logprobs is None else fields.integer("logprobs", 0, 0, MAX_LOGPROBS)
+        count = fields.integer("max_tokens", 16, 0, model.encoder.room)
+        stops = fields.texts("stop") if fields.get("stop") is not None else []
+        if len(stops) > 4 or not all(stops):
+            raise Refusal(400, "stop must be one to four texts that are not empty", "stop")
+        echo, stream = fields.boolean("echo", False), fields.boolean("stream", False)
+        prompts = await model.inputs(fields, "prompt", truncate=False)
+        if not all(prompt.ids for prompt in prompts):
+            raise Refusal(400, "a prompt is blank; give at least one word to continue", "prompt", "blank")
+        scored: list[object] = [None] * len(prompts)
+        if echo and num_logprobs is not None:
+            scored = await batcher.submit([model.scored_query(prompt.ids, num_logprobs) for prompt in prompts])
+        choices = [
+            Choice(
+                Completion(gpt, prompt.ids, count, options, num_logprobs),
+                i,
+                echo,
+                stops,
+                cast(Sequence[Drawn] | None, found),
+            )
+            for i, (prompt, found) in enumerate(zip(prompts, scored, strict=True))
+        ]
+        head: dict[str, object] = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": self.service.name,
+        }
+        if stream:
+            return StreamingResponse(self._stream(head, choices), media_type="text/event-stream")
+        for choice in choices:
+            async with contextlib.aclosing(generated(batcher, choice.completion)) as drawn:
+                async for each in drawn:
+                    if choice.add(each):
+                        break
+        used, new = sum(len(prompt.ids) for prompt in prompts), sum(len(choice.drawn) for choice in choices)
+        usage = {"prompt_tokens": used, "completion_tokens": new, "total_tokens": used + new}
+        return reply(head | {"choices": [choice.json() for choice in choices], "usage": usage})
+
+    async def _stream(self, head: dict[str, object], choices: Sequence[Choice]) -> AsyncIterator[bytes]:
+        """Server-sent events, one for each token and one for the end of each choice."""
+        _, batcher = self.service.ready
+        try:
+            for choice in choices:
+                if choice.echo:
+                    yield event(head | {"choices": [choice.part()]})
+                async with contextlib.aclosing(generated(batcher, choice.completion)) as drawn:
+                    async for each in drawn:
+                        is_done = choice.add(each)
+                        if (part := choice.part())["text"] or part["logprobs"]:
+                            yield event(head | {"choices": [part]})
+                        if is_done:
+                            break
+                yield event(head | {"choices": [choice.end()]})
+        except Refusal as refusal:
+            yield event(refusal.body)
+        except Exception as error:
+            yield event(Refusal(500, f"the model failed: {type(error).__name__}", code="failed").body)
+        yield b"data: [DONE]\n\n"
+
+    async def _vectors(self, texts: Sequence[Text], field: str, pooling: Pooling) -> list[np.ndarray]:
+        """The vectors of texts. Raises a Refusal for a blank one."""
+        model, batcher = self.service.ready
+        for i, text in enumerate(texts):
+            if not text.ids:
+                raise Refusal(400, f"{field}[{i}] is blank: it has no tokens", field, "blank")
+        answers = await batcher.submit([model.vector_query(text, pooling) for text in texts])
+        return cast(list[np.ndarray], answers)
+
+    def _tokens(self, given: str, text: Text, states_LTD: object) -> dict[str, object]:
+        """The tokens of a text with their vectors [layers, D]."""
+        model, _ = self.service.ready
+        states = cast(np.ndarray, states_LTD)
+        _, tokens, offsets = model.offsets(given, True)
+        kept = states.shape[1]
+        if len(tokens) > kept:  # The text was cut.
+            special = len(model.encoder.frame([0])) - 1
+            tail = special // 2
+            tokens = tokens[: kept - tail] + tokens[len(tokens) - tail :]
+            offsets = offsets[: kept - tail] + offsets[len(offsets) - tail :]
+        vectors = np.ascontiguousarray(states.swapaxes(0, 1))
+        return {"tokens": tokens, "offsets": offsets, "vectors": vectors, "truncated": text.is_cut}
+
+    def _check_model(self, fields: Fields) -> None:
+        name = fields.text("model", self.service.name)
+        if name != self.service.name:
+            message = f"there is no model {name[:100]!r} here; this is {self.service.name!r}"
+            raise Refusal(404, message, "model", "model_not_found")
+
+
+def npy(array: np.ndarray) -> bytes:
+    """An array as the bytes of an .npy file."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+async def generated(batcher: Batcher, completion: Completion) -> AsyncGenerator[Drawn, None]:
+    """The tokens of a completion, as they come. The device stops when this is closed."""
+    loop, events = asyncio.get_running_loop(), asyncio.Queue[object]()
+    if completion.count == 0:
+        return
+
+    def emit(event: object) -> None:
+        loop.call_soon_threadsafe(events.put_nowait, event)
+
+    generation = Generation(completion.model.params, completion, emit, time.monotonic() + SECONDS_TO_ANSWER)
+    batcher.generate(generation)
+    try:
+        while (event := await events.get()) is not None:
+            if isinstance(event, Exception):
+                raise event
+            yield cast(Drawn, event)
+    finally:
+        generation.dead = True
+
+
+def event(content: dict[str, object]) -> bytes:
+    """A server-sent event."""
+    return b"data: " + dumps(content) + b"\n\n"
