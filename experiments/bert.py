@@ -71,9 +71,9 @@ def mini() -> Run:
         tokenizer=WordPieceConfig(vocab_size=8192),
         model=_short_run(hidden_size=256, num_layers=4),
         data=_pairs(max_length=32, max_predictions=10, probability=0.3),
-        optimizer=_muon(warmup_steps=60, decay_steps=1400, matrix_learning_rate=0.01),
+        optimizer=_muon(warmup_steps=60, decay_steps=1475, matrix_learning_rate=0.01),
         batch_size=128,
-        loop=LoopConfig(steps=1400, evaluate_every=350, save_every=200),
+        loop=LoopConfig(steps=1475, evaluate_every=295, save_every=200),
     )
 
 
