@@ -260,13 +260,13 @@ def show_batch(run: Run, step: int) -> Iterator[str]:
 
 
 class HeldOut:
-    """Evaluation on a sample of the held-out text: its first `run.loop.evaluate_batches` batches, as in training."""
+    """Evaluation on a sample of the held-out text: its first `run.loop.evaluate_batches` batches."""
 
     def __init__(self, run: Run, model: Model, tokenizer: Tokenizer, training: Batches, store: Store):
         self._data: DataConfig[Batches] = run.data
         self._count, self._training, self._store = run.loop.evaluate_batches, training, store
         try:
-            self._batches = self._data.build(store, tokenizer, run.batch_size, EVALUATION_SEED)
+            self._batches = self._data.evaluated().build(store, tokenizer, run.batch_size, EVALUATION_SEED)
         except InputError as error:  # About the text, because the training side has passed.
             remedy = "give another with --validation" if run.validation else "raise --held-out, or give --validation"
             raise InputError(f"the text to evaluate on is too small ({error}): {remedy}") from None

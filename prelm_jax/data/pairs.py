@@ -67,6 +67,10 @@ class PairsConfig:
         """The batches of a run. Raises InputError for a tokenizer without BERT's special tokens or an unfit corpus."""
         return PairBatches(self, store, tokenizer, batch_size, seed)
 
+    def evaluated(self) -> "PairsConfig":
+        """With 15 % of masked tokens, so that models trained at different rates can be compared."""
+        return replace(self, masking=replace(self.masking, probability=EVALUATED_PROBABILITY))
+
     def evaluation(self, store: Store, tokenizer: Tokenizer) -> "PairEvaluation":
         """All of a text, in windows and pairs. Raises InputError for an empty store, or as `build` for a tokenizer."""
         return PairEvaluation(self, store, tokenizer)
@@ -449,9 +453,8 @@ class PairEvaluation:
             pairs_X[:] = 0
         self._pair_offsets = np.append(0, np.cumsum(pairs_X))
         num_pairs = int(self._pair_offsets[-1])
-        masking = replace(config.masking, probability=EVALUATED_PROBABILITY)
         most = max(1, round(config.max_length * EVALUATED_PROBABILITY))
-        config = replace(config, masking=masking, next_sentence=num_pairs > 0, max_predictions=most, packing=False)
+        config = replace(config.evaluated(), next_sentence=num_pairs > 0, max_predictions=most, packing=False)
         self._batches = PairBatches(config, store, tokenizer, batch_size=1, seed=0)
         self.layout = self._batches.layout
 

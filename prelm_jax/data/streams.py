@@ -65,6 +65,10 @@ class StreamsConfig:
         """The batches of a run. Raises InputError for an empty store, or one whose tokens are not words."""
         return StreamBatches(self, store, tokenizer, batch_size, seed)
 
+    def evaluated(self) -> "StreamsConfig":
+        """The same."""
+        return self
+
     def evaluation(self, store: Store, tokenizer: Tokenizer) -> "StreamEvaluation":
         """All of a text as a few streams. Raises InputError as `build`."""
         return StreamEvaluation(self, store, tokenizer)

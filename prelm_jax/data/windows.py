@@ -48,6 +48,10 @@ class WindowsConfig:
             )
         return batches
 
+    def evaluated(self) -> "WindowsConfig":
+        """The same."""
+        return self
+
     def evaluation(self, store: Store, tokenizer: Tokenizer) -> "WindowEvaluation":
         """All windows of a text. Raises InputError if no document has two tokens."""
         return WindowEvaluation(WindowBatches(self, store, tokenizer, batch_size=1, seed=0))

@@ -141,6 +141,9 @@ class DataConfig(Protocol[BatchesT]):
     def build(self, store: "Store", tokenizer: "Tokenizer", batch_size: int, seed: int) -> BatchesT:
         """The batches of a run. Raises InputError for a store or tokenizer that does not fit."""
 
+    def evaluated(self) -> "DataConfig[BatchesT]":
+        """The config of held-out batches during a run, which does not differ in what is asked of the model."""
+
     def evaluation(self, store: "Store", tokenizer: "Tokenizer") -> EvaluationRows:
         """All of a text, to evaluate on. Raises InputError for a store without targets."""
 

@@ -230,6 +230,17 @@ def test_masks_score_a_seventh_of_every_kind_of_position_and_half_of_the_pairs_a
     assert abs(np.concatenate(labels).mean() - 0.5) < 0.03
 
 
+def test_held_out_batches_of_a_run_mask_a_seventh_as_well():
+    rng = np.random.default_rng(0)
+    store = store_of([rng.integers(1, 20, rng.integers(1, 30)).tolist() for _ in range(300)])
+    config = PairsConfig(max_length=32, max_predictions=12, masking=MaskingConfig(probability=0.4))
+    batch = config.evaluated().build(store, tokenizer_of(store), 64, 0)[0]
+    masked, real = batch["masked_weights"].sum(1), (batch["segments"] > 0).sum(1)
+    np.testing.assert_array_equal(masked, np.maximum(1, np.rint(0.15 * real)))
+    for same in (WindowsConfig(max_length=16), StreamsConfig(max_length=7, num_negatives=2)):
+        assert same.evaluated() == same
+
+
 @pytest.mark.parametrize(
     "config",
     [
