@@ -35,7 +35,7 @@ class Program(Generic[Example, Result]):
     """What a model with parameters computes for examples of the same padded length together.
 
     compute: (params, examples, rows, length) to the result of each example, in a batch of `rows` rows, of which the
-    examples are the first; the parameters are those of the program, on any device. length: the padded length of an
+    examples are the first; the parameters are the program's, on any device. length: the padded length of an
     example. lengths: those that there are, shortest first. canary: an example of a padded length that fills it, with
     random tokens. any_rows: whether `compute` takes fewer rows than `full_rows`.
     """

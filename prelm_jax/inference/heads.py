@@ -151,7 +151,7 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
         return Query(self.program(len(rows[0].texts)), rows, finish)
 
     def program(self, num_texts: int) -> Program[Row, Outputs]:
-        """What the model gives for rows of so many texts each."""
+        """The outputs of the model for rows with this many texts each."""
         if num_texts not in self._programs:
             self._programs[num_texts] = Program(
                 "predict",

@@ -97,7 +97,7 @@ def parse_modes(name: str) -> tuple[PoolingMode, ...] | None:
 
 
 class PreparedTexts(Collection[str]):
-    """Texts with a prompt before each, lower-cased if asked for; made anew each time that they are read."""
+    """Texts with a prompt before each, lower-cased if asked for; prepared again each time they are read."""
 
     def __init__(self, texts: Collection[str], prompt: str, lowercase: bool):
         self._texts, self._prompt = texts, prompt

@@ -22,7 +22,7 @@ from prelm_jax.serving.verbs import Verbs
 
 MAX_BODY = 8 * 2**20
 MAX_BODIES = 32 * MAX_BODY  # Of all requests that are being read or answered.
-# The methods of `Verbs` whose names are not those of their routes.
+# The methods of `Verbs` that are not named like their routes.
 HANDLERS = {
     "/v1/models": "models",
     "/v1/embeddings": "openai_embeddings",

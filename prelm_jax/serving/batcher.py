@@ -189,7 +189,7 @@ class Batcher:
         return found
 
     def check_room(self, texts: int) -> None:
-        """Raises a Refusal where so many texts cannot wait, before they are tokenized."""
+        """Raises a Refusal, before texts are tokenized, if there is no room for them in the queue."""
         self._check_room(texts * SHORTEST)
 
     async def submit(self, queries: Sequence[AnyQuery], seconds: float = SECONDS_TO_ANSWER) -> list[object]:

@@ -50,7 +50,7 @@ class Service:
         return 1 - self.batcher.num_cold(self._essential) / max(1, shapes)
 
     def start(self, model: ServedModel, batcher: Batcher) -> None:
-        """Compiles the programs; the server is ready when those of the first verb are."""
+        """Compiles the programs; the server is ready once the first verb's programs are compiled."""
         self._essential = model.programs[:1]
         batcher.warm(model.programs)
         batcher.start()

@@ -63,7 +63,7 @@ def treebank_files(directory: Path, split: str = "") -> list[Path]:
 
 
 def embed_treebank(subject: Subject, directory: Path) -> dict[Split, States]:
-    """The hidden states of the sentences of `read_treebank`. Those of the last subject are kept for the next test."""
+    """The hidden states of the sentences of `read_treebank`. The last subject's are kept for the next test."""
     key = subject.origin.model, directory
     if key not in _KEPT:
         _KEPT.clear()

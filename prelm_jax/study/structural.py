@@ -166,7 +166,7 @@ def chosen(directory: Path, split: Split) -> list[tuple[int, Tree]]:
 
 
 def predict(subject: Subject, directory: Path) -> Predictions:
-    """The distances in the dev and test parts. Those of the last subject are kept for the second test."""
+    """The distances in the dev and test parts. The last subject's are kept for the second test."""
     key = subject.origin.model, directory
     if key not in _KEPT:
         _KEPT.clear()

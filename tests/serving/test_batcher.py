@@ -52,7 +52,7 @@ async def running(gate, room=10**6):
 
 
 async def queued(batcher, tokens):
-    """Waits until so many tokens are in the queue."""
+    """Waits until this many tokens are in the queue."""
     async with asyncio.timeout(30):
         while batcher.queue_tokens != tokens:
             await asyncio.sleep(0)
