@@ -33,8 +33,8 @@ SEED = 0
 # Cosines are compared after rounding, so that to vectors without context all senses are equal: the first is taken.
 DECIMALS = 5
 CONTEXT = 30  # Words of a sentence on each side of the word in question.
-# Sentences drawn at random. Of each noun of CoarseWSD-20: for the means at most so many a sense, for dev at most a
-# third of the training part.
+# Sentences drawn at random. Of each noun of CoarseWSD-20: at most COARSE_TRAIN of a sense for the means, and at most a
+# third of the training part for dev.
 COARSE_TRAIN, COARSE_DEV, COARSE_TEST = 50, 50, 100
 SEMCOR_TRAIN, SEMCOR_DEV, SEMCOR_TEST = 5000, 500, 1500
 

@@ -142,7 +142,7 @@ class DataConfig(Protocol[BatchesT]):
         """The batches of a run. Raises InputError for a store or tokenizer that does not fit."""
 
     def evaluated(self) -> "DataConfig[BatchesT]":
-        """The config of held-out batches during a run, which does not differ in what is asked of the model."""
+        """The config for held-out batches during a run, so that runs trained with other settings can be compared."""
 
     def evaluation(self, store: "Store", tokenizer: "Tokenizer") -> EvaluationRows:
         """All of a text, to evaluate on. Raises InputError for a store without targets."""
