@@ -28,9 +28,10 @@ from prelm_jax.errors import InputError
 from prelm_jax.planning.plan import plan
 from prelm_jax.report.summary import LOSS
 from prelm_jax.run import Run
+from prelm_jax.study.base import Settings
 from prelm_jax.study.exclusion import data_files, exclude
 from prelm_jax.study.opening import PLAN
-from prelm_jax.study.tests import Settings, make_test
+from prelm_jax.study.tests import make_test
 from prelm_jax.workdir import WorkDir
 
 FAMILIES = ("bert", "gpt1", "elmo")

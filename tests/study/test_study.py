@@ -47,19 +47,6 @@ def test_an_interrupted_test_leaves_no_record(tmp_path):
     assert len(records.find(tmp_path)) == 1
 
 
-def test_all_tests_ask_the_same_object(tmp_path):
-    """Tests may keep what they have asked a subject, by its identity."""
-    asked = []
-
-    class Keeping(PairsTest):
-        def measure(self, subject):
-            asked.append(subject)
-            return super().measure(subject)
-
-    study([WordSubject(good=1)], [Keeping("one", PAIRS), Keeping("two", PAIRS)], tmp_path)
-    assert asked[0] is asked[1] and hash(asked[0])
-
-
 def test_errors_name_the_test_and_the_subject(tmp_path):
     class Short(WordSubject):
         def score(self, texts):
@@ -74,7 +61,8 @@ def test_a_subject_that_cannot_is_refused_before_it_is_asked(tmp_path):
         scoring, num_layers = "", 2
 
     for subject, needs in ((Embeds(), "score"), (WordSubject(), "embed")):
-        test = PairsTest("own", PAIRS, needs=needs)
+        test = PairsTest("own", PAIRS)
+        test.needs = needs
         with pytest.raises(InputError, match=f"words .*{test.name} needs"):
             study([subject], [test], tmp_path)
         assert subject.asked == []
