@@ -22,8 +22,8 @@ import numpy as np
 
 from prelm_jax.errors import InputError
 from prelm_jax.inference.base import Sample
-from prelm_jax.report.summary import QUANTILES, words
-from prelm_jax.run import flatten
+from prelm_jax.report.summary import QUANTILES, shown, words
+from prelm_jax.run import Statistic, flatten
 from prelm_jax.storage import reachable, write_file
 from prelm_jax.workdir import WorkDir, add_baselines
 
@@ -97,7 +97,7 @@ class Curves:
     progress: np.ndarray
     baselines: dict[str, dict[str, float]]
     samples: dict[int, list[Sample]]
-    statistics: dict[str, list[str]]
+    statistics: dict[str, list[Statistic]]
 
 
 def read_curves(path: str | os.PathLike) -> Curves:
@@ -231,7 +231,9 @@ def _statistics(runs: Sequence[Curves], labels: Sequence[str]) -> str:
     found: dict[str, list[str]] = {}
     for run, label in zip(runs, labels, strict=True):
         if run.statistics:
-            rows = [[escape(name), *map(escape, values)] for name, values in run.statistics.items()]
+            rows = [
+                [escape(name), *(escape(shown(value)) for value in values)] for name, values in run.statistics.items()
+            ]
             found.setdefault(table(("", "training", "held-out"), rows), []).append(escape(label))
     texts = [(f"<h3>{', '.join(each)}</h3>" if len(found) > 1 else "") + text for text, each in found.items()]
     return f"<h2>Text</h2>{''.join(texts)}<p>{QUANTILES}</p>" if texts else ""
