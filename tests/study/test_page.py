@@ -17,7 +17,8 @@ from prelm_jax.finetuning.metrics import Score
 from prelm_jax.finetuning.results import Results as Tuned
 from prelm_jax.finetuning.results import SeedResult
 from prelm_jax.study import records, statistics
-from prelm_jax.study.page import draw, short_names
+from prelm_jax.study.page import draw
+from prelm_jax.study.parts import short_names
 from prelm_jax.study.records import Row
 from prelm_jax.study.scores import Results, model_name, read_results
 
