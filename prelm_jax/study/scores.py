@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from prelm_jax.errors import InputError
 from prelm_jax.study import records, statistics
-from prelm_jax.study.records import Header, Record, Row, rows_by_line
+from prelm_jax.study.records import Header, Lines, Record, Row, rows_by_line
 
 # The order of tests on a page; others follow by name.
 TESTS = (
@@ -25,11 +25,8 @@ TESTS = (
 SHOWN = ("cka", "neighbors", "replacement")
 # Subjects that are no model of a comparison, in the order of the table.
 BASELINES = ("unigram", "trigram", "word2vec")
-FRACTIONS = ("accuracy", "macro_accuracy", "group_mean")  # Metrics that are printed in percent.
+FRACTIONS = ("accuracy", "macro_accuracy")  # Metrics that are printed in percent.
 TOLERANCE = 0.03  # Relative difference of budgets that count as equal: batches have more or less padding.
-
-
-Lines = dict[tuple[str, int | None], list[Row]]  # (kind, layer) -> rows
 
 
 class Score(NamedTuple):
@@ -162,7 +159,7 @@ class Results:
         """The lines of the mean of all seeds, and those of each."""
         key = model.name, column
         if key not in self._lines:
-            seeds: list[Lines] = [dict(rows_by_line(record.rows)) for record in self.records(model, column)]
+            seeds: list[Lines] = [rows_by_line(record.rows) for record in self.records(model, column)]
             names = seeds[0] if seeds else {}
             mean = {name: _mean_rows([lines[name] for lines in seeds if name in lines]) for name in names}
             self._lines[key] = mean, seeds

@@ -72,13 +72,12 @@ def _spearman(rows: Sequence[Row]) -> Statistic:
     return Statistic(number, of)
 
 
-# How the rows of a line become a number. accuracy, mean: the mean over items. macro_accuracy, group_mean: the mean over
-# groups of the means of their items, each group as much as any other. spearman: the rank correlation of value and gold.
+# How the rows of a line become a number. accuracy, mean: the mean over items. macro_accuracy: the mean over groups of
+# the means of their items, each group as much as any other. spearman: the rank correlation of value and gold.
 METRICS: Mapping[str, Metric] = {
     "accuracy": _micro,
     "mean": _micro,
     "macro_accuracy": _macro,
-    "group_mean": _macro,
     "spearman": _spearman,
 }
 
