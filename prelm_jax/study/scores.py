@@ -40,6 +40,7 @@ class Score(NamedTuple):
     highest: float
     ties: float  # The share of rows that are ties, as for `unknown`.
     unknown: float
+    ties_right: float | None  # The value if ties are right, BabyLM's rule; None without ties.
     known: float | None  # The value on the rows without unknown words; None without such rows.
     kinds: dict[str, float]  # Other lines of the test: "control", "majority" …
 
@@ -199,6 +200,7 @@ class Results:
         _, seeds = self._of(model, column)
         line = ("", layer) if ("", layer) in seeds[0] else ("", None)
         values = [statistics.value(lines[line], column.metric) for lines in seeds]
+        right = [statistics.value(statistics.with_ties(lines[line], 1.0), column.metric) for lines in seeds]
         center, low, high = statistics.interval(rows, column.metric)
         shift = means.fmean(values) - center  # Not zero only where the metric is no mean.
         known = statistics.known(rows)
@@ -216,6 +218,7 @@ class Results:
             highest=max(values),
             ties=statistics.ties(rows),
             unknown=statistics.unknown(rows),
+            ties_right=means.fmean(right) if statistics.ties(rows) else None,
             known=statistics.value(known, column.metric) if 0 < len(known) < len(rows) else None,
             kinds=kinds,
         )

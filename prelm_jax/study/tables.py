@@ -161,12 +161,15 @@ def details(parts: Parts) -> None:
                 [
                     *(results.label(column), labels[model.name], column.show(score.value)),
                     "" if score.layer is None else f"{score.layer} ({how})",
-                    *(f"{share:.1%}" for share in (score.ties, score.unknown)),
+                    f"{score.ties:.1%}",
+                    "" if score.ties_right is None else column.show(score.ties_right),
+                    f"{score.unknown:.1%}",
                     "" if score.known is None else column.show(score.known),
                     ", ".join(f"{kind} {text}" for kind, text in kinds.items()),
                 ]
             )
-    header = ["test", "model", "score", "layer", "ties", "with unknown words", "score without these", "other lines"]
+    scores = ["score", "layer", "ties", "score if ties are right", "with unknown words", "score without these"]
+    header = ["test", "model", *scores, "other lines"]
     link = parts.link_csv("details", header, rows)
     parts.add(f"<h2>Details</h2><details open><summary>All scores</summary>{text_table(header, rows)}</details>{link}")
     for column in results.scored:

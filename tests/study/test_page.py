@@ -130,6 +130,9 @@ def test_curves_have_the_checkpoints_and_the_table_the_models(study, page):
 def test_ties_and_unknown_words_are_shown(page):
     row = next(row for row in table(page.files["details.csv"]) if row["model"].startswith("unigram"))
     assert (row["ties"], row["with unknown words"]) == ("10.0%", "10.0%") and row["score without these"]
+    assert float(row["score if ties are right"]) == pytest.approx(float(row["score"]) + 5)
+    other = next(row for row in table(page.files["details.csv"]) if (row["model"], row["test"]) == ("bert", "blimp"))
+    assert (other["ties"], other["score if ties are right"]) == ("0.0%", "")
 
 
 def test_differences_are_paired_and_named(study, page):
