@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from prelm_jax.report.page import Axes
 
 SIDE = 3.4  # Inches of a map.
+LEAST_DISTANCE = 0.05  # Of the labels of constant lines, as a fraction of the height of a chart.
 LARGEST = 7  # Columns of a map that has its numbers in it.
 
 
@@ -40,13 +41,27 @@ def _chart(lines: Sequence[Line], constant: Mapping[str, float], scale: int, lab
                 linewidth=1.0 if line.style == "dotted" else 1.4,
             )
             drawn.set_gid(f"line-{number}")
-        for name, y in constant.items():
+        for y in constant.values():
             axes.axhline(scale * y, color=INK, alpha=0.6, linewidth=0.8, linestyle=(0, (4, 3)))
-            place = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
-            axes.text(1, scale * y, name, fontsize=7, **place)
+        low, high = axes.get_ylim()
+        place = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
+        for y, text in _labels(constant, LEAST_DISTANCE * (high - low) / scale):
+            axes.text(1, scale * y, text, fontsize=7, **place)
         axes.set_xlabel(label, color=INK)
 
     return picture(draw_lines, [line.title for line in lines])
+
+
+def _labels(constant: Mapping[str, float], distance: float) -> list[tuple[float, str]]:
+    """(height, text) of each label of constants: those that are less than a distance apart share one, at the highest.
+
+    `_labels({"a": 1.0, "b": 2.0, "c": 1.1}, 0.5)` is `[(1.1, "a, c"), (2.0, "b")]`.
+    """
+    found: list[tuple[float, str]] = []
+    for name, y in sorted(constant.items(), key=lambda item: item[1]):
+        near = found and y - found[-1][0] < distance
+        found[len(found) - bool(near) :] = [(y, f"{found[-1][1]}, {name}" if near else name)]
+    return found
 
 
 def learning_curves(parts: Parts) -> None:
@@ -119,7 +134,8 @@ def _map(values: Sequence[Sequence[float]], below: Sequence[str], beside: Sequen
 
     def draw_map(axes: "Axes") -> None:
         axes.grid(visible=False)
-        axes.set_position((0.2, 0.2, 0.77, 0.77))
+        margin = 0.2 if max(map(len, below)) > 2 else 0.1
+        axes.set_position((margin, margin, 0.97 - margin, 0.97 - margin))
         axes.pcolormesh(values, cmap="cividis", vmin=0, vmax=highest, edgecolors="face")
         axes.invert_yaxis()
         for y, row in enumerate(values):
@@ -145,7 +161,8 @@ def similarities(parts: Parts) -> None:
                 values = [[cells.get((y, x), math.nan) for x in range(width)] for y in range(height)]
                 svg = _map(values, [str(x) for x in range(width)], [str(y) for y in range(height)], 1.0)
                 rows = [[str(y), str(x), f"{each:.6g}"] for (y, x), each in sorted(cells.items())]
-                caption, header = f"{name}, and to the right {others or 'itself'}", ["layer", "other_layer", "cka"]
+                caption = f"{name} (rows) and {others} (columns)" if other else name
+                header = ["layer", "other_layer", "cka"]
                 figures.append(parts.figure(f"cka {name} {others}", caption, svg, header, rows))
     text = "Linear CKA of two layers: 1 where their vectors of the same words differ by a rotation and a factor alone."
     parts.grid("Similarity of layers", text, figures)

@@ -19,7 +19,7 @@ from prelm_jax.study.subjects import Subject
 from prelm_jax.study.treebank import TreebankTest
 from prelm_jax.study.vectors import unit
 
-VERSION = 1  # Raise it when the same data and subject would give other rows.
+VERSION = 2  # Raise it when the same data and subject would give other rows.
 NEAREST = 3
 OF_EACH = 2  # Occurrences of each sense.
 CONTEXT = 8  # Words on each side that are shown.
@@ -83,14 +83,15 @@ class Neighbors(TreebankTest):
         asked = [(word, each) for word, occurrences in found_queries.items() for each in occurrences]
         for (word, query), states_LTD in zip(asked, subject.embed([x.sentence for _, x in asked]), strict=True):
             cosine_N = pool_ND @ unit(states_LTD[-1, query.position] - mean_D)
-            found: dict[int, Occurrence] = {}
+            seen = {tuple(query.sentence)}
             for index in np.argsort(-cosine_N, kind="stable"):
                 sentence = int(np.searchsorted(states.offsets, index, side="right")) - 1
-                if sentence in found or list(pool[sentence]) == list(query.sentence):
+                if tuple(pool[sentence]) in seen:
                     continue
-                found[sentence] = Occurrence(pool[sentence], int(index - states.offsets[sentence]))
-                yield Row(f"{query} ⇒ {found[sentence]}", word, float(cosine_N[index]))
-                if len(found) == NEAREST:
+                seen.add(tuple(pool[sentence]))
+                neighbor = Occurrence(pool[sentence], int(index - states.offsets[sentence]))
+                yield Row(f"{query} ⇒ {neighbor}", word, float(cosine_N[index]))
+                if len(seen) > NEAREST:
                     break
 
 

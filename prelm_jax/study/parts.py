@@ -53,16 +53,16 @@ class Parts:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Names without the directories that all of those with directories have in common.
+    """Names without the directories that all of those with directories have in common, and without options of corpora.
 
-    `short_names(["a/b/c", "a/b/d/e", "untrained:a/b/c"])` has the values c, d/e and untrained:c.
+    `short_names(["a/b/c", "a/b/d/e", "word2vec:a/b/c.txt,sentences=line"])` has the values c, d/e and word2vec:c.txt.
     """
     paths = [name.split("/")[:-1] for name in names if "/" in name and ":" not in name]
     common = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
     prefix = "".join(f"{parts[0]}/" for parts in common)
     kinds = {name: name.partition(":") for name in names}
     return {
-        name: f"{kind}:{rest.removeprefix(prefix)}" if colon else name.removeprefix(prefix)
+        name: f"{kind}:{rest.removeprefix(prefix).partition(',')[0]}" if colon else name.removeprefix(prefix)
         for name, (kind, colon, rest) in kinds.items()
     }
 

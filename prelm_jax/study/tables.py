@@ -1,5 +1,6 @@
 """The tables of a page of a study: its protocol, scores with intervals, differences, neighbors and details."""
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -9,7 +10,7 @@ from prelm_jax.finetuning.results import Results as Tuned
 from prelm_jax.finetuning.results import points
 from prelm_jax.report.page import table
 from prelm_jax.study.parts import Parts, Rows, family_name, text_table
-from prelm_jax.study.scores import Column, Model, Results, Score
+from prelm_jax.study.scores import Column, Model, Results, Score, model_name
 
 RULES = (
     "Minimal pairs: the sum of log-probabilities decides; a tie counts one half. The details have the share of ties, "
@@ -29,7 +30,9 @@ def protocol(parts: Parts) -> None:
     results, rows = parts.results, []
     for column in results.columns:
         settings = "; ".join(f"{name} {x}" for name, x in column.settings)
-        rows.append([column.test, column.metric.replace("_", " "), settings, column.data[:8]])
+        kind, colon, rest = column.test.partition(":")
+        test = f"{kind}{colon}{parts.labels.get(model_name(rest), rest)}"
+        rows.append([test, column.metric.replace("_", " "), settings, column.data[:8]])
     scoring = {
         family_name(header.family): str(header.settings["scoring"])
         for model in results.all_models
@@ -212,13 +215,17 @@ def neighbors(parts: Parts) -> None:
         return
     header = ["word", "occurrence", "model", "nearest", "cosine"]
     rows.sort(key=lambda row: row[:2])  # Stable: models and neighbors stay in their order.
-    link, html, before = parts.link_csv("neighbors", header, rows), [], ["", "", ""]
-    for row in rows:
-        same = next((i for i in range(3) if row[i] != before[i]), 3)
-        html.append(["" if i < same else cell for i, cell in enumerate(row)])
-        before = row[:3]
+    link, html = parts.link_csv("neighbors", header, rows), ""
+    for word, group in itertools.groupby(rows, key=lambda row: row[0]):
+        before, cells = ["", ""], []
+        for _, *row in group:
+            same = next((i for i in range(2) if row[i] != before[i]), 2)
+            cells.append(["" if i < same else cell for i, cell in enumerate(row)])
+            before = row[:2]
+        begin = "<details>" if html else "<details open>"
+        html += f"{begin}<summary>{escape(word)}</summary>{text_table(header[1:], cells)}</details>"
     text = "The nearest occurrences of any word in other sentences, by the cosine of centered vectors of the top layer."
-    parts.add(f"<h2>Neighbors in context</h2><p>{text}</p>{text_table(header, html)}{link}")
+    parts.add(f"<h2>Neighbors in context</h2><p>{text}</p>{html}{link}")
 
 
 def _task(found: Tuned) -> str:

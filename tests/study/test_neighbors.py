@@ -29,7 +29,7 @@ def data(tmp_path) -> Path:
     text = conllu(
         [
             "The/DET left/ADJ bank/NOUN of/ADP the/DET river/NOUN",
-            "A/DET bank/NOUN lends/VERB money/NOUN",
+            *["A/DET bank/NOUN lends/VERB money/NOUN"] * 2,  # One neighbor.
             "A/DET set/NOUN of/ADP money/NOUN",
             "They/PRON set/VERB the/DET river/NOUN",
         ]

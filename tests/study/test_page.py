@@ -17,6 +17,7 @@ from prelm_jax.finetuning.metrics import Score
 from prelm_jax.finetuning.results import Results as Tuned
 from prelm_jax.finetuning.results import SeedResult
 from prelm_jax.study import records, statistics
+from prelm_jax.study.figures import _labels
 from prelm_jax.study.page import draw
 from prelm_jax.study.parts import short_names
 from prelm_jax.study.records import Row
@@ -225,6 +226,16 @@ def test_latex(page):
 def test_short_names():
     names = ["runs/study/a/bert", "runs/study/gpt", "untrained:study:bert", "untrained:runs/study/gpt", "my-bert"]
     assert list(short_names(names).values()) == ["a/bert", "gpt", "untrained:study:bert", "untrained:gpt", "my-bert"]
+    assert short_names(["a/b", "word2vec:a/c.txt,sentences=line"]) == {
+        "a/b": "b",
+        "word2vec:a/c.txt,sentences=line": "word2vec:c.txt",
+    }
+
+
+def test_labels_of_near_constants_are_one():
+    constant = {"a": 1.0, "b": 2.0, "c": 1.1, "d": 1.5}
+    assert _labels(constant, 0.5) == [(1.5, "a, c, d"), (2.0, "b")]
+    assert _labels(constant, 0.0) == [(1.0, "a"), (1.1, "c"), (1.5, "d"), (2.0, "b")] and _labels({}, 1.0) == []
 
 
 def test_maps_have_their_data(page):
