@@ -14,13 +14,8 @@ from typing import NamedTuple
 from prelm_jax.errors import InputError
 from prelm_jax.study import records, statistics
 from prelm_jax.study.records import Header, Lines, Record, Row, rows_by_line
+from prelm_jax.study.tests import TESTS
 
-# The order of tests on a page; others follow by name.
-TESTS = (
-    *("blimp", "supplement", "zorro", "agreement", "climp"),
-    *("upos", "deprel", "verb-number", "length", "depth", "tense", "subject-number", "object-number", "bigram-shift"),
-    *("uuas", "dspr", "coarsewsd", "semcor", "wic", "ws353", "simlex", "men", "scws", "analogies", "selfsim"),
-)
 # Tests that are pictures and texts, without a number in the table.
 SHOWN = ("cka", "neighbors", "replacement")
 # Subjects that are no model of a comparison, in the order of the table.
@@ -301,7 +296,8 @@ def _order_of_models(model: Model) -> tuple:
 
 def _order_of_columns(column: Column) -> tuple:
     name = column.test.partition(":")[0]
-    return TESTS.index(name) if name in TESTS else len(TESTS), column.test, column.data, repr(column.settings)
+    order = list(TESTS)
+    return order.index(name) if name in order else len(order), column.test, column.data, repr(column.settings)
 
 
 def _close(a: float | None, b: float | None) -> bool:

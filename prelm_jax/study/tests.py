@@ -6,6 +6,7 @@ from prelm_jax.errors import InputError
 from prelm_jax.study import geometry, neighbors, pairs, probes, replacement, senses, structural, words
 from prelm_jax.study.base import Make, Settings, Test
 
+# In the order of a page.
 MODULES = (pairs, probes, structural, senses, words, geometry, neighbors, replacement)
 TESTS: Mapping[str, Make] = {name: make for module in MODULES for name, make in module.TESTS.items()}
 

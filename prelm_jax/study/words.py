@@ -106,12 +106,15 @@ class Similarity(Test):
     def _words(self) -> list[str]:
         return sorted({word for pair in self._pairs for word in pair[:2]})
 
+    @functools.cached_property
+    def _contexts(self) -> dict[str, list[tuple[list[str], int]]]:
+        return find_contexts(self._words, self.corpus) if self.corpus else {}
+
     def measure(self, subject: Subject) -> Iterator[Row]:
         """The rows of each layer, without contexts and with; `gold` is what people say."""
         yield from self._rows(vectors_alone(subject, self._words), "")
         if self.corpus and subject.num_layers > 1:
-            contexts = find_contexts(self._words, self.corpus)
-            yield from self._rows(vectors_in_contexts(subject, self._words, contexts), "contexts")
+            yield from self._rows(vectors_in_contexts(subject, self._words, self._contexts), "contexts")
 
     def _rows(self, vectors: np.ndarray, kind: str) -> Iterator[Row]:
         """A pair with an unknown word has the similarity 0."""
