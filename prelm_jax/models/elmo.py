@@ -192,6 +192,7 @@ class ELMo(LanguageModel):
     dtype: jnp.dtype = jnp.float32
 
     replicated, matrices = ELMoEncoder.replicated, ELMoEncoder.matrices
+    tables: ClassVar[tuple[str, ...]] = (r"(^|/)softmax/embedding$",)
 
     def setup(self):
         c = self.config

@@ -64,6 +64,8 @@ class LanguageModel(nn.Module):
     A subclass defines `losses` and `create_parameters`, which run inside `apply`, and the rest of the contract.
     """
 
+    tables: ClassVar[tuple[str, ...]] = ()
+
     def losses(self, batch: Batch, carry: Params, train: bool) -> tuple[Sums, Sums, Params]:
         """(losses, metrics, new carry), each loss and metric as (sum, weight)."""
         raise NotImplementedError
