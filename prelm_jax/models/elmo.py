@@ -192,7 +192,6 @@ class ELMo(LanguageModel):
     dtype: jnp.dtype = jnp.float32
 
     replicated, matrices = ELMoEncoder.replicated, ELMoEncoder.matrices
-    tables: ClassVar[tuple[str, ...]] = (r"(^|/)softmax/embedding$",)
 
     def setup(self):
         c = self.config
@@ -245,6 +244,11 @@ class ELMo(LanguageModel):
             nll_G = sampled_nll(flat(x[d]), flat(true[i]), flat(true_bias_BT), sampled[i], sampled_bias_S, hits_GS)
             nll[d] = nll_G.reshape(x[d].shape[:2])
         return nll
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """That of the softmax, if it has negatives."""
+        return (r"(^|/)softmax/embedding$",)
 
     def create_parameters(self) -> None:
         self.bilm.encode(jnp.zeros((1, MAX_CHARACTERS), jnp.int32))

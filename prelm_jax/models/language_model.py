@@ -64,8 +64,6 @@ class LanguageModel(nn.Module):
     A subclass defines `losses` and `create_parameters`, which run inside `apply`, and the rest of the contract.
     """
 
-    tables: ClassVar[tuple[str, ...]] = ()
-
     def losses(self, batch: Batch, carry: Params, train: bool) -> tuple[Sums, Sums, Params]:
         """(losses, metrics, new carry), each loss and metric as (sum, weight)."""
         raise NotImplementedError
@@ -73,6 +71,11 @@ class LanguageModel(nn.Module):
     def create_parameters(self) -> None:
         """Uses every parameter once, on inputs as small as possible."""
         raise NotImplementedError
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """None: the losses may read all rows of every table."""
+        return ()
 
     def init_params(self, key: Array) -> Params:
         """Fresh fp32 parameters."""

@@ -161,11 +161,6 @@ class TaskModel(LanguageModel):
         return self.config.encoder.encoder().replicated
 
     @property
-    def tables(self) -> tuple[str, ...]:
-        """None."""
-        return ()
-
-    @property
     def matrices(self) -> tuple[str, ...]:
         """The matrix paths of the encoder, if it is trained."""
         return self.config.encoder.encoder().matrices if self.config.tune == "all" else ()
