@@ -149,11 +149,11 @@ class GPT(LanguageModel):
     def init_cache(self, batch_size: int) -> Params:
         """The collection `cache` of `next_logits` before the first token."""
         c = self.config
-        shape_BNSH = (batch_size, c.num_heads, c.max_position_embeddings, c.hidden_size // c.num_heads)
+        shape_BSD = (batch_size, c.max_position_embeddings, c.hidden_size)
 
         def layer() -> Params:
             return {
-                "attention": {name: jnp.zeros(shape_BNSH, activation_dtype(self.dtype)) for name in ("keys", "values")}
+                "attention": {name: jnp.zeros(shape_BSD, activation_dtype(self.dtype)) for name in ("keys", "values")}
             }
 
         return {"decoder": {f"layer_{i}": layer() for i in range(c.num_layers)}}
