@@ -68,12 +68,15 @@ class Settings(NamedTuple):
 
     @property
     def vmem(self) -> int:
-        """Bytes on the chip, at most; of the backward pass, which needs more."""
+        """Bytes on the chip that the backward pass may use; it needs more than the forward pass.
+
+        The compiler keeps the results of other operations in the rest, so this is not all that a chip has.
+        """
         width, length = (math.ceil(size / LANES) * LANES for size in (self.width, self.T))
         copied = self.rows * self.T * (7 * width * self.itemsize + 8 * 4)
         hashes = self.heads * self.T * length * 4
         sums = 2 * self.T * width * 4
-        return 2 * copied + hashes + sums + 10 * min(self.T, QUERIES) * length * 4
+        return 2 * copied + hashes + sums + 10 * min(self.T, QUERIES) * length * 4 + 2**20
 
 
 class Cost(NamedTuple):
@@ -166,7 +169,7 @@ def _call(s: Settings, backward: bool, *inputs: Array) -> tuple[Array, ...]:
             out_shape=[jax.ShapeDtypeStruct(inputs[-1].shape, inputs[-1].dtype)] * results,
             scratch_shapes=scratch,
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_capacity() if on_tpu else None
+                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=s.vmem
             ),
             cost_estimate=pl.CostEstimate(work.flops, work.transcendentals, work.bytes),
             metadata={"vector_operations": str(work.vector_operations)},
