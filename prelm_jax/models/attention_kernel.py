@@ -119,8 +119,9 @@ def make_settings(x_BTD: Array, num_heads: int, causal: bool, rate: float) -> Se
         return None
     B, T, D = x_BTD.shape
     s = Settings(B // devices, T, D, x_BTD.dtype.itemsize, num_heads, causal, rate)
-    possible = T % 8 == 0 and T <= LONGEST and s.width % s.head_size == 0 and D % s.width == 0
-    return s if possible and (backend() != "tpu" or s.vmem <= vmem_capacity()) else None
+    whole = s.width % s.head_size == D % s.width == 0 and (s.width % LANES == 0 or s.width == D)
+    fits = backend() != "tpu" or s.vmem <= vmem_capacity()
+    return s if whole and T % 8 == 0 and T <= LONGEST and fits else None
 
 
 def kernel_attention(
