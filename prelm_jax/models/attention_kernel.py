@@ -68,12 +68,15 @@ class Settings(NamedTuple):
 
     @property
     def vmem(self) -> int:
-        """Bytes on the chip, at most; of the backward pass, which needs more."""
+        """Bytes on the chip that the backward pass may use; it needs more than the forward pass.
+
+        The compiler keeps the results of other operations in the rest, so this is not all that a chip has.
+        """
         width, length = (math.ceil(size / LANES) * LANES for size in (self.width, self.T))
         copied = self.rows * self.T * (7 * width * self.itemsize + 8 * 4)
         hashes = self.heads * self.T * length * 4
         sums = 2 * self.T * width * 4
-        return 2 * copied + hashes + sums + 10 * min(self.T, QUERIES) * length * 4
+        return 2 * copied + hashes + sums + 10 * min(self.T, QUERIES) * length * 4 + 2**20
 
 
 class Cost(NamedTuple):
@@ -116,8 +119,9 @@ def make_settings(x_BTD: Array, num_heads: int, causal: bool, rate: float) -> Se
         return None
     B, T, D = x_BTD.shape
     s = Settings(B // devices, T, D, x_BTD.dtype.itemsize, num_heads, causal, rate)
-    possible = T % 8 == 0 and T <= LONGEST and s.width % s.head_size == 0 and D % s.width == 0
-    return s if possible and (backend() != "tpu" or s.vmem <= vmem_capacity()) else None
+    whole = s.width % s.head_size == D % s.width == 0 and (s.width % LANES == 0 or s.width == D)
+    fits = backend() != "tpu" or s.vmem <= vmem_capacity()
+    return s if whole and T % 8 == 0 and T <= LONGEST and fits else None
 
 
 def kernel_attention(
@@ -166,7 +170,7 @@ def _call(s: Settings, backward: bool, *inputs: Array) -> tuple[Array, ...]:
             out_shape=[jax.ShapeDtypeStruct(inputs[-1].shape, inputs[-1].dtype)] * results,
             scratch_shapes=scratch,
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_capacity() if on_tpu else None
+                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=s.vmem
             ),
             cost_estimate=pl.CostEstimate(work.flops, work.transcendentals, work.bytes),
             metadata={"vector_operations": str(work.vector_operations)},

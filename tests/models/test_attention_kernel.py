@@ -54,7 +54,7 @@ def value_and_gradients(attend, q, k, v, num_heads, mask, rate, key):
 
 @pytest.mark.parametrize(
     ("T", "D", "num_heads", "causal", "rate"),
-    [(264, 128, 2, True, RATE), (136, 256, 4, False, RATE), (72, 48, 3, True, 0.0), (8, 512, 2, False, RATE)],
+    [(264, 128, 2, True, RATE), (72, 256, 4, False, RATE), (8, 512, 2, True, 0.0)],
 )
 def test_outputs_and_gradients(T, D, num_heads, causal, rate):
     """Several blocks of queries and groups of heads; heads narrower and wider than 128; no multiples of 128 tokens."""
@@ -122,7 +122,8 @@ def test_the_kernel_is_the_default_where_it_fits(kind):
     with tpu(kind):
         assert all(kernels(4, T, 768) for T in (8, 128, 512))
         assert bool(kernels(4, 1024, 768)) == (kind != "TPU v4")
-        assert not kernels(4, 1032, 768) and not kernels(4, 60, 768) and not kernels(4, 128, 768, num_heads=8)
+        assert not kernels(4, 1032, 768) and not kernels(4, 60, 768)
+        assert not kernels(4, 128, 768, num_heads=8) and not kernels(4, 128, 400, num_heads=2)
     assert not kernels(4, 128, 768)
 
 
