@@ -4,6 +4,8 @@
     GPT-1   start a extract, start a delimiter b extract      a task reads the extract token
     ELMo    <S> a </S>; of a pair each text by itself         a task reads all words
 
+A word to tag is read at its first token; by GPT-1 at its last, the only one that has seen the whole word.
+
 Texts that are too long for the model are cut, the longer one of a pair first, and counted. Sentences to tag and
 passages to answer from are never cut: they become several rows, windows that overlap, and what is read of a word or
 token is taken from the window that shows most of its context.
@@ -84,7 +86,7 @@ class Frame(abc.ABC):
     max_length: tokens of a row at most. symmetric: the texts of a pair have no order.
     """
 
-    reads: ClassVar[Literal["first", "last"]] = "first"  # The position that sums a text up.
+    reads: ClassVar[Literal["first", "last"]] = "first"  # The position that sums up a text, or a word to tag.
     answers: ClassVar[bool] = True  # Whether a token is read together with what comes after it, as spans need.
 
     def __init__(self, tokenizer: Tokenizer, max_length: int, symmetric: bool = False):
@@ -206,7 +208,8 @@ class Frame(abc.ABC):
                 labels = np.array([numbers[name] for name in cast(tuple[str, ...], example.label)], np.int32)
             for i, (a, b) in enumerate(windows):
                 ids = np.concatenate([np.array(self._before, np.int32), *pieces[a:b], self._after]).astype(np.int32)
-                read = (len(self._before) + begins[a:b] - begins[a]).astype(np.int32)
+                places = begins[a:b] if self.reads == "first" else ends[a:b] - 1
+                read = (len(self._before) + places - begins[a]).astype(np.int32)
                 mine = owners[a:b] == i
                 label, weight = (None, None) if labels is None else (labels[a:b], mine.astype(np.float32))
                 rows.append(Row(number, (Text(ids, len(ids), read),), label, weight, a, mine))
