@@ -21,14 +21,26 @@ class Chip:
     tile: int = 1  # Rows and columns of the matrix unit: smaller products take as long; 1 if not counted.
 
 
-def _tpu(flops: float, memory: float, bandwidth: float, links: float, network: float, **shape: int) -> Chip:
-    """A TPU with `cores` cores of `matrix_units` units of `tile` × `tile`, and `alus` for each of 8 × 128 lanes."""
-    cores, matrix_units, alus, tile = (shape.pop(name) for name in ("cores", "matrix_units", "alus", "tile"))
+def _tpu(
+    flops: float,
+    memory: float,
+    bandwidth: float,
+    links: float,
+    network: float,
+    *,
+    cores: int,
+    matrix_units: int,
+    tile: int,
+    alus: int,
+    torus: int,
+    ring: int,
+) -> Chip:
+    """A TPU: each core has `matrix_units` of `tile` × `tile`, and a vector unit of 8 × 128 lanes with `alus` each."""
     clock = flops / (2 * cores * matrix_units * tile**2)
     vector = cores * alus * 8 * 128 * clock
-    # The rows of a matrix enter one by one, and pass all rows and columns of the unit.
+    # Rows enter a matrix unit one by one, and pass all its rows and columns.
     latency = 3 * tile / clock
-    return Chip(flops, flops / 6, memory, bandwidth, links, vector, latency, network, tile=tile, **shape)
+    return Chip(flops, flops / 6, memory, bandwidth, links, vector, latency, network, torus, ring, tile)
 
 
 GiB = 2**30
