@@ -4,9 +4,9 @@
         --data ../shared/data/tasks [--json FILE]
 
 Both train the same pretrained BERT on the same 8,000 examples, in batches of 32, with dropout, clipping and AdamW: the
-Trainer's padded to their longest row, ours packed. `prelm` sets the tunable itself. The loops are those of `prelm finetune` and of the Trainer, each in a thread that waits
-while the other trains: a round is some steps of ours, then some of the Trainer's. The first round, in which ours
-compiles, is left out.
+Trainer's padded to their longest row, ours packed. `prelm` sets the tunable itself. The loops are those of `prelm
+finetune` and of the Trainer, each in a thread that waits while the other trains: a round is some steps of ours, then
+some of the Trainer's. The first round, in which ours compiles, is left out.
 
 Then a fine-tuning of two epochs counts the programs that are compiled without a cache, how long that takes, and how
 many of them are compiled in the second epoch. Needs the extra `test`, and `pip install accelerate`.
