@@ -12,7 +12,6 @@ import numpy as np
 from rich.table import Table
 
 from prelm_jax.corpus.store import Store
-from prelm_jax.data.tasks import TaskBatches
 from prelm_jax.errors import InputError
 from prelm_jax.finetuning.config import FineTuning
 from prelm_jax.finetuning.finetune import prepare
@@ -131,7 +130,7 @@ def plan(run: Run | FineTuning, topology: str, progress: Callable[[str], None] =
     devices = jax.devices() if topology == LOCAL else compile_only_devices(topology, run.loop.mesh.slices)
     mesh = run.loop.mesh.build(devices)
     check_batch_size(run, mesh.size)
-    run, make_work = task_work(run) if isinstance(run, FineTuning) else (run, run_work(run))
+    run, make_work = task_work(run, mesh.size) if isinstance(run, FineTuning) else (run, run_work(run))
     try:
         return analyze(run, topology, mesh, progress, make_work)
     except TooLarge as error:
@@ -194,13 +193,13 @@ def run_work(run: Run) -> MakeWork:
     return make
 
 
-def task_work(run: FineTuning) -> tuple[FineTuning, MakeWork]:
+def task_work(run: FineTuning, devices: int) -> tuple[FineTuning, MakeWork]:
     """A task with the steps that follow from its files, and its work."""
     task = prepare(run)
     model = task.config.build(jnp.dtype(run.precision))
 
     def make(batch_size: int) -> Work:
-        batches = TaskBatches(task.frame, task.train_rows, batch_size, run.seed)
+        batches = task.batches(run.seed, devices, batch_size)
         largest = batches.largest()
         widths = [batches.width(step) for step in range(-(-len(task.train_rows) // batch_size))]
         return Work(model, largest, batches.layout, float(np.mean(widths)) / largest["segments"].shape[-1])
