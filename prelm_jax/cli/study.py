@@ -42,11 +42,12 @@ def study(
     """
     from prelm_jax.study import babylm as predictions
     from prelm_jax.study import records
+    from prelm_jax.study.base import Settings
     from prelm_jax.study.opening import open_subject
     from prelm_jax.study.pairs import PairsTest
     from prelm_jax.study.study import study
     from prelm_jax.study.subjects import Subject
-    from prelm_jax.study.tests import Settings, make_test
+    from prelm_jax.study.tests import make_test
 
     cache_compiled_programs()
 
