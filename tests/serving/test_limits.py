@@ -114,6 +114,18 @@ def test_a_connection_is_kept_for_further_requests(impatient):
             assert received.count(b"HTTP/1.1 503") == times
 
 
+def test_the_parts_of_an_answer_do_not_wait_for_one_another(impatient, monkeypatch):
+    """Without TCP_NODELAY the body follows its headers after 40 ms, when the client has acknowledged those."""
+    made, found = LimitedProtocol.connection_made, []
+
+    def connection_made(self, transport):
+        made(self, transport)
+        found.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr(LimitedProtocol, "connection_made", connection_made)
+    assert impatient.get("/health")[0] == 503 and found == [1]
+
+
 def test_chunked_bodies_are_limited(impatient, monkeypatch):
     monkeypatch.setattr(app, "MAX_BODY", 1000)
     chunk = b"3e8\r\n" + b" " * 1000 + b"\r\n"
