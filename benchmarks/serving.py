@@ -29,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 SHORT = "A man is eating a piece of bread by the river."
@@ -91,39 +92,61 @@ def serve_peer(model: str, port: int, threads: int) -> None:
 
 
 class Server:
-    """A server process on some cores."""
+    """A server process, on some cores if they are given; at the same port whenever it is started."""
 
-    def __init__(self, name: str, model: str, cores: list[int], infinity: str):
-        self.name = name
+    def __init__(self, name: str, model: str, cores: Sequence[int] = (), infinity: str = "infinity_emb"):
+        self.name, self._cores = name, cores
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         port = str(self.port)
-        commands = {
+        self._command = {
             "ours": [sys.executable, "-m", "prelm_jax", "serve", model, "--port", port],
             "fastapi": [sys.executable, __file__, model, "--peer", port, "--threads", str(len(cores))],
             "infinity": [infinity, "v2", "--model-id", model, "--port", port, *INFINITY],
-        }
+        }[name]
+        self.start()
+
+    def start(self) -> None:
         environment = dict(os.environ, INFINITY_ANONYMOUS_USAGE_STATS="0", HF_HUB_OFFLINE="1")
-        if name == "infinity":
+        if self.name == "infinity":
             environment.pop("PYTHONPATH", None)  # Of this environment.
-        health = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
-        began = time.monotonic()
         self.process = subprocess.Popen(
-            commands[name],
+            self._command,
             env=environment,
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        while asyncio.run(status_of(self.port, health)) != 200:
+        os.sched_setaffinity(self.process.pid, self._cores or os.sched_getaffinity(0))
+
+    async def ready(self) -> None:
+        """Waits until requests are answered."""
+        while (await self.get("/health"))[0] != 200:
             if self.process.poll() is not None:
-                raise SystemExit(f"{name} ended: {' '.join(commands[name])}")
-            time.sleep(0.2)
-        seconds, before = time.monotonic() - began, -1.0
-        print(f"{name}: ready after {seconds:.1f} s, {self.cpu_seconds():.1f} of the processor", flush=True)
-        while before != (before := self.cpu_seconds()):  # What it does before it waits for requests.
-            time.sleep(1)
+                raise SystemExit(f"{self.name} ended: {' '.join(self._command)}")
+            await asyncio.sleep(0.1)
+
+    async def idle(self) -> None:
+        """Waits until it does nothing but wait for requests."""
+        before = -1.0
+        while before != (before := self.cpu_seconds()):
+            await asyncio.sleep(1)
+
+    async def get(self, path: str) -> tuple[int, bytes]:
+        """The status and the body of an answer; 0 if there is none."""
+        connection = Connection(self.port)
+        try:
+            status, _, body = await connection.ask(f"GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
+            return status, body
+        except (OSError, asyncio.IncompleteReadError):
+            return 0, b""
+        finally:
+            connection.close()
+
+    def memory(self) -> float:
+        """MB of the process."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
     def cpu_seconds(self) -> float:
         """Processor time of the process so far."""
@@ -141,13 +164,8 @@ class Library:
     def __init__(self, name: str, model: str, cores: list[int]):
         self.name = name
         command = [sys.executable, __file__, model, "--library", name, "--threads", str(len(cores))]
-        self._process = subprocess.Popen(
-            command,
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        os.sched_setaffinity(self._process.pid, cores)
         for what in ("short", "bulk"):  # Compiles.
             self.call(what, 0)
 
@@ -163,42 +181,46 @@ class Library:
 
 def embedding_request(texts: list[str]) -> bytes:
     """The bytes of a request for the vectors of texts."""
-    body = json.dumps({"input": texts}).encode()
-    head = "POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json"
+    return post("/v1/embeddings", json.dumps({"input": texts}).encode())
+
+
+def post(path: str, body: bytes, number: int = 0) -> bytes:
+    """The bytes of a request."""
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nx-request-id: {number}"
     return f"{head}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
 
 
 class Connection:
-    """A connection that is kept for many requests."""
+    """A connection that is kept for many requests, and opened when it is needed."""
 
     def __init__(self, port: int):
         self._port = port
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
-    async def ask(self, request: bytes) -> tuple[int, bytes]:
-        """The status and the body of the answer."""
-        if self._writer is None or self._reader is None:
-            self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port, limit=2**26)
-        self._writer.write(request)
-        head = await self._reader.readuntil(b"\r\n\r\n")
-        length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
-        return int(head[9:12]), await self._reader.readexactly(length)
+    async def send(self, request: bytes) -> None:
+        if self._streams is None:
+            self._streams = await asyncio.open_connection("127.0.0.1", self._port, limit=2**26)
+        self._streams[1].write(request)
+
+    async def receive(self) -> tuple[int, dict[str, str], bytes]:
+        """(status, headers, body)."""
+        assert self._streams is not None
+        head = (await self._streams[0].readuntil(b"\r\n\r\n")).decode().lower()
+        headers = dict(line.split(": ", 1) for line in head.split("\r\n")[1:] if line)
+        body = await self._streams[0].readexactly(int(headers["content-length"]))
+        if headers.get("connection") == "close":
+            self.close()
+        return int(head[9:12]), headers, body
+
+    async def ask(self, request: bytes) -> tuple[int, dict[str, str], bytes]:
+        """The answer to a request: status, headers, body."""
+        await self.send(request)
+        return await self.receive()
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-
-async def status_of(port: int, request: bytes) -> int:
-    """The status of the answer to a request; 0 if there is none."""
-    connection = Connection(port)
-    try:
-        return (await connection.ask(request))[0]
-    except (OSError, asyncio.IncompleteReadError):
-        return 0
-    finally:
-        connection.close()
+        if self._streams is not None:
+            self._streams[1].close()
+            self._streams = None
 
 
 async def closed(server: Server, request: bytes, clients: int, seconds: float) -> Result:
@@ -209,7 +231,7 @@ async def closed(server: Server, request: bytes, clients: int, seconds: float) -
     async def client() -> None:
         connection = Connection(server.port)
         while (began := time.monotonic()) < end:
-            status, _ = await connection.ask(request)
+            status, _, _ = await connection.ask(request)
             assert status == 200, status
             latencies.append(time.monotonic() - began)
         connection.close()
@@ -231,7 +253,7 @@ async def opened(server: Server, request: bytes, rate: float, seconds: float, se
 
     async def ask(due: float) -> None:
         connection = free.pop() if free else Connection(server.port)
-        status, _ = await connection.ask(request)
+        status, _, _ = await connection.ask(request)
         assert status == 200, status
         latencies.append(time.monotonic() - began - due)
         free.append(connection)
@@ -255,7 +277,7 @@ async def full(server: Server) -> Result:
     another, times = Connection(server.port), []
     for _ in range(20):
         began = time.monotonic()
-        status, _ = await another.ask(request)
+        status, _, _ = await another.ask(request)
         assert status == 429, status
         times.append(1000 * (time.monotonic() - began))
     for task in tasks:
@@ -401,7 +423,12 @@ def main() -> None:
     started: list[Server | Library] = []
     try:
         for name in options.servers:
-            started.append(Server(name, options.model, options.server_cores, options.infinity))
+            began, server = time.monotonic(), Server(name, options.model, options.server_cores, options.infinity)
+            started.append(server)
+            asyncio.run(server.ready())
+            used, seconds = server.cpu_seconds(), time.monotonic() - began
+            print(f"{name}: ready after {seconds:.1f} s, {used:.1f} of the processor", flush=True)
+            asyncio.run(server.idle())
         for name in ("ours", "sentence-transformers") if options.in_process else ():
             started.append(Library(name, options.model, options.server_cores))
         servers = [each for each in started if isinstance(each, Server)]
