@@ -5,7 +5,9 @@ import contextlib
 import numpy as np
 import pytest
 
-openai = pytest.importorskip("openai", reason="openai is not installed")
+pytest.importorskip("openai", reason="openai is not installed")
+
+import openai
 
 from prelm_jax.serving.service import Service
 
@@ -81,6 +83,16 @@ def test_an_echo_with_log_probabilities(to_gpt, gpt):
     ((total, count),) = gpt.model.score(["the cat sees"])
     assert choice.text == "the cat sees" and first is None and len(rest) == count
     assert sum(rest) == pytest.approx(total, abs=1e-5)
+
+
+def test_several_choices(to_gpt):
+    """Each is drawn with a seed of its own: that of the request, and the next ones."""
+    options = {"model": "tiny", "prompt": ["the cat", "a"], "max_tokens": 6}
+    several = to_gpt.completions.create(**options, seed=4, n=3)
+    assert [choice.index for choice in several.choices] == list(range(6))
+    alone = [to_gpt.completions.create(**options, seed=4 + j).choices for j in range(3)]
+    texts = [alone[j][i].text for i in range(2) for j in range(3)]
+    assert [choice.text for choice in several.choices] == texts and len(set(texts)) > 2
 
 
 def test_a_stop(to_gpt):
