@@ -1,18 +1,20 @@
-"""Speed of `prelm serve` against sentence-transformers in FastAPI, with the same model on the same cores.
+"""Speed of `prelm serve` against sentence-transformers in FastAPI and infinity, with the same model on the same cores.
 
-    python benchmarks/serving.py MODEL [--servers ours fastapi] [--seconds 5] [--rounds 3] [--json FILE]
+    python benchmarks/serving.py MODEL [--servers ours fastapi infinity] [--seconds 5] [--rounds 3] [--json FILE]
 
-MODEL is a directory of sentence-transformers. FastAPI and sentence-transformers must be installed for `fastapi`, and
-`http://…` is a server that runs already and answers OpenAI's /v1/embeddings (infinity, for example). All servers are
-started on --server-cores and the client runs on --client-core. They take turns in each round; ratios are of medians.
+MODEL is a directory of sentence-transformers. FastAPI and sentence-transformers must be installed for `fastapi`;
+`infinity` is started by the command --infinity, of an environment of its own. All servers and libraries run on
+--server-cores and the client on --client-core. They take turns in each round; ratios are of medians.
 
-closed: each of N clients sends a short sentence, waits for the vector, and sends the next: requests a second, and
+short:  the call of a library in a process of its own with one short sentence.
+closed: each of N clients sends the short sentence, waits for the vector, and sends the next: requests a second, and
         milliseconds of processor time of the server for each.
 open:   requests come at random times (Poisson) at a part of the requests a second of 32 clients. The latency counts
         from the time at which a request was due, so that a server that falls behind does not hide it.
-bulk:   requests of 256 texts of mixed lengths, one after the other: texts a second.
-direct: the library's call with one short sentence against a request for it: what the server adds.
-full:   the time until a full queue says 429.
+bulk:   256 texts of mixed lengths in a request, or in a call of a library: texts a second.
+full:   the time until a full queue says 429, to a request of 512 texts.
+
+The overhead of a server is the time of a request (closed, one client) without that of the call (short).
 """
 
 import argparse
@@ -27,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Sequence
 from pathlib import Path
 
 SHORT = "A man is eating a piece of bread by the river."
@@ -48,6 +50,11 @@ WORDS = [
     "language",
     "context",
     "sentence",
+]
+# In fp32 as the others, with vectors computed for each request, and routes where OpenAI has them.
+INFINITY = [
+    *("--host", "127.0.0.1", "--url-prefix", "/v1", "--log-level", "error"),
+    *("--device", "cpu", "--dtype", "float32", "--no-bettertransformer", "--no-vector-disk-cache"),
 ]
 Result = dict[str, float]
 
@@ -85,79 +92,135 @@ def serve_peer(model: str, port: int, threads: int) -> None:
 
 
 class Server:
-    """A server process on some cores, or the address of one that runs already."""
+    """A server process, on some cores if they are given; at the same port whenever it is started."""
 
-    def __init__(self, name: str, model: str, cores: list[int]):
-        self.name, self.process = name, None
-        if name.startswith("http"):
-            self.port = int(name.rpartition(":")[2].strip("/"))
-            return
+    def __init__(self, name: str, model: str, cores: Sequence[int] = (), infinity: str = "infinity_emb"):
+        self.name, self._cores = name, cores
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [sys.executable, "-m", "prelm_jax", "serve", model, "--port", str(self.port)]
-        if name == "fastapi":
-            command = [sys.executable, __file__, model, "--peer", str(self.port), "--threads", str(len(cores))]
-        began = time.monotonic()
+        port = str(self.port)
+        self._command = {
+            "ours": [sys.executable, "-m", "prelm_jax", "serve", model, "--port", port],
+            "fastapi": [sys.executable, __file__, model, "--peer", port, "--threads", str(len(cores))],
+            "infinity": [infinity, "v2", "--model-id", model, "--port", port, *INFINITY],
+        }[name]
+        self.start()
+
+    def start(self) -> None:
+        environment = dict(os.environ, INFINITY_ANONYMOUS_USAGE_STATS="0", HF_HUB_OFFLINE="1")
+        if self.name == "infinity":
+            environment.pop("PYTHONPATH", None)  # Of this environment.
         self.process = subprocess.Popen(
-            command, preexec_fn=lambda: os.sched_setaffinity(0, cores), stderr=subprocess.DEVNULL
+            self._command,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
-        while b'"ready"' not in asyncio.run(ask_once(self.port, b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")):
+        os.sched_setaffinity(self.process.pid, self._cores or os.sched_getaffinity(0))
+
+    async def ready(self) -> None:
+        """Waits until requests are answered."""
+        while (await self.get("/health"))[0] != 200:
             if self.process.poll() is not None:
-                raise SystemExit(f"{name} ended: {' '.join(command)}")
-            time.sleep(0.2)
-        print(f"{name}: ready after {time.monotonic() - began:.1f} s", flush=True)
+                raise SystemExit(f"{self.name} ended: {' '.join(self._command)}")
+            await asyncio.sleep(0.1)
+
+    async def idle(self) -> None:
+        """Waits until it does nothing but wait for requests."""
+        before = -1.0
+        while before != (before := self.cpu_seconds()):
+            await asyncio.sleep(1)
+
+    async def get(self, path: str) -> tuple[int, bytes]:
+        """The status and the body of an answer; 0 if there is none."""
+        connection = Connection(self.port)
+        try:
+            status, _, body = await connection.ask(f"GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
+            return status, body
+        except (OSError, asyncio.IncompleteReadError):
+            return 0, b""
+        finally:
+            connection.close()
+
+    def memory(self) -> float:
+        """MB of the process."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
     def cpu_seconds(self) -> float:
         """Processor time of the process so far."""
-        if self.process is None:
-            return float("nan")
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> None:
-        if self.process is not None:
-            self.process.terminate()
-            self.process.wait(20)
+        self.process.terminate()
+        self.process.wait(20)
+
+
+class Library:
+    """A library that is called in a process of its own on some cores."""
+
+    def __init__(self, name: str, model: str, cores: list[int]):
+        self.name = name
+        command = [sys.executable, __file__, model, "--library", name, "--threads", str(len(cores))]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        os.sched_setaffinity(self._process.pid, cores)
+        for what in ("short", "bulk"):  # Compiles.
+            self.call(what, 0)
+
+    def call(self, what: str, seconds: float) -> Result:
+        """The result of `call_library` there."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(what, seconds, file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
+
+    def stop(self) -> None:
+        self._process.communicate()
 
 
 def embedding_request(texts: list[str]) -> bytes:
     """The bytes of a request for the vectors of texts."""
-    body = json.dumps({"input": texts}).encode()
-    head = "POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json"
+    return post("/v1/embeddings", json.dumps({"input": texts}).encode())
+
+
+def post(path: str, body: bytes, number: int = 0) -> bytes:
+    """The bytes of a request."""
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nx-request-id: {number}"
     return f"{head}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
 
 
 class Connection:
-    """A connection that is kept for many requests."""
+    """A connection that is kept for many requests, and opened when it is needed."""
 
     def __init__(self, port: int):
         self._port = port
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
-    async def ask(self, request: bytes) -> tuple[int, bytes]:
-        """The status and the body of the answer."""
-        if self._writer is None or self._reader is None:
-            self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port, limit=2**26)
-        self._writer.write(request)
-        head = await self._reader.readuntil(b"\r\n\r\n")
-        length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
-        return int(head[9:12]), await self._reader.readexactly(length)
+    async def send(self, request: bytes) -> None:
+        if self._streams is None:
+            self._streams = await asyncio.open_connection("127.0.0.1", self._port, limit=2**26)
+        self._streams[1].write(request)
+
+    async def receive(self) -> tuple[int, dict[str, str], bytes]:
+        """(status, headers, body)."""
+        assert self._streams is not None
+        head = (await self._streams[0].readuntil(b"\r\n\r\n")).decode().lower()
+        headers = dict(line.split(": ", 1) for line in head.split("\r\n")[1:] if line)
+        body = await self._streams[0].readexactly(int(headers["content-length"]))
+        if headers.get("connection") == "close":
+            self.close()
+        return int(head[9:12]), headers, body
+
+    async def ask(self, request: bytes) -> tuple[int, dict[str, str], bytes]:
+        """The answer to a request: status, headers, body."""
+        await self.send(request)
+        return await self.receive()
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-
-async def ask_once(port: int, request: bytes) -> bytes:
-    connection = Connection(port)
-    try:
-        return (await connection.ask(request))[1]
-    except (OSError, asyncio.IncompleteReadError):
-        return b""
-    finally:
-        connection.close()
+        if self._streams is not None:
+            self._streams[1].close()
+            self._streams = None
 
 
 async def closed(server: Server, request: bytes, clients: int, seconds: float) -> Result:
@@ -168,7 +231,7 @@ async def closed(server: Server, request: bytes, clients: int, seconds: float) -
     async def client() -> None:
         connection = Connection(server.port)
         while (began := time.monotonic()) < end:
-            status, _ = await connection.ask(request)
+            status, _, _ = await connection.ask(request)
             assert status == 200, status
             latencies.append(time.monotonic() - began)
         connection.close()
@@ -190,7 +253,7 @@ async def opened(server: Server, request: bytes, rate: float, seconds: float, se
 
     async def ask(due: float) -> None:
         connection = free.pop() if free else Connection(server.port)
-        status, _ = await connection.ask(request)
+        status, _, _ = await connection.ask(request)
         assert status == 200, status
         latencies.append(time.monotonic() - began - due)
         free.append(connection)
@@ -206,20 +269,22 @@ async def opened(server: Server, request: bytes, rate: float, seconds: float, se
 
 
 async def full(server: Server) -> Result:
-    """Asks for more than the queue takes; the time of the first 429, and whether there was one."""
-    texts = [" ".join(WORDS * 6)] * 512
-    request = embedding_request(texts)
+    """Asks for more than the queue takes: the times of twenty refusals."""
+    request = embedding_request([" ".join(WORDS * 6)] * 512)
     connections = [Connection(server.port) for _ in range(8)]
     tasks = [asyncio.create_task(connection.ask(request)) for connection in connections]
-    await asyncio.sleep(1)
-    began = time.monotonic()
-    status, _ = await Connection(server.port).ask(request)
-    elapsed = time.monotonic() - began
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)  # The first one is refused.
+    another, times = Connection(server.port), []
+    for _ in range(20):
+        began = time.monotonic()
+        status, _, _ = await another.ask(request)
+        assert status == 429, status
+        times.append(1000 * (time.monotonic() - began))
     for task in tasks:
         task.cancel()
-    for connection in connections:
+    for connection in [*connections, another]:
         connection.close()
-    return {"refused_ms": 1000 * elapsed if status == 429 else float("nan")}
+    return {"p50_ms": statistics.median(times), "max_ms": max(times)}
 
 
 def mixed_texts(count: int) -> list[str]:
@@ -229,69 +294,108 @@ def mixed_texts(count: int) -> list[str]:
     return [" ".join(rng.choices(WORDS, k=length)) for length in lengths]
 
 
-def direct(model: str, seconds: float) -> Result:
-    """The median time of the library's own call with the short sentence, in a batch of one row."""
-    import prelm_jax
+def call_library(name: str, model: str, threads: int) -> None:
+    """For each line of the input, "short SECONDS" or "bulk SECONDS", the speed of the library as a line of JSON."""
+    if name == "ours":
+        import prelm_jax
 
-    loaded = prelm_jax.load(model)
-    program, params = loaded.embed_program, loaded.params
-    ids = loaded.frame(loaded.split([SHORT])[0])
-    times: list[float] = []
-    end = time.monotonic() + seconds
-    while time.monotonic() < end or len(times) < 10:
-        began = time.perf_counter()
-        loaded.split([SHORT])
-        program.compute(params, [ids], 1, program.length(ids))
-        times.append(time.perf_counter() - began)
-    return {"p50_ms": 1000 * statistics.median(times[3:])}
+        loaded = prelm_jax.load(model)
+
+        def vector(text: str) -> None:  # As the server does it, in a batch of one row.
+            query = loaded.vector_query(loaded.frame(loaded.split([text])[0]), loaded.pooling)
+            program, (example,) = query.program, query.examples
+            query.finish(program.compute(program.params, [example], 1, program.length(example)))
+
+        def vectors(texts: list[str]) -> None:
+            list(loaded.vectors(texts, truncate=True))
+    else:
+        import torch
+        from sentence_transformers import SentenceTransformer
+
+        torch.set_num_threads(threads)
+        encoder = SentenceTransformer(model, device="cpu")
+        vector = vectors = encoder.encode
+    texts = mixed_texts(256)
+    for line in sys.stdin:
+        what, seconds = line.split()
+        latencies: list[float] = []
+        used, end = time.process_time(), time.monotonic() + float(seconds)
+        while time.monotonic() < end or len(latencies) < 2:
+            began = time.perf_counter()
+            if what == "short":
+                vector(SHORT)
+            else:
+                vectors(texts)
+            latencies.append(time.perf_counter() - began)
+        median, count = statistics.median(latencies), len(texts)
+        cpu = 1000 * (time.process_time() - used) / len(latencies)
+        result = {"p50_ms": 1000 * median, "cpu_ms": cpu} if what == "short" else {"texts_per_second": count / median}
+        print(json.dumps(result), flush=True)
 
 
-def direct_sentence_transformers(model: str, threads: int, texts: list[str], seconds: float) -> Result:
-    """Texts a second of `SentenceTransformer.encode` in this process."""
-    import torch
-    from sentence_transformers import SentenceTransformer
-
-    torch.set_num_threads(threads)
-    encoder = SentenceTransformer(model, device="cpu")
-    rates: list[float] = []
-    end = time.monotonic() + seconds
-    while time.monotonic() < end or len(rates) < 2:
-        began = time.monotonic()
-        encoder.encode(texts)
-        rates.append(len(texts) / (time.monotonic() - began))
-    return {"texts_per_second": statistics.median(rates)}
-
-
-def measure(servers: list[Server], rounds: int, seconds: float) -> dict[str, dict[str, list[Result]]]:
-    """Results by measurement and server; the servers take turns."""
+def measure(
+    servers: list[Server], libraries: list[Library], rounds: int, seconds: float
+) -> dict[str, dict[str, list[Result]]]:
+    """Results by measurement and server or library; they take turns."""
     results: dict[str, dict[str, list[Result]]] = {}
     short, texts = embedding_request([SHORT]), mixed_texts(256)
     bulk = embedding_request(texts)
 
-    def run(what: str, server: Server, work: Coroutine[None, None, Result]) -> None:
-        found = asyncio.run(work)
-        results.setdefault(what, {}).setdefault(server.name, []).append(found)
+    def add(what: str, name: str, found: Result) -> None:
+        results.setdefault(what, {}).setdefault(name, []).append(found)
         numbers = "  ".join(f"{name} {value:.1f}" for name, value in found.items())
-        print(f"{what:12} {server.name:12} {numbers}", flush=True)
+        print(f"{what:12} {name:12} {numbers}", flush=True)
 
     for server in servers:  # Compiles what is not compiled yet.
         asyncio.run(closed(server, short, 32, 1))
         asyncio.run(closed(server, bulk, 1, 0.1))
     for turn in range(rounds):
+        for library in libraries:
+            add("short", library.name, library.call("short", seconds))
         for clients in (1, 32):
             for server in servers:
-                run(f"closed {clients}", server, closed(server, short, clients, seconds))
+                add(f"closed {clients}", server.name, asyncio.run(closed(server, short, clients, seconds)))
         for part in (0.5, 0.8):
             for server in servers:
-                rates = [found["per_second"] for found in results["closed 32"][server.name]]
-                rate = part * statistics.median(rates)
-                run(f"open {part:.0%}", server, opened(server, short, rate, 2 * seconds, turn))
+                rate = part * median(results["closed 32"][server.name], "per_second")
+                found = asyncio.run(opened(server, short, rate, 2 * seconds, turn))
+                add(f"open {part:.0%}", server.name, found)
         for server in servers:
-            run("bulk", server, closed(server, bulk, 1, seconds))
+            found = asyncio.run(closed(server, bulk, 1, seconds))
+            add("bulk", server.name, {"texts_per_second": len(texts) * found["per_second"]})
+        for library in libraries:
+            add("bulk", f"{library.name} (call)", library.call("bulk", seconds))
     for server in servers:
         if server.name == "ours":
-            run("full", server, full(server))
+            add("full", server.name, asyncio.run(full(server)))
     return results
+
+
+def median(results: list[Result], name: str) -> float:
+    return statistics.median(result[name] for result in results)
+
+
+def ratios(results: dict[str, dict[str, list[Result]]]) -> dict[str, float]:
+    """What the server is judged by, from the medians of what was measured."""
+
+    def value(what: str, server: str, name: str) -> float:
+        return median(results[what][server], name) if server in results.get(what, {}) else float("nan")
+
+    found = {}
+    for clients in ("closed 1", "closed 32"):
+        for peer in ("fastapi", "infinity"):
+            for name in ("per_second", "cpu_ms"):
+                found[f"{clients}: {name} / {peer}"] = value(clients, "ours", name) / value(clients, peer, name)
+    speed = value("bulk", "ours", "texts_per_second")
+    found["bulk: texts_per_second / call of sentence-transformers"] = speed / value(
+        "bulk", "sentence-transformers (call)", "texts_per_second"
+    )
+    solo = value("closed 1", "ours", "p50_ms")
+    found["overhead: p50_ms"] = solo - value("short", "ours", "p50_ms")
+    found["overhead: cpu_ms"] = value("closed 1", "ours", "cpu_ms") - value("short", "ours", "cpu_ms")
+    for part in ("50%", "80%"):
+        found[f"open {part}: p99_ms / p50_ms of one client"] = value(f"open {part}", "ours", "p99_ms") / solo
+    return {name: number for name, number in found.items() if number == number}
 
 
 def main() -> None:
@@ -302,38 +406,48 @@ def main() -> None:
     parser.add_argument("--client-core", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--infinity", default="infinity_emb", help="the command that starts infinity")
     parser.add_argument("--in-process", action="store_true", help="also the libraries without a server")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peer", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--library", help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peer:
         serve_peer(options.model, options.peer, options.threads)
         return
-    results: dict[str, object] = {}
-    if options.in_process:
-        os.sched_setaffinity(0, options.server_cores)
-        results["direct"] = direct(options.model, options.seconds)
-        threads = len(options.server_cores)
-        results["encode"] = direct_sentence_transformers(options.model, threads, mixed_texts(256), options.seconds)
-        print(json.dumps(results))
+    if options.library:
+        call_library(options.library, options.model, options.threads)
+        return
     os.sched_setaffinity(0, [options.client_core])
-    servers: list[Server] = []
+    started: list[Server | Library] = []
     try:
         for name in options.servers:
-            servers.append(Server(name, options.model, options.server_cores))
-        found = measure(servers, options.rounds, options.seconds)
+            began, server = time.monotonic(), Server(name, options.model, options.server_cores, options.infinity)
+            started.append(server)
+            asyncio.run(server.ready())
+            used, seconds = server.cpu_seconds(), time.monotonic() - began
+            print(f"{name}: ready after {seconds:.1f} s, {used:.1f} of the processor", flush=True)
+            asyncio.run(server.idle())
+        for name in ("ours", "sentence-transformers") if options.in_process else ():
+            started.append(Library(name, options.model, options.server_cores))
+        servers = [each for each in started if isinstance(each, Server)]
+        libraries = [each for each in started if isinstance(each, Library)]
+        found = measure(servers, libraries, options.rounds, options.seconds)
     finally:
-        for server in servers:
-            server.stop()
+        for each in started:
+            each.stop()
     print("\nmedians")
     for what, by_server in found.items():
         for name, rounds in by_server.items():
-            medians = {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
-            print(f"{what:12} {name:12} " + "  ".join(f"{key} {value:.2f}" for key, value in medians.items()))
+            numbers = "  ".join(f"{key} {median(rounds, key):.2f}" for key in rounds[0])
+            print(f"{what:12} {name:12} {numbers}")
+    print("\nours")
+    for name, number in ratios(found).items():
+        print(f"{name:60} {number:.2f}")
     if options.json:
         versions = {name: _version(name) for name in ("jax", "sentence-transformers", "torch", "fastapi", "uvicorn")}
-        content = {"machine": platform.processor(), "versions": versions, **results, "results": found}
+        content = {"machine": platform.processor(), "versions": versions, "ratios": ratios(found), "results": found}
         options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -6,29 +6,26 @@ import hashlib
 import hmac
 import re
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from prelm_jax import __version__
 from prelm_jax.errors import InputError
-from prelm_jax.serving.protocol import Fields, Refusal, refused, reply
+from prelm_jax.serving import fields as of
+from prelm_jax.serving.fields import STRING, Field, Fields, schema
+from prelm_jax.serving.protocol import Refusal, refused, reply
 from prelm_jax.serving.service import Service
 from prelm_jax.serving.verbs import Verbs
 
 MAX_BODY = 8 * 2**20
 MAX_BODIES = 32 * MAX_BODY  # Of all requests that are being read or answered.
-# The methods of `Verbs` that are not named like their routes.
-HANDLERS = {
-    "/v1/models": "models",
-    "/v1/embeddings": "openai_embeddings",
-    "/v1/completions": "openai_completions",
-}
 Handler = Callable[[Fields, Request], Awaitable[Response]]
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class KnownHosts:
@@ -60,15 +57,29 @@ def host_name(host: str) -> str:
 
 def make_app(service: Service, hosts: Collection[str] = ("*",)) -> ASGIApp:
     """The application, for requests to these hosts."""
-    verbs = Verbs(service)
+    verbs, routes, paths = Verbs(service), list[Route](), dict[str, object]()
 
-    def post(path: str, handler: Handler) -> Route:
+    def add(
+        method: str, path: str, endpoint: Endpoint, is_open: bool, summary: str | None, **described: object
+    ) -> None:
+        """Adds a route, and its description in the form of OpenAPI."""
+        routes.append(route := Route(path, guarded(service, endpoint, is_open), methods=[method]))
+        error = {"description": "an error, as OpenAI's API has it"}
+        paths[route.path_format] = {
+            method.lower(): {
+                "summary": (summary or "").partition("\n")[0],
+                "responses": {"200": {"description": "the answer"}, "4XX": error, "5XX": error},
+                **described,
+            }
+        }
+
+    def post(path: str, handler: Handler, *declared: Field, ignores_others: bool = False) -> None:
         async def endpoint(request: Request) -> Response:
             began = time.monotonic()
             body = await read_body(request, service)
             service.body_bytes += len(body)
             try:
-                fields = Fields(body)
+                fields = Fields(body, declared, ignores_others)
                 if service.batcher is not None:
                     service.batcher.check_room(fields.num_items)
                 response = await until_disconnected(request, handler(fields, request))
@@ -77,45 +88,54 @@ def make_app(service: Service, hosts: Collection[str] = ("*",)) -> ASGIApp:
             service.seconds.observe(time.monotonic() - began)
             return response
 
-        return Route(path, guarded(service, endpoint), methods=["POST"])
+        content = {"application/json": {"schema": schema(declared, ignores_others)}}
+        body = {"required": True, "content": content}
+        add("POST", path, endpoint, False, handler.__doc__, requestBody=body)
 
-    def get(path: str, handler: Callable[[], Response], is_open: bool = False) -> Route:
+    def get(path: str, handler: Callable[[Request], Response], is_open: bool = False, **described: object) -> None:
         async def endpoint(request: Request) -> Response:
-            return handler()
+            return handler(request)
 
-        return Route(path, guarded(service, endpoint, is_open), methods=["GET"])
+        add("GET", path, endpoint, is_open, handler.__doc__, **described)
 
     policy = content_security_policy(service.page)
-    pages = {"content-security-policy": policy, "referrer-policy": "no-referrer", "cache-control": "no-cache"}
-    routes = [
-        get("/", lambda: Response(service.page, headers=pages, media_type="text/html"), is_open=True),
-        get("/health", verbs.health, is_open=True),
-        get("/info", verbs.info),
-        get("/metrics", verbs.metrics),
-        get("/v1/models", verbs.models),
-        post("/v1/embeddings", verbs.openai_embeddings),
-        post("/v1/completions", verbs.openai_completions),
-        post("/embed", verbs.embed),
-        post("/similarity", verbs.similarity),
-        post("/tokenize", verbs.tokenize),
-        post("/fill", verbs.fill),
-        post("/score", verbs.score),
-        post("/encode", verbs.encode),
-        post("/classify", verbs.classify),
-        post("/tag", verbs.tag),
-        post("/answer", verbs.answer),
-        post("/choose", verbs.choose),
-    ]
+    headers = {"content-security-policy": policy, "referrer-policy": "no-referrer", "cache-control": "no-cache"}
 
-    description = openapi(routes, verbs)
-    routes.append(get("/openapi.json", lambda: reply(description)))
+    def page(request: Request) -> Response:
+        """The page."""
+        return Response(service.page, headers=headers, media_type="text/html")
+
+    def openapi(request: Request) -> Response:
+        """This description."""
+        return reply({"openapi": "3.1.0", "info": {"title": "prelm", "version": __version__}, "paths": paths})
+
+    name = {"name": "name", "in": "path", "required": True, "schema": STRING}
+    get("/", page, is_open=True)
+    get("/health", verbs.health, is_open=True)
+    get("/info", verbs.info)
+    get("/metrics", verbs.metrics)
+    get("/openapi.json", openapi)
+    get("/v1/models", verbs.models)
+    get("/v1/models/{name:path}", verbs.one_model, parameters=[name])
+    post("/v1/embeddings", verbs.openai_embeddings, *of.OPENAI_EMBEDDINGS, ignores_others=True)
+    post("/v1/completions", verbs.openai_completions, *of.OPENAI_COMPLETIONS, ignores_others=True)
+    post("/embed", verbs.embed, of.TEXTS, of.POOLING, of.LAYERS, of.NORMALIZE, of.PROMPT_NAME, of.TRUNCATE)
+    post("/similarity", verbs.similarity, of.TEXTS, of.OTHERS, of.TRUNCATE)
+    post("/tokenize", verbs.tokenize, of.TEXTS, of.SPECIAL_TOKENS)
+    post("/fill", verbs.fill, of.TEXTS, of.TOP_K)
+    post("/score", verbs.score, of.TEXTS, of.TRUNCATE)
+    post("/encode", verbs.encode, of.ID, of.TEXTS, of.IS_TOKENIZED, ignores_others=True)
+    post("/classify", verbs.classify, of.CLASSIFIED)
+    post("/tag", verbs.tag, of.TAGGED)
+    post("/answer", verbs.answer, of.QUESTIONS, of.NULL_THRESHOLD, of.NUM_ANSWERS)
+    post("/choose", verbs.choose, of.CHOICES)
 
     async def not_found(request: Request, error: Exception) -> Response:
-        paths = ", ".join(route.path for route in routes)
-        return Refusal(404, f"there is no {request.url.path[:100]}; there are {paths}", code="no_such_route").response()
+        message = f"there is no {request.url.path[:100]}; there are {', '.join(paths)}"
+        return Refusal(404, message, code="no_such_route").response()
 
     async def no_method(request: Request, error: Exception) -> Response:
-        route = next(route for route in routes if route.path == request.url.path)
+        route = next(route for route in routes if route.matches(request.scope)[0] != Match.NONE)
         allowed = ", ".join(sorted(route.methods or ()))
         message = f"{request.url.path} takes {allowed}"
         return Refusal(405, message, code="method_not_allowed", headers={"allow": allowed}).response()
@@ -124,9 +144,7 @@ def make_app(service: Service, hosts: Collection[str] = ("*",)) -> ASGIApp:
     return KnownHosts(app, hosts)
 
 
-def guarded(
-    service: Service, endpoint: Callable[[Request], Awaitable[Response]], is_open: bool = False
-) -> Callable[[Request], Awaitable[Response]]:
+def guarded(service: Service, endpoint: Endpoint, is_open: bool) -> Endpoint:
     """An endpoint that asks for the key, answers every error as JSON, and is counted."""
 
     async def guard(request: Request) -> Response:
@@ -212,23 +230,3 @@ def content_security_policy(page: bytes) -> str:
         f"default-src 'none'; {inline}; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )
-
-
-def openapi(routes: Sequence[Route], verbs: "Verbs") -> dict[str, object]:
-    """The routes in the form of OpenAPI: what each does, and the statuses of its answers."""
-    error = {"description": "an error, as OpenAI's API has it"}
-    paths: dict[str, object] = {}
-    for route in routes:
-        handler = getattr(verbs, HANDLERS.get(route.path, route.path.strip("/")), None)
-        operation: dict[str, object] = {
-            "summary": ((handler and handler.__doc__) or "The page.").strip().partition("\n")[0],
-            "responses": {"200": {"description": "the answer"}, "4XX": error, "5XX": error},
-        }
-        method = "post" if "POST" in (route.methods or ()) else "get"
-        if method == "post":
-            operation["requestBody"] = {
-                "required": True,
-                "content": {"application/json": {"schema": {"type": "object"}}},
-            }
-        paths[route.path] = {method: operation}
-    return {"openapi": "3.1.0", "info": {"title": "prelm", "version": __version__}, "paths": paths}

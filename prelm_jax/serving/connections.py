@@ -34,6 +34,9 @@ class LimitedProtocol(Base):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))
+        connection = transport.get_extra_info("socket")
+        if connection.family != socket.AF_UNIX:  # Else the body of an answer would wait until its headers are received.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if len(self.connections) > self.max_connections:
             self._refuse(Refusal(503, "too many connections", code="overloaded", retry_after=1))
             return

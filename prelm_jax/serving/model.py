@@ -3,8 +3,8 @@
 import asyncio
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import cast
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -17,7 +17,8 @@ from prelm_jax.inference.heads import METHODS, TaskPretrained
 from prelm_jax.inference.pooling import Pooling
 from prelm_jax.inference.transformer import TransformerPretrained
 from prelm_jax.serving.batcher import AnyProgram, AnyQuery
-from prelm_jax.serving.protocol import Fields, Refusal, is_ids
+from prelm_jax.serving.fields import MAX_TEXTS, is_ids, is_text, texts
+from prelm_jax.serving.protocol import Refusal
 from prelm_jax.training.contract import Params
 
 CHARACTERS_PER_TOKEN = 250  # Of a text that is longer for its room, nothing is tokenized.
@@ -145,18 +146,19 @@ class ServedModel:
                 raise Refusal(400, message, field, "too_long")
         return [Text(ids[:room], len(ids) > room) for ids in encoded]
 
-    async def inputs(self, fields: Fields, name: str, truncate: bool, for_vectors: bool = False) -> list[Text]:
+    async def inputs(self, value: object, name: str, truncate: bool, for_vectors: bool = False) -> list[Text]:
         """OpenAI's four forms of input: a text, texts, ids, or lists of ids."""
         room = self.encoder.vector_room if for_vectors else self.encoder.room
-        value, last = fields.get(name), self.encoder.tokenizer.vocab_size - 1
-        if is_ids(value, 0, last) and value:
-            return self.fit([cast(list[int], value)], name, truncate, room)
-        if isinstance(value, list) and value and all(is_ids(each, 0, last) and each for each in value):
-            return self.fit(cast(list[list[int]], value), name, truncate, room)
-        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value)):
+        last = self.encoder.tokenizer.vocab_size - 1
+        if is_text(value) or (isinstance(value, list) and all(map(is_text, value))):
             read = self.read_for_vectors if for_vectors else self.read
-            return await read(fields.texts(name), name, truncate)
-        raise Refusal(400, f"{name} must be a text, texts, ids from 0 to {last}, or lists of ids", name)
+            return await read(texts(name).read(value), name, truncate)
+        several = [value] if is_ids(value, 0, last) else value
+        if not isinstance(several, list) or not all(is_ids(each, 0, last) and each for each in several):
+            raise Refusal(400, f"{name} must be a text, texts, ids from 0 to {last}, or lists of ids", name)
+        if len(several) > MAX_TEXTS:
+            raise Refusal(400, f"{name} has {len(several)} lists of ids; give 1 to {MAX_TEXTS}", name)
+        return self.fit(cast(list[list[int]], several), name, truncate, room)
 
     def vector_query(self, text: Text, pooling: Pooling) -> AnyQuery:
         """The vector of a text."""
@@ -206,6 +208,14 @@ class Drawn:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class Drawing(NamedTuple):
+    """How tokens are drawn."""
+
+    temperature: float
+    top_p: float
+    seed: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Completion:
     """The tokens after a prompt, as a device's thread computes them."""
@@ -213,12 +223,12 @@ class Completion:
     model: GPTPretrained
     ids: Sequence[int]
     count: int
-    options: Mapping[str, float]
+    drawing: Drawing
     num_logprobs: int | None
 
     def __call__(self, params: Params) -> Iterator[Drawn]:
-        temperature, top_p, seed = (self.options[name] for name in ("temperature", "top_p", "seed"))
-        drawn = self.model.continuation(params, self.ids, temperature, None, top_p, int(seed))
+        temperature, top_p, seed = self.drawing
+        drawn = self.model.continuation(params, self.ids, temperature, None, top_p, seed)
         for id, logits_V in itertools.islice(drawn, self.count):
             if self.num_logprobs is None:
                 yield Drawn(id)

@@ -18,21 +18,13 @@ from prelm_jax.data.examples import Answers, Example
 from prelm_jax.errors import InputError
 from prelm_jax.inference.decoding import Prediction
 from prelm_jax.inference.pooling import MODES, Pooling, cosines, parse_modes
+from prelm_jax.serving import fields as of
 from prelm_jax.serving.batcher import SECONDS_TO_ANSWER, AnyQuery, Batcher, Generation
-from prelm_jax.serving.model import Choice, Completion, Drawn, Text
-from prelm_jax.serving.protocol import Fields, Refusal, dumps, in_base64, is_pair, is_text, is_words, reply
+from prelm_jax.serving.fields import Fields
+from prelm_jax.serving.model import Choice, Completion, Drawing, Drawn, Text
+from prelm_jax.serving.protocol import Refusal, dumps, in_base64, reply
 from prelm_jax.serving.service import Service
 
-MAX_LOGPROBS = 5
-# Options of OpenAI's completions that are not supported, with the values that ask for nothing.
-NEUTRAL = (
-    ("n", 1),
-    ("best_of", 1),
-    ("presence_penalty", 0),
-    ("frequency_penalty", 0),
-    ("logit_bias", {}),
-    ("suffix", ""),
-)
 NPY = "application/x-npy"
 
 
@@ -42,7 +34,7 @@ class Verbs:
     def __init__(self, service: Service):
         self.service = service
 
-    def health(self) -> Response:
+    def health(self, request: Request) -> Response:
         """200 when requests are answered, else 503 and how far the start is."""
         service = self.service
         status = 200 if service.is_ready else 503
@@ -51,7 +43,7 @@ class Verbs:
             content["error"] = service.failure
         return reply(content, status)
 
-    def info(self) -> Response:
+    def info(self, request: Request) -> Response:
         """The model, what it can do, and the limits."""
         service = self.service
         content: dict[str, object] = {"version": __version__, "status": service.state, "model": service.name}
@@ -67,31 +59,37 @@ class Verbs:
             }
         return reply(content)
 
-    def models(self) -> Response:
+    def models(self, request: Request) -> Response:
         """The one model, as OpenAI lists models."""
-        model = {"id": self.service.name, "object": "model", "created": int(self.service.started), "owned_by": "prelm"}
-        return reply({"object": "list", "data": [model]})
+        return reply({"object": "list", "data": [self._listed]})
 
-    def metrics(self) -> Response:
+    def one_model(self, request: Request) -> Response:
+        """The model of this name, as OpenAI has it."""
+        self._check_model(request.path_params["name"])
+        return reply(self._listed)
+
+    @property
+    def _listed(self) -> dict[str, object]:
+        return {"id": self.service.name, "object": "model", "created": int(self.service.started), "owned_by": "prelm"}
+
+    def metrics(self, request: Request) -> Response:
         """Counters and histograms for Prometheus."""
         return Response(self.service.metrics(), media_type="text/plain; version=0.0.4")
 
     async def openai_embeddings(self, fields: Fields, request: Request) -> Response:
         """OpenAI's embeddings."""
         model, _ = self.service.ready
-        self._check_model(fields)
-        form = fields.text("encoding_format", "float")
-        if form not in ("float", "base64"):
-            raise Refusal(400, "encoding_format must be float or base64", "encoding_format")
+        self._check_model(fields[of.MODEL])
         width = model.pooling.width(model.encoder.config.hidden_size)
-        fields.only("dimensions", width)
-        texts = await model.inputs(fields, "input", fields.boolean("truncate", False), for_vectors=True)
+        if fields[of.DIMENSIONS] not in (None, width):
+            raise Refusal(400, f"dimensions must be {width}, as the model has them", "dimensions", "unsupported")
+        texts = await model.inputs(fields[of.EMBEDDED], "input", fields[of.TRUNCATE], for_vectors=True)
         vectors = await self._vectors(texts, "input", model.pooling)
         data = [
             {
                 "object": "embedding",
                 "index": i,
-                "embedding": in_base64(vector) if form == "base64" else vector,
+                "embedding": in_base64(vector) if fields[of.ENCODING] == "base64" else vector,
             }
             for i, vector in enumerate(vectors)
         ]
@@ -105,13 +103,13 @@ class Verbs:
         """Vectors of texts, or of their tokens."""
         model, batcher = self.service.ready
         num_layers = model.encoder.config.num_layers
-        given = fields.texts("texts")
-        truncate = fields.boolean("truncate", False)
-        layers = fields.integers("layers", model.pooling.layers, -num_layers - 1, num_layers)
-        mode = fields.text("pooling", "+".join(model.pooling.modes))
-        normalize = fields.boolean("normalize", model.pooling.normalize)
-        prompt = None if fields.get("prompt") is None else fields.text("prompt")
-        fields.no_others()
+        given, truncate = fields[of.TEXTS], fields[of.TRUNCATE]
+        layers = tuple(fields[of.LAYERS] or model.pooling.layers)
+        if not all(-num_layers - 1 <= layer <= num_layers for layer in layers):
+            raise Refusal(400, f"layers must be from {-num_layers - 1} to {num_layers}", "layers")
+        mode = fields[of.POOLING] or "+".join(model.pooling.modes)
+        if (normalize := fields[of.NORMALIZE]) is None:
+            normalize = model.pooling.normalize
         if mode == "none":
             texts = await model.read(given, "texts", truncate)
             states = await batcher.submit([model.states_query(text, layers) for text in texts])
@@ -121,7 +119,7 @@ class Verbs:
             raise Refusal(400, f"pooling must be none or one or more of {', '.join(MODES)}, joined by +", "pooling")
         is_own = (modes, layers) == (model.pooling.modes, model.pooling.layers)
         pooling = Pooling(modes, layers, model.pooling.dense if is_own else (), normalize)
-        texts = await model.read_for_vectors(given, "texts", truncate, prompt)
+        texts = await model.read_for_vectors(given, "texts", truncate, fields[of.PROMPT_NAME])
         vectors = await self._vectors(texts, "texts", pooling)
         if request.headers.get("accept") == NPY:
             return Response(npy(np.stack(vectors)), media_type=NPY)
@@ -140,9 +138,7 @@ class Verbs:
     async def similarity(self, fields: Fields, request: Request) -> Response:
         """Cosines of the vectors of texts: of all pairs, or of those in `texts` with those in `others`."""
         model, _ = self.service.ready
-        given, truncate = fields.texts("texts"), fields.boolean("truncate", False)
-        others = fields.texts("others") if fields.get("others") is not None else None
-        fields.no_others()
+        given, others, truncate = fields[of.TEXTS], fields[of.OTHERS], fields[of.TRUNCATE]
         texts = await model.read_for_vectors(given, "texts", truncate)
         texts += await model.read_for_vectors(others or [], "others", truncate)
         vectors = np.stack(await self._vectors(texts, "texts", model.pooling))
@@ -152,12 +148,11 @@ class Verbs:
     async def tokenize(self, fields: Fields, request: Request) -> Response:
         """The tokens of texts, their ids, and the characters at which they begin and end."""
         model, _ = self.service.ready
-        texts, is_framed = fields.texts("texts"), fields.boolean("special_tokens", True)
-        fields.no_others()
+        texts = fields[of.TEXTS]
         await model.read(texts, "texts", truncate=True)
         results = []
         for text in texts:
-            ids, tokens, offsets = model.offsets(text, is_framed)
+            ids, tokens, offsets = model.offsets(text, fields[of.SPECIAL_TOKENS])
             results.append({"ids": ids, "tokens": tokens, "offsets": offsets})
         return reply({"results": results})
 
@@ -167,16 +162,14 @@ class Verbs:
         model.require("fill")
         bert = model.bert
         assert bert is not None
-        texts, top_k = fields.texts("texts"), fields.integer("top_k", 5, 1, 100)
-        fields.no_others()
         queries = []
-        for i, text in enumerate(texts):
+        for i, text in enumerate(fields[of.TEXTS]):
             try:
                 ids, positions = bert.split_at_masks(text)
             except InputError as error:
                 raise Refusal(400, f"texts[{i}]: {error}", "texts", "no_mask") from None
             model.fit([ids], "texts", truncate=False)
-            queries.append(bert.fill_query(ids, positions, top_k))
+            queries.append(bert.fill_query(ids, positions, fields[of.TOP_K]))
         answers = await batcher.submit(cast(list[AnyQuery], queries))
         results = [
             [[{"token": token, "probability": p} for token, p in candidates] for candidates in masks]
@@ -190,9 +183,7 @@ class Verbs:
         model.require("score")
         scorer = model.bert or model.gpt
         assert scorer is not None
-        given, truncate = fields.texts("texts"), fields.boolean("truncate", False)
-        fields.no_others()
-        texts = await model.read(given, "texts", truncate)
+        texts = await model.read(fields[of.TEXTS], "texts", fields[of.TRUNCATE])
         answers = await batcher.submit(cast(list[AnyQuery], [scorer.score_query(text.ids) for text in texts]))
         results = []
         for text, found in zip(texts, cast(list[Sequence[float]], answers), strict=True):
@@ -212,27 +203,21 @@ class Verbs:
     async def encode(self, fields: Fields, request: Request) -> Response:
         """bert-as-service's form of `embed`."""
         model, _ = self.service.ready
-        texts = fields.texts("texts")
-        fields.only("is_tokenized", False)
-        read = await model.read_for_vectors(texts, "texts", truncate=False)
-        vectors = await self._vectors(read, "texts", model.pooling)
-        return reply({"id": fields.get("id"), "result": vectors, "status": 200})
+        texts = await model.read_for_vectors(fields[of.TEXTS], "texts", truncate=False)
+        vectors = await self._vectors(texts, "texts", model.pooling)
+        return reply({"id": fields[of.ID], "result": vectors, "status": 200})
 
     async def classify(self, fields: Fields, request: Request) -> Response:
         """The label, the labels or the number of texts, or of pairs of texts."""
         self._require("classify")
-        given = fields.items("texts", "a text or a pair of texts", lambda each: is_text(each) or is_pair(each))
-        fields.no_others()
-        parts = [(each,) if isinstance(each, str) else tuple(cast(list[str], each)) for each in given]
+        parts = [(each,) if isinstance(each, str) else tuple(each) for each in fields[of.CLASSIFIED]]
         found = await self._predict([Example(str(i), (each,)) for i, each in enumerate(parts)], "texts")
         return reply({"results": [self._labelled(prediction, is_cut) for prediction, is_cut in found]})
 
     async def tag(self, fields: Fields, request: Request) -> Response:
         """A tag for each word of texts, which are split at white space or given as lists of words."""
         self._require("tag")
-        given = fields.items("texts", "a text or a list of words", lambda each: is_text(each) or is_words(each))
-        fields.no_others()
-        words = [tuple(each.split() if isinstance(each, str) else cast(list[str], each)) for each in given]
+        words = [tuple(each.split() if isinstance(each, str) else each) for each in fields[of.TAGGED]]
         found = await self._predict([Example(str(i), ((each,),)) for i, each in enumerate(words)], "texts")
         results = [
             {"words": each, "tags": prediction.label, "probabilities": prediction.scores}
@@ -243,14 +228,11 @@ class Verbs:
     async def answer(self, fields: Fields, request: Request) -> Response:
         """The answers to questions from passages: pairs [question, passage]."""
         self._require("answer")
-        given = cast(list[list[str]], fields.items("questions", "a pair [question, passage]", is_pair))
-        threshold, top_k = fields.number("null_threshold", 0.0, -1e9, 1e9), fields.integer("top_k", 5, 1, 20)
-        fields.no_others()
-        examples = [Example(str(i), (tuple(each),)) for i, each in enumerate(given)]
+        examples = [Example(str(i), (tuple(each),)) for i, each in enumerate(fields[of.QUESTIONS])]
         results = []
-        for prediction, is_cut in await self._predict(examples, "questions", threshold):
+        for prediction, is_cut in await self._predict(examples, "questions", fields[of.NULL_THRESHOLD]):
             answers = cast(Answers, prediction.label)
-            best = prediction.candidates[:top_k]
+            best = prediction.candidates[: fields[of.NUM_ANSWERS]]
             results.append(
                 {
                     "answer": next(iter(answers.texts), None),
@@ -264,14 +246,9 @@ class Verbs:
     async def choose(self, fields: Fields, request: Request) -> Response:
         """The number, from 0, of the option that goes best with a text: [text, options]."""
         self._require("choose")
-
-        def fits(each: object) -> bool:
-            return isinstance(each, list) and len(each) == 2 and is_text(each[0]) and is_words(each[1])
-
-        given = cast(list[tuple[str, list[str]]], fields.items("choices", "a pair [text, options]", fits))
-        fields.no_others()
         examples = [
-            Example(str(i), tuple((text, option) for option in options)) for i, (text, options) in enumerate(given)
+            Example(str(i), tuple((text, option) for option in options))
+            for i, (text, options) in enumerate(fields[of.CHOICES])
         ]
         found = await self._predict(examples, "choices")
         return reply({"results": [self._labelled(prediction, is_cut) for prediction, is_cut in found]})
@@ -309,44 +286,34 @@ class Verbs:
         model.require("complete")
         gpt = model.gpt
         assert gpt is not None
-        self._check_model(fields)
-        for name, *neutral in NEUTRAL:
-            fields.only(name, *neutral)
-        options = {
-            "temperature": fields.number("temperature", 1.0, 0, 2),
-            "top_p": fields.number("top_p", 1.0, 1e-6, 1),
-            "seed": fields.integer("seed", secrets.randbits(32), 0, 2**32 - 1),
-        }
-        logprobs = fields.get("logprobs")
-        num_logprobs = None if logprobs is None else fields.integer("logprobs", 0, 0, MAX_LOGPROBS)
-        count = fields.integer("max_tokens", 16, 0, model.encoder.room)
-        stops = fields.texts("stop") if fields.get("stop") is not None else []
-        if len(stops) > 4 or not all(stops):
-            raise Refusal(400, "stop must be one to four texts that are not empty", "stop")
-        echo, stream = fields.boolean("echo", False), fields.boolean("stream", False)
-        prompts = await model.inputs(fields, "prompt", truncate=False)
+        self._check_model(fields[of.MODEL])
+        count, num_choices, num_logprobs = fields[of.MAX_TOKENS], fields[of.NUM_CHOICES], fields[of.LOGPROBS]
+        if count > model.encoder.room:
+            raise Refusal(400, f"max_tokens must be at most {model.encoder.room}", "max_tokens")
+        if (seed := fields[of.SEED]) is None:
+            seed = secrets.randbits(32)
+        prompts = await model.inputs(fields[of.PROMPT], "prompt", truncate=False)
         if not all(prompt.ids for prompt in prompts):
             raise Refusal(400, "a prompt is blank; give at least one word to continue", "prompt", "blank")
+        if len(prompts) * num_choices > of.MAX_TEXTS:
+            raise Refusal(400, f"n: {len(prompts)} prompts have more than {of.MAX_TEXTS} choices", "n")
         scored: list[object] = [None] * len(prompts)
-        if echo and num_logprobs is not None:
+        if fields[of.ECHO] and num_logprobs is not None:
             scored = await batcher.submit([model.scored_query(prompt.ids, num_logprobs) for prompt in prompts])
-        choices = [
-            Choice(
-                Completion(gpt, prompt.ids, count, options, num_logprobs),
-                i,
-                echo,
-                stops,
-                cast(Sequence[Drawn] | None, found),
-            )
-            for i, (prompt, found) in enumerate(zip(prompts, scored, strict=True))
-        ]
+        choices = []
+        for i, (prompt, found) in enumerate(zip(prompts, scored, strict=True)):
+            for j in range(num_choices):
+                drawing = Drawing(fields[of.TEMPERATURE], fields[of.TOP_P], (seed + j) % 2**32)
+                completion = Completion(gpt, prompt.ids, count, drawing, num_logprobs)
+                shown = cast(Sequence[Drawn] | None, found)
+                choices.append(Choice(completion, i * num_choices + j, fields[of.ECHO], fields[of.STOP] or [], shown))
         head: dict[str, object] = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": self.service.name,
         }
-        if stream:
+        if fields[of.STREAM]:
             return StreamingResponse(self._stream(head, choices), media_type="text/event-stream")
         for choice in choices:
             async with contextlib.aclosing(generated(batcher, choice.completion)) as drawn:
@@ -401,10 +368,10 @@ class Verbs:
         vectors = np.ascontiguousarray(states.swapaxes(0, 1))
         return {"tokens": tokens, "offsets": offsets, "vectors": vectors, "truncated": text.is_cut}
 
-    def _check_model(self, fields: Fields) -> None:
-        name = fields.text("model", self.service.name)
-        if name != self.service.name:
-            message = f"there is no model {name[:100]!r} here; this is {self.service.name!r}"
+    def _check_model(self, name: str | None) -> None:
+        """Raises a Refusal (404) for the name of another model."""
+        if name not in (None, self.service.name):
+            message = f"there is no model {str(name)[:100]!r} here; this is {self.service.name!r}"
             raise Refusal(404, message, "model", "model_not_found")
 
 

@@ -114,6 +114,18 @@ def test_a_connection_is_kept_for_further_requests(impatient):
             assert received.count(b"HTTP/1.1 503") == times
 
 
+def test_the_parts_of_an_answer_do_not_wait_for_one_another(impatient, monkeypatch):
+    """Without TCP_NODELAY the body follows its headers after 40 ms, when the client has acknowledged those."""
+    made, found = LimitedProtocol.connection_made, []
+
+    def connection_made(self, transport):
+        made(self, transport)
+        found.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr(LimitedProtocol, "connection_made", connection_made)
+    assert impatient.get("/health")[0] == 503 and found == [1]
+
+
 def test_chunked_bodies_are_limited(impatient, monkeypatch):
     monkeypatch.setattr(app, "MAX_BODY", 1000)
     chunk = b"3e8\r\n" + b" " * 1000 + b"\r\n"
@@ -189,7 +201,9 @@ def test_a_wrong_field_is_named(bert, path, fields, param):
         ({"prompt": "a", "max_tokens": 10**6}, "max_tokens"),
         ({"prompt": "a", "temperature": -1}, "temperature"),
         ({"prompt": "a", "logprobs": 6}, "logprobs"),
-        ({"prompt": "a", "n": 2}, "n"),
+        ({"prompt": "a", "n": 17}, "n"),
+        ({"prompt": ["a"] * 200, "n": 16}, "n"),
+        ({"prompt": "a", "best_of": 2}, "best_of"),
         ({"prompt": "a", "stop": [""]}, "stop"),
         ({"prompt": " "}, "prompt"),
     ],
@@ -207,6 +221,24 @@ def test_every_route_is_described(bert):
             assert operation["summary"].endswith("."), path
             other = "GET" if method == "post" else "POST"
             assert bert.request(other, path)[0] == 405
+
+
+def test_fields_are_described_with_types_defaults_and_limits(bert):
+    paths = bert.get("/openapi.json")[1]["paths"]
+    bodies = {path: each["post"]["requestBody"] for path, each in paths.items() if "post" in each}
+    found = {path: body["content"]["application/json"]["schema"] for path, body in bodies.items()}
+    assert found["/fill"]["required"] == ["texts"] and found["/fill"]["additionalProperties"] is False
+    assert found["/fill"]["properties"]["top_k"] == {"type": "integer", "minimum": 1, "maximum": 100, "default": 5}
+    assert found["/fill"]["properties"]["texts"]["anyOf"][1]["maxItems"] == 2048
+    completions = found["/v1/completions"]["properties"]
+    assert completions["temperature"] == {"type": "number", "minimum": 0, "maximum": 2, "default": 1}
+    assert completions["stop"]["anyOf"][1] == {
+        "type": "array",
+        "items": {"type": "string", "minLength": 1},
+        "minItems": 1,
+        "maxItems": 4,
+    }
+    assert found["/v1/embeddings"]["properties"]["encoding_format"]["enum"] == ["float", "base64"]
 
 
 def test_another_model_is_not_served(bert):
