@@ -85,7 +85,7 @@ def test_the_file_of_each_family(family, tmp_path):
     data = {}
     for name, number in (("one", 6), ("two", 20)):
         texts = [(" ".join(rng.choice(words, 4)), " ".join(rng.choice(words, 4))) for _ in range(number)]
-        texts += [(text, text) for text, _ in texts[:5]]  # Ties.
+        texts += [(text, text.replace(" ", "  ")) for text, _ in texts[:5]]  # Ties: other strings of the same words.
         data[name] = [{"sentence_good": good, "sentence_bad": bad} for good, bad in texts]
         (tmp_path / "blimp").mkdir(exist_ok=True)
         (tmp_path / "blimp" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in data[name]))
