@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.sharding import AbstractMesh, NamedSharding
 
 from prelm_jax.models import attention_kernel
@@ -121,12 +122,14 @@ def kernels(*shape, num_heads=12):
 
 @pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite"])
 def test_the_kernel_is_the_default_where_it_fits(kind):
-    """v4 has too little memory for 1,024 tokens; no chip has a kernel for the other shapes."""
+    """v4 has too little memory for 1,024 tokens; no chip has a kernel for other shapes, such as symbolic ones."""
     with tpu(kind):
         assert all(kernels(4, T, 768) for T in (8, 128, 512))
         assert bool(kernels(4, 1024, 768)) == (kind != "TPU v4")
         assert not kernels(4, 1032, 768) and not kernels(4, 60, 768)
         assert not kernels(4, 128, 768, num_heads=8) and not kernels(4, 128, 400, num_heads=2)
+        symbolic = jax.ShapeDtypeStruct(export.symbolic_shape("b, t, 768"), jnp.float32)
+        assert make_settings(symbolic, 12, False, 0.0) is None
     assert not kernels(4, 128, 768)
 
 
