@@ -76,7 +76,7 @@ class Settings(NamedTuple):
         copied = self.rows * self.T * (7 * width * self.itemsize + 8 * 4)
         hashes = self.heads * self.T * length * 4
         sums = 2 * self.T * width * 4
-        return 2 * copied + hashes + sums + 10 * min(self.T, QUERIES) * length * 4 + 2**20
+        return 2 * copied + hashes + sums + 16 * min(self.T, QUERIES) * length * 4 + 2**20
 
 
 class Cost(NamedTuple):
