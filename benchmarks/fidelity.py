@@ -166,9 +166,9 @@ def compare_finetuning(run: FineTuning, directory: Path) -> Losses:
 
     def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         tokens, types, segments = (batch[name][:, 0] for name in ("tokens", "token_types", "segments"))
-        return model(tokens, attention_mask=segments, token_type_ids=types, labels=batch["labels"]).loss
+        return model(tokens, attention_mask=segments, token_type_ids=types, labels=batch["labels"][:, 0]).loss
 
-    batches = TaskBatches(task.frame, task.train_rows, run.batch_size, run.seed)
+    batches = TaskBatches(task.frame, task.train_rows, run.batch_size, run.seed)  # Ours, before they are packed.
     ours = [line["train/loss"] for line in metrics if "train/loss" in line]
     return {"ours": ours, "torch": torch_losses(task.run, model, loss, batches)}
 

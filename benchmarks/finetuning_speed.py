@@ -1,11 +1,12 @@
 """Speed of fine-tuning: an epoch of SST-2 by our loop and by Hugging Face's Trainer, in turns; and our compilation.
 
-    python benchmarks/finetuning_speed.py --init-from DIR --data ../shared/data/tasks [--json FILE]
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/finetuning_speed.py --init-from DIR \
+        --data ../shared/data/tasks [--json FILE]
 
-Both train the same pretrained BERT on the same 8,000 examples, in batches of 32 padded to their longest row, with
-dropout, clipping and AdamW. The loops are those of `prelm finetune` and of the Trainer, each in a thread that waits
-while the other trains: a round is some steps of ours, then some of the Trainer's. The first round, in which ours
-compiles, is left out.
+Both train the same pretrained BERT on the same 8,000 examples, in batches of 32, with dropout, clipping and AdamW: the
+Trainer's padded to their longest row, ours packed. `prelm` sets the tunable itself. The loops are those of `prelm
+finetune` and of the Trainer, each in a thread that waits while the other trains: a round is some steps of ours, then
+some of the Trainer's. The first round, in which ours compiles, is left out.
 
 Then a fine-tuning of two epochs counts the programs that are compiled without a cache, how long that takes, and how
 many of them are compiled in the second epoch. Needs the extra `test`, and `pip install accelerate`.
@@ -96,7 +97,7 @@ def train_ours(run: FineTuning, steps: int, turns: Turns, directory: Path) -> No
     """An epoch in the loop of `prelm finetune`, without evaluation."""
     task = finetune.prepare(run)
     run, model = task.run, task.config.build()
-    batches = finetune.TaskBatches(task.frame, task.train_rows, run.batch_size, run.seed)
+    batches = task.batches(run.seed, jax.device_count())
     mesh = run.loop.mesh.build()
     workdir = WorkDir(directory)
     newest: list[Any] = []

@@ -222,7 +222,7 @@ def machine() -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), cpu)
     versions = {"python": platform.python_version()}
-    for package in ("jax", "jaxlib", "flax", "torch", "transformers"):
+    for package in ("jax", "jaxlib", "libtpu", "flax", "torch", "transformers"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

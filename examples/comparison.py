@@ -28,9 +28,10 @@ from prelm_jax.errors import InputError
 from prelm_jax.planning.plan import plan
 from prelm_jax.report.summary import LOSS
 from prelm_jax.run import Run
+from prelm_jax.study.base import Settings
 from prelm_jax.study.exclusion import data_files, exclude
 from prelm_jax.study.opening import PLAN
-from prelm_jax.study.tests import Settings, make_test
+from prelm_jax.study.tests import make_test
 from prelm_jax.workdir import WorkDir
 
 FAMILIES = ("bert", "gpt1", "elmo")
@@ -66,9 +67,9 @@ def main() -> None:
     if args.data:
         for name in args.tests:  # What is missing should be known before the training.
             make_test(name, Settings(args.data, args.pairs))
+    check_settings(args)
     text = args.output / "corpus.txt"
     if not text.exists():
-        args.output.mkdir(parents=True, exist_ok=True)
         tests = [*data_files(args.data), *data_files(args.data.parent / "tasks")] if args.data else []
         found = exclude(args.corpus, tests, text, args.corpus_words)
         print(f"{text}: {found.words:,} words; {found.left_out:,} sentences that are in test sets were left out")
@@ -99,6 +100,18 @@ def parse_arguments() -> argparse.Namespace:
     add("--tests", nargs="+", default=[*PAIRS, *VECTORS, *CONTEXT], help="tests of the models")
     add("--options", nargs="*", default=[], help="more options of prelm pretrain without dashes: precision=bfloat16")
     return parser.parse_args()
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """Raises InputError if the output is that of another text or of other budgets."""
+    names = ("corpus", "corpus_words", "words", "small", "options")
+    path, asked = args.output / "settings.json", {name: getattr(args, name) for name in names}
+    found = json.loads(path.read_text()) if path.exists() else asked
+    if differing := [name for name in names if found[name] != asked[name]]:
+        there = ", ".join(f"--{name.replace('_', '-')} {found[name]}" for name in differing)
+        raise InputError(f"{args.output} was begun with {there}: repeat that, or choose another --output")
+    args.output.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asked))
 
 
 def budget(args: argparse.Namespace, corpus: str) -> list[Family]:
@@ -185,19 +198,21 @@ def copy_run(trunk: Path, branch: Path) -> None:
 
 
 def measure(args: argparse.Namespace, families: Sequence[Family], text: Path) -> None:
-    """Models with all tests, baselines with those that they can do, checkpoints with minimal pairs."""
+    """Models with all tests, baselines with those that they can do, checkpoints with minimal pairs.
+
+    Learning curves are those of the first seed: they take longer than its training.
+    """
     seeds = [args.output / f"seed-{seed}" for seed in range(args.seeds)]
-    trunks = [seed / family.name for seed in seeds for family in families]
-    study(
-        args, [f"{seed}/{each.name}-{name}" for seed in seeds for each in families for name in each.steps], args.tests
-    )
+    branches = [f"{seed}/{each.name}-{name}" for seed in seeds for each in families for name in each.steps]
+    study(args, branches, args.tests)
     if "cka" in args.tests:
         equal = [f"{seeds[0]}/{each.name}-{'words' if 'words' in each.steps else 'both'}" for each in families]
         for number, other in enumerate(equal, 1):
             study(args, equal[number:], [f"cka:{other}"])
-    study(args, [f"untrained:{trunk}" for trunk in trunks[: len(families)]], args.tests)
+    trunks = [seeds[0] / family.name for family in families]
+    study(args, [f"untrained:{trunk}" for trunk in trunks], args.tests)
     pairs = [name for name in args.tests if name in PAIRS]
-    study(args, [f"{kind}:{trunk}" for kind in ("unigram", "trigram") for trunk in trunks[:1]], pairs)
+    study(args, [f"{kind}:{trunks[0]}" for kind in ("unigram", "trigram")], pairs)
     study(args, [f"word2vec:{text},sentences=line"], [name for name in args.tests if name in VECTORS])
     kept = {trunk: sorted(int(path.name) for path in trunk.glob("checkpoints.kept/*")) for trunk in trunks}
     study(args, [f"{trunk}@{step}" for trunk, steps in kept.items() for step in steps], pairs)

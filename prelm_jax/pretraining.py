@@ -35,6 +35,7 @@ from prelm_jax.train import placed_batches, train
 from prelm_jax.training import memory
 from prelm_jax.training.checkpoint import Step
 from prelm_jax.training.contract import Batch, Batches, DataConfig, Model, Params
+from prelm_jax.training.parameters import matches, path_name
 from prelm_jax.training.sharding import MeshConfig
 from prelm_jax.training.step import Totals, evaluated_means, fresh_carry, make_evaluate
 from prelm_jax.workdir import WorkDir
@@ -287,7 +288,9 @@ class HeldOut:
         """See `Pretrained.sample`; [] for a family from outside of the package, and for sharded parameters."""
         if not self._samples or self._config.model_type not in FAMILIES:
             return []
-        if not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params)):
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        sharded = [path_name(path) for path, leaf in leaves if not leaf.is_fully_replicated]
+        if not all(matches(self._model.tables, name) for name in sharded):  # Samples read nothing of a sharded table.
             return []
         loaded = LoadedModel(self._config, jax.tree.map(lambda leaf: leaf.addressable_data(0), params), self._tokenizer)
         texts = sentences(self._store, self._tokenizer, POOL)

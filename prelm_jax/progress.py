@@ -52,7 +52,7 @@ class Progress:
         if self._first_advance is None:
             self._first_advance = now, self.done
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self.done, count=self._count())
+            self._bar.update(self._bar.task_ids[0], total=self.total, completed=self.done, count=self._count())
         elif not self._text and now - self._printed >= SECONDS_BETWEEN_LINES:
             self._print_line()
 

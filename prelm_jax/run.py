@@ -24,6 +24,7 @@ READABLE_FORMATS = (2, 3)  # Format 2 knows no extensions; a field that it lacks
 SOURCES = ("corpus", "validation", "deduplicate", "errors", "tokenizer")
 
 Config = TypeVar("Config")
+Statistic = int | float | list[int] | str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ class RunRecord:
 
     `identity`: the fields that decide the bits, with the fingerprints of the texts and the tokenizer. `segments`: the
     parts of the training, oldest first. `sources`: where the text was found. `loop`: what may differ between resumes.
-    `statistics`: counts of the training and the held-out text by name, as people read them.
+    `statistics`: numbers of the training and the held-out text by name; earlier versions wrote them as text.
     """
 
     model_type: str
@@ -110,7 +111,7 @@ class RunRecord:
     sources: dict[str, object]
     loop: dict[str, object]
     command: list[str]
-    statistics: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    statistics: dict[str, list[Statistic]] = dataclasses.field(default_factory=dict)
     version: str = __version__
     format: int = RECORD_FORMAT
     source: str = dataclasses.field(default="run.json", compare=False)  # The path of the file; not in the file.

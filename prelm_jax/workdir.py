@@ -155,12 +155,13 @@ class WorkDir:
 
     def words_seen(self, step: int) -> int | None:
         """The words of the corpus that were trained on up to a checkpoint, by its tokens per word; None if unknown."""
-        counts = [self.read_record().statistics.get(name, [""])[0].replace(",", "") for name in ("words", "tokens")]
+        known = self.read_record().statistics
+        words, tokens = (known.get(name, [0])[0] for name in ("words", "tokens"))
         with contextlib.closing(self.open_checkpoints()) as checkpoints:
             tokens_seen = checkpoints.tokens_seen(step)
-        if not tokens_seen or not all(count.isdecimal() and int(count) for count in counts):
+        if not (tokens_seen and isinstance(words, int) and isinstance(tokens, int) and tokens):
             return None
-        return round(tokens_seen * int(counts[0]) / int(counts[1]))
+        return round(tokens_seen * words / tokens)
 
     def best_step(self) -> Step:
         """ "best" where a checkpoint was evaluated, else "newest"."""

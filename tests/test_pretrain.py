@@ -63,6 +63,14 @@ def run(request, corpus) -> Run:
 KEPT_STEP, KEPT_WORDS = 2, 500
 
 
+@pytest.mark.slow
+def test_samples_of_elmo_need_no_whole_softmax(corpus, tmp_path):
+    """Each of two devices has half of its table."""
+    run = dataclasses.replace(tiny.FAMILIES["elmo"](), corpus=(corpus,))
+    pretrain(tiny.with_loop(run, steps=6, samples=2, mesh=MeshConfig(devices=2)), tmp_path / "run")
+    assert [len(samples) for samples in WorkDir(tmp_path / "run").read_samples().values()] == [2]
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(run, tmp_path_factory):
     """The work directory of a run that nothing disturbed, and that kept some parameters; not to be changed."""

@@ -48,7 +48,7 @@ def make_run(directory, learning_rate=0.1, evaluations=((10, 3.0), (20, 2.5)), l
         "sources": {"corpus": ["c.txt"]},
         "loop": {"steps": 20},
         "command": ["pretrain"],
-        "statistics": {"documents": ["1,234", "56"]},
+        "statistics": {"documents": [1234, 56], "tokens per document*": [[7, 9000], [7, 8]], "words": ["9,513", "1"]},
         "version": "0",
         "format": 3,
     }
@@ -93,6 +93,8 @@ def test_the_page_of_one_run(tmp_path):
         "<cat> 0.1",
         "<cat> 0.2",
         "1,234",
+        "7 / 9,000",
+        "9,513",
     ):
         assert word in checker.words
     assert "<b>" not in text and "&lt;b&gt;&amp;" in text  # the setting's value

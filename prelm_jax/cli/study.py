@@ -34,7 +34,7 @@ def study(
             Probes by layer: upos, deprel, verb-number, length, depth, tense, subject-number, object-number,
             bigram-shift; uuas and dspr, the structural probe. Senses: coarsewsd, semcor, wic, scws. Words: ws353,
             simlex, men, analogies, and similarity:FILE, a TSV of word, word, rating. Geometry: selfsim, cka, and
-            cka:SUBJECT to compare with the layers of another subject.
+            cka:SUBJECT to compare with the layers of another subject. To look at: neighbors, replacement.
         output: Directory of the records.
         data: Directory of the test sets, a folder for each; if unset, $PRELM_DATA/study.
         pairs: Minimal pairs of each paradigm to read, the first ones; 0 for all.
@@ -42,11 +42,12 @@ def study(
     """
     from prelm_jax.study import babylm as predictions
     from prelm_jax.study import records
+    from prelm_jax.study.base import Settings
     from prelm_jax.study.opening import open_subject
     from prelm_jax.study.pairs import PairsTest
     from prelm_jax.study.study import study
     from prelm_jax.study.subjects import Subject
-    from prelm_jax.study.tests import Settings, make_test
+    from prelm_jax.study.tests import make_test
 
     cache_compiled_programs()
 

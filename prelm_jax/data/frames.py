@@ -4,6 +4,8 @@
     GPT-1   start a extract, start a delimiter b extract      a task reads the extract token
     ELMo    <S> a </S>; of a pair each text by itself         a task reads all words
 
+A word to tag is read at its first token; by GPT-1 at its last, the only one that has seen the whole word.
+
 Texts that are too long for the model are cut, the longer one of a pair first, and counted. Sentences to tag and
 passages to answer from are never cut: they become several rows, windows that overlap, and what is read of a word or
 token is taken from the window that shows most of its context.
@@ -14,7 +16,7 @@ a window to the next; `_check_is_max_context`); openai/finetune-transformer-lm, 
 
 import abc
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
@@ -84,8 +86,9 @@ class Frame(abc.ABC):
     max_length: tokens of a row at most. symmetric: the texts of a pair have no order.
     """
 
-    reads: ClassVar[Literal["first", "last"]] = "first"  # The position that sums a text up.
+    reads: ClassVar[Literal["first", "last"]] = "first"  # The position that sums up a text, or a word to tag.
     answers: ClassVar[bool] = True  # Whether a token is read together with what comes after it, as spans need.
+    packs: ClassVar[bool] = True  # Whether the encoder keeps the segments of a row apart, so that examples share rows.
 
     def __init__(self, tokenizer: Tokenizer, max_length: int, symmetric: bool = False):
         self.tokenizer, self.max_length = tokenizer, max_length
@@ -206,7 +209,8 @@ class Frame(abc.ABC):
                 labels = np.array([numbers[name] for name in cast(tuple[str, ...], example.label)], np.int32)
             for i, (a, b) in enumerate(windows):
                 ids = np.concatenate([np.array(self._before, np.int32), *pieces[a:b], self._after]).astype(np.int32)
-                read = (len(self._before) + begins[a:b] - begins[a]).astype(np.int32)
+                places = begins[a:b] if self.reads == "first" else ends[a:b] - 1
+                read = (len(self._before) + places - begins[a]).astype(np.int32)
                 mine = owners[a:b] == i
                 label, weight = (None, None) if labels is None else (labels[a:b], mine.astype(np.float32))
                 rows.append(Row(number, (Text(ids, len(ids), read),), label, weight, a, mine))
@@ -258,19 +262,25 @@ class Frame(abc.ABC):
         return dict.fromkeys(keys, "rows")
 
     def batch(
-        self, rows: Sequence[Row], own: slice, width: int, num_texts: int, num_read: int
+        self, groups: Sequence[Sequence[Row]], own: slice, width: int, num_texts: int, num_read: int
     ) -> dict[str, np.ndarray]:
-        """The batch of the rows `own` of a global batch, as models/task.py has it: [B, num_texts, width]."""
-        mine = rows[own]
+        """The batch of the groups `own` of a global batch, as models/task.py has it: [B, num_texts, width].
+
+        Each group shares a row of the batch, one after the other; without packing it is a single Row.
+        """
+        mine = groups[own]
         shape = (len(mine), num_texts, width)
         tokens, types, segments = (np.zeros(shape, np.int32) for _ in range(3))
-        for i, row in enumerate(mine):
-            for j, text in enumerate(row.texts):
-                length = len(text.ids)
-                tokens[i, j, :length] = text.ids
-                types[i, j, text.second : length] = 1
-                segments[i, j, :length] = 1
-        positions = np.ascontiguousarray(np.broadcast_to(np.arange(width, dtype=np.int32), shape))
+        place_T = np.minimum(np.arange(width, dtype=np.int32), self.max_length - 1)
+        positions = np.tile(place_T, (*shape[:2], 1))
+        for i, group in enumerate(mine):
+            for segment, (begin, row) in enumerate(_placed(group), 1):
+                positions[i, :, begin:] = place_T[: width - begin]
+                for j, text in enumerate(row.texts):
+                    end = begin + len(text.ids)
+                    tokens[i, j, begin:end] = text.ids
+                    types[i, j, begin + text.second : end] = 1
+                    segments[i, j, begin:end] = segment
         batch = {"tokens": tokens, "token_types": types, "positions": positions, "segments": segments}
         return batch | _read_and_labels(mine, num_texts, num_read)
 
@@ -309,6 +319,8 @@ class ELMoFrame(Frame):
 
     The texts of a pair are read each by itself, those of a choice as one.
     """
+
+    packs = False
 
     def __init__(self, tokenizer: Tokenizer, max_length: int, symmetric: bool = False):
         super().__init__(tokenizer, max_length, symmetric)
@@ -364,13 +376,13 @@ class ELMoFrame(Frame):
         return -(-most // 128) * 128
 
     def batch(
-        self, rows: Sequence[Row], own: slice, width: int, num_texts: int, num_read: int
+        self, groups: Sequence[Sequence[Row]], own: slice, width: int, num_texts: int, num_read: int
     ) -> dict[str, np.ndarray]:
         """See Frame. `words` replaces `tokens`: it indexes `characters`, which has a row for each distinct word."""
-        batch = super().batch(rows, own, width, num_texts, num_read)
-        distinct = _distinct(rows)
+        batch = super().batch(groups, own, width, num_texts, num_read)
+        distinct = _distinct([row for group in groups for row in group])
         words = np.searchsorted(distinct, batch["tokens"]).astype(np.int32) * batch["segments"]
-        padding = np.zeros(max(0, self._room(len(rows), num_texts, width) - len(distinct)), np.int32)
+        padding = np.zeros(max(0, self._room(len(groups), num_texts, width) - len(distinct)), np.int32)
         characters = self._spellings().characters(np.append(distinct, padding), self._num_characters)
         read_and_labels = {key: batch[key] for key in batch if key not in ("tokens", "token_types", "positions")}
         return {"characters": characters, "words": words, **read_and_labels}
@@ -443,18 +455,32 @@ def _answer(answers: Answers, characters: np.ndarray, passage: str, id: str) -> 
     return int(inside[0]), int(inside[-1])
 
 
-def _read_and_labels(rows: Sequence[Row], num_texts: int, num_read: int) -> dict[str, np.ndarray]:
-    read = np.full((len(rows), num_texts, num_read), -1, np.int32)
-    for i, row in enumerate(rows):
-        for j, text in enumerate(row.texts):
-            read[i, j, : len(text.read)] = text.read
-    labelled = [(row.label, row.weight) for row in rows if row.label is not None and row.weight is not None]
-    if len(labelled) < len(rows):
-        return {"read_positions": read}
-    if labelled[0][1].ndim:  # A tag for each word.
-        labelled = [tuple(np.pad(x, (0, num_read - len(x))) for x in each) for each in labelled]
-    labels, weights = zip(*labelled, strict=True)
-    return {"read_positions": read, "labels": np.array(labels), "label_weights": np.array(weights)}
+def _placed(group: Sequence[Row]) -> Iterator[tuple[int, Row]]:
+    """The rows of a group, each with the position at which it begins in the row that they share."""
+    begin = 0
+    for row in group:
+        yield begin, row
+        begin += row.length
+
+
+def _read_and_labels(groups: Sequence[Sequence[Row]], num_texts: int, num_read: int) -> dict[str, np.ndarray]:
+    """What is read of each group, and its labels, both in the order of its rows."""
+    read = np.full((len(groups), num_texts, num_read), -1, np.int32)
+    found: dict[str, np.ndarray] = {"read_positions": read}
+    for i, group in enumerate(groups):
+        number = 0
+        for begin, row in _placed(group):
+            for j, text in enumerate(row.texts):
+                read[i, j, number : number + len(text.read)] = begin + text.read
+            if row.label is not None and row.weight is not None:
+                # A label is one of those of the group; the tags of a sentence are as many as its words.
+                labels, weights = (x if row.weight.ndim else x[None] for x in (row.label, row.weight))
+                for name, x in (("labels", labels), ("label_weights", weights)):
+                    if name not in found:
+                        found[name] = np.zeros((len(groups), num_read, *x.shape[1:]), x.dtype)
+                    found[name][i, number : number + len(x)] = x
+            number += max(len(text.read) for text in row.texts)
+    return found
 
 
 # Words with their characters, as BERT splits texts.

@@ -2,37 +2,76 @@
 
     4 rows in batches of 3      2 0 3 | 1 0 2 | 1 3 …      the second epoch begins within the second batch
 
-A batch is as wide as its longest row needs, in six widths at most, so that as many programs are compiled: those that
-pad the batches of a file the least. Nothing is sorted for training: rows of one length would often have one label.
+A batch is as wide as it must be, in six widths at most, so that as many programs are compiled: those that pad the
+batches of a file the least. Nothing is sorted for training: rows of one length would often have one label. Instead the
+rows of a batch may be packed into fewer, as many in each batch:
+
+    8 rows of 26 tokens on average, the longest 60      8 × 64 positions, or 2 packed rows × 112
+
+A row is here an example or a window of it (`frames.Row`).
 """
 
 import abc
-import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from prelm_jax.data.frames import Frame, Row
+from prelm_jax.data.packing import pack
 from prelm_jax.data.randomness import bits, key, permute
 from prelm_jax.training.contract import Layout
 
-WIDTHS = (32, 48, 64, 96, 128, 192, 256, 384)  # And the longest row that a frame allows.
-NUM_WIDTHS = 6
+NUM_WIDTHS, WORTH = 6, 0.03
+_TRIED = 200  # Batches by which widths, and numbers of packed rows, are chosen.
 
 
-def best_widths(lengths: Sequence[int], batch_size: int, longest: int) -> tuple[int, ...]:
-    """Up to six widths, the last of them `longest`, whose padded batches of rows of these lengths are the smallest.
+def best_widths(needed: Sequence[int], widest: int) -> tuple[int, ...]:
+    """Up to six widths, the last of them `widest`, that pad batches of which each needs a width the least.
 
-    batch_size: rows of a batch, drawn at random; the longest decides.
+    Each is worth WORTH of the positions at least, because it is a program to compile.
     """
-    shorter, sorted_lengths = [width for width in WIDTHS if width < longest], np.sort(lengths)
+    least, count = np.unique(np.minimum(needed, widest), return_counts=True)
+    batches, price = [0, *np.cumsum(count).tolist()], WORTH * float(least @ count)
+    # By i: the cost of the batches with the i least needs, and the widths that make it the lowest. In each turn they
+    # may have one more: what the last of these batches needs.
+    chosen: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for _ in range(NUM_WIDTHS - 1):
+        wider = {
+            i: min(
+                (cost + price + width * (batches[i] - batches[j]), (*widths, width))
+                for j, (cost, widths) in chosen.items()
+                if j < i
+            )
+            for i, width in enumerate(least.tolist(), 1)
+        }
+        chosen = {i: min(wider[i], chosen.get(i, wider[i])) for i in wider} | {0: chosen[0]}
+    costs = {i: cost + widest * (batches[-1] - batches[i]) for i, (cost, _) in chosen.items()}
+    _, widths = chosen[min(costs, key=costs.__getitem__)]
+    return widths if widths[-1:] == (widest,) else (*widths, widest)
 
-    def mean_width(widths: Sequence[int]) -> float:
-        share_W = np.searchsorted(sorted_lengths, widths, side="right") / len(lengths)
-        return float(np.diff(share_W**batch_size, prepend=0) @ np.array(widths))
 
-    some = itertools.combinations(shorter, min(NUM_WIDTHS - 1, len(shorter)))
-    return min(((*widths, longest) for widths in some), key=mean_width)
+def needed_width(length_B: np.ndarray, num_rows: int) -> int:
+    """The least multiple of 8 with which rows of these lengths can be packed into so many."""
+    width = -(-max(int(length_B.max()), -(-int(length_B.sum()) // num_rows)) // 8) * 8
+    while (pack(length_B, width, num_rows) < 0).any():
+        width += 8
+    return width
+
+
+def best_num_rows(length_X: np.ndarray, batch_size: int, multiple: int) -> int:
+    """How many packed rows the batches of a file take: a multiple of a number, or `batch_size`, where none is packed.
+
+    The fewest positions decide, counted with what attention adds to them in longer rows. length_X: of the rows, in an
+    order in which batches may be drawn.
+    """
+    drawn = np.resize(length_X, (min(_TRIED, -(-len(length_X) // batch_size)), batch_size))
+
+    def cost(num_rows: int) -> float:
+        widths = np.array([needed_width(length_B, num_rows) for length_B in drawn])
+        return float((num_rows * widths * (1 + widths / 512)).mean())
+
+    possible = [batch_size // n for n in (2, 4, 8) if batch_size % n == 0 and batch_size // n % multiple == 0]
+    return min([batch_size, *possible], key=cost)
 
 
 def balanced(rows: Sequence[Row], num_labels: int) -> np.ndarray:
@@ -60,21 +99,53 @@ def _labels_and_weights(rows: Sequence[Row]) -> tuple[list[np.ndarray], list[np.
 class _Rows(abc.ABC):
     """The rows of a task, and the batches of some of them. Fulfills `Batches`; a subclass defines `numbers`.
 
-    drawn: rows of a batch that are drawn at random.
+    batch_size: packed rows, if there are fewer than rows in a batch.
     """
 
-    def __init__(self, frame: Frame, rows: Sequence[Row], batch_size: int, drawn: int):
-        self.frame, self._rows, self.batch_size = frame, rows, batch_size
-        self.widths = best_widths([row.length for row in rows], drawn, frame.max_length)
+    def __init__(self, frame: Frame, rows: Sequence[Row], num_drawn: int, batch_size: int):
+        self.frame, self._rows, self.batch_size, self._num_drawn = frame, rows, batch_size, num_drawn
+        self._is_unpacked = batch_size == num_drawn
+        self._length_X = np.array([row.length for row in rows])
         self.num_texts = max(len(row.texts) for row in rows)
-        # Tags read a token of each word; the others read one.
+        # Tags read a token of each word; the others read one of each row.
         self._reads_words = any(len(text.read) > 1 for row in rows for text in row.texts)
-        self.layout: Mapping[str, Layout] = frame.layout(self._batch(np.arange(1), slice(0, 1)))
+        steps = range(min(_TRIED, -(-len(rows) // num_drawn)))
+        needed = [needed_width(self._length_X[self.numbers(step)], batch_size) for step in steps]
+        self._needs_most = max(steps, key=needed.__getitem__)
+        self.widths = best_widths(needed, self._widest())
+        self.layout: Mapping[str, Layout] = frame.layout(self._batch(self._longest(), slice(0, 1)))
 
-    def _batch(self, number_B: np.ndarray, own: slice) -> dict[str, np.ndarray]:
-        rows = [self._rows[number] for number in number_B]
-        width = self.frame.fitting_width(rows, self.num_texts, self.widths)
-        return self.frame.batch(rows, own, width, self.num_texts, width if self._reads_words else 1)
+    def _widest(self) -> int:
+        """A width that any batch fits into."""
+        if self._is_unpacked:
+            return self.frame.max_length
+        # A row of n tokens fits nowhere if more than width - n are taken of each packed row.
+        longest = self._length_X[self._longest()]
+        return -(-int(longest[0] + longest[1:].sum() // self.batch_size) // 8) * 8
+
+    def _longest(self) -> np.ndarray:
+        """The numbers of a batch of the longest rows."""
+        # It may have a row from each of so many epochs.
+        epochs = 1 - (1 - self._num_drawn) // len(self._rows)
+        return np.repeat(np.argsort(-self._length_X, kind="stable"), epochs)[: self._num_drawn]
+
+    def _packed(self, number_X: np.ndarray) -> tuple[list[list[Row]], int]:
+        """Rows in the groups that share a packed row, and the width of these."""
+        rows, length_X = [self._rows[number] for number in number_X], self._length_X[number_X]
+        if self._is_unpacked:
+            return [[row] for row in rows], self.frame.fitting_width(rows, self.num_texts, self.widths)
+        for width in self.widths:
+            row_X = pack(length_X, width, self.batch_size)
+            if width >= length_X.max() and (row_X >= 0).all():
+                break
+        return [[rows[i] for i in np.flatnonzero(row_X == number)] for number in range(self.batch_size)], width
+
+    def _batch(self, number_X: np.ndarray, own: slice) -> dict[str, np.ndarray]:
+        groups, width = self._packed(number_X)
+        num_read = width
+        if not self._reads_words:  # As many examples as there can be in a row.
+            num_read = 1 if self._is_unpacked else min(self._num_drawn, width // int(self._length_X.min()))
+        return self.frame.batch(groups, own, width, self.num_texts, num_read)
 
     @abc.abstractmethod
     def numbers(self, step: int) -> np.ndarray:
@@ -82,8 +153,7 @@ class _Rows(abc.ABC):
 
     def width(self, step: int) -> int:
         """The length that the texts of a step's batch are padded to."""
-        rows = [self._rows[number] for number in self.numbers(step)]
-        return self.frame.fitting_width(rows, self.num_texts, self.widths)
+        return self._packed(self.numbers(step))[1]
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         return self.rows(step, 0, self.batch_size)
@@ -93,30 +163,32 @@ class _Rows(abc.ABC):
         return self._batch(self.numbers(step), slice(start, stop))
 
     def largest(self) -> dict[str, np.ndarray]:
-        """A batch of the longest rows, which is as wide as any."""
-        longest = np.argsort([-row.length for row in self._rows], kind="stable")
-        return self._batch(np.resize(longest, self.batch_size), slice(None))
+        """A batch as wide as any; of packed rows as any of the first, because the longest hardly ever come together."""
+        return self._batch(self._longest() if self._is_unpacked else self.numbers(self._needs_most), slice(None))
 
 
 class TaskBatches(_Rows):
-    """The training batches of a task, pure in (seed, step)."""
+    """The training batches of a task, pure in (seed, step).
 
-    def __init__(self, frame: Frame, rows: Sequence[Row], batch_size: int, seed: int):
-        super().__init__(frame, rows, batch_size, drawn=batch_size)
+    num_rows: how many rows the `batch_size` of a batch are packed into; None: each has one of its own.
+    """
+
+    def __init__(self, frame: Frame, rows: Sequence[Row], batch_size: int, seed: int, num_rows: int | None = None):
         self._key = key(seed, "tasks: epoch")
+        super().__init__(frame, rows, batch_size, num_rows or batch_size)
 
     def numbers(self, step: int) -> np.ndarray:
         """The numbers of the rows of a step's batch."""
-        epoch_B, index_B = np.divmod(step * self.batch_size + np.arange(self.batch_size), len(self._rows))
-        return permute(index_B, len(self._rows), bits(self._key, epoch_B))
+        epoch_X, index_X = np.divmod(step * self._num_drawn + np.arange(self._num_drawn), len(self._rows))
+        return permute(index_X, len(self._rows), bits(self._key, epoch_X))
 
 
 class TaskEvaluation(_Rows):
     """All rows of a task once, sorted by length; rows of weight 0 fill the last batch."""
 
     def __init__(self, frame: Frame, rows: Sequence[Row], batch_size: int):
-        super().__init__(frame, rows, batch_size, drawn=1)
         self._order = np.argsort([row.length for row in rows], kind="stable")
+        super().__init__(frame, rows, batch_size, batch_size)
 
     def __len__(self) -> int:
         return -(-len(self._rows) // self.batch_size)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import os
 import shlex
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 from prelm_jax.cache import digest
 from prelm_jax.data.examples import Example, Label
 from prelm_jax.data.frames import WIDTHS, Frame, Row
-from prelm_jax.data.tasks import TaskBatches, TaskEvaluation, weighted
+from prelm_jax.data.tasks import TaskBatches, TaskEvaluation, best_num_rows, weighted
 from prelm_jax.errors import InputError
 from prelm_jax.families import find_family
 from prelm_jax.finetuning import metrics
@@ -67,6 +68,16 @@ class Task(NamedTuple):
     train_rows: list[Row]
     dev_rows: list[Row]
     facts: dict[str, object]  # What decides the bits besides the fields of the run.
+
+    def batches(self, seed: int, devices: int, batch_size: int | None = None) -> TaskBatches:
+        """The training batches of a seed, packed where that pays; `batch_size`: instead of the run's."""
+        size, rows = batch_size or self.run.batch_size, self.train_rows
+        if not (self.frame.packs and self.config.head.packs):
+            return TaskBatches(self.frame, rows, size, seed)
+        # The same for 1, 2, 4 and 8 devices, of which each gets as many packed rows.
+        multiple = self.run.accumulate * math.lcm(8, devices)
+        lengths = np.random.default_rng(0).permutation([row.length for row in rows])
+        return TaskBatches(self.frame, rows, size, seed, best_num_rows(lengths, size, multiple))
 
 
 def prepare(run: FineTuning) -> Task:
@@ -246,7 +257,7 @@ def _train(task: Task, seed: int, directory: WorkDir) -> tuple[SeedResult, list[
     """Trains a seed to its end; its result and its predictions for the dev examples."""
     run = dataclasses.replace(task.run, seed=seed)
     model = task.config.build(jnp.dtype(run.precision))
-    batches = TaskBatches(task.frame, task.train_rows, run.batch_size, seed)
+    batches = task.batches(seed, run.loop.mesh.build().size)
     evaluation = DevEvaluation(task, model)
     start = None if run.scratch else lambda fresh: initial(task, fresh)
     record, largest = _record(task, run), batches.largest()

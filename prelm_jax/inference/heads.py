@@ -218,7 +218,7 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
 
     def _batch(self, rows: Sequence[Row], num_texts: int, width: int) -> dict[str, np.ndarray]:
         num_read = width if self.kind == "tags" else 1
-        batch = self.frame.batch(rows, slice(None), width, num_texts, num_read)
+        batch = self.frame.batch([[row] for row in rows], slice(None), width, num_texts, num_read)
         if "characters" in batch:  # Of as many words, and as long ones, as there may be in a batch of this shape.
             words, columns = batch["characters"].shape
             most = -(-len(rows) * num_texts * width // 128) * 128

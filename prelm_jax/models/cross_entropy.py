@@ -179,7 +179,8 @@ def _local_chunks(vocab_size: int, arguments: Arguments, differentiate: bool) ->
         # The gradient of a logit is weight · (exp / total - hit). Its factor weight / total belongs to a whole row, so
         # it is left out here and multiplied in where a row has D columns instead of V.
         hit_G = jnp.exp(picked_G - highest_G) - total_G
-        dlogits_GV = exp_GV.astype(dtype).at[jnp.arange(hit_G.shape[0]), targets_G].set(hit_G.astype(dtype))
+        hits_GV = jnp.arange(table.shape[0])[None] == targets_G[:, None]
+        dlogits_GV = jnp.where(hits_GV, hit_G[:, None], exp_GV).astype(dtype)
         factor_G1 = (weights_G / total_G)[:, None]
         dtable_VD = product_over_rows(dlogits_GV, (factor_G1 * x_GD).astype(dtype))
         dx_GD = factor_G1 * jax.lax.dot_general(

@@ -245,6 +245,11 @@ class ELMo(LanguageModel):
             nll[d] = nll_G.reshape(x[d].shape[:2])
         return nll
 
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """That of the softmax, if it has negatives."""
+        return (r"(^|/)softmax/embedding$",)
+
     def create_parameters(self) -> None:
         self.bilm.encode(jnp.zeros((1, MAX_CHARACTERS), jnp.int32))
         for weights in (self.bilm.forward, self.bilm.backward, self.softmax):

@@ -19,7 +19,7 @@ from jax import Array
 from prelm_jax.bounds import Epsilon, FractionBelow1
 from prelm_jax.models.attention import Mask, attention_mask
 from prelm_jax.models.cross_entropy import tied_cross_entropy, tied_logits
-from prelm_jax.models.language_model import Encoder, LanguageModel
+from prelm_jax.models.language_model import Encoder, LanguageModel, continues
 from prelm_jax.models.layers import (
     Dropout,
     Embedding,
@@ -90,10 +90,11 @@ class GPTEncoder(Encoder):
         return jnp.take_along_axis(last_BTD, positions_BK[..., None], 1)
 
     def next_token_loss(self, last_BTD: Array, batch: Batch) -> Array:
-        """The sum over rows of the mean loss of a row's tokens after its first; 0 for a row without such tokens."""
-        same_BT = batch["segments"][:, 1:] == batch["segments"][:, :-1]
-        weights_BT = (same_BT & (batch["segments"][:, 1:] != 0)).astype(jnp.float32)
-        weights_BT /= jnp.maximum(1, weights_BT.sum(1, keepdims=True))
+        """The sum over segments of the mean loss of a segment's tokens after its first, if it has any."""
+        segments_BT = batch["segments"][:, 1:]
+        weights_BT = continues(batch["segments"]).astype(jnp.float32)
+        alike_BTT = segments_BT[:, :, None] == segments_BT[:, None]
+        weights_BT /= jnp.maximum(1, (alike_BTT * weights_BT[:, None]).sum(2))
         targets_BT, vocab_size = batch["tokens"][:, 1:], self.config.known_vocab_size
         return tied_cross_entropy(last_BTD[:, :-1], self.token_embeddings.table, targets_BT, weights_BT, vocab_size)[0]
 
@@ -149,11 +150,11 @@ class GPT(LanguageModel):
     def init_cache(self, batch_size: int) -> Params:
         """The collection `cache` of `next_logits` before the first token."""
         c = self.config
-        shape_BNSH = (batch_size, c.num_heads, c.max_position_embeddings, c.hidden_size // c.num_heads)
+        shape_BSD = (batch_size, c.max_position_embeddings, c.hidden_size)
 
         def layer() -> Params:
             return {
-                "attention": {name: jnp.zeros(shape_BNSH, activation_dtype(self.dtype)) for name in ("keys", "values")}
+                "attention": {name: jnp.zeros(shape_BSD, activation_dtype(self.dtype)) for name in ("keys", "values")}
             }
 
         return {"decoder": {f"layer_{i}": layer() for i in range(c.num_layers)}}

@@ -54,6 +54,11 @@ class HeadConfig:
         """Whether the head sums a text up itself."""
         return self.reads_summary and (self.mix or self.lstm_size is not None)
 
+    @property
+    def packs(self) -> bool:
+        """Whether it reads each of several examples in a row by itself."""
+        return self.lstm_size is None and not self.pools
+
 
 @dataclasses.dataclass(frozen=True)
 class Label(HeadConfig):
@@ -81,12 +86,22 @@ class Tags(HeadConfig):
     num_tags: Size | None = None  # Number of tags; None: as many as the training file has.
     crf: bool = False  # Score sequences of tags by a conditional random field, not each tag by a softmax.
 
+    @property
+    def packs(self) -> bool:
+        """Without a CRF, which would run on from a sentence into the next."""
+        return super().packs and not self.crf
+
 
 @dataclasses.dataclass(frozen=True)
 class Span(HeadConfig):
     """The first and the last token of an answer; both are 0, [CLS], where there is none."""
 
     dropout: FractionBelow1 = dataclasses.field(default=0.0, kw_only=True)  # BERT's has none.
+
+    @property
+    def packs(self) -> bool:
+        """No: its softmax is over all tokens of a row."""
+        return False
 
 
 Config = Label | Choice | Tags | Span
@@ -231,12 +246,13 @@ class Head(nn.Module):
         return self.classifier(x_BSD.sum(1))
 
     def __call__(
-        self, hidden: Sequence[Array], summary_RD: Array | None, batch: Batch, texts: int, train: bool
+        self, hidden: Sequence[Array], summary_RKD: Array | None, batch: Batch, texts: int, train: bool
     ) -> Array:
         """The scores, fp32: Label [B, N], Choice [B, S], Tags [B, K, N], Span [B, T, 2] (start and end).
 
-        hidden: of all layers, [R, T, D]. summary_RD: what a Label or Choice reads that does not pool. batch: texts are
-        rows. texts: S, the number of an example's texts.
+        In packed rows, B of a Label or Choice counts places for examples, K a row. hidden: of all layers, [R, T, D].
+        summary_RKD: what a Label or Choice reads that does not pool. batch: texts are rows. texts: S, the number of an
+        example's texts.
         """
         mask_RT = batch["segments"] != 0
         if isinstance(self.config, Tags):
@@ -247,15 +263,20 @@ class Head(nn.Module):
         if isinstance(self.config, Span):
             scores_RT2 = self.classifier(self.dropout(self.states(hidden, mask_RT, train), train))
             return jnp.where(mask_RT[..., None], scores_RT2, MASKED)
-        x_RD = self.pooled(self.states(hidden, mask_RT, train), mask_RT) if summary_RD is None else summary_RD
-        return self.text_scores(x_RD.reshape(-1, texts, x_RD.shape[-1]), mask_RT.any(1).reshape(-1, texts), train)
+        if summary_RKD is None:
+            summary_RKD = self.pooled(self.states(hidden, mask_RT, train), mask_RT)[:, None]
+        return self.text_scores(
+            _examples(summary_RKD, texts), _examples(batch["read_positions"][..., None] >= 0, texts)[..., 0], train
+        )
 
     def losses(self, scores: Array, batch: Batch) -> tuple[Array, Array | None]:
-        """For each example its loss and the number of its classes that are right, both times their weights: [B], fp32.
+        """For each example its loss and the number of its classes that are right, both times their weights, fp32.
 
-        None instead of the second for what is not right or wrong: a number.
+        [B · K], but of tags [B]. None instead of the second for what is not right or wrong: a number.
         """
         c, labels, weights = self.config, batch["labels"], batch["label_weights"]
+        if not isinstance(c, Tags):
+            labels, weights = labels.reshape(-1, *labels.shape[2:]), weights.reshape(-1)
         if isinstance(c, Label) and c.kind == "number":
             return weights * jnp.square(scores[:, 0] - labels), None
         if isinstance(c, Label) and c.kind == "labels":
@@ -289,8 +310,14 @@ def class_weights(config: Config, batch: Batch) -> Array:
     """The weight of each example's loss, [B]: of its class, its labels, its words or its answer."""
     weights = batch["label_weights"]
     if isinstance(config, Label) and config.kind == "labels":
-        return weights * batch["labels"].shape[1]
-    return weights.reshape(weights.shape[0], -1).sum(1)
+        weights = weights * batch["labels"].shape[-1]
+    return weights.sum(1)
+
+
+def _examples(x_RKD: Array, texts: int) -> Array:
+    """[B · K, S, D]: the vectors of the texts of each example, from the rows of texts that examples share."""
+    x_BSKD = x_RKD.reshape(-1, texts, *x_RKD.shape[1:])
+    return x_BSKD.swapaxes(1, 2).reshape(-1, texts, x_RKD.shape[-1])
 
 
 def crf_nll(

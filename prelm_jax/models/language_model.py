@@ -47,7 +47,7 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def next_token_loss(self, last_BTD: Array, batch: Batch) -> Array:
-        """The sum over rows of the mean loss of a row's tokens after its first; only with `reads_forward`."""
+        """The sum over segments of the mean loss of a segment's tokens after its first; only with `reads_forward`."""
         raise NotImplementedError
 
     def check(self, batch: HostBatch) -> None:
@@ -56,6 +56,11 @@ class Encoder(nn.Module):
     def flops(self, batch: Batch) -> float:
         """Matmul FLOPs of the hidden states of a batch of these shapes, forward."""
         raise NotImplementedError
+
+
+def continues(segments: Array) -> Array:
+    """Whether each token after the first of a row is of the segment of the one before: bool [..., T - 1]."""
+    return (segments[..., 1:] == segments[..., :-1]) & (segments[..., 1:] != 0)
 
 
 class LanguageModel(nn.Module):
@@ -71,6 +76,11 @@ class LanguageModel(nn.Module):
     def create_parameters(self) -> None:
         """Uses every parameter once, on inputs as small as possible."""
         raise NotImplementedError
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """None: the losses may read all rows of every table."""
+        return ()
 
     def init_params(self, key: Array) -> Params:
         """Fresh fp32 parameters."""

@@ -52,11 +52,18 @@ def check_rows(batch: HostBatch, **rows: tuple[int, str]) -> None:
             raise InputError(f"{key} go up to {batch[key].max()}, but the model's {option} is {number}: raise it")
 
 
-def _mix(h: Array) -> Array:
+def mix(h: Array) -> Array:
     """The finalizer of a 32-bit hash: every bit of the result depends on every bit of h."""
     h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)
     h = (h ^ (h >> 15)) * jnp.uint32(0x846CA68B)
     return h ^ (h >> 16)
+
+
+def hash_words(key: Array) -> tuple[Array, Array]:
+    """The two words of a key that `random_bits` hashes: with the index within a row, and with the index of the row."""
+    key0, key1 = jax.random.key_data(key)
+    key1 = mix(key1 + jnp.uint32(0x9E3779B9))  # Keys of small seeds are small numbers that differ in few bits.
+    return mix(key0 ^ key1), key1
 
 
 def random_bits(key: Array, shape: tuple[int, ...]) -> Array:
@@ -66,15 +73,13 @@ def random_bits(key: Array, shape: tuple[int, ...]) -> Array:
     it fuses into its consumer, and compiles fast on every backend. Row and column are hashed separately, so that arrays
     of more than 2^32 elements do not repeat (a single row must stay below that).
     """
-    key0, key1 = jax.random.key_data(key)
-    key1 = _mix(key1 + jnp.uint32(0x9E3779B9))  # Keys of small seeds are small numbers that differ in few bits.
-    key0 = _mix(key0 ^ key1)
+    key0, key1 = hash_words(key)
     # For the shape (2, 3, 4), row is [[[0]], [[1]]] and column [[[0 1 2 3], [4 5 6 7], [8 9 10 11]]].
     row = jax.lax.broadcasted_iota(jnp.uint32, (shape[0],) + (1,) * (len(shape) - 1), 0)
     column = jnp.zeros((1, *shape[1:]), jnp.uint32)
     for axis in range(1, len(shape)):
         column = column * jnp.uint32(shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, column.shape, axis)
-    return _mix(_mix(column + key0) ^ _mix(row ^ key1))
+    return mix(mix(column + key0) ^ mix(row ^ key1))
 
 
 def truncated_normal(stddev: float) -> nn.initializers.Initializer:
@@ -300,21 +305,30 @@ def gelu_tanh(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=True)
 
 
+def kept(bits: Array, rate: float) -> Array:
+    """Which elements dropout keeps, given the random bits of each."""
+    return bits >= jnp.uint32(round(rate * 2**32))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _dropout(x: Array, rate: float, key: Array) -> Array:
-    keep = random_bits(key, x.shape) >= jnp.uint32(round(rate * 2**32))
-    return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
+def dropout(x: Array, rate: float, key: Array) -> Array:
+    """Zeroes elements with probability `rate` and scales the others by 1 / (1 - rate)."""
+    return jnp.where(kept(random_bits(key, x.shape), rate), x / (1 - rate), jnp.zeros((), x.dtype))
 
 
 # The backward pass draws the mask again, which is cheaper than keeping it in memory.
-_dropout.defvjp(lambda x, rate, key: (_dropout(x, rate, key), key), lambda rate, key, g: (_dropout(g, rate, key), None))
+dropout.defvjp(lambda x, rate, key: (dropout(x, rate, key), key), lambda rate, key, g: (dropout(g, rate, key), None))
 
 
 class Dropout(nn.Module):
-    """In training, zeroes elements with probability `rate` and scales the others by 1 / (1 - rate)."""
+    """`dropout` in training, with a key of its own."""
 
     rate: float
 
-    @nn.compact
+    def key(self, train: bool) -> Array | None:
+        """The key of the next call; None if nothing is dropped."""
+        return self.make_rng("dropout") if train and self.rate > 0 else None
+
     def __call__(self, x: Array, train: bool) -> Array:
-        return _dropout(x, self.rate, self.make_rng("dropout")) if train and self.rate > 0 else x
+        key = self.key(train)
+        return x if key is None else dropout(x, self.rate, key)

@@ -5,12 +5,13 @@ The parameters of the encoder have the paths that they have in its pretraining m
 
     tokens, token_types, positions, segments [B, S, T]    as in pretraining; segment 0 is padding
     words [B, S, T], characters [U, C]                    ELMo's, instead of tokens
-    read_positions [B, S, K]    the summary of a text (K = 1), or the first token of each word to tag; -1: none
-    labels                      [B] of a class, a choice or a number (float32); [B, N] (float32) of several labels;
-                                [B, K] of tags; [B, 2] of the first and the last token of an answer
-    label_weights               float32 [B]; [B, K] of tags
+    read_positions [B, S, K]    the summaries of texts, or a token of each word to tag; -1: none
+    labels                      [B, K] of classes, choices, tags or numbers (float32); [B, K, N] (float32) of several
+                                labels; [B, 1, 2] of the first and the last token of an answer
+    label_weights               float32 [B, K]
 
-S is 1 but for choices and for pairs that are encoded apart. A text of a choice without tokens is none.
+S is 1 but for choices and for pairs that are encoded apart. K is 1 but for tags and where rows are packed: then the
+examples of a row, each a segment, are labelled in their order. A text of a choice that is not read is none.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from jax import Array
 
 from prelm_jax.bounds import Fraction, NotNegativeFloat, OutOfBounds
 from prelm_jax.models import heads
-from prelm_jax.models.language_model import Encoder, LanguageModel
+from prelm_jax.models.language_model import Encoder, LanguageModel, continues
 from prelm_jax.models.layers import products_in
 from prelm_jax.training.contract import Batch, HostBatch, Params, Sums
 
@@ -105,24 +106,26 @@ class TaskModel(LanguageModel):
         """The scores of the head, the last hidden states [R, T, D], and the batch with its texts as rows."""
         c, tuned = self.config, self.config.tune == "all"
         texts = batch["segments"].shape[1]
-        rows = {name: x.reshape(-1, x.shape[-1]) if x.ndim == 3 else x for name, x in batch.items()}
+        rows = {
+            name: x.reshape(-1, x.shape[-1]) if x.ndim == 3 and name != "labels" else x for name, x in batch.items()
+        }
         hidden = self.body.hidden_states(rows, train and tuned)
-        summary_RD = None
+        summary_RKD = None
         if c.head.reads_summary and not self.head.pools:
-            summary_RD = self.body.summary(hidden[-1], rows["read_positions"])[:, 0]
+            summary_RKD = self.body.summary(hidden[-1], jnp.maximum(0, rows["read_positions"]))
         if not tuned:
-            hidden, summary_RD = jax.lax.stop_gradient((hidden, summary_RD))
-        return self.head(hidden, summary_RD, rows, texts, train), hidden[-1], rows
+            hidden, summary_RKD = jax.lax.stop_gradient((hidden, summary_RKD))
+        return self.head(hidden, summary_RKD, rows, texts, train), hidden[-1], rows
 
     def losses(self, batch: Batch, carry: Params, train: bool) -> tuple[Sums, Sums, Params]:
         """`label_loss`, its accuracy where answers are right or wrong, and with `lm_coefficient` GPT's `lm_loss`."""
         scores, last_RTD, rows = self.scores(batch, train)
-        loss_B, right_B = self.head.losses(scores, rows)
+        loss_X, right_X = self.head.losses(scores, rows)
         weights = self.weights(batch)
-        losses = {"label_loss": (loss_B.sum(), weights["label_loss"])}
+        losses = {"label_loss": (loss_X.sum(), weights["label_loss"])}
         if "lm_loss" in weights:
             losses["lm_loss"] = (self.body.next_token_loss(last_RTD, rows), weights["lm_loss"])
-        metrics = {} if right_B is None else {"label_accuracy": (right_B.sum(), weights["label_loss"])}
+        metrics = {} if right_X is None else {"label_accuracy": (right_X.sum(), weights["label_loss"])}
         return losses, metrics, carry
 
     def predictions(self, batch: Batch) -> dict[str, Array]:
@@ -139,7 +142,7 @@ class TaskModel(LanguageModel):
         """`scores`: fp32, Label [B, N], Choice [B, S], Tags [B, K, N], Span [B, T, 2] (start and end).
 
         With Tags also `tags` [B, K], the best tag of each word; where the batch has labels also `loss` and `weight`
-        [B], of which the quotient of the sums is the mean loss.
+        [B], of which the quotient of the sums is the mean loss. An example a row; packed rows are for training.
         """
         with products_in(self.dtype):
             return cast(dict[str, Array], self.apply({"params": params}, batch, method="predictions"))
@@ -175,7 +178,10 @@ class TaskModel(LanguageModel):
         """The weight of each loss, from the batch alone."""
         weights = {"label_loss": heads.class_weights(self.config.head, batch).sum()}
         if self.config.lm_coefficient:
-            weights["lm_loss"] = ((batch["segments"] != 0).sum(-1) > 1).sum().astype(jnp.float32)
+            # A mean over the tokens after the first of each segment that has any.
+            follows = continues(batch["segments"])
+            firsts = follows & ~jnp.pad(follows, ((0, 0), (0, 0), (1, 0)))[..., :-1]
+            weights["lm_loss"] = firsts.sum().astype(jnp.float32)
         return weights
 
     def check(self, batch: HostBatch) -> None:

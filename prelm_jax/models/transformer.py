@@ -2,14 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
 from prelm_jax.bounds import Epsilon, FractionBelow1, Layers, NotNegativeFloat, OutOfBounds, Size
-from prelm_jax.models.attention import Mask, MergeHeads, SplitHeads, attention
+from prelm_jax.models.attention import Mask, attention
 from prelm_jax.models.language_model import LanguageModelConfig
 from prelm_jax.models.layers import Dense, Dropout, LayerNorm
 
@@ -23,7 +22,7 @@ class TransformerConfig(LanguageModelConfig):
     num_heads: Size = 12  # Attention heads per layer; the papers use hidden_size / 64.
     max_position_embeddings: Size = 512  # Longest sequence that the model can read, in tokens.
     hidden_dropout: FractionBelow1 = 0.1  # Dropout on the output of each attention and feed-forward block.
-    attention_dropout: FractionBelow1 = 0.1  # Dropout on the attention weights; 0 lets a TPU use its attention kernel.
+    attention_dropout: FractionBelow1 = 0.1  # Dropout on the attention weights.
     layer_norm_eps: Epsilon = 1e-12  # Added to the variance in every layer norm.
     initializer_range: NotNegativeFloat = 0.02  # Standard deviation of the initial weights.
 
@@ -42,24 +41,22 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: Array, mask: Mask, train: bool) -> Array:
         c = self.config
-        q_BNTH, k_BNSH, v_BNSH = (
-            SplitHeads(c.num_heads, c.hidden_size // c.num_heads, self.initializer, name=name)(x_BTD)
-            for name in ("query", "key", "value")
+        q_BTD, k_BSD, v_BSD = (
+            Dense(c.hidden_size, self.initializer, name=name)(x_BTD) for name in ("query", "key", "value")
         )
         if self.has_variable("cache", "keys"):  # x continues a text whose earlier keys and values are cached.
-            k_BNSH, v_BNSH = self._append("keys", k_BNSH), self._append("values", v_BNSH)
-        dropout = Dropout(c.attention_dropout, name="weights_dropout")
-        drop = partial(dropout, train=True) if train and c.attention_dropout > 0 else None
-        y_BNTH = attention(q_BNTH, k_BNSH, v_BNSH, mask, drop)
-        y_BTD = MergeHeads(c.hidden_size, self.initializer, name="output")(y_BNTH)
+            k_BSD, v_BSD = self._append("keys", k_BSD), self._append("values", v_BSD)
+        dropout_key = Dropout(c.attention_dropout, name="weights_dropout").key(train)
+        y_BTD = attention(q_BTD, k_BSD, v_BSD, c.num_heads, mask, c.attention_dropout, dropout_key)
+        y_BTD = Dense(c.hidden_size, self.initializer, name="output")(y_BTD)
         return LayerNorm(c.layer_norm_eps, name="layer_norm")(x_BTD + Dropout(c.hidden_dropout)(y_BTD, train))
 
-    def _append(self, name: str, new_BNTH: Array) -> Array:
+    def _append(self, name: str, new_BTD: Array) -> Array:
         """The cache of that name with the new entries at its end; its oldest T entries drop out."""
-        cached_BNSH: Array = self.get_variable("cache", name)
-        cached_BNSH = jnp.concatenate([cached_BNSH, new_BNTH], 2)[:, :, new_BNTH.shape[2] :]
-        self.put_variable("cache", name, cached_BNSH)
-        return cached_BNSH
+        cached_BSD: Array = self.get_variable("cache", name)
+        cached_BSD = jnp.concatenate([cached_BSD, new_BTD], 1)[:, new_BTD.shape[1] :]
+        self.put_variable("cache", name, cached_BSD)
+        return cached_BSD
 
 
 class Layer(nn.Module):

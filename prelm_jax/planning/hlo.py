@@ -1,6 +1,7 @@
-"""Collectives, memory traffic and loop counts of a compiled program, read from its text (XLA's HLO).
+"""Collectives, memory traffic, work of the vector unit and loops of a compiled program, read from its text (XLA's HLO).
 
-XLA's cost analysis counts the body of a loop once; `Program.repetition` gives the factors that it leaves out.
+XLA's cost analysis counts the body of a loop once; `Program.repetition` gives the factors that it leaves out. It does
+not count what the vector unit does, nor how a product of few rows fills the matrix unit.
 """
 
 import collections
@@ -10,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from operator import attrgetter
+from typing import NamedTuple
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -26,6 +28,19 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
 
 _SLICES = {"dynamic-slice", "slice", "gather"}
+
+# The vector unit computes an element of their result in one operation, or more.
+_ELEMENTWISE = re.compile(
+    "abs|add|and|atan2|cbrt|ceil|clamp|compare|cosine|count-leading-zeros|divide|erf|exponential(-minus-one)?|floor"
+    "|is-finite|log(-plus-one)?|logistic|maximum|minimum|multiply|negate|not|or|popcnt|power|remainder"
+    "|round-nearest-(afz|even)|rsqrt|select|shift-(left|right-arithmetic|right-logical)|sign|sine|sqrt|subtract|tan|tanh"
+    "|xor"
+)
+
+# Kernels say how many operations they take: pallas_call(metadata={"vector_operations": "12"}), which XLA writes over
+# several lines.
+_METADATA = re.compile(r"kernel_metadata=\{\s*([^{}]*?)\s*\}")
+_OPERATIONS = re.compile(r'kernel_metadata=.*"vector_operations":"(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +68,11 @@ class _Instruction:
         return re.findall(r"%([\w.-]+)", self.arguments)
 
     @property
+    def elements(self) -> int:
+        """Of the first array of the type."""
+        return math.prod(next(_shapes(self.type))[1])
+
+    @property
     def bytes(self) -> int:
         return sum(math.prod(dimensions) * size for size, dimensions, _ in _shapes(self.type))
 
@@ -65,6 +85,19 @@ class _Instruction:
         return _CALLED.findall(self.attributes)
 
 
+class _Product(NamedTuple):
+    """A batch of matrix products [M, K] × [K, N]."""
+
+    batch: float
+    M: float
+    N: float
+    K: float
+
+    def flops(self, tile: int = 1) -> float:
+        """2 · multiplications, on a unit for matrices of `tile` rows and columns, which takes smaller ones as long."""
+        return 2.0 * self.batch * max(self.M, tile) * max(self.N, tile) * max(self.K, tile)
+
+
 _Computation = dict[str, _Instruction]
 _Size = Callable[[_Instruction], int]
 
@@ -75,7 +108,7 @@ class Program:
     def __init__(self, text: str):
         self._computations: dict[str, _Computation] = {}
         self._entry = name = ""
-        for line in text.splitlines():
+        for line in _METADATA.sub(r"kernel_metadata={\1}", text).splitlines():
             if header := _HEADER.match(line):
                 name = header[2]
                 self._computations[name] = {}
@@ -126,6 +159,65 @@ class Program:
         size = attrgetter("bytes_in_memory")
         executed = self._executed(fusions=False)
         return sum(times * self._bytes(computation, instruction, size) for computation, instruction, times in executed)
+
+    def padding(self, tile: int) -> float:
+        """FLOPs that a unit for products of `tile` × `tile` matrices spends on axes shorter than `tile`.
+
+        The larger part of a recurrent step for 24 rows: 128 of them would take as long.
+        """
+        return sum(
+            times * (product.flops(tile) - product.flops())
+            for computation, instruction, times in self._executed()
+            if (product := _product(computation, instruction))
+        )
+
+    def vector_operations(self) -> int:
+        """Operations of the vector unit: one for each element of an elementwise instruction or a sum.
+
+        Where kernels say how many they take, these are included. Conversions and moves are not counted.
+        """
+        total = 0
+        for computation, instruction, times in self._executed():
+            if _ELEMENTWISE.fullmatch(instruction.opcode):
+                total += times * instruction.elements
+            elif instruction.opcode == "reduce":
+                total += times * computation[instruction.operands[0]].elements
+            elif instruction.opcode == "reduce-window":
+                window = _found(r"window=\{size=([\dx]+)", instruction.attributes)[1]
+                total += times * instruction.elements * math.prod(map(int, window.split("x")))
+            elif stated := _OPERATIONS.search(instruction.attributes):
+                total += times * int(stated[1])
+        return total
+
+    def serial_products(self) -> int:
+        """Products that wait for each other in loops: those of the longest chain of an iteration, in all iterations."""
+        return self._serial(self._entry)
+
+    def _serial(self, name: str) -> int:
+        total = 0
+        for instruction in self._computations[name].values():
+            if instruction.opcode == "while":
+                total += self._chain_of(instruction)
+            elif instruction.opcode in ("call", "conditional", "async-start"):
+                total += sum(map(self._serial, instruction.called))
+        return total
+
+    def _chain_of(self, instruction: _Instruction) -> int:
+        """Products that wait for each other inside an instruction."""
+        if instruction.opcode in ("dot", "convolution") or _OPERATIONS.search(instruction.attributes):
+            return 1
+        if instruction.opcode not in ("while", "fusion", "call", "conditional", "async-start"):
+            return 0
+        trips = self._trips(instruction) if instruction.opcode == "while" else 1
+        return trips * max(map(self._chain, instruction.called), default=0)
+
+    def _chain(self, name: str) -> int:
+        """The most products of a computation that wait for each other."""
+        lengths: dict[str, int] = {}  # Up to each instruction; operands come before it.
+        for instruction in self._computations[name].values():
+            before = max((lengths.get(operand, 0) for operand in instruction.operands), default=0)
+            lengths[instruction.name] = before + self._chain_of(instruction)
+        return max(lengths.values(), default=0)
 
     def _executed(self, fusions: bool = True) -> Iterator[tuple[_Computation, _Instruction, int]]:
         """(computation, instruction, executions); with `fusions` also the instructions inside fusions."""
@@ -184,23 +276,37 @@ class Program:
         if instruction.opcode == "fusion":
             inside = self._computations[instruction.called[0]]
             return sum(self._flops(inside, each) for each in inside.values())
-        if instruction.opcode not in ("dot", "convolution"):
-            return 0.0
-        ((_, result, _),) = _shapes(instruction.type)
-        left, right = (next(_shapes(computation[name].type))[1] for name in instruction.operands[:2])
-        if instruction.opcode == "dot":
-            contracted = _found(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[1]
-            return 2.0 * math.prod(result) * math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
-        kernel = _found(r"dim_labels=\w+_(\w+)->", instruction.attributes)[1]
-        dilated = re.search(r"lhs_dilate=([\dx]+)", instruction.attributes)
-        # The compiler for TPUs writes a batched product as a convolution over the batch, dilated with zeros: only one
-        # entry of a dilated axis is multiplied.
-        batches = (
-            right[kernel.index(str(axis))]
-            for axis, dilation in enumerate(dilated[1].split("x") if dilated else ())
-            if dilation != "1"
+        product = _product(computation, instruction)
+        return product.flops() if product else 0.0
+
+
+def _product(computation: _Computation, instruction: _Instruction) -> _Product | None:
+    """The matrix product that an instruction is; a convolution over an axis is one for each shift."""
+    if instruction.opcode not in ("dot", "convolution"):
+        return None
+    ((_, result, _),) = _shapes(instruction.type)
+    left, right = (next(_shapes(computation[name].type))[1] for name in instruction.operands[:2])
+    if instruction.opcode == "dot":
+        contracted, batch = (
+            math.prod(left[int(axis)] for axis in axes[1].split(",") if axis) if axes else 1
+            for axes in (
+                re.search(rf"lhs_{kind}_dims=\{{([\d,]*)\}}", instruction.attributes)
+                for kind in ("contracting", "batch")
+            )
         )
-        return 2.0 * math.prod(result) * math.prod(right) / right[kernel.index("o")] / math.prod(batches)
+        columns = math.prod(right) / contracted / batch
+        return _Product(batch, math.prod(result) / batch / columns, columns, contracted)
+    kernel = _found(r"dim_labels=\w+_(\w+)->", instruction.attributes)[1]
+    dilated = re.search(r"lhs_dilate=([\dx]+)", instruction.attributes)
+    # The compiler for TPUs writes a batched product as a convolution over the batch, dilated with zeros: only one
+    # entry of a dilated axis is multiplied.
+    batch = math.prod(
+        right[kernel.index(str(axis))]
+        for axis, dilation in enumerate(dilated[1].split("x") if dilated else ())
+        if dilation != "1"
+    )
+    columns = right[kernel.index("o")]
+    return _Product(batch, math.prod(result) / batch / columns, columns, math.prod(right) / columns / batch)
 
 
 def _found(pattern: str | re.Pattern[str], text: str) -> re.Match[str]:

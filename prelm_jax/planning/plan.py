@@ -12,7 +12,6 @@ import numpy as np
 from rich.table import Table
 
 from prelm_jax.corpus.store import Store
-from prelm_jax.data.tasks import TaskBatches
 from prelm_jax.errors import InputError
 from prelm_jax.finetuning.config import FineTuning
 from prelm_jax.finetuning.finetune import prepare
@@ -63,11 +62,14 @@ class Plan:
     model_flops: float  # Matmul FLOPs by the formula of the model.
     optimizer_flops: float  # Matmul FLOPs by the formula of the optimizer, in fp32; zero for most.
     optimizer_seconds: float  # A part of the compute in `seconds_by`.
-    compiled_flops: float  # By XLA, each loop counted as often as it runs; without custom kernels.
+    compiled_flops: float  # By XLA, each loop counted as often as it runs; of kernels what they state.
+    padding_flops: float  # Matmul FLOPs of axes shorter than the chip's matrix unit, as much work as if they filled it.
+    vector_operations: float  # Elementwise, of XLA's fusions and of kernels.
+    serial_products: int  # Products in loops that wait for each other.
     bytes_accessed: float  # By XLA, like compiled_flops.
     memory_traffic: float  # The bytes of these that go to and from HBM; the rest stays on the chip between uses.
     collectives: tuple[tuple[Collective, float | None], ...]  # With a lower bound in seconds, if the chip is known.
-    seconds_by: dict[str, float]  # Lower bounds by "compute", "memory" and "links", the latter two if known.
+    seconds_by: dict[str, float]  # Lower bounds by "compute"; if known, by "memory", "links", "vector", "recurrence".
     peak_flops: float
     tokens: int  # Per step, padding included; of a task, in its widest batches.
     fill: float  # Tokens of a step on average, as a fraction of these.
@@ -81,7 +83,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Lower bound on the time of a step: compute, memory traffic and collectives overlap."""
+        """Lower bound on the time of a step: products, memory traffic, collectives and vector operations overlap."""
         return self.seconds_by[self.bound]
 
     @property
@@ -128,7 +130,7 @@ def plan(run: Run | FineTuning, topology: str, progress: Callable[[str], None] =
     devices = jax.devices() if topology == LOCAL else compile_only_devices(topology, run.loop.mesh.slices)
     mesh = run.loop.mesh.build(devices)
     check_batch_size(run, mesh.size)
-    run, make_work = task_work(run) if isinstance(run, FineTuning) else (run, run_work(run))
+    run, make_work = task_work(run, mesh.size) if isinstance(run, FineTuning) else (run, run_work(run))
     try:
         return analyze(run, topology, mesh, progress, make_work)
     except TooLarge as error:
@@ -191,13 +193,13 @@ def run_work(run: Run) -> MakeWork:
     return make
 
 
-def task_work(run: FineTuning) -> tuple[FineTuning, MakeWork]:
+def task_work(run: FineTuning, devices: int) -> tuple[FineTuning, MakeWork]:
     """A task with the steps that follow from its files, and its work."""
     task = prepare(run)
     model = task.config.build(jnp.dtype(run.precision))
 
     def make(batch_size: int) -> Work:
-        batches = TaskBatches(task.frame, task.train_rows, batch_size, run.seed)
+        batches = task.batches(run.seed, devices, batch_size)
         largest = batches.largest()
         widths = [batches.width(step) for step in range(-(-len(task.train_rows) // batch_size))]
         return Work(model, largest, batches.layout, float(np.mean(widths)) / largest["segments"].shape[-1])
@@ -244,7 +246,9 @@ def analyze(
     memory_traffic = program.memory_traffic()
     optimizer_flops = step.optimizer_flops  # XLA counts a product in fp32 like one in bf16.
     optimizer_seconds = optimizer_flops / (chip.fp32_flops if chip else peak)
-    seconds_by = {"compute": max(flops - optimizer_flops, model_flops) / peak + optimizer_seconds}
+    padding = program.padding(chip.tile) if chip else 0.0
+    seconds_by = {"compute": max(flops + padding - optimizer_flops, model_flops) / peak + optimizer_seconds}
+    vector_operations, serial_products = program.vector_operations(), program.serial_products()
     collectives = program.collectives()
     timed: list[tuple[Collective, float | None]] = [(collective, None) for collective in collectives]
     if chip is not None:
@@ -252,6 +256,7 @@ def analyze(
         times = [collective_seconds(collective, chip, shape) for collective in collectives]
         timed = list(zip(collectives, times, strict=True))
         seconds_by |= {"memory": memory_traffic / chip.bandwidth, "links": sum(times)}
+        seconds_by |= {"vector": vector_operations / chip.vector, "recurrence": serial_products * chip.latency}
     state = step.state
     trees = {"parameters": state.params, "optimizer state": state.opt_state, "carry": state.carry, "batch": step.batch}
     return Plan(
@@ -268,6 +273,9 @@ def analyze(
         optimizer_flops=optimizer_flops,
         optimizer_seconds=optimizer_seconds,
         compiled_flops=flops,
+        padding_flops=padding,
+        vector_operations=vector_operations,
+        serial_products=serial_products,
         bytes_accessed=bytes_accessed,
         memory_traffic=memory_traffic,
         collectives=tuple(timed),
@@ -319,13 +327,17 @@ def plan_table(plan: Plan) -> Table:
     table.add_row("global batch", f"{plan.batch_size} rows, {plan.tokens:,} tokens{share}")
     table.add_section()
     flops = f"{plan.model_flops / 1e12:.2f} TFLOP by the model, {plan.compiled_flops / 1e12:.2f} as compiled"
-    table.add_row("compute", flops)
+    padding = f", {plan.padding_flops / 1e12:.2f} more in a matrix unit that is not filled" * (plan.padding_flops > 0)
+    table.add_row("compute", flops + padding)
     if plan.optimizer_flops:
         share = plan.optimizer_seconds / plan.seconds_by["compute"]
         work = f"{plan.optimizer_flops / 1e12:.2f} TFLOP, {plan.optimizer_seconds * 1e3:.1f} ms"
         table.add_row("  optimizer, in fp32", f"{work}: {share:.1%} of the time to compute")
     table.add_row("bytes accessed", f"{plan.bytes_accessed / 1e9:.1f} GB")
     table.add_row("memory traffic (HBM)", f"{plan.memory_traffic / 1e9:.1f} GB")
+    table.add_row("vector operations", f"{plan.vector_operations / 1e9:.1f} billion")
+    if plan.serial_products:
+        table.add_row("products in turn", f"{plan.serial_products:,}, each waiting for the one before, in loops")
     for collective, seconds in plan.collectives:
         members = "slices" if collective.between_slices else "chips"
         size = f"{collective.count} × {collective.devices} {members}, {collective.bytes / 1e6:,.2f} MB"

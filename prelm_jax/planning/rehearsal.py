@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
-from prelm_jax.data.tasks import TaskBatches
 from prelm_jax.finetuning import finetune
 from prelm_jax.finetuning.config import FineTuning
 from prelm_jax.pretraining import prepare, with_vocabulary
@@ -69,14 +68,14 @@ def rehearse_task(run: FineTuning, seeds: int) -> Rehearsal:
     """
     task = finetune.prepare(run)
     run, rows = task.run, task.train_rows
-    batches = TaskBatches(task.frame, rows, run.batch_size, run.seed)
+    batches = task.batches(run.seed, run.loop.mesh.build().size)
     by_width: dict[int, list[int]] = {}
     for step in range(min(run.loop.steps, -(-len(rows) // run.batch_size))):  # Of an epoch.
         by_width.setdefault(batches.width(step), []).append(step)
     widest_first = sorted(by_width, reverse=True)
     total = sum(map(len, by_width.values()))
     shares = ", ".join(f"{width} tokens ({len(by_width[width]) / total:.0%})" for width in widest_first)
-    reading = f"{len(task.train_examples):,} examples in {len(rows):,} rows; batches of {run.batch_size} × {shares}"
+    reading = f"{len(task.train_examples):,} examples in {len(rows):,} rows; batches of {batches.batch_size} × {shares}"
     tokens = sum(len(text.ids) for row in rows for text in row.texts)
     model, groups = task.config.build(jnp.dtype(run.precision)), [by_width[width] for width in widest_first]
     measured = _measure(run, model, batches, groups, reading, tokens)

@@ -22,8 +22,8 @@ import numpy as np
 
 from prelm_jax.errors import InputError
 from prelm_jax.inference.base import Sample
-from prelm_jax.report.summary import QUANTILES, words
-from prelm_jax.run import flatten
+from prelm_jax.report.summary import QUANTILES, shown, words
+from prelm_jax.run import Statistic, flatten
 from prelm_jax.storage import reachable, write_file
 from prelm_jax.workdir import WorkDir, add_baselines
 
@@ -58,9 +58,11 @@ STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem auto; max-width: 84rem; padding: 0 1rem; }
 h1 { font-size: 1.6rem; overflow-wrap: anywhere; } h2 { margin: 2rem 0 .5rem; font-size: 1.15rem; }
-table { border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: max-content; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
-th { white-space: nowrap; } td { max-width: 30rem; overflow-wrap: break-word; } td:first-child { white-space: nowrap; }
+th { white-space: nowrap; } td { max-width: min(30rem, 65vw); overflow-wrap: break-word; }
+td:first-child { position: sticky; left: 0; background: Canvas; white-space: nowrap; }
 figure { margin: 0; } figcaption { font-weight: 600; }
 svg { width: 100%; height: auto; }
 .grid { display: grid; gap: 1rem 1.5rem; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); }
@@ -73,7 +75,8 @@ nav a, nav span { display: inline-block; margin-right: 1rem; } a { color: inheri
 small { display: block; opacity: .75; white-space: nowrap; } a.data { font-size: .8rem; } summary { margin: .5rem 0; }
 @media print {
   body { margin: 0; max-width: none; font-size: 9pt; } nav, a.data { display: none; }
-  figure, tr { break-inside: avoid; } table { display: table; } .grid { grid-template-columns: 1fr 1fr; }
+  figure, tr { break-inside: avoid; } table { width: auto; font-size: 8pt; } small { white-space: normal; }
+  th { white-space: normal; } .grid { grid-template-columns: 1fr 1fr; }
 }
 """
 # The address of the page holds the axis, page.html#tokens, so that it stays when the page is reloaded.
@@ -97,7 +100,7 @@ class Curves:
     progress: np.ndarray
     baselines: dict[str, dict[str, float]]
     samples: dict[int, list[Sample]]
-    statistics: dict[str, list[str]]
+    statistics: dict[str, list[Statistic]]
 
 
 def read_curves(path: str | os.PathLike) -> Curves:
@@ -231,7 +234,9 @@ def _statistics(runs: Sequence[Curves], labels: Sequence[str]) -> str:
     found: dict[str, list[str]] = {}
     for run, label in zip(runs, labels, strict=True):
         if run.statistics:
-            rows = [[escape(name), *map(escape, values)] for name, values in run.statistics.items()]
+            rows = [
+                [escape(name), *(escape(shown(value)) for value in values)] for name, values in run.statistics.items()
+            ]
             found.setdefault(table(("", "training", "held-out"), rows), []).append(escape(label))
     texts = [(f"<h3>{', '.join(each)}</h3>" if len(found) > 1 else "") + text for text, each in found.items()]
     return f"<h2>Text</h2>{''.join(texts)}<p>{QUANTILES}</p>" if texts else ""
@@ -369,4 +374,4 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of cells that are HTML already."""
     lines = ["".join(f"<th>{cell}</th>" for cell in header)]
     lines += ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
-    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    return f'<div class="scroll"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'

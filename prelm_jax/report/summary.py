@@ -13,7 +13,7 @@ from rich.table import Table
 from prelm_jax.corpus.documents import Corpus
 from prelm_jax.corpus.store import Store
 from prelm_jax.formats.base import Format, LoadedModel
-from prelm_jax.run import Run, RunRecord, Training
+from prelm_jax.run import Run, RunRecord, Statistic, Training
 from prelm_jax.training.contract import Batch, HostBatch, Model, Params
 from prelm_jax.workdir import WorkDir
 
@@ -62,35 +62,40 @@ def corpus_table(corpus: Corpus, training: Store, held_out: Store) -> Table:
     """Counts of both sides of a prepared corpus."""
     table = Table("corpus", "training", "held-out", caption=QUANTILES)
     for name, values in corpus_statistics(corpus, training, held_out).items():
-        table.add_row(name, *values)
+        table.add_row(name, *map(shown, values))
     return table
 
 
-def corpus_statistics(corpus: Corpus, training: Store, held_out: Store) -> dict[str, list[str]]:
-    """Name -> what people read of the training and of the held-out side of a prepared corpus."""
+def corpus_statistics(corpus: Corpus, training: Store, held_out: Store) -> dict[str, list[Statistic]]:
+    """Name -> the numbers of the training and of the held-out side of a prepared corpus."""
     stores = (training, held_out)
 
-    def lengths(unit: Literal["documents", "sentences"]) -> list[str]:
-        return [" / ".join(f"{length:,}" for length in store.length_quantiles(unit)) for store in stores]
+    def percent(count: int, number: int, digits: int) -> float:
+        return round(100 * count / max(number, 1), digits)
 
-    def of_length_one(unit: Literal["documents", "sentences"]) -> list[str]:
-        found = [(store.count_of_length_one(unit), store.manifest[unit]) for store in stores]
-        return [f"{count:,} ({count / max(number, 1):.1%})" for count, number in found]
+    def of_length_one(unit: Literal["documents", "sentences"]) -> list[Statistic]:
+        return [percent(store.count_of_length_one(unit), store.manifest[unit], 1) for store in stores]
 
-    found = {}
-    for name in ("documents", "sentences", "words", "tokens", "bytes"):
-        found[name] = [f"{store.manifest[name]:,}" for store in stores]
-    found["bytes per token"] = [f"{store.manifest['bytes'] / max(store.num_tokens, 1):.2f}" for store in stores]
-    found["unknown tokens"] = [f"{store.unknown_rate:.3%}" for store in stores]
-    found["longest word, characters"] = [f"{store.manifest['longest_word']:,}" for store in stores]
-    found["tokens per document*"] = lengths("documents")
-    found["tokens per sentence*"] = lengths("sentences")
-    found["documents of one sentence"] = of_length_one("documents")
-    found["sentences of one token"] = of_length_one("sentences")
-    found["empty documents, dropped"] = [f"{store.manifest['empty_documents']:,}" for store in stores]
+    names = ("documents", "sentences", "words", "tokens", "bytes")
+    found: dict[str, list[Statistic]] = {name: [store.manifest[name] for store in stores] for name in names}
+    found["bytes per token"] = [round(store.manifest["bytes"] / max(store.num_tokens, 1), 2) for store in stores]
+    found["unknown tokens, %"] = [percent(s.manifest["unknown_tokens"], s.num_tokens, 3) for s in stores]
+    found["longest word, characters"] = [store.manifest["longest_word"] for store in stores]
+    found["tokens per document*"] = [store.length_quantiles("documents") for store in stores]
+    found["tokens per sentence*"] = [store.length_quantiles("sentences") for store in stores]
+    found["documents of one sentence, %"] = of_length_one("documents")
+    found["sentences of one token, %"] = of_length_one("sentences")
+    found["empty documents, dropped"] = [store.manifest["empty_documents"] for store in stores]
     if corpus.deduplicate:
-        found["duplicates, dropped"] = [f"{corpus.duplicates:,} of both sides", ""]
+        found["duplicates of both sides, dropped"] = [corpus.duplicates]
     return found
+
+
+def shown(value: Statistic) -> str:
+    """A statistic as people read it; a record of an earlier version has it like that."""
+    if isinstance(value, list):
+        return " / ".join(map(shown, value))
+    return value if isinstance(value, str) else f"{value:,}"
 
 
 def print_run_header(

@@ -20,9 +20,9 @@ from prelm_jax.finetuning.records import Malformed, text_lines
 from prelm_jax.storage import opened
 
 
-def fingerprint(paths: Iterable[Path], *settings: object) -> str:
-    """SHA-256 (hex) of the content of files, in the given order, and of settings that JSON can represent."""
-    return digest([[_file_digest(path) for path in paths], *settings])
+def fingerprint(paths: Iterable[Path]) -> str:
+    """SHA-256 (hex) of the content of files, in the given order."""
+    return digest([[_file_digest(path) for path in paths]])
 
 
 @functools.cache

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from prelm_jax.errors import InputError
 from prelm_jax.storage import write_file
+from prelm_jax.study.base import Test
 from prelm_jax.study.pairs import PairsTest
 from prelm_jax.study.records import Record, slug
-from prelm_jax.study.tests import Test
 
 TASKS: Mapping[str, str] = {"blimp": "blimp", "supplement": "blimp_supplement"}  # Their names for our tests.
 

@@ -9,18 +9,17 @@ cka:SUBJECT  the same with the layers of another subject; items are `LAYER LAYER
 All read the sentences of a treebank.
 """
 
-import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from prelm_jax.study import annotations
-from prelm_jax.study.probes import SEED, TREEBANK, embed_treebank, read_treebank, treebank_files
+from prelm_jax.study import treebank
+from prelm_jax.study.base import Make, Settings
 from prelm_jax.study.records import Row
 from prelm_jax.study.subjects import Subject
+from prelm_jax.study.treebank import SEED, TreebankTest
 from prelm_jax.study.vectors import embed, unit
 
 VERSION = 1  # Raise it when the same data and subject would give other rows.
@@ -65,39 +64,16 @@ def random_pairs(offsets: np.ndarray) -> np.ndarray:
     return drawn[sentences[:, 0] != sentences[:, 1]][:PAIRS]
 
 
-@dataclasses.dataclass(frozen=True)
-class _TreebankTest:
-    """What the tests on a treebank have in common."""
-
-    treebank: Path
-    metric: str = "mean"
-    needs: Literal["embed"] = "embed"
-
-    @property
-    def settings(self) -> Mapping[str, object]:
-        """What the rows depend on besides the data and the subject."""
-        return {"version": VERSION}
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the treebank."""
-        return annotations.fingerprint(treebank_files(self.treebank))
-
-    @property
-    def num_texts(self) -> int:
-        """The number of sentences."""
-        return sum(map(len, read_treebank(self.treebank).values()))
-
-
-class SelfSimilarity(_TreebankTest):
+class SelfSimilarity(TreebankTest):
     """The test `selfsim`."""
 
-    name = "selfsim"
+    name, metric = "selfsim", "mean"
+    settings: Mapping[str, object] = {"version": VERSION}
 
     def measure(self, subject: Subject) -> Iterator[Row]:
         """The rows of each layer."""
-        states = embed_treebank(subject, self.treebank)["train"]
-        words = occurrences([tree.words for tree in read_treebank(self.treebank)["train"]])
+        states = self.states(subject)["train"]
+        words = occurrences([tree.words for tree in self.trees["train"]])
         pairs = random_pairs(states.offsets)
         for layer in range(subject.num_layers):
             vectors_ND = states.vectors_LWD[layer].astype(np.float32)
@@ -111,28 +87,23 @@ class SelfSimilarity(_TreebankTest):
                 yield Row(str(number), str(number), cosine, layer, "baseline")
 
 
-@dataclasses.dataclass(frozen=True)
-class CKA(_TreebankTest):
+class CKA(TreebankTest):
     """The test `cka`; `other`: the subject to compare with, None for the layers of the same."""
 
-    other: Subject | None = None
+    metric = "mean"
 
-    @property
-    def name(self) -> str:
-        """As on the command line."""
-        return f"cka:{self.other.name}" if self.other else "cka"
-
-    @property
-    def settings(self) -> Mapping[str, object]:
-        """What the rows depend on besides the data and the subject."""
-        return {"version": VERSION, "words": WORDS, "other": self.other.origin.model if self.other else None}
+    def __init__(self, directory: Path, other: Subject | None = None):
+        super().__init__(directory)
+        self.other = other
+        self.name = f"cka:{other.name}" if other else "cka"
+        self.settings = {"version": VERSION, "words": WORDS, "other": other.origin.model if other else None}
 
     def measure(self, subject: Subject) -> Iterator[Row]:
         """A row for each pair of layers, the other subject's second."""
-        own = embed_treebank(subject, self.treebank)["test"]
+        own = self.states(subject)["test"]
         theirs = own
         if self.other:
-            theirs = embed(self.other, [tree.words for tree in read_treebank(self.treebank)["test"]])
+            theirs = embed(self.other, [tree.words for tree in self.trees["test"]])
         words = np.random.default_rng(SEED).permutation(own.offsets[-1])[:WORDS]
         for i in range(len(own.vectors_LWD)):
             for j in range(len(theirs.vectors_LWD)):
@@ -140,12 +111,11 @@ class CKA(_TreebankTest):
                 yield Row(f"{i} {j}", f"{i} {j}", value)
 
 
-def cka_test(data: Path, other: Subject | None) -> CKA:
-    """CKA with the layers of another subject, or of the same."""
-    return CKA(annotations.folder(data, TREEBANK), other=other)
+def _cka(settings: Settings, other: str) -> CKA:
+    return CKA(treebank.folder(settings), settings.open_subject(other) if other else None)
 
 
-# Each makes a test of the folder of the data and of what follows the colon in the test's name.
-TESTS: Mapping[str, Callable[[Path, str], SelfSimilarity]] = {
-    "selfsim": lambda data, _: SelfSimilarity(annotations.folder(data, TREEBANK)),
+TESTS: Mapping[str, Make] = {
+    "selfsim": lambda settings, _: SelfSimilarity(treebank.folder(settings)),
+    "cka": _cka,
 }

@@ -5,21 +5,21 @@ the sentences of a treebank. Vectors of the top layer are centered, because in m
 A row is `QUERY ⇒ NEIGHBOR`, both with the word in brackets; its value is the cosine.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from prelm_jax.study import annotations
+from prelm_jax.study import annotations, treebank
 from prelm_jax.study.annotations import Tree, crop, read_coarse_senses
-from prelm_jax.study.probes import TREEBANK, embed_treebank, read_treebank, treebank_files
+from prelm_jax.study.base import Make
 from prelm_jax.study.records import Row
 from prelm_jax.study.subjects import Subject
+from prelm_jax.study.treebank import TreebankTest
 from prelm_jax.study.vectors import unit
 
-VERSION = 1  # Raise it when the same data and subject would give other rows.
+VERSION = 2  # Raise it when the same data and subject would give other rows.
 NEAREST = 3
 OF_EACH = 2  # Occurrences of each sense.
 CONTEXT = 8  # Words on each side that are shown.
@@ -61,58 +61,42 @@ def queries(trees: Sequence[Tree], senses: Path) -> dict[str, list[Occurrence]]:
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Neighbors:
-    """The test `neighbors`."""
+class Neighbors(TreebankTest):
+    """The test `neighbors`; `senses`: the directory of CoarseWSD-20."""
 
-    treebank: Path
-    senses: Path
-    name: str = "neighbors"
-    metric: str = "mean"
-    needs: Literal["embed"] = "embed"
+    name, metric = "neighbors", "mean"
+    settings: Mapping[str, object] = {"version": VERSION}
 
-    @property
-    def settings(self) -> Mapping[str, object]:
-        """What the rows depend on besides the data and the subject."""
-        return {"version": VERSION}
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the data."""
-        return annotations.fingerprint(
-            [*treebank_files(self.treebank), *annotations.matching(self.senses, "bank.test*")]
-        )
-
-    @property
-    def num_texts(self) -> int:
-        """The number of sentences."""
-        return sum(map(len, read_treebank(self.treebank).values())) + sum(map(len, self._queries().values()))
-
-    def _queries(self) -> dict[str, list[Occurrence]]:
-        return queries(read_treebank(self.treebank)["train"], self.senses)
+    def __init__(self, directory: Path, senses: Path):
+        super().__init__(directory)
+        self.senses = senses
+        self.files = [*self.files, *annotations.matching(senses, "bank.test*")]
 
     def measure(self, subject: Subject) -> Iterator[Row]:
         """The nearest words in other sentences, one of a sentence at most."""
-        pool = [tree.words for tree in read_treebank(self.treebank)["train"]]
-        states = embed_treebank(subject, self.treebank)["train"]
+        pool = [tree.words for tree in self.trees["train"]]
+        states = self.states(subject)["train"]
         vectors_ND = states.vectors_LWD[-1].astype(np.float32)
         mean_D = vectors_ND.mean(0)
         pool_ND = unit(vectors_ND - mean_D)
-        asked = [(word, each) for word, occurrences in self._queries().items() for each in occurrences]
+        found_queries = queries(self.trees["train"], self.senses)
+        asked = [(word, each) for word, occurrences in found_queries.items() for each in occurrences]
         for (word, query), states_LTD in zip(asked, subject.embed([x.sentence for _, x in asked]), strict=True):
             cosine_N = pool_ND @ unit(states_LTD[-1, query.position] - mean_D)
-            found: dict[int, Occurrence] = {}
+            seen = {tuple(query.sentence)}
             for index in np.argsort(-cosine_N, kind="stable"):
                 sentence = int(np.searchsorted(states.offsets, index, side="right")) - 1
-                if sentence in found or list(pool[sentence]) == list(query.sentence):
+                if tuple(pool[sentence]) in seen:
                     continue
-                found[sentence] = Occurrence(pool[sentence], int(index - states.offsets[sentence]))
-                yield Row(f"{query} ⇒ {found[sentence]}", word, float(cosine_N[index]))
-                if len(found) == NEAREST:
+                seen.add(tuple(pool[sentence]))
+                neighbor = Occurrence(pool[sentence], int(index - states.offsets[sentence]))
+                yield Row(f"{query} ⇒ {neighbor}", word, float(cosine_N[index]))
+                if len(seen) > NEAREST:
                     break
 
 
-# Each makes a test of the folder of the data and of what follows the colon in the test's name.
-TESTS: Mapping[str, Callable[[Path, str], Neighbors]] = {
-    "neighbors": lambda data, _: Neighbors(annotations.folder(data, TREEBANK), annotations.folder(data, "coarsewsd20")),
+TESTS: Mapping[str, Make] = {
+    "neighbors": lambda settings, _: Neighbors(
+        treebank.folder(settings), annotations.folder(settings.data, "coarsewsd20")
+    ),
 }

@@ -11,12 +11,11 @@ agreement    Linzen et al. 2016: verbs of Wikipedia in both numbers, by the noun
 climp        Xiang et al. 2021: Chinese; CSV, the sentences of a pair in consecutive rows
 """
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from prelm_jax.cache import digest
 from prelm_jax.corpus.readers import extension
@@ -24,6 +23,7 @@ from prelm_jax.corpus.sources import matching_files
 from prelm_jax.errors import InputError
 from prelm_jax.finetuning.records import Fields, Malformed, Record, text_lines
 from prelm_jax.finetuning.tables import read_csv, read_jsonl, read_tsv
+from prelm_jax.study.base import Make, Settings, Test
 from prelm_jax.study.records import Row
 from prelm_jax.study.subjects import Subject
 
@@ -38,33 +38,21 @@ class Pair(NamedTuple):
     kinds: tuple[str, ...] = ()  # Lines of the report in which the pair counts besides that of all pairs.
 
 
-@dataclasses.dataclass(frozen=True)
-class PairsTest:
-    """Minimal pairs. Fulfills `tests.Test`.
+class PairsTest(Test):
+    """Minimal pairs; `limit`: how many of each paradigm were asked for, 0 for all.
 
     If the subject reads in two directions, each of them is a line of its own, `forward` and `backward`.
     """
 
-    name: str
-    pairs: Sequence[Pair]
-    metric: str = "macro_accuracy"
-    limit: int = 0  # Pairs of each paradigm that were asked for; 0: all.
-    needs: Literal["score"] = "score"
+    metric, needs = "macro_accuracy", "score"
 
-    @property
-    def settings(self) -> Mapping[str, object]:
-        """What the rows depend on besides the data and the subject."""
-        return {"pairs": self.limit}
+    def __init__(self, name: str, pairs: Sequence[Pair], limit: int = 0):
+        self.name, self.pairs, self.settings = name, pairs, {"pairs": limit}
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the pairs."""
         return digest(list(self.pairs))
-
-    @property
-    def num_texts(self) -> int:
-        """The number of sentences."""
-        return 2 * len(self.pairs)
 
     def measure(self, subject: Subject) -> Iterator[Row]:
         """The rows of a subject, one a pair, and another for each of the pair's kinds and the subject's directions."""
@@ -79,57 +67,42 @@ class PairsTest:
                 yield Row(pair.item, pair.group, value, None, kind, better == worse, unknown)
 
 
-def blimp(data: Path, limit: int) -> PairsTest:
-    """BLiMP; `limit`: pairs of each paradigm, 0 for all."""
-    return _test("blimp", _files(data, ("blimp", "blimp_filtered"), ".jsonl"), _json_pairs, limit)
+def _published(name: str, folders: Sequence[str], ending: str, read: Callable[[Path], Iterator[Pair]]) -> Make:
+    """A test whose paradigms are the files with an ending in the first of its folders that there is."""
+
+    def make(settings: Settings, _: str) -> PairsTest:
+        return PairsTest(name, _read(_files(settings.data, folders, ending), read, settings.pairs), settings.pairs)
+
+    return make
 
 
-def supplement(data: Path, limit: int) -> PairsTest:
-    """BabyLM's supplement to BLiMP."""
-    return _test("supplement", _files(data, ("blimp-supplement", "supplement_filtered"), ".jsonl"), _json_pairs, limit)
-
-
-def zorro(data: Path, limit: int) -> PairsTest:
-    """Zorro."""
-    return _test("zorro", _files(data, ("zorro",), ".txt"), _zorro_pairs, limit)
-
-
-def climp(data: Path, limit: int) -> PairsTest:
-    """CLiMP."""
-    return _test("climp", _files(data, ("climp-zh",), ".csv"), _climp_pairs, limit)
-
-
-def agreement(data: Path, limit: int) -> PairsTest:
-    """Verbs in both numbers, with a line for each number of attractors; `limit`: pairs of each of these numbers."""
+def _agreement(settings: Settings, _: str) -> PairsTest:
+    """Verbs in both numbers, with a line for each number of attractors, which are limited as paradigms are."""
     counts: Counter[tuple[str, ...]] = Counter()
     pairs = []
-    for pair in _linzen_pairs(data / "agreement" / "linzen.tsv"):
+    for pair in _linzen_pairs(settings.data / "agreement" / "linzen.tsv"):
         counts[pair.kinds] += 1
-        if not limit or counts[pair.kinds] <= limit:
+        if not settings.pairs or counts[pair.kinds] <= settings.pairs:
             pairs.append(pair)
-    return PairsTest("agreement", pairs, limit=limit)
+    return PairsTest("agreement", pairs, settings.pairs)
 
 
-def own(files: str, limit: int) -> PairsTest:
+def _own(settings: Settings, files: str) -> PairsTest:
     """Pairs of one's own: TSV, CSV or JSON lines with the columns `sentence_good` and `sentence_bad`.
 
     files: a path or glob. Each file is a paradigm; if there is one file, each pair is a group.
     """
     paths = [Path(path) for path in matching_files(files)]
     readers = {".csv": read_csv, **dict.fromkeys((".jsonl", ".ndjson", ".json"), read_jsonl)}
-
-    def read(path: Path) -> Iterator[Pair]:
-        return _column_pairs(path, readers.get(extension(str(path)), read_tsv))
-
-    test = _test(f"pairs:{files}", paths, read, limit)
-    if not test.pairs:
+    pairs = _read(paths, lambda path: _column_pairs(path, readers.get(extension(str(path)), read_tsv)), settings.pairs)
+    if not pairs:
         raise InputError(f"{files}: there are no pairs in it")
-    each = [pair._replace(group=pair.item) for pair in test.pairs]
-    return test if len(paths) > 1 else dataclasses.replace(test, pairs=each)
+    pairs = pairs if len(paths) > 1 else [pair._replace(group=pair.item) for pair in pairs]
+    return PairsTest(f"pairs:{files}", pairs, settings.pairs)
 
 
-def _test(name: str, paths: Iterable[Path], read: Callable[[Path], Iterator[Pair]], limit: int) -> PairsTest:
-    return PairsTest(name, [pair for path in paths for pair in islice(read(path), limit or None)], limit=limit)
+def _read(paths: Iterable[Path], read: Callable[[Path], Iterator[Pair]], limit: int) -> list[Pair]:
+    return [pair for path in paths for pair in islice(read(path), limit or None)]
 
 
 Read = Callable[[str, Sequence[str], bool | None, Counter[str]], Iterator[Record]]
@@ -205,3 +178,13 @@ def _files(data: Path, folders: Sequence[str], ending: str) -> list[Path]:
     if not found:
         raise InputError(f"{folder}: no {ending} files of the test there; give the folder of the test sets with --data")
     return found
+
+
+TESTS: Mapping[str, Make] = {
+    "blimp": _published("blimp", ("blimp", "blimp_filtered"), ".jsonl", _json_pairs),
+    "supplement": _published("supplement", ("blimp-supplement", "supplement_filtered"), ".jsonl", _json_pairs),
+    "zorro": _published("zorro", ("zorro",), ".txt", _zorro_pairs),
+    "agreement": _agreement,
+    "climp": _published("climp", ("climp-zh",), ".csv", _climp_pairs),
+    "pairs": _own,
+}

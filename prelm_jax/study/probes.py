@@ -14,66 +14,30 @@ Reference: Conneau et al. 2018 (SentEval's probing tasks).
 """
 
 import abc
-import dataclasses
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from prelm_jax.errors import InputError
-from prelm_jax.study import annotations
+from prelm_jax.study import treebank
 from prelm_jax.study.annotations import Tree
+from prelm_jax.study.base import Make, Settings
 from prelm_jax.study.records import Row
 from prelm_jax.study.subjects import Subject
+from prelm_jax.study.treebank import SEED, SENTENCES, Split, TreebankTest
 from prelm_jax.study.vectors import States, embed
 
-Split = Literal["train", "dev", "test"]
-
 VERSION = 1  # Raise it when the same data and subject would give other rows.
-SEED = 0
-TREEBANK = "ud-en-ewt"
-# Sentences that are embedded, drawn at random, and labelled words that a probe reads of them.
-SENTENCES: Mapping[Split, int] = {"train": 3000, "dev": 1000, "test": 1500}
+# Labelled words that a probe reads.
 WORDS: Mapping[Split, int] = {"train": 20_000, "dev": 4_000, "test": 8_000}
 PENALTIES = (0.01, 0.1, 1.0)  # scikit-learn's C: the inverse of the penalty.
 ITERATIONS = 100
 SENTENCE_LENGTHS = range(5, 29)  # Of the tasks about sentences, as SentEval.
-
-# ---- Hidden states of a treebank -------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=2)
-def read_treebank(directory: Path) -> dict[Split, list[Tree]]:
-    """Random sentences of each part of a treebank, the same each time."""
-    parts: dict[Split, list[Tree]] = {}
-    for split, number in SENTENCES.items():
-        trees = [tree for path in treebank_files(directory, split) for tree in annotations.read_trees(path)]
-        order = np.random.default_rng(SEED).permutation(len(trees))[:number]
-        parts[split] = [trees[i] for i in order]
-    return parts
-
-
-def treebank_files(directory: Path, split: str = "") -> list[Path]:
-    """The CoNLL-U files of a part of a treebank, or of all."""
-    return annotations.matching(directory, f"*{split}.conllu")
-
-
-def embed_treebank(subject: Subject, directory: Path) -> dict[Split, States]:
-    """The hidden states of the sentences of `read_treebank`. The last subject's are kept for the next test."""
-    key = subject.origin.model, directory
-    if key not in _KEPT:
-        _KEPT.clear()
-        trees_of = read_treebank(directory)
-        _KEPT[key] = {split: embed(subject, [tree.words for tree in trees]) for split, trees in trees_of.items()}
-    return _KEPT[key]
-
-
-_KEPT: dict[tuple[str, Path], dict[Split, States]] = {}
-
 
 # ---- Labels of words and sentences -----------------------------------------------------------------------------------
 
@@ -150,10 +114,15 @@ def word_examples(trees: Sequence[Tree], labels_of: Callable[[Tree], Labels], li
     return _examples(found[:limit])
 
 
-def sentence_examples(trees: Sequence[Tree], label_of: Callable[[Tree], str | None]) -> Examples:
+def sentence_examples(trees: Sequence[Tree], labels: Iterable[str | None]) -> Examples:
     """The sentences of usual length that have a label."""
-    labels = [label_of(tree) if len(tree.words) in SENTENCE_LENGTHS else None for tree in trees]
-    return _examples([(i, label, str(i), str(i), "") for i, label in enumerate(labels) if label is not None])
+    return _examples(
+        [
+            (i, label, str(i), str(i), "")
+            for i, (tree, label) in enumerate(zip(trees, labels, strict=True))
+            if label is not None and len(tree.words) in SENTENCE_LENGTHS
+        ]
+    )
 
 
 def _examples(found: list[tuple[int, str, str, str, str]]) -> Examples:
@@ -208,30 +177,22 @@ def fit(vectors_ND: np.ndarray, labels: np.ndarray, penalty: float) -> Probe:
     return Probe(mean_D, scale_D, classifier.predict)
 
 
-@dataclasses.dataclass(frozen=True)
-class LinearProbe(abc.ABC):
+class LinearProbe(TreebankTest):
     """The test of one task about the words or sentences of a treebank."""
 
-    name: str
-    treebank: Path
-    needs: Literal["embed"] = "embed"
-    metric: str = "accuracy"
+    settings: Mapping[str, object] = {
+        "version": VERSION,
+        "sentences": dict(SENTENCES),
+        "words": dict(WORDS),
+        "penalties": list(PENALTIES),
+    }
+    # (states, layer, numbers of words or sentences) -> f32 [numbers, D]: what the probe reads of them.
+    read: ClassVar[Callable[[States, int, np.ndarray], np.ndarray]]
     has_control: ClassVar[bool] = False
 
-    @property
-    def settings(self) -> Mapping[str, object]:
-        """What the rows depend on besides the data and the subject."""
-        return {"version": VERSION, "sentences": dict(SENTENCES), "words": dict(WORDS), "penalties": list(PENALTIES)}
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the treebank."""
-        return annotations.fingerprint(treebank_files(self.treebank))
-
-    @property
-    def num_texts(self) -> int:
-        """The number of sentences."""
-        return sum(map(len, read_treebank(self.treebank).values()))
+    def __init__(self, name: str, directory: Path):
+        super().__init__(directory)
+        self.name = name
 
     def measure(self, subject: Subject) -> Iterator[Row]:
         """The rows of the majority, then those of each layer."""
@@ -258,54 +219,35 @@ class LinearProbe(abc.ABC):
     def examples(self, split: Split) -> Examples:
         """The examples of a part."""
 
-    @abc.abstractmethod
-    def states(self, subject: Subject) -> dict[Split, States]:
-        """The hidden states of the sentences of each part."""
-
-    @abc.abstractmethod
-    def read(self, states: States, layer: int, rows: np.ndarray) -> np.ndarray:
-        """f32 [rows, D]: what the probe reads of some words or sentences."""
-
 
 class WordProbe(LinearProbe):
     """A label of a word, from its own hidden states."""
 
+    read = staticmethod(States.layer)
     has_control = True
 
     def examples(self, split: Split) -> Examples:
-        return word_examples(read_treebank(self.treebank)[split], WORD_LABELS[self.name], WORDS[split])
-
-    def states(self, subject: Subject) -> dict[Split, States]:
-        return embed_treebank(subject, self.treebank)
-
-    def read(self, states: States, layer: int, rows: np.ndarray) -> np.ndarray:
-        return states.layer(layer, rows)
+        return word_examples(self.trees[split], WORD_LABELS[self.name], WORDS[split])
 
 
 class SentenceProbe(LinearProbe):
     """A label of a sentence, from the mean of its words' hidden states."""
 
+    read = staticmethod(States.means)
+
     def examples(self, split: Split) -> Examples:
-        return sentence_examples(read_treebank(self.treebank)[split], SENTENCE_LABELS[self.name])
-
-    def states(self, subject: Subject) -> dict[Split, States]:
-        return embed_treebank(subject, self.treebank)
-
-    def read(self, states: States, layer: int, rows: np.ndarray) -> np.ndarray:
-        return states.means(layer, rows)
+        return sentence_examples(self.trees[split], map(SENTENCE_LABELS[self.name], self.trees[split]))
 
 
 class ShiftProbe(SentenceProbe):
     """Whether two words next to each other have changed places (SentEval's BShift), in half of the sentences."""
 
     def examples(self, split: Split) -> Examples:
-        trees = read_treebank(self.treebank)[split]
-        swaps = shifts(trees)
-        labels = {id(tree): "kept" if swap is None else "shifted" for tree, swap in zip(trees, swaps, strict=True)}
-        return sentence_examples(trees, lambda tree: labels[id(tree)])
+        labels = ("kept" if shift is None else "shifted" for shift in shifts(self.trees[split]))
+        return sentence_examples(self.trees[split], labels)
 
     def states(self, subject: Subject) -> dict[Split, States]:
-        return {split: embed(subject, shifted(trees)) for split, trees in read_treebank(self.treebank).items()}
+        return {split: embed(subject, shifted(trees)) for split, trees in self.trees.items()}
 
 
 def shifts(trees: Sequence[Tree]) -> list[int | None]:
@@ -329,13 +271,15 @@ def _scored(examples: Examples, predicted: np.ndarray, gold: np.ndarray, kind: s
         yield Row(item, group, float(right), layer, kind)
 
 
-def _test(kind: type[LinearProbe], name: str, data: Path, _: str) -> LinearProbe:
-    return kind(name, annotations.folder(data, TREEBANK))
+def _make(kind: type[LinearProbe], name: str) -> Make:
+    def make(settings: Settings, _: str) -> LinearProbe:
+        return kind(name, treebank.folder(settings))
+
+    return make
 
 
-# Each makes a test of the folder of the data and of what follows the colon in the test's name.
-TESTS: Mapping[str, Callable[[Path, str], LinearProbe]] = {
-    **{name: functools.partial(_test, WordProbe, name) for name in WORD_LABELS},
-    **{name: functools.partial(_test, SentenceProbe, name) for name in SENTENCE_LABELS},
-    "bigram-shift": functools.partial(_test, ShiftProbe, "bigram-shift"),
+TESTS: Mapping[str, Make] = {
+    **{name: _make(WordProbe, name) for name in WORD_LABELS},
+    **{name: _make(SentenceProbe, name) for name in SENTENCE_LABELS},
+    "bigram-shift": _make(ShiftProbe, "bigram-shift"),
 }

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from prelm_jax import __version__
@@ -35,6 +35,9 @@ class Row:
     tie: bool = False
     unknown: int = 0  # Words that the subject does not know.
     gold: float | None = None  # What the value should correlate with, for such metrics.
+
+
+Lines = dict[tuple[str, int | None], list[Row]]  # (kind, layer) -> rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +152,9 @@ def _object(source: str, line: str) -> dict:
     return fields
 
 
-def rows_by_line(rows: Sequence[Row]) -> Iterator[tuple[tuple[str, int | None], list[Row]]]:
-    """((kind, layer), its rows), each a line of a report, in the order of their first rows."""
-    lines: dict[tuple[str, int | None], list[Row]] = {}
+def rows_by_line(rows: Sequence[Row]) -> Lines:
+    """The rows of each line of a report, in the order of their first rows."""
+    lines: Lines = {}
     for row in rows:
         lines.setdefault((row.kind, row.layer), []).append(row)
-    yield from lines.items()
+    return lines

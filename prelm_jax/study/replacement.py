@@ -5,14 +5,12 @@ A row is `SENTENCE MOVED REPLACED`: its number, and the positions of two words. 
 vector of the first of them moves in the top layer, relative to its length.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Literal
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from prelm_jax.cache import digest
+from prelm_jax.study.base import Make, Test
 from prelm_jax.study.records import Row
 from prelm_jax.study.subjects import Subject
 
@@ -21,28 +19,16 @@ SENTENCES = ("the keys that the man lost were on the table .", "the bank of the 
 NEUTRAL = "something"
 
 
-@dataclasses.dataclass(frozen=True)
-class Replacement:
+class Replacement(Test):
     """The test `replacement`."""
 
-    name: str = "replacement"
-    metric: str = "mean"
-    needs: Literal["embed"] = "embed"
-
-    @property
-    def settings(self) -> Mapping[str, object]:
-        """What the rows depend on besides the data and the subject."""
-        return {"neutral": NEUTRAL}
+    name, metric = "replacement", "mean"
+    settings: Mapping[str, object] = {"neutral": NEUTRAL}
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the sentences."""
         return digest(list(SENTENCES))
-
-    @property
-    def num_texts(self) -> int:
-        """The number of sentences."""
-        return sum(1 + len(sentence.split()) for sentence in SENTENCES)
 
     def measure(self, subject: Subject) -> Iterator[Row]:
         """A row for each pair of words of each sentence."""
@@ -56,5 +42,4 @@ class Replacement:
                     yield Row(f"{number} {i} {j}", sentence, moved)
 
 
-# Each makes a test of the folder of the data, which this test does not need, and of what follows the colon in its name.
-TESTS: Mapping[str, Callable[[Path, str], Replacement]] = {"replacement": lambda *_: Replacement()}
+TESTS: Mapping[str, Make] = {"replacement": lambda *_: Replacement()}

@@ -13,23 +13,15 @@ from typing import NamedTuple
 
 from prelm_jax.errors import InputError
 from prelm_jax.study import records, statistics
-from prelm_jax.study.records import Header, Record, Row, rows_by_line
+from prelm_jax.study.records import Header, Lines, Record, Row, rows_by_line
+from prelm_jax.study.tests import TESTS
 
-# The order of tests on a page; others follow by name.
-TESTS = (
-    *("blimp", "supplement", "zorro", "agreement", "climp"),
-    *("upos", "deprel", "verb-number", "length", "depth", "tense", "subject-number", "object-number", "bigram-shift"),
-    *("uuas", "dspr", "coarsewsd", "semcor", "wic", "ws353", "simlex", "men", "scws", "analogies", "selfsim"),
-)
 # Tests that are pictures and texts, without a number in the table.
 SHOWN = ("cka", "neighbors", "replacement")
 # Subjects that are no model of a comparison, in the order of the table.
 BASELINES = ("unigram", "trigram", "word2vec")
-FRACTIONS = ("accuracy", "macro_accuracy", "group_mean")  # Metrics that are printed in percent.
+FRACTIONS = ("accuracy", "macro_accuracy")  # Metrics that are printed in percent.
 TOLERANCE = 0.03  # Relative difference of budgets that count as equal: batches have more or less padding.
-
-
-Lines = dict[tuple[str, int | None], list[Row]]  # (kind, layer) -> rows
 
 
 class Score(NamedTuple):
@@ -43,6 +35,7 @@ class Score(NamedTuple):
     highest: float
     ties: float  # The share of rows that are ties, as for `unknown`.
     unknown: float
+    ties_right: float | None  # The value if ties are right, BabyLM's rule; None without ties.
     known: float | None  # The value on the rows without unknown words; None without such rows.
     kinds: dict[str, float]  # Other lines of the test: "control", "majority" …
 
@@ -162,7 +155,7 @@ class Results:
         """The lines of the mean of all seeds, and those of each."""
         key = model.name, column
         if key not in self._lines:
-            seeds: list[Lines] = [dict(rows_by_line(record.rows)) for record in self.records(model, column)]
+            seeds: list[Lines] = [rows_by_line(record.rows) for record in self.records(model, column)]
             names = seeds[0] if seeds else {}
             mean = {name: _mean_rows([lines[name] for lines in seeds if name in lines]) for name in names}
             self._lines[key] = mean, seeds
@@ -202,6 +195,7 @@ class Results:
         _, seeds = self._of(model, column)
         line = ("", layer) if ("", layer) in seeds[0] else ("", None)
         values = [statistics.value(lines[line], column.metric) for lines in seeds]
+        right = [statistics.value(statistics.with_ties(lines[line], 1.0), column.metric) for lines in seeds]
         center, low, high = statistics.interval(rows, column.metric)
         shift = means.fmean(values) - center  # Not zero only where the metric is no mean.
         known = statistics.known(rows)
@@ -219,6 +213,7 @@ class Results:
             highest=max(values),
             ties=statistics.ties(rows),
             unknown=statistics.unknown(rows),
+            ties_right=means.fmean(right) if statistics.ties(rows) else None,
             known=statistics.value(known, column.metric) if 0 < len(known) < len(rows) else None,
             kinds=kinds,
         )
@@ -301,7 +296,8 @@ def _order_of_models(model: Model) -> tuple:
 
 def _order_of_columns(column: Column) -> tuple:
     name = column.test.partition(":")[0]
-    return TESTS.index(name) if name in TESTS else len(TESTS), column.test, column.data, repr(column.settings)
+    order = list(TESTS)
+    return order.index(name) if name in order else len(order), column.test, column.data, repr(column.settings)
 
 
 def _close(a: float | None, b: float | None) -> bool:

@@ -24,6 +24,7 @@ import numpy as np
 
 from prelm_jax.study import annotations
 from prelm_jax.study.annotations import ContextPair, Sentence
+from prelm_jax.study.base import Make, Settings, Test
 from prelm_jax.study.records import Row
 from prelm_jax.study.subjects import Subject
 from prelm_jax.study.vectors import unit
@@ -41,30 +42,18 @@ SEMCOR_TRAIN, SEMCOR_DEV, SEMCOR_TEST = 5000, 500, 1500
 Parts = Mapping[Literal["train", "dev", "test"], list[Sentence]]
 
 
-@dataclasses.dataclass(frozen=True)
-class SensesTest:
-    """The nearest mean of a sense: `coarsewsd` or `semcor`."""
+class SensesTest(Test):
+    """The nearest mean of a sense: `coarsewsd` or `semcor`; `read` reads the sentences of each part."""
 
-    name: str
-    files: tuple[Path, ...]
-    read: Callable[[], Parts]
-    metric: str
-    settings: Mapping[str, object]
-    needs: Literal["embed"] = "embed"
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the data."""
-        return annotations.fingerprint(self.files)
-
-    @property
-    def num_texts(self) -> int:
-        """The number of sentences."""
-        return sum(map(len, self._parts.values()))
+    def __init__(
+        self, name: str, metric: str, files: Sequence[Path], settings: Mapping[str, object], read: Callable[[], Parts]
+    ):
+        self.name, self.metric, self.files, self.settings = name, metric, files, {"version": VERSION, **settings}
+        self._read = read
 
     @functools.cached_property
     def _parts(self) -> Parts:
-        return self.read()
+        return self._read()
 
     def measure(self, subject: Subject) -> Iterator[Row]:
         """The rows of the most frequent sense, then those of all layers, of each word in turn."""
@@ -159,16 +148,16 @@ def _shuffled(sentences: Iterable[Sentence], rng: np.random.Generator) -> list[S
     return [listed[i] for i in rng.permutation(len(listed))]
 
 
-def _coarsewsd(data: Path, _: str) -> SensesTest:
-    folder = annotations.folder(data, "coarsewsd20")
-    files = tuple(annotations.matching(folder, "*.tsv*"))
-    settings = {"version": VERSION, "sentences": [COARSE_TRAIN, COARSE_DEV, COARSE_TEST], "context": CONTEXT}
-    return SensesTest("coarsewsd", files, lambda: _coarse_senses(folder), "macro_accuracy", settings)
+def _coarsewsd(settings: Settings, _: str) -> SensesTest:
+    folder = annotations.folder(settings.data, "coarsewsd20")
+    of_rows = {"sentences": [COARSE_TRAIN, COARSE_DEV, COARSE_TEST], "context": CONTEXT}
+    files = annotations.matching(folder, "*.tsv*")
+    return SensesTest("coarsewsd", "macro_accuracy", files, of_rows, lambda: _coarse_senses(folder))
 
 
-def _semcor(data: Path, _: str) -> SensesTest:
-    folder = annotations.folder(data, "semcor")
-    files = tuple(annotations.matching(folder, part)[0] for part in ("brown1.sgml*", "brown2.sgml*"))
+def _semcor(settings: Settings, _: str) -> SensesTest:
+    folder = annotations.folder(settings.data, "semcor")
+    files = [annotations.matching(folder, part)[0] for part in ("brown1.sgml*", "brown2.sgml*")]
 
     def read() -> Parts:
         rng = np.random.default_rng(SEED)
@@ -177,8 +166,8 @@ def _semcor(data: Path, _: str) -> SensesTest:
         dev, train = train[:held_out], train[held_out:]
         return {"train": train[:SEMCOR_TRAIN], "dev": dev, "test": test[:SEMCOR_TEST]}
 
-    settings = {"version": VERSION, "sentences": [SEMCOR_TRAIN, SEMCOR_DEV, SEMCOR_TEST]}
-    return SensesTest("semcor", files, read, "accuracy", settings)
+    of_rows = {"sentences": [SEMCOR_TRAIN, SEMCOR_DEV, SEMCOR_TEST]}
+    return SensesTest("semcor", "accuracy", files, of_rows, read)
 
 
 # ---- Words in context ------------------------------------------------------------------------------------------------
@@ -209,29 +198,15 @@ def best_threshold(values: np.ndarray, positive: np.ndarray) -> float:
     return float(thresholds[np.argmax(np.where(is_first, right, -1))])
 
 
-@dataclasses.dataclass(frozen=True)
-class WordsInContext:
+class WordsInContext(Test):
     """The test `wic`."""
 
-    folder: Path
-    name: str = "wic"
-    metric: str = "accuracy"
-    needs: Literal["embed"] = "embed"
+    name = "wic"
+    settings: Mapping[str, object] = {"version": VERSION, "context": CONTEXT}
 
-    @property
-    def settings(self) -> Mapping[str, object]:
-        """What the rows depend on besides the data and the subject."""
-        return {"version": VERSION, "context": CONTEXT}
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the data."""
-        return annotations.fingerprint(annotations.matching(self.folder, "*/*.txt"))
-
-    @property
-    def num_texts(self) -> int:
-        """The number of sentences."""
-        return 2 * sum(map(len, self._parts.values()))
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.files = annotations.matching(folder, "*/*.txt")
 
     @functools.cached_property
     def _parts(self) -> dict[str, list[ContextPair]]:
@@ -254,50 +229,31 @@ class WordsInContext:
             yield Row(str(number), pair.target, float(value), layer, kind)
 
 
-@dataclasses.dataclass(frozen=True)
-class SimilarityInContext:
+class SimilarityInContext(Test):
     """The test `scws`."""
 
-    path: Path
-    name: str = "scws"
-    metric: str = "spearman"
-    needs: Literal["embed"] = "embed"
+    name, metric = "scws", "spearman"
+    settings: Mapping[str, object] = {"version": VERSION, "context": CONTEXT}
 
-    @property
-    def settings(self) -> Mapping[str, object]:
-        """What the rows depend on besides the data and the subject."""
-        return {"version": VERSION, "context": CONTEXT}
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the data."""
-        return annotations.fingerprint([self.path])
-
-    @property
-    def num_texts(self) -> int:
-        """The number of contexts."""
-        return 2 * len(self._pairs)
-
-    @functools.cached_property
-    def _pairs(self) -> list[ContextPair]:
-        return annotations.read_scws(self.path)
+    def __init__(self, path: Path):
+        self.files = [path]
 
     def measure(self, subject: Subject) -> Iterator[Row]:
         """The rows of each layer; `gold` is what people say."""
-        for layer, cosines in enumerate(pair_cosines(subject, self._pairs)):
-            for number, (pair, cosine) in enumerate(zip(self._pairs, cosines.tolist(), strict=True)):
+        pairs = annotations.read_scws(self.files[0])
+        for layer, cosines in enumerate(pair_cosines(subject, pairs)):
+            for number, (pair, cosine) in enumerate(zip(pairs, cosines.tolist(), strict=True)):
                 row = Row(str(number), f"{number} {pair.target}", cosine, layer, gold=float(pair.gold))
                 yield row
                 if len(set(pair.target.lower().split())) == 2:
                     yield dataclasses.replace(row, kind="different")
 
 
-# Each makes a test of the folder of the data and of what follows the colon in the test's name.
-TESTS: Mapping[str, Callable[[Path, str], SensesTest | WordsInContext | SimilarityInContext]] = {
+TESTS: Mapping[str, Make] = {
     "coarsewsd": _coarsewsd,
     "semcor": _semcor,
-    "wic": lambda data, _: WordsInContext(annotations.folder(data, "wic")),
-    "scws": lambda data, _: SimilarityInContext(
-        annotations.matching(annotations.folder(data, "scws"), "ratings.tsv*")[0]
+    "wic": lambda settings, _: WordsInContext(annotations.folder(settings.data, "wic")),
+    "scws": lambda settings, _: SimilarityInContext(
+        annotations.matching(annotations.folder(settings.data, "scws"), "ratings.tsv*")[0]
     ),
 }

@@ -12,10 +12,10 @@ Kinds of rows: "" is the test part, dev the dev part, and linear a tree in which
 Divergences: features are standardized; rank 64; sentences of at most 50 words in training too.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import abc
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +23,12 @@ import numpy as np
 import optax
 from jax import Array
 
-from prelm_jax.study import annotations
+from prelm_jax.study import treebank
 from prelm_jax.study.annotations import Tree
-from prelm_jax.study.probes import (
-    SEED,
-    SENTENCES,
-    TREEBANK,
-    Split,
-    embed_treebank,
-    read_treebank,
-    treebank_files,
-)
+from prelm_jax.study.base import Make
 from prelm_jax.study.records import Row
 from prelm_jax.study.subjects import Subject
+from prelm_jax.study.treebank import SEED, SENTENCES, Split, TreebankTest
 from prelm_jax.study.vectors import States
 
 VERSION = 1  # Raise it when the same data and subject would give other rows.
@@ -159,27 +152,6 @@ class Predicted(NamedTuple):
 Predictions = dict[tuple[Split, int], list[Predicted]]  # By part and layer.
 
 
-def chosen(directory: Path, split: Split) -> list[tuple[int, Tree]]:
-    """The sentences of a part that the probe reads, with their numbers."""
-    trees = [(i, tree) for i, tree in enumerate(read_treebank(directory)[split]) if len(tree.words) in LENGTHS]
-    return trees[: TREES[split]]
-
-
-def predict(subject: Subject, directory: Path) -> Predictions:
-    """The distances in the dev and test parts. The last subject's are kept for the second test."""
-    key = subject.origin.model, directory
-    if key not in _KEPT:
-        _KEPT.clear()
-        states = embed_treebank(subject, directory)
-        sentences = {split: chosen(directory, split) for split in SENTENCES}
-        layers = range(subject.num_layers)
-        _KEPT[key] = {place: each for layer in layers for place, each in _predict(states, sentences, layer).items()}
-    return _KEPT[key]
-
-
-_KEPT: dict[tuple[str, Path], Predictions] = {}
-
-
 def _predict(states: dict[Split, States], sentences: dict[Split, list[tuple[int, Tree]]], layer: int) -> Predictions:
     """Trains the probe of a layer, and applies it."""
     words_ND = states["train"].vectors_LWD[layer].astype(np.float32)
@@ -226,56 +198,64 @@ def make_batches(sentences: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Bat
     return batches
 
 
-@dataclasses.dataclass(frozen=True)
-class StructuralProbe:
-    """The test `uuas` or `dspr` on a treebank."""
+class StructuralProbe(TreebankTest):
+    """A test of the distances. Its rows are edges that are found, or correlations by length of sentence."""
 
-    name: str
-    treebank: Path
-    needs: Literal["embed"] = "embed"
-
-    @property
-    def metric(self) -> str:
-        """How rows become a number: right edges, or correlations by length of sentence."""
-        return "accuracy" if self.name == "uuas" else "macro_accuracy"
-
-    @property
-    def settings(self) -> Mapping[str, object]:
-        """What the rows depend on besides the data and the subject."""
-        return {"version": VERSION, "trees": dict(TREES), "rank": RANK, "epochs": EPOCHS}
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the treebank."""
-        return annotations.fingerprint(treebank_files(self.treebank))
-
-    @property
-    def num_texts(self) -> int:
-        """The number of sentences."""
-        return sum(map(len, read_treebank(self.treebank).values()))
+    settings: Mapping[str, object] = {"version": VERSION, "trees": TREES, "rank": RANK, "epochs": EPOCHS}
 
     def measure(self, subject: Subject) -> Iterator[Row]:
         """The rows of the linear order, then those of each layer."""
-        rows = self._edges if self.name == "uuas" else self._correlations
-        for number, tree in chosen(self.treebank, "test"):
+        for number, tree in self._chosen("test"):
             positions = np.arange(len(tree.words))
             chain = np.abs(positions[:, None] - positions[None])
-            yield from rows(Predicted(number, tree, chain), "linear", None)
-        for (split, layer), sentences in predict(subject, self.treebank).items():
+            yield from self.rows(Predicted(number, tree, chain), "linear", None)
+        for (split, layer), sentences in self._predict(subject).items():
             for sentence in sentences:
-                yield from rows(sentence, "" if split == "test" else split, layer)
+                yield from self.rows(sentence, "" if split == "test" else split, layer)
 
-    def _edges(self, sentence: Predicted, kind: str, layer: int | None) -> Iterator[Row]:
+    @abc.abstractmethod
+    def rows(self, sentence: Predicted, kind: str, layer: int | None) -> Iterator[Row]:
+        """The rows of a sentence."""
+
+    def _chosen(self, split: Split) -> list[tuple[int, Tree]]:
+        """The sentences of a part that the probe reads, with their numbers."""
+        return [(i, tree) for i, tree in enumerate(self.trees[split]) if len(tree.words) in LENGTHS][: TREES[split]]
+
+    def _predict(self, subject: Subject) -> Predictions:
+        """The distances in the dev and test parts. The last subject's are kept for the second test."""
+        key = subject.origin.model, self.treebank
+        if key not in _KEPT:
+            _KEPT.clear()
+            states, sentences = self.states(subject), {split: self._chosen(split) for split in SENTENCES}
+            layers = range(subject.num_layers)
+            _KEPT[key] = {place: each for layer in layers for place, each in _predict(states, sentences, layer).items()}
+        return _KEPT[key]
+
+
+_KEPT: dict[tuple[str, Path], Predictions] = {}
+
+
+class UUAS(StructuralProbe):
+    """The test `uuas`."""
+
+    name = "uuas"
+
+    def rows(self, sentence: Predicted, kind: str, layer: int | None) -> Iterator[Row]:
         for (word, _), found in edges_found(sentence.tree, sentence.distances).items():
             yield Row(f"{sentence.number}:{word}", str(sentence.number), float(found), layer, kind)
 
-    def _correlations(self, sentence: Predicted, kind: str, layer: int | None) -> Iterator[Row]:
+
+class DSpr(StructuralProbe):
+    """The test `dspr`."""
+
+    name, metric = "dspr", "macro_accuracy"
+
+    def rows(self, sentence: Predicted, kind: str, layer: int | None) -> Iterator[Row]:
         value = distance_correlation(sentence.tree.distances(), sentence.distances)
         yield Row(str(sentence.number), str(len(sentence.tree.words)), value, layer, kind)
 
 
-# Each makes a test of the folder of the data and of what follows the colon in the test's name.
-TESTS: Mapping[str, Callable[[Path, str], StructuralProbe]] = {
-    "uuas": lambda data, _: StructuralProbe("uuas", annotations.folder(data, TREEBANK)),
-    "dspr": lambda data, _: StructuralProbe("dspr", annotations.folder(data, TREEBANK)),
+TESTS: Mapping[str, Make] = {
+    "uuas": lambda settings, _: UUAS(treebank.folder(settings)),
+    "dspr": lambda settings, _: DSpr(treebank.folder(settings)),
 }

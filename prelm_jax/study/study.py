@@ -1,9 +1,10 @@
 """Measures subjects with tests. What is measured already is not measured again, so that a study can be interrupted."""
 
+import dataclasses
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,9 +13,11 @@ from prelm_jax.inference.base import SentenceScore
 from prelm_jax.progress import Progress
 from prelm_jax.storage import prefix_errors
 from prelm_jax.study import records
+from prelm_jax.study.base import Test
 from prelm_jax.study.records import Header
 from prelm_jax.study.subjects import Subject
-from prelm_jax.study.tests import Test
+
+Answer = TypeVar("Answer")
 
 
 def study(subjects: Iterable[Subject], tests: Sequence[Test], output: Path) -> list[Path]:
@@ -29,12 +32,11 @@ def study(subjects: Iterable[Subject], tests: Sequence[Test], output: Path) -> l
     for subject in subjects:
         for test in tests:
             _check(subject, test)
-        counted = _Counted(subject)  # One for all tests: they keep what they have asked it, by its identity.
-        paths += [_measure(counted, test, output) for test in tests]
+        paths += [_measure(subject, test, output) for test in tests]
     return paths
 
 
-def _measure(subject: "_Counted", test: Test, output: Path) -> Path:
+def _measure(subject: Subject, test: Test, output: Path) -> Path:
     """Measures a subject with a test, unless it is done; returns the path of the record."""
     header = _header(subject, test)
     path = records.record_path(output, header)
@@ -43,10 +45,10 @@ def _measure(subject: "_Counted", test: Test, output: Path) -> Path:
     began = time.monotonic()
     with (
         prefix_errors(f"{test.name}, {subject.name}"),
-        Progress(f"{test.name}: {subject.name}", test.num_texts, "lines") as subject.progress,
+        Progress(f"{test.name}: {subject.name}", 0, "lines") as progress,
     ):
-        rows = list(test.measure(subject))
-    return records.write(output, replace(header, seconds=round(time.monotonic() - began, 1)), rows)
+        rows = list(test.measure(_Counted(subject, progress)))
+    return records.write(output, dataclasses.replace(header, seconds=round(time.monotonic() - began, 1)), rows)
 
 
 def _check(subject: Subject, test: Test) -> None:
@@ -57,37 +59,34 @@ def _check(subject: Subject, test: Test) -> None:
 
 
 def _header(subject: Subject, test: Test) -> Header:
-    settings = {**test.settings, **({"scoring": subject.scoring} if test.needs == "score" else {})}
-    origin = subject.origin
+    scoring = {"scoring": subject.scoring} if test.needs == "score" else {}
     return Header(
-        test.name,
-        test.metric,
-        subject.name,
-        subject.family,
-        origin.model,
-        test.fingerprint,
-        settings,
-        origin.step,
-        origin.words_seen,
-        origin.flops,
-        origin.seed,
+        test=test.name,
+        metric=test.metric,
+        subject=subject.name,
+        family=subject.family,
+        data=test.fingerprint,
+        settings={**test.settings, **scoring},
+        **dataclasses.asdict(subject.origin),
     )
 
 
 class _Counted:
-    """A subject whose answers are counted as progress."""
+    """A subject whose answers are counted as progress, of those that it was asked for so far."""
 
-    def __init__(self, subject: Subject):
-        self._subject, self.progress = subject, Progress(None, 0, "lines")
+    def __init__(self, subject: Subject, progress: Progress):
+        self._subject, self._progress = subject, progress
         self.name, self.family, self.scoring = subject.name, subject.family, subject.scoring
         self.num_layers, self.origin = subject.num_layers, subject.origin
 
     def score(self, texts: Collection[str]) -> Iterator[SentenceScore]:
-        for score in self._subject.score(texts):
-            yield score
-            self.progress.advance(1)
+        return self._counted(len(texts), self._subject.score(texts))
 
-    def embed(self, sentences: Iterable[Sequence[str]]) -> Iterator[np.ndarray]:
-        for vectors in self._subject.embed(sentences):
-            yield vectors
-            self.progress.advance(1)
+    def embed(self, sentences: Collection[Sequence[str]]) -> Iterator[np.ndarray]:
+        return self._counted(len(sentences), self._subject.embed(sentences))
+
+    def _counted(self, number: int, answers: Iterator[Answer]) -> Iterator[Answer]:
+        self._progress.total += number
+        for answer in answers:
+            yield answer
+            self._progress.advance(1)

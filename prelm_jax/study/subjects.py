@@ -49,7 +49,7 @@ class Subject(Protocol):
     def score(self, texts: Collection[str]) -> Iterator[SentenceScore]:
         """For each text, in order, its score, the same whatever other texts there are."""
 
-    def embed(self, sentences: Iterable[Sequence[str]]) -> Iterator[np.ndarray]:
+    def embed(self, sentences: Collection[Sequence[str]]) -> Iterator[np.ndarray]:
         """For each sentence, a sequence of words, f32 [layers, words, D]; a word is the mean of its subwords."""
 
 

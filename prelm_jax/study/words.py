@@ -10,13 +10,11 @@ which is the same for vectors that have no context and therefore left out there.
 An analogy counts if its four words are among the most frequent, so that all subjects are asked the same.
 """
 
-import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -26,6 +24,7 @@ from prelm_jax.errors import InputError
 from prelm_jax.finetuning.records import text_lines
 from prelm_jax.study import annotations
 from prelm_jax.study.annotations import WordPair
+from prelm_jax.study.base import Make, Settings, Test
 from prelm_jax.study.records import Row
 from prelm_jax.study.subjects import Subject
 from prelm_jax.study.vectors import unit
@@ -89,46 +88,33 @@ def vectors_in_contexts(
     return sums
 
 
-@dataclasses.dataclass(frozen=True)
-class Similarity:
-    """The similarity of pairs of words."""
+class Similarity(Test):
+    """The similarity of pairs of words; `corpus`: the file of the contexts, None for a test without them."""
 
-    name: str
-    path: Path
-    corpus: Path | None  # Of the contexts; None: without.
-    metric: str = "spearman"
-    needs: Literal["embed"] = "embed"
+    metric = "spearman"
 
-    @property
-    def settings(self) -> Mapping[str, object]:
-        """What the rows depend on besides the data and the subject."""
-        contexts = [CONTEXTS, CONTEXT, annotations.fingerprint([self.corpus])] if self.corpus else None
-        return {"version": VERSION, "contexts": contexts}
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the pairs."""
-        return annotations.fingerprint([self.path])
-
-    @property
-    def num_texts(self) -> int:
-        """The number of words and of their contexts, at most."""
-        return len(self._words) * (1 + CONTEXTS * (self.corpus is not None))
+    def __init__(self, name: str, path: Path, corpus: Path | None):
+        self.name, self.files, self.corpus = name, [path], corpus
+        contexts = [CONTEXTS, CONTEXT, annotations.fingerprint([corpus])] if corpus else None
+        self.settings = {"version": VERSION, "contexts": contexts}
 
     @functools.cached_property
     def _pairs(self) -> list[WordPair]:
-        return annotations.read_word_pairs(self.path)
+        return annotations.read_word_pairs(self.files[0])
 
     @functools.cached_property
     def _words(self) -> list[str]:
         return sorted({word for pair in self._pairs for word in pair[:2]})
 
+    @functools.cached_property
+    def _contexts(self) -> dict[str, list[tuple[list[str], int]]]:
+        return find_contexts(self._words, self.corpus) if self.corpus else {}
+
     def measure(self, subject: Subject) -> Iterator[Row]:
         """The rows of each layer, without contexts and with; `gold` is what people say."""
         yield from self._rows(vectors_alone(subject, self._words), "")
         if self.corpus and subject.num_layers > 1:
-            contexts = find_contexts(self._words, self.corpus)
-            yield from self._rows(vectors_in_contexts(subject, self._words, contexts), "contexts")
+            yield from self._rows(vectors_in_contexts(subject, self._words, self._contexts), "contexts")
 
     def _rows(self, vectors: np.ndarray, kind: str) -> Iterator[Row]:
         """A pair with an unknown word has the similarity 0."""
@@ -143,30 +129,14 @@ class Similarity:
                 yield Row(str(number), group, cosine, layer, kind, unknown=unknown, gold=pair.rating)
 
 
-@dataclasses.dataclass(frozen=True)
-class Analogies:
-    """The test `analogies`."""
+class Analogies(Test):
+    """The test `analogies`; `corpus`: the file of the frequencies."""
 
-    path: Path
-    corpus: Path
-    name: str = "analogies"
-    metric: str = "accuracy"
-    needs: Literal["embed"] = "embed"
+    name = "analogies"
 
-    @property
-    def settings(self) -> Mapping[str, object]:
-        """What the rows depend on besides the data and the subject."""
-        return {"version": VERSION, "candidates": CANDIDATES, "corpus": annotations.fingerprint([self.corpus])}
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the questions."""
-        return annotations.fingerprint([self.path])
-
-    @property
-    def num_texts(self) -> int:
-        """The number of words to choose from."""
-        return CANDIDATES
+    def __init__(self, path: Path, corpus: Path):
+        self.files, self.corpus = [path], corpus
+        self.settings = {"version": VERSION, "candidates": CANDIDATES, "corpus": annotations.fingerprint([corpus])}
 
     def measure(self, subject: Subject) -> Iterator[Row]:
         """The rows of each layer."""
@@ -174,11 +144,11 @@ class Analogies:
         number_of = {word: number for number, word in enumerate(words)}
         questions = [
             (number, section, [number_of[word.lower()] for word in question])
-            for number, (section, question) in enumerate(annotations.read_analogies(self.path))
+            for number, (section, question) in enumerate(annotations.read_analogies(self.files[0]))
             if all(word.lower() in number_of for word in question)
         ]
         if not questions:
-            raise InputError(f"{self.path}: no question has four words that are frequent in {self.corpus}")
+            raise InputError(f"{self.files[0]}: no question has four words that are frequent in {self.corpus}")
         asked = np.array([each for _, _, each in questions])
         for layer, vectors_VD in enumerate(unit(vectors_alone(subject, words))):
             known_V = vectors_VD.any(-1)
@@ -218,24 +188,29 @@ def frequent_words(path: Path) -> list[str]:
 FILES = {"ws353": "EN-WS-353-ALL.txt", "simlex": "EN-SIMLEX-999.txt", "men": "EN-MEN-TR-3k.txt"}
 
 
-def _similarity(name: str, data: Path, argument: str) -> Similarity:
-    if name in FILES:
-        path = annotations.matching(annotations.folder(data, "wordsim"), f"{FILES[name]}*")[0]
-        return Similarity(name, path, corpus_path(data))
-    if not argument:
+def _similarity(name: str) -> Make:
+    def make(settings: Settings, _: str) -> Similarity:
+        path = annotations.matching(annotations.folder(settings.data, "wordsim"), f"{FILES[name]}*")[0]
+        return Similarity(name, path, corpus_path(settings.data))
+
+    return make
+
+
+def _own_similarity(settings: Settings, file: str) -> Similarity:
+    if not file:
         raise InputError("similarity needs a file: similarity:FILE, a TSV of word, word, rating")
-    return Similarity(f"{name}:{argument}", Path(argument), corpus_path(data))
+    return Similarity(f"similarity:{file}", Path(file), corpus_path(settings.data))
 
 
-def _analogies(data: Path, _: str) -> Analogies:
-    corpus = corpus_path(data)
+def _analogies(settings: Settings, _: str) -> Analogies:
+    data, corpus = settings.data, corpus_path(settings.data)
     if corpus is None:
         raise InputError(f"analogies need frequent words: {data} has no pretrain/{CORPUS} in it or beside it")
     return Analogies(annotations.matching(annotations.folder(data, "analogies"), "questions-words.txt*")[0], corpus)
 
 
-# Each makes a test of the folder of the data and of what follows the colon in the test's name.
-TESTS: Mapping[str, Callable[[Path, str], Similarity | Analogies]] = {
-    **{name: functools.partial(_similarity, name) for name in (*FILES, "similarity")},
+TESTS: Mapping[str, Make] = {
+    **{name: _similarity(name) for name in FILES},
+    "similarity": _own_similarity,
     "analogies": _analogies,
 }

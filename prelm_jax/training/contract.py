@@ -40,6 +40,13 @@ class Model(Protocol):
         """Regular expressions of the parameter paths that are never sharded."""
 
     @property
+    def tables(self) -> tuple[str, ...]:
+        """Regular expressions of the paths of tables of which a step reads few rows.
+
+        They are sharded by rows whatever `--mesh.parameters` says, and never gathered: only the rows read travel.
+        """
+
+    @property
     def matrices(self) -> tuple[str, ...]:
         """Regular expressions of the paths of the layers' weight matrices; never embeddings, heads, norms or biases."""
 

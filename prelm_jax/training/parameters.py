@@ -1,6 +1,7 @@
 """Parameter paths, and tables of rules that decide something for each of them."""
 
 import re
+from collections.abc import Iterable
 from typing import TypeVar
 
 import jax
@@ -11,6 +12,11 @@ Answer = TypeVar("Answer")
 def path_name(path: tuple[object, ...]) -> str:
     """A path of jax.tree_util as a string: `encoder/layer_0/attention/query/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def matches(rules: Iterable[str], name: str) -> bool:
+    """Whether any of the regular expressions is found in the name."""
+    return any(re.search(rule, name) for rule in rules)
 
 
 def first_match(table: tuple[tuple[str, Answer], ...], name: str) -> Answer:

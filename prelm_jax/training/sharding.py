@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from prelm_jax.bounds import Size
 from prelm_jax.errors import InputError
 from prelm_jax.training.contract import HostBatch, Layout
-from prelm_jax.training.parameters import first_match, path_name
+from prelm_jax.training.parameters import first_match, matches, path_name
 
 Tree = TypeVar("Tree")
 
@@ -77,7 +77,7 @@ def partition(name: str, shape: tuple[int, ...], shards: int, replicated: Sequen
 
         partition("pooler/kernel", (768, 512), 8)  ->  P("data")
     """
-    if not first_match(RULES, name) or any(re.search(pattern, name) for pattern in replicated):
+    if not first_match(RULES, name) or matches(replicated, name):
         return P()
     axes = [axis for axis in range(len(shape)) if shape[axis] % shards == 0]
     if not axes:
@@ -86,16 +86,28 @@ def partition(name: str, shape: tuple[int, ...], shards: int, replicated: Sequen
     return P(*(("data" if axis == largest else None) for axis in range(largest + 1)))
 
 
-def state_sharding(state: Tree, mesh: jax.sharding.Mesh, parameters: str, replicated: Sequence[str] = ()) -> Tree:
-    """The NamedSharding of every array of a train state; the carry is sharded by rows, like the batch."""
+def state_sharding(
+    state: Tree,
+    mesh: jax.sharding.Mesh,
+    parameters: str,
+    replicated: Sequence[str] = (),
+    tables: Sequence[str] = (),
+) -> Tree:
+    """The NamedSharding of every array of a train state; the carry is sharded by rows, like the batch.
+
+    `tables`: regular expressions of paths that are sharded by rows in any mode, if the devices divide the rows.
+    """
+    shards = mesh.shape["data"]
 
     def sharding(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         name = path_name(path)
         if re.match("(progress/)?carry/", name):  # The carry gates of ELMo's highways are parameters.
             return NamedSharding(mesh, ROWS)
         first_match(RULES, name)  # Even if nothing is sharded: a missing rule shows at once.
+        if matches(tables, name) and leaf.shape[0] % shards == 0:
+            return NamedSharding(mesh, P("data"))
         sharded = parameters == "fsdp" or (parameters == "zero1" and name.startswith("opt_state/"))
-        spec = partition(name, leaf.shape, mesh.shape["data"], replicated) if sharded else P()
+        spec = partition(name, leaf.shape, shards, replicated) if sharded else P()
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, state)

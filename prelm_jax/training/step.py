@@ -12,9 +12,10 @@ import numpy as np
 import optax
 from jax import Array
 from jax.sharding import PartitionSpec as P
+from jax.sharding import Sharding
 
 from prelm_jax.training.contract import Batch, Layout, Model, OptimizerConfig, Params, Predictor, Sums
-from prelm_jax.training.parameters import path_name
+from prelm_jax.training.parameters import matches, path_name
 from prelm_jax.training.sharding import Tree, state_sharding
 
 Totals = dict[str, tuple[float, float]]  # by name a sum and its weight, as `Sums`, on the host
@@ -75,7 +76,7 @@ def fresh_carry(model: Model, batch_size: int, mesh: jax.sharding.Mesh) -> Param
 
 
 def _with_shardings(model: Model, shapes: Tree, mesh: jax.sharding.Mesh, parameters: str) -> Tree:
-    shardings = state_sharding(shapes, mesh, parameters, model.replicated)
+    shardings = state_sharding(shapes, mesh, parameters, model.replicated, model.tables)
     return jax.tree.map(lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y), shapes, shardings)
 
 
@@ -135,6 +136,11 @@ def make_train_step(
     update = transformation(model, optimizer, state.params).update
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
+    def in_step(path: tuple[object, ...], param: jax.ShapeDtypeStruct) -> Sharding | P:
+        return param.sharding if matches(model.tables, path_name(path)) else P()
+
+    shardings_in_step = jax.tree_util.tree_map_with_path(in_step, state.params)
+
     def objective(params: Params, carry: Params, batch: Batch, weights: dict[str, Array], key: Array):
         losses, metrics, carry = model.loss(params, carry, batch, key, True)
         total = sum(model.coefficients[name] * _mean(x, weights[name]) for name, (x, _) in losses.items())
@@ -172,8 +178,9 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Array]]:
         weights = model.weights(batch)
         key = jax.random.fold_in(key, state.step)
-        # Gathers each sharded parameter when it is needed; left to itself, XLA would shard the activations instead.
-        gathered = jax.lax.with_sharding_constraint(state.params, P())
+        # Gathers each sharded parameter when it is needed, but for tables; left to itself, XLA would shard the
+        # activations instead.
+        gathered = jax.lax.with_sharding_constraint(state.params, shardings_in_step)
         sums, carry, grads = gradients(gathered, state.carry, batch, weights, key)
         updates, opt_state = update(grads, state.opt_state, state.params)
         params = cast(Params, optax.apply_updates(state.params, updates))

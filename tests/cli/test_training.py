@@ -49,9 +49,12 @@ def test_prepare_prints_statistics_of_the_corpus(folder, tmp_path, capsys):
     main(["prepare", *(argument for argument in arguments)])
     table = capsys.readouterr().out
     assert table in printed
-    for name in ("documents of one sentence", "sentences of one token"):
+    record = json.loads((tmp_path / "run" / "run.json").read_text())["statistics"]
+    for name, of in (("documents of one sentence, %", "documents"), ("sentences of one token, %", "sentences")):
         (row,) = [line for line in table.splitlines() if name in line]
-        assert sum(map(int, re.findall(r"(\d+) \(\d+\.\d%\)", row))) == 1
+        shares = record[name]
+        assert [float(x) for x in re.findall(r"\d+\.\d", row)] == shares
+        assert round(sum(x * number for x, number in zip(shares, record[of], strict=True))) == pytest.approx(100, abs=2)
     main(["prepare", *arguments, "--errors", "replace", "--held-out", "0.5"])  # A new store: printed once, too.
     assert "documents" not in capsys.readouterr().err
     counts = next(line for line in table.splitlines() if re.match(r"\W*documents\b", line))

@@ -70,7 +70,7 @@ def test_a_lower_cased_elmo_reads_lower_case():
 def test_token_types_begin_with_the_second_text():
     frame = make_frame("bert")
     rows, _, _ = frame.frame([example("the cat", "a dog"), example("the")], "label")
-    batch = frame.batch(rows, slice(0, 2), 8, 1, 1)
+    batch = frame.batch([[row] for row in rows], slice(0, 2), 8, 1, 1)
     np.testing.assert_array_equal(batch["token_types"][:, 0], [[0, 0, 0, 0, 1, 1, 1, 0], [0] * 8])
     np.testing.assert_array_equal(batch["segments"][:, 0], [[1, 1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0, 0]])
     np.testing.assert_array_equal(batch["positions"][1, 0], np.arange(8))
@@ -96,18 +96,38 @@ def test_labels_are_numbers_of_names():
 
     def label(kind, value):
         (row,), _, _ = frame.frame([Example("0", (("a",), ("b",))[: 2 if kind == "choice" else 1], value)], kind, names)
-        return frame.batch([row], slice(0, 1), 8, len(row.texts), 1)
+        return frame.batch([[row]], slice(0, 1), 8, len(row.texts), 1)
 
     for kind, value, expected, dtype in (
-        ("label", "yes", [1], np.int32),
-        ("labels", ("yes",), [[0, 1]], np.float32),
-        ("number", 2.5, [2.5], np.float32),
-        ("choice", 1, [1], np.int32),
+        ("label", "yes", [[1]], np.int32),
+        ("labels", ("yes",), [[[0, 1]]], np.float32),
+        ("number", 2.5, [[2.5]], np.float32),
+        ("choice", 1, [[1]], np.int32),
     ):
         batch = label(kind, value)
         np.testing.assert_array_equal(batch["labels"], expected)
-        assert batch["labels"].dtype == dtype and batch["label_weights"].tolist() == [1.0]
+        assert batch["labels"].dtype == dtype and batch["label_weights"].tolist() == [[1.0]]
     assert "labels" not in label("label", None)
+
+
+def test_the_examples_of_a_group_share_a_row():
+    """Each is a segment with positions of its own; its texts begin at the same position of their rows."""
+    frame = make_frame("bert")
+    pairs = [example("the cat", "a dog", label="x"), example("the", label="y"), example("a big cat", label="x")]
+    rows, _, _ = frame.frame(pairs, "label", "xy")
+    batch = frame.batch([rows[:2], rows[2:]], slice(0, 2), 12, 1, 3)
+    np.testing.assert_array_equal(batch["segments"][:, 0], [[1] * 7 + [2] * 3 + [0] * 2, [1] * 5 + [0] * 7])
+    np.testing.assert_array_equal(batch["positions"][0, 0], [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4])
+    np.testing.assert_array_equal(batch["token_types"][0, 0], [0, 0, 0, 0, 1, 1, 1] + [0] * 5)
+    np.testing.assert_array_equal(batch["tokens"][0, 0, :10], np.concatenate([row.texts[0].ids for row in rows[:2]]))
+    np.testing.assert_array_equal(batch["read_positions"][:, 0], [[0, 7, -1], [0, -1, -1]])
+    np.testing.assert_array_equal(batch["labels"], [[0, 1, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(batch["label_weights"], [[1, 1, 0], [1, 0, 0]])
+    options = [Example("0", (("a", "the cat"), ("a big cat", "dog")), 1), Example("1", (("a", "dog"),), 0)]
+    rows, _, _ = frame.frame(options, "choice")
+    batch = frame.batch([rows], slice(0, 1), 16, 2, 2)
+    np.testing.assert_array_equal(batch["segments"][0], [[1] * 6 + [0, 2, 2, 2, 2, 2] + [0] * 4, [1] * 7 + [0] * 9])
+    np.testing.assert_array_equal(batch["read_positions"][0], [[0, 7], [0, -1]])
 
 
 # Tags
@@ -116,15 +136,17 @@ SENTENCE = ("the", "unseen", "cat", "xyz", "a", "dog")
 
 
 @pytest.mark.parametrize("family", FRAMES)
-def test_a_tag_is_read_at_the_first_token_of_its_word(family):
+def test_a_tag_is_read_at_one_token_of_its_word(family):
+    """The first; of a GPT the last, because the others have not seen the end of the word."""
     frame = make_frame(family)
     tags = ("O", "B", "O", "B", "O", "O")
     (row,), _, _ = frame.frame([example(SENTENCE, label=tags)], "tags", ("B", "O"))
     tokens = read(frame, row.texts[0]).split()
-    starts = [tokens[position] for position in row.texts[0].read]
-    for word, token in zip(SENTENCE, starts, strict=True):
-        assert token in (word, word[0], f"{word}</w>", "[UNK]", "<unk>"), (word, token)
-    batch = frame.batch([row], slice(0, 1), 32, 1, 32)
+    places = [tokens[position] for position in row.texts[0].read]
+    for word, token in zip(SENTENCE, places, strict=True):
+        end = f"{word[-1]}</w>" if family == "openai-gpt" else word[0]
+        assert token in (word, end, f"{word}</w>", "[UNK]", "<unk>"), (word, token)
+    batch = frame.batch([[row]], slice(0, 1), 32, 1, 32)
     assert batch["labels"][0, :7].tolist() == [1, 0, 1, 0, 1, 1, 0] and batch["label_weights"].sum() == 6
     assert (batch["read_positions"][0, 0, 6:] == -1).all() and (batch["read_positions"][0, 0, :6] > 0).all()
 
@@ -249,7 +271,7 @@ def test_elmo_has_the_characters_of_the_distinct_words_of_all_rows():
     frame = make_frame("elmo", 512)
     rows, _, _ = frame.frame([example("the cat sees the dog"), example("a dog"), example("new words")], "label")
     width = frame.fitting_width(rows, 1)
-    whole, part = (frame.batch(rows, own, width, 1, 1) for own in (slice(0, 3), slice(1, 2)))
+    whole, part = (frame.batch([[row] for row in rows], own, width, 1, 1) for own in (slice(0, 3), slice(1, 2)))
     np.testing.assert_array_equal(whole["characters"], part["characters"])
     assert len(whole["characters"]) % 128 == 0
     words = spelled(part["characters"])
@@ -264,4 +286,4 @@ def test_elmo_takes_a_wider_batch_for_more_distinct_words():
     rows, _, _ = frame.frame([example(text) for text in texts], "label")
     assert frame.fitting_width(rows[:8], 1) == 64  # 232 words and 2 in 8 · 32 positions.
     assert frame.fitting_width([rows[0]] * 8, 1) == 32
-    assert len(frame.batch(rows[:8], slice(0, 8), 64, 1, 1)["characters"]) == 512
+    assert len(frame.batch([[row] for row in rows[:8]], slice(0, 8), 64, 1, 1)["characters"]) == 512

@@ -5,10 +5,12 @@ from itertools import combinations
 import numpy as np
 import pytest
 import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from prelm_jax.data.examples import Example
 from prelm_jax.data.frames import BertFrame, ELMoFrame
-from prelm_jax.data.tasks import WIDTHS, TaskBatches, TaskEvaluation, balanced, best_widths, weighted
+from prelm_jax.data.tasks import WORTH, TaskBatches, TaskEvaluation, balanced, best_num_rows, best_widths, weighted
 
 
 def make(kind=BertFrame, number=7):
@@ -41,9 +43,9 @@ def test_a_part_of_a_batch_is_that_of_the_whole(kind):
                 np.concatenate([part[name] for part in parts]) if batches.layout[name] == "rows" else parts[1][name]
             )
             np.testing.assert_array_equal(joined, x)
-        assert whole["labels"].tolist() == batches.numbers(step).tolist()
+        assert whole["labels"][:, 0].tolist() == batches.numbers(step).tolist()
         longest = max(rows[number].length for number in batches.numbers(step))
-        assert whole["segments"].shape == (4, 1, next(width for width in (32, 48, 64) if width >= longest))
+        assert whole["segments"].shape == (4, 1, next(width for width in batches.widths if width >= longest))
 
 
 @pytest.mark.parametrize("kind", [BertFrame, ELMoFrame])
@@ -54,7 +56,7 @@ def test_no_batch_is_larger_than_the_largest(kind):
         shapes = [{name: x.shape for name, x in batches[step].items()} for step in range(7)]
         largest = {name: x.shape for name, x in batches.largest().items()}
         assert largest in shapes and all(shape["segments"] <= largest["segments"] for shape in shapes)
-        assert largest["segments"] == (batch_size, 1, 64)
+        assert largest["segments"] == (batch_size, 1, 56)
 
 
 def test_evaluation_has_each_row_once_by_length():
@@ -64,9 +66,9 @@ def test_evaluation_has_each_row_once_by_length():
     seen = [evaluation.numbers(step)[: evaluation.num_real(step)] for step in range(2)]
     assert np.concatenate(seen).tolist() == [2, 6, 0, 3, 4, 5, 1]
     last = evaluation[1]
-    assert last["label_weights"].tolist() == [1, 1, 1, 0] and evaluation[0]["label_weights"].sum() == 4
-    assert [evaluation[step]["segments"].shape[-1] for step in range(2)] == [32, 64]
-    np.testing.assert_array_equal(evaluation.rows(1, 2, 4)["label_weights"], [1, 0])
+    assert last["label_weights"].tolist() == [[1], [1], [1], [0]] and evaluation[0]["label_weights"].sum() == 4
+    assert [evaluation[step]["segments"].shape[-1] for step in range(2)] == [24, 56]
+    np.testing.assert_array_equal(evaluation.rows(1, 2, 4)["label_weights"], [[1], [0]])
 
 
 def test_balanced_labels_weigh_the_same_together():
@@ -89,18 +91,55 @@ def test_balanced_labels_weigh_the_same_together():
     np.testing.assert_allclose(batch["label_weights"].sum(), 3 * 10 / 4, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("longest", "batch_size"), [(512, 8), (512, 1), (100, 8), (20, 4)])
-def test_the_widths_pad_the_least(longest, batch_size):
-    """Less than any other six widths that begin with multiples of 16, in batches drawn at random."""
-    rng = np.random.default_rng(0)
-    lengths = np.minimum(rng.geometric(1 / 40, 5000) + 2, longest)
-    widths = best_widths(lengths.tolist(), batch_size, longest)
-    assert len(widths) <= 6 and widths[-1] == longest and sorted(set(widths)) == list(widths)
-    batch_longest = rng.choice(lengths, (20_000, batch_size)).max(1)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=30), st.integers(8, 14))
+def test_the_widths_pad_the_least(needed, widest):
+    """Any other six, the last of which holds the widest batch there may be, cost as much or more; each has a price."""
+    needed = [min(each, widest) for each in needed]
+    widths = best_widths(needed, widest)
+    assert len(widths) <= 6 and widths[-1] == widest and sorted(set(widths)) == list(widths)
 
-    def mean(widths):
-        return np.array(widths)[np.searchsorted(widths, batch_longest)].mean()
+    def cost(widths):
+        used = widths if widths[-1] in needed else widths[:-1]
+        return np.array(widths)[np.searchsorted(widths, needed)].sum() + WORTH * sum(needed) * len(used)
 
-    known = [width for width in WIDTHS if width < longest]
-    others = [(*each, longest) for number in range(min(6, 1 + len(known))) for each in combinations(known, number)]
-    assert mean(widths) <= min(map(mean, others)) * 1.002
+    others = sorted(set(needed) - {widest})
+    least = min(
+        cost((*some, widest)) for number in range(min(5, len(others)) + 1) for some in combinations(others, number)
+    )
+    assert cost(widths) <= least * (1 + 1e-9)
+
+
+# Packing
+
+
+@given(st.lists(st.integers(1, 40), min_size=5, max_size=30), st.sampled_from([2, 4]))
+@settings(max_examples=30)
+def test_packed_batches_have_the_rows_of_those_that_are_not(counts, num_rows):
+    """Each row of the batch once, whatever the lengths, in the same shapes on any number of hosts."""
+    frame, names = BertFrame(tiny.tokenizer("bert"), 48), [str(i) for i in range(len(counts))]
+    examples = [Example(name, ((" ".join(["cat"] * n),),), name) for name, n in zip(names, counts, strict=True)]
+    rows = frame.frame(examples, "label", names).rows
+    packed, plain = (TaskBatches(frame, rows, 8, 0, number) for number in (num_rows, None))
+    assert packed.batch_size == num_rows and len(packed.widths) <= 6
+    for step in range(4):
+        batch, expected = packed[step], plain[step]
+        assert batch["segments"].shape == (num_rows, 1, packed.width(step))
+        found = batch["labels"][batch["label_weights"] > 0]
+        assert sorted(found) == sorted(expected["labels"][:, 0])
+        read = batch["read_positions"][:, 0]
+        np.testing.assert_array_equal(read >= 0, batch["label_weights"] > 0)
+        segments = np.take_along_axis(batch["segments"][:, 0], read, 1)
+        assert (segments == np.arange(1, read.shape[1] + 1))[read >= 0].all()
+        assert (batch["segments"] > 0).sum() == (expected["segments"] > 0).sum()
+        halves = [packed.rows(step, 0, num_rows // 2), packed.rows(step, num_rows // 2, num_rows)]
+        for name, x in batch.items():
+            np.testing.assert_array_equal(np.concatenate([half[name] for half in halves]), x)
+
+
+def test_rows_are_packed_where_that_saves_positions():
+    short, rng = np.full(1000, 13), np.random.default_rng(0)
+    varied = rng.choice([10, 12, 14, 60], 1000)
+    assert best_num_rows(short, 32, 8) == 8 and best_num_rows(short, 32, 16) == 32
+    assert best_num_rows(varied, 32, 8) == 8 and best_num_rows(varied, 32, 32) == 32
+    assert best_num_rows(np.full(1000, 512), 32, 8) == 32
+    assert best_num_rows(varied, 30, 8) == 30

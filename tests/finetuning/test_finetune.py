@@ -82,7 +82,7 @@ def trained(world, compiled):
             main(arguments(world, world / "whole", "--seeds", seeds))
         marks.append(len(compiled))
     found = [programs(compiled[a:b]) for a, b in itertools.pairwise(marks)]
-    assert found[0] == (2, 2) and max(found[2]) <= 2, "train and evaluation steps of 32 and of 48 tokens"
+    assert min(found[0]) >= 2 and max(*found[0], *found[2]) <= 6, "train and evaluation steps of several widths"
     assert found[1] == found[3] == (0, 0)
     return world / "whole"
 
@@ -361,7 +361,7 @@ def task_of(folder, family, kind, **changes):
 def test_every_kind_trains(folder, family, kind, tmp_path, compiled):
     """Two epochs, the results, and the model loaded from the work directory, which predicts the same.
 
-    The programs, a train and an evaluation step of a width, are compiled in the first epoch.
+    There are six train and six evaluation steps at most, one of each width.
     """
     marks = [len(compiled)]
     run = task_of(folder, family, kind, epochs=2, loop=LoopConfig(steps=99, mesh=MeshConfig(devices=1)))
@@ -370,7 +370,8 @@ def test_every_kind_trains(folder, family, kind, tmp_path, compiled):
         _, results = finetune.finetune(run, tmp_path / "run", seeds=1)
     (seed,) = results.seeds
     assert seed.step > 3 and all(np.isfinite(score.value) for score in seed.scores.values())
-    assert programs(compiled[marks[0] : marks[1]]) == (1, 1) and programs(compiled[marks[1] :]) == (0, 0)
+    assert min(programs(compiled[marks[0] : marks[1]])) >= 1 and max(programs(compiled[marks[0] :])) <= 6
+    assert programs(compiled[marks[1] :])[1] == 0
     found, _ = load(tmp_path / "run" / "seed-0").predict(task.dev_examples)
     predictions = read_predictions(tmp_path / "run" / "seed-0" / "predictions.jsonl")
     for each, other in zip(found, predictions, strict=True):
@@ -421,6 +422,6 @@ def test_memory_is_checked_with_the_largest_batch(world, tmp_path, monkeypatch):
     monkeypatch.setattr("prelm_jax.train.step_memory", step_memory)
     task = finetune.prepare(make(world, batch_size=2))
     widths = [finetune.TaskBatches(task.frame, task.train_rows, 2, 0).width(step) for step in range(13)]
-    assert widths[0] == 32 and max(widths) == 48
+    assert widths[0] == 24 and max(widths) == 48
     with pytest.raises(Seen, match=r"\(2, 1, 48\)"):
         finetune.finetune(make(world, batch_size=2), tmp_path / "run", seeds=1)

@@ -290,6 +290,8 @@ def inputs_of(case, head):
     }
     batch = {name: x.astype(np.int32) for name, x in integers.items()} | {"label_weights": weights}
     batch["labels"] = labels if labels.dtype == np.float32 else labels.astype(np.int32)
+    if case != "tags":  # The only label of its row.
+        batch |= {name: batch[name][:, None] for name in ("labels", "label_weights")}
 
     def theirs(x):
         return torch.tensor(x if texts > 1 else x[:, 0])

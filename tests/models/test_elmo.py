@@ -482,10 +482,17 @@ def test_a_shared_array_is_cut_over_the_devices_where_they_divide_it():
 
 
 def train(
-    steps, devices=1, parameters="replicated", accumulate=1, config=ONE_LAYER, batch=make_batch, learning_rate=0.2
+    steps,
+    devices=1,
+    parameters="replicated",
+    slices=1,
+    accumulate=1,
+    config=ONE_LAYER,
+    batch=make_batch,
+    learning_rate=0.2,
 ):
     """(losses, final state)."""
-    model, mesh = config.build(), MeshConfig(devices).build()
+    model, mesh = config.build(), MeshConfig(devices, slices=slices).build()
     optimizer = Adagrad(learning_rate, unroll_steps=LENGTH)
     with jax.set_mesh(mesh):
         abstract = abstract_state(model, optimizer, ROWS, mesh, parameters)
@@ -505,31 +512,64 @@ def one_device():
     return train(5)
 
 
-@pytest.mark.parametrize("parameters", ["replicated", "fsdp"])
-def test_a_mesh_gives_the_losses_of_one_device(one_device, parameters):
+@pytest.mark.parametrize(
+    ("parameters", "slices"), [("replicated", 1), ("fsdp", 1), pytest.param("replicated", 2, marks=pytest.mark.slow)]
+)
+def test_a_mesh_gives_the_losses_of_one_device(one_device, parameters, slices):
     """fp32, dropout on. Eight rows and sixteen words on eight devices; the states are equal too."""
-    losses, state = train(5, 8, parameters)
+    losses, state = train(5, 8, parameters, slices)
     np.testing.assert_allclose(losses[0], one_device[0][0], rtol=1e-6)
     np.testing.assert_allclose(losses, one_device[0], rtol=1e-4)
     close(state.carry, one_device[1].carry, atol=1e-4)
     cell, kernel = state.carry["forward"]["layer_0"]["cell"], state.params["forward"]["layer_0"]["kernel"]
     assert cell.addressable_shards[0].data.shape == (1, CONFIG.hidden_size)
     assert kernel.addressable_shards[0].data.size * (8 if parameters == "fsdp" else 1) == kernel.size
+    tables = [
+        (leaf, single)
+        for (path, leaf), single in zip(
+            jax.tree_util.tree_leaves_with_path((state.params, state.opt_state)),
+            jax.tree.leaves((one_device[1].params, one_device[1].opt_state)),
+            strict=True,
+        )
+        if path_name(path).endswith("softmax/embedding")
+    ]
+    assert len(tables) == 2  # And its accumulator.
+    for table, single in tables:
+        assert table.addressable_shards[0].data.shape == (128 * slices // 8, 8)
+        close(table, single, atol=1e-4)
 
 
-def test_devices_exchange_words_and_not_vocabularies():
-    """The gradient of the softmax's table is sparse: its rows are gathered, tables are not summed."""
-    model, mesh = ONE_LAYER.build(), MeshConfig(8).build()
+@pytest.mark.slow
+def test_a_softmax_over_all_words_does_not_depend_on_the_mesh():
+    """It needs the whole of a sharded table."""
+    losses, state = train(2, 8, batch=lambda step: without_negatives(make_batch(step)))
+    expected, single = train(2, batch=lambda step: without_negatives(make_batch(step)))
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    close(state.params["softmax"], single.params["softmax"], atol=1e-5)
+
+
+def test_a_table_whose_rows_the_devices_do_not_divide_is_replicated():
+    mesh = MeshConfig(3).build()
+    state = abstract_state(ONE_LAYER.build(), Adagrad(0.2), 3, mesh, "replicated")
+    assert state.params["softmax"]["embedding"].sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("slices", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_devices_exchange_words_and_not_vocabularies(slices):
+    """Each has a part of the softmax's table, and of its gradient; only the rows that are read travel."""
+    config, mesh = dataclasses.replace(ONE_LAYER, vocab_size=200), MeshConfig(8, slices=slices).build()
+    model, rows = config.build(), 256
     optimizer = Adagrad(0.2, unroll_steps=LENGTH)
     with jax.set_mesh(mesh):
         state = abstract_state(model, optimizer, ROWS, mesh, "replicated")
-        batch = shard_batch(make_batch(), LAYOUT, mesh)
+        batch = shard_batch(make_batch(config=config), LAYOUT, mesh)
         step = make_train_step(model, optimizer, 1, LAYOUT, state)
         text = step.lower(state, batch, Keys.from_seed(0).dropout).compile().as_text()
     collectives = [line for line in text.splitlines() if re.search(r" all-(reduce|gather|to-all)(-start)?\(", line)]
-    assert "f32[128,8]" in text
+    part = f"f32[{rows * slices // 8},8]"
+    assert part in text and f"f32[{rows},8]" not in text
     assert collectives
-    assert not [line for line in collectives if "f32[128,8]" in line]
+    assert not [line for line in collectives if part in line]
 
 
 def test_accumulated_micro_batches_equal_one_batch():

@@ -17,7 +17,7 @@ from prelm_jax.formats.base import abstract_params
 from prelm_jax.models.bert import BertConfig, BertEmbeddings, BertEncoder, MaskedLMHead
 from prelm_jax.models.elmo import DIRECTIONS, ELMoConfig
 from prelm_jax.models.gpt import GPTConfig
-from prelm_jax.training.parameters import path_name
+from prelm_jax.training.parameters import matches, path_name
 
 SIZES = {"vocab_size": 37, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 16}
 CONFIGS = {
@@ -160,6 +160,13 @@ def test_declared_paths(family, attribute, expected):
         assert {
             leaf.ndim for path, leaf in zip(paths(params), jax.tree.leaves(params), strict=True) if path in matched
         } == {2}
+
+
+def test_tables_of_which_a_step_reads_few_rows(family):
+    """ELMo's softmax. A tied table is no such table: the softmax reads all of it."""
+    name, config, params = family
+    matched = [path for path in paths(params) if matches(config.build().tables, path)]
+    assert matched == (["softmax/embedding"] if name == "elmo" else [])
 
 
 # Embeddings of another width (ELECTRA)

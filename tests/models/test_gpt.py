@@ -18,7 +18,7 @@ from scipy import stats
 from prelm_jax.errors import InputError
 from prelm_jax.formats.base import abstract_params
 from prelm_jax.formats.huggingface_gpt import LAYOUT
-from prelm_jax.models import layers
+from prelm_jax.models import attention, layers
 from prelm_jax.models.cross_entropy import accurate_sum, tied_cross_entropy
 from prelm_jax.models.gpt import GPTConfig
 from prelm_jax.models.layers import normal
@@ -275,9 +275,10 @@ def test_dropout_is_where_gpt_1_has_it(params, monkeypatch):
     @jax.jit
     def keys():
         collected = []
-        monkeypatch.setattr(
-            layers, "_dropout", lambda x, rate, key: (collected.append((jax.random.key_data(key), x)), x)[1]
-        )
+        for module in (layers, attention):
+            monkeypatch.setattr(
+                module, "dropout", lambda x, rate, key: (collected.append((jax.random.key_data(key), x)), x)[1]
+            )
         GPT.loss(params, {}, make_batch(), jax.random.key(0), True)
         return collected
 

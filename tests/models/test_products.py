@@ -120,7 +120,7 @@ def test_a_task_computes_in_the_same_dtype_where_it_is_trained_and_where_it_is_e
     model = TaskModelConfig(MODELS["bert"], Label(7)).build(dtype)
     params = jax.eval_shape(model.init_params, jax.random.key(0))
     texts = dict.fromkeys(("tokens", "token_types", "positions", "segments"), ONES[:, None])
-    labels = {"labels": jnp.ones(4, jnp.int32), "label_weights": jnp.ones(4)}
+    labels = {"labels": jnp.ones((4, 1), jnp.int32), "label_weights": jnp.ones((4, 1))}
     batch = texts | labels | {"read_positions": jnp.zeros((4, 1, 1), jnp.int32)}
 
     def loss(params, batch):

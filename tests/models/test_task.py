@@ -68,14 +68,15 @@ def examples(head):
     return kind, found
 
 
-def make_batch(family, head, rows=slice(0, 4), width=None, copies=1):
+def make_batch(family, head, rows=slice(0, 4), width=None, copies=1, group=1):
     kind, found = examples(head)
     frame_class = find_family({"bert": "bert"}.get(family, family), "test").frame
     frame = frame_class(frame_class.task_tokenizer(tiny.tokenizer(family)), 32)
     framed = frame.frame(found, kind, ("a", "b")).rows * copies
     texts = max(len(row.texts) for row in framed)
     width = width or frame.fitting_width(framed, texts)
-    return frame.batch(framed, rows, width, texts, width if kind == "tags" else 1), frame
+    groups = [framed[i : i + group] for i in range(0, len(framed), group)]
+    return frame.batch(groups, rows, width, texts, width if kind == "tags" else group), frame
 
 
 def random_params(config, seed=0):
@@ -160,14 +161,14 @@ def test_losses_are_those_of_their_formulas():
         config = task("bert", head)
         model, params = config.build(), random_params(config)
         batch, _ = make_batch("bert", head)
-        batch["label_weights"] = np.array([1, 2, 0.5, 0], np.float32)
+        batch["label_weights"] = np.array([[1], [2], [0.5], [0]], np.float32)
         (loss, weight), outputs = jax.jit(
             lambda params, batch, model=model: (
                 model.loss(params, {}, batch, jax.random.key(0), False)[0]["label_loss"],
                 model.predict(params, {}, batch),
             )
         )(params, batch)
-        scores, labels, weights = np.asarray(outputs["scores"]), batch["labels"], batch["label_weights"]
+        scores, labels, weights = (np.asarray(outputs["scores"]), batch["labels"][:, 0], batch["label_weights"][:, 0])
         if head == "label":
             expected = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
         elif head == "labels":
@@ -178,6 +179,45 @@ def test_losses_are_those_of_their_formulas():
             ends = [optax.softmax_cross_entropy_with_integer_labels(scores[..., i], labels[:, i]) for i in range(2)]
             expected = sum(ends) / 2
         np.testing.assert_allclose(loss / weight, (expected * weights).sum() / weights.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "symmetric"),
+    [
+        ("bert", "tags", False),
+        ("openai-gpt", "label", False),
+        pytest.param("bert", "labels", False, marks=pytest.mark.slow),
+        pytest.param("bert", "choice", False, marks=pytest.mark.slow),
+        pytest.param("openai-gpt", "number", True, marks=pytest.mark.slow),
+    ],
+)
+def test_packed_examples_have_the_losses_that_they_have_alone(family, head, symmetric):
+    """And the same gradients: two rows of all four examples, the texts of which are of several lengths."""
+    config = task(family, head, lm_coefficient=0.5 if family == "openai-gpt" else 0.0)
+    model, params = config.build(), random_params(config)
+    kind, found = examples(head)
+    frame_class = find_family(family, "test").frame
+    frame = frame_class(frame_class.task_tokenizer(tiny.tokenizer(family)), 32, symmetric)
+    rows = frame.frame(found, kind, ("a", "b")).rows
+    texts, words = max(len(row.texts) for row in rows), kind == "tags"
+    assert texts == (2 if head == "choice" or symmetric else 1) and len({row.length for row in rows}) > 2
+    alone = frame.batch([[row] for row in rows], slice(None), 32, texts, 32 if words else 1)
+    packed = frame.batch([[rows[2]], [rows[3], rows[0], rows[1]]], slice(None), 80, texts, 80 if words else 4)
+
+    @jax.jit
+    def losses_and_gradients(params, batch):
+        def loss(params):
+            sums, metrics, _ = model.loss(params, {}, batch, jax.random.key(0), False)
+            return sum(total for total, _ in sums.values()), (sums, metrics)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    (gradients, found), (expected_gradients, expected) = (
+        losses_and_gradients(params, batch) for batch in (packed, alone)
+    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), found, expected)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), gradients, expected_gradients)
+    assert float(expected[0]["label_loss"][1]) > 0
 
 
 def test_the_loss_of_next_tokens_is_a_mean_over_rows():
@@ -204,14 +244,15 @@ def test_the_loss_of_next_tokens_is_a_mean_over_rows():
 
 
 @pytest.mark.slow
-def test_eight_devices_do_as_one():
-    """The first step of an ELMo: rows over devices, the characters of words on all of them, the same dropout."""
-    family, head = "elmo", "pair"
+@pytest.mark.parametrize(("family", "head"), [("elmo", "pair"), ("bert", "label")])
+def test_eight_devices_do_as_one(family, head):
+    """The first step: rows over devices, a BERT's of two examples each, ELMo's characters on all, the same dropout."""
     config = task(family, head)
     model, optimizer, parts = config.build(), AdamW(1e-3, 0, 10), []
     for devices in (1, 8):
         mesh = MeshConfig(devices=devices).build()
-        batch, frame = make_batch(family, head, rows=slice(0, 8), width=32, copies=2)
+        packed = {"width": 48, "copies": 4, "group": 2} if family == "bert" else {"width": 32, "copies": 2}
+        batch, frame = make_batch(family, head, rows=slice(0, 8), **packed)
         layout = frame.layout(batch)
         with jax.set_mesh(mesh):
             abstract = abstract_state(model, optimizer, 8, mesh, "replicated")

@@ -1,11 +1,15 @@
 """Costs and collectives read from compiled programs agree with XLA's analysis of the same work without loops."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from prelm_jax.models.lstm import lstm
 from prelm_jax.planning.hlo import Collective, Program
 from prelm_jax.training.sharding import MeshConfig
 
@@ -139,3 +143,114 @@ ENTRY %main (c: (s32[], f32[8])) -> (s32[], f32[8]) {{
 }}
 """
     assert Program(text).collectives() == [Collective("all-reduce", 2, runs, runs * 8 * 4)]
+
+
+class Counting(np.ndarray):
+    """An array that counts the elements that NumPy computes."""
+
+    count = 0
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **options):
+        plain = [np.asarray(x) for x in inputs]
+        options.pop("out", None)
+        result = np.asarray(getattr(ufunc, method)(*plain, **options))
+        Counting.count += plain[0].size if method == "reduce" else result.size
+        return result.view(Counting)
+
+    def __array_function__(self, function, types, arguments, options):
+        assert function is np.where
+        Counting.count += arguments[0].size
+        return np.where(*(np.asarray(x) for x in arguments)).view(Counting)
+
+
+def dropped(xp, x, index, times):
+    """Exponentials of x, normalized and then dropped by a hash of their indices; `times` times."""
+    for _ in range(times):
+        weights = xp.exp(x - x.max(-1, keepdims=True))
+        bits = index * xp.uint32(0x9E3779B1)
+        bits = (bits ^ (bits >> xp.uint32(15))) * xp.uint32(0x85EBCA6B)
+        x = xp.where(bits < xp.uint32(0x80000000), weights / weights.sum(-1, keepdims=True), 0)
+    return x
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_vector_operations_are_those_of_numpy(loop):
+    x, index = np.random.default_rng(0).normal(size=(16, 128)).astype(np.float32), np.arange(16 * 128, dtype=np.uint32)
+    index, times = index.reshape(x.shape), 3 if loop else 1
+    Counting.count = 0
+    expected = np.asarray(dropped(np, x.view(Counting), index.view(Counting), times))
+    assert Counting.count > 10 * times * x.size
+
+    @jax.jit
+    def function(x, index):
+        if loop:  # The index changes, so that its hash is no constant of the loop.
+            return jax.lax.scan(lambda x, row: (dropped(jnp, x, row, 1), None), x, jnp.stack([index] * times))[0]
+        return dropped(jnp, x, index, times)
+
+    compiled = function.lower(x, index).compile()
+    np.testing.assert_allclose(compiled(x, index), expected, rtol=1e-5)
+    # XLA also counts the trips of a loop, and adds parts of a row up in two stages.
+    assert Program(compiled.as_text()).vector_operations() == pytest.approx(Counting.count, rel=0.01)
+
+
+def test_kernels_state_their_vector_operations():
+    """As XLA for TPUs writes it, in a loop: of a kernel it knows nothing."""
+    text = """
+%body (a: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %a = (s32[], f32[8]{0}) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%a), index=1
+  %y = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"vector_operations":"123"
+}}, metadata={op_name="attention_forward"}
+  ROOT %b = (s32[], f32[8]{0}) tuple(%x, %y)
+}
+
+%more (d: (s32[], f32[8])) -> pred[] {
+  %d = (s32[], f32[8]{0}) parameter(0)
+  ROOT %true = pred[] constant(true)
+}
+
+ENTRY %main (c: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %c = (s32[], f32[8]{0}) parameter(0)
+  ROOT %loop = (s32[], f32[8]{0}) while(%c), condition=%more, body=%body, backend_config={"known_trip_count":{"n":"7"}}
+}
+"""
+    program = Program(text)
+    assert (program.vector_operations(), program.serial_products()) == (7 * 123, 7)
+
+
+def test_products_in_turn_are_those_of_a_loop_in_numpy():
+    """Forward and backward, a step of an LSTM with projection waits for two products; both directions run at once."""
+    B, T, P, E, rng = 2, 7, 4, 8, np.random.default_rng(0)
+
+    def array(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    weights = [{"kernel": array(2 * P, 4 * E), "bias": array(4 * E), "projection": array(E, P)} for _ in range(2)]
+    x, states = [array(B, T, P)] * 2, [{"cell": array(B, E), "hidden": array(B, P)}] * 2
+    expected, hidden, cell, w = 0, states[0]["hidden"], states[0]["cell"], weights[0]
+    for t in range(T):
+        i, j, f, o = np.split(x[0][:, t] @ w["kernel"][:P] + hidden @ w["kernel"][P:] + w["bias"], 4, axis=1)
+        cell = np.clip(cell / (1 + np.exp(-f - 1)) + np.tanh(j) / (1 + np.exp(-i)), -3, 3)
+        hidden = np.clip(np.tanh(cell) / (1 + np.exp(-o)) @ w["projection"], -3, 3)
+        expected += 2  # With the hidden state, and with its projection; that of x waits for nothing.
+
+    forward = jax.jit(partial(lstm, cell_clip=3.0, projection_clip=3.0))
+    np.testing.assert_allclose(forward(weights, x, states)[1][0]["hidden"], hidden, atol=1e-5)
+    assert Program(forward.lower(weights, x, states).compile().as_text()).serial_products() == expected
+    both = jax.jit(jax.grad(lambda *arguments: sum(y.sum() for y in lstm(*arguments, 3.0, 3.0)[0])))
+    assert Program(both.lower(weights, x, states).compile().as_text()).serial_products() == 2 * expected
+
+
+def test_products_of_few_rows_fill_a_matrix_unit_as_many_would():
+    """24 rows take as long as 128, and a head of 64 as one of 128."""
+    rows, weights = jnp.ones((24, 256)), jnp.ones((256, 512))
+    heads = jnp.ones((6, 200, 64))
+
+    def compiled(function, *arguments):
+        return Program(jax.jit(function).lower(*arguments).compile().as_text())
+
+    assert compiled(jnp.matmul, rows, weights).padding(128) == 2 * (128 - 24) * 256 * 512
+    scores = compiled(lambda x: jnp.einsum("NTH,NSH->NTS", x, x), heads)
+    assert scores.padding(128) == 2 * 6 * 200 * 200 * (128 - 64)
+    assert compiled(jnp.matmul, rows, weights).padding(1) == 0

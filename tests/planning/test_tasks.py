@@ -21,7 +21,7 @@ from prelm_jax.training.sharding import MeshConfig
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Three epochs of 20 texts, one in ten of them longer than 32 tokens."""
+    """Three epochs of 20 texts of 8 tokens, but one in ten of 47."""
     folder, rng = tmp_path_factory.mktemp("task"), random.Random(0)
     lines = [f"{' '.join(rng.choices(tiny.WORDS, k=45 if i % 10 == 3 else 6))}\t{'ab'[i % 2]}\n" for i in range(20)]
     (folder / "train.tsv").write_text("text\tlabel\n" + "".join(lines))
@@ -32,10 +32,10 @@ def run(tmp_path_factory):
 
 
 def test_the_work_of_a_plan_is_the_widest_batch(run):
-    (scheduled, work), task = task_work(run), prepare(run)
+    (scheduled, work), task = task_work(run, 2), prepare(run)
     batches = TaskBatches(task.frame, task.train_rows, 4, 0)
     widths = [batches[step]["tokens"].shape[-1] for step in range(5)]
-    assert set(widths) == {32, 48} and scheduled.loop.steps == 15
+    assert set(widths) == {8, 48} and scheduled.loop.steps == 15
     assert work(4).batch["tokens"].shape == (4, 1, 48) and work(2).batch["tokens"].shape == (2, 1, 48)
     assert work(4).fill == pytest.approx(np.mean(widths) / 48)
 
@@ -69,5 +69,5 @@ def test_a_dry_run_times_both_widths_and_counts_all_seeds(run, tmp_path, monkeyp
     (found,), task = rehearsals, prepare(run)
     assert (found.steps, found.seeds, found.parameters) == (15, 3, parameters(task))
     assert found.corpus_tokens == sum(row.length for row in task.train_rows) and found.passes == pytest.approx(3)
-    assert "20 examples" in found.reading and "48 tokens" in found.reading and "32 tokens" in found.reading
+    assert "20 examples" in found.reading and "48 tokens" in found.reading and ", 8 tokens" in found.reading
     assert 3600 * found.hours == pytest.approx(found.compile_seconds + 45 * found.step_seconds)

@@ -1,14 +1,19 @@
 """BabyLM's predictions, scored as its scorer does, against our own numbers."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+import tiny
 from study_subjects import WordSubject
 
+from prelm_jax.cli.main import main
 from prelm_jax.errors import InputError
+from prelm_jax.pretraining import pretrain
 from prelm_jax.study import babylm, records, statistics
 from prelm_jax.study.pairs import Pair, PairsTest
+from prelm_jax.study.scores import read_results
 from prelm_jax.study.study import study
 
 
@@ -69,3 +74,29 @@ def test_what_babylm_needs():
         babylm.check([PairsTest("blimp", pair, limit=3)])
     with pytest.raises(InputError, match="--tests blimp or supplement"):
         babylm.check([PairsTest("zorro", pair)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bert", "openai-gpt", "elmo"])
+def test_the_file_of_each_family(family, tmp_path):
+    """Scored by BabyLM's rules it has the number that the page gives if ties are right."""
+    rng = np.random.default_rng(0)
+    words = np.array(["the", "a", "cat", "dog", "sees", "see", "red"])
+    data = {}
+    for name, number in (("one", 6), ("two", 20)):
+        texts = [(" ".join(rng.choice(words, 4)), " ".join(rng.choice(words, 4))) for _ in range(number)]
+        texts += [(text, text) for text, _ in texts[:5]]  # Ties.
+        data[name] = [{"sentence_good": good, "sentence_bad": bad} for good, bad in texts]
+        (tmp_path / "blimp").mkdir(exist_ok=True)
+        (tmp_path / "blimp" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in data[name]))
+    (tmp_path / "corpus.txt").write_text(tiny.text(0))
+    run = dataclasses.replace(tiny.FAMILIES[family](), corpus=(str(tmp_path / "corpus.txt"),), held_out=0.0)
+    model, output = tmp_path / "run", tmp_path / "records"
+    pretrain(tiny.with_loop(run, steps=2), model)
+    options = ["--tests", "blimp", "--pairs", "0", "--data", str(tmp_path), "--babylm", str(tmp_path / "predictions")]
+    main(["study", str(model), *options, "--output", str(output)])
+    (file,) = (tmp_path / "predictions").iterdir()
+    found = read_results([output])
+    score = found.score(found.models[0], found.columns[0])
+    assert score.ties == 10 / 36 and score.ties_right > score.value
+    assert scored(json.loads(file.read_text())["blimp"], data) == pytest.approx(score.ties_right)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from prelm_jax.cli.experiments import load_run
+from prelm_jax.errors import InputError
 from prelm_jax.training.parameters import path_name
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "comparison.py"
@@ -63,6 +64,17 @@ def test_a_branch_continues_the_rate_of_its_trunk(comparison):
 def test_marks_are_babylms_or_tenths(comparison):
     assert comparison.marks(10_000_000) == [1_000_000 * n for n in (*range(1, 11), 20)]
     assert comparison.marks(1_000_000) == [100_000 * n for n in range(1, 11)]
+
+
+def test_another_text_or_budget_needs_another_output(comparison, tmp_path):
+    """What was trained for other options would be taken for these."""
+    first = argparse.Namespace(output=tmp_path / "x", corpus=["a"], corpus_words=None, words=10, small=True, options=[])
+    for _ in range(2):
+        comparison.check_settings(first)
+    for changed in ({"words": 20}, {"corpus": ["b"]}, {"small": False}, {"corpus_words": 5}, {"options": ["seed=1"]}):
+        name = next(iter(changed)).replace("_", "-")
+        with pytest.raises(InputError, match=f"{tmp_path / 'x'}.*--{name}.*--output"):
+            comparison.check_settings(argparse.Namespace(**vars(first) | changed))
 
 
 @pytest.fixture

@@ -5,7 +5,10 @@ import pytest
 import tiny_subjects
 from tiny_subjects import lines
 
-from prelm_jax.study import geometry, probes
+from prelm_jax.study import geometry
+from prelm_jax.study.base import Settings
+from prelm_jax.study.tests import make_test
+from prelm_jax.study.treebank import SENTENCES, TREEBANK
 
 
 def cosine(a, b):
@@ -61,10 +64,10 @@ def test_random_pairs():
 
 @pytest.fixture
 def data(tmp_path):
-    folder = tmp_path / probes.TREEBANK
+    folder = tmp_path / TREEBANK
     folder.mkdir()
     rng = np.random.default_rng(0)
-    for split in probes.SENTENCES:
+    for split in SENTENCES:
         text = ""
         for _ in range(40):
             words = [f"w{'abcdefgh'[rng.integers(8)]}" for _ in range(rng.integers(3, 8))]
@@ -75,7 +78,7 @@ def data(tmp_path):
 
 def test_selfsim(data):
     """Without context a word is always the same; with it, it is not, but more so than random words."""
-    found = lines(geometry.TESTS["selfsim"](data, "").measure(tiny_subjects.contextual()))
+    found = lines(make_test("selfsim", Settings(data)).measure(tiny_subjects.contextual()))
     means = {line: np.mean(values) for line, values in found.items()}
     assert means["", 0] == pytest.approx(1, abs=1e-3) == means["standardized", 0]
     assert means["baseline", 1] < means["", 1] < 0.98
@@ -84,10 +87,10 @@ def test_selfsim(data):
 
 def test_cka_of_layers(data):
     subject, other = tiny_subjects.contextual(), tiny_subjects.static("runs/other")
-    values = {row.item: row.value for row in geometry.cka_test(data, None).measure(subject)}
+    values = {row.item: row.value for row in geometry.CKA(data / TREEBANK).measure(subject)}
     assert values["0 0"] == pytest.approx(1) == values["1 1"] and values["0 1"] == pytest.approx(values["1 0"])
     assert 0.3 < values["0 1"] < 0.95
-    test = geometry.cka_test(data, other)
+    test = geometry.CKA(data / TREEBANK, other)
     values = {row.item: row.value for row in test.measure(subject)}
     assert values["0 0"] == pytest.approx(1) and set(values) == {"0 0", "1 0"}
     assert test.name == "cka:runs/other" and test.settings["other"] == other.origin.model

@@ -7,7 +7,9 @@ import pytest
 import tiny_subjects
 
 from prelm_jax.study.annotations import folder
-from prelm_jax.study.neighbors import TESTS, Occurrence
+from prelm_jax.study.base import Settings
+from prelm_jax.study.neighbors import Occurrence, queries
+from prelm_jax.study.tests import make_test
 
 
 def conllu(sentences: list[str]) -> str:
@@ -27,7 +29,7 @@ def data(tmp_path) -> Path:
     text = conllu(
         [
             "The/DET left/ADJ bank/NOUN of/ADP the/DET river/NOUN",
-            "A/DET bank/NOUN lends/VERB money/NOUN",
+            *["A/DET bank/NOUN lends/VERB money/NOUN"] * 2,  # One neighbor.
             "A/DET set/NOUN of/ADP money/NOUN",
             "They/PRON set/VERB the/DET river/NOUN",
         ]
@@ -46,7 +48,7 @@ def test_neighbors_follow_the_context(data):
         river = np.full(4, 103.0 if "river" in words else 97.0)
         return np.stack([np.concatenate([tiny_subjects.word_vector(word.lower(), 12), river]) for word in words])[None]
 
-    rows = list(TESTS["neighbors"](data, "").measure(tiny_subjects.Embedding(embed, 1)))
+    rows = list(make_test("neighbors", Settings(data)).measure(tiny_subjects.Embedding(embed, 1)))
     first = {row.item.split(" ⇒ ")[0]: row.item.split(" ⇒ ")[1] for row in reversed(rows)}
     assert first["a [bank] with money"] == "A [bank] lends money"
     assert first["by the river a [bank]"] == "The left [bank] of the river"
@@ -64,7 +66,7 @@ def test_long_sentences_are_cut():
 
 @pytest.mark.slow
 def test_the_published_data_has_the_senses(real_data):
-    test = TESTS["neighbors"](real_data / "study", "")
-    asked = test._queries()
+    test = make_test("neighbors", Settings(real_data / "study"))
+    asked = queries(test.trees["train"], test.senses)
     assert len(asked["bank"]) == 4 and all(len(asked[word]) >= 2 for word in ("set", "play", "right"))
     assert folder(real_data, "coarsewsd20").is_dir()

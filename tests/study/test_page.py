@@ -17,7 +17,9 @@ from prelm_jax.finetuning.metrics import Score
 from prelm_jax.finetuning.results import Results as Tuned
 from prelm_jax.finetuning.results import SeedResult
 from prelm_jax.study import records, statistics
-from prelm_jax.study.page import draw, short_names
+from prelm_jax.study.figures import _labels
+from prelm_jax.study.page import draw
+from prelm_jax.study.parts import short_names
 from prelm_jax.study.records import Row
 from prelm_jax.study.scores import Results, model_name, read_results
 
@@ -129,6 +131,9 @@ def test_curves_have_the_checkpoints_and_the_table_the_models(study, page):
 def test_ties_and_unknown_words_are_shown(page):
     row = next(row for row in table(page.files["details.csv"]) if row["model"].startswith("unigram"))
     assert (row["ties"], row["with unknown words"]) == ("10.0%", "10.0%") and row["score without these"]
+    assert float(row["score if ties are right"]) == pytest.approx(float(row["score"]) + 5)
+    other = next(row for row in table(page.files["details.csv"]) if (row["model"], row["test"]) == ("bert", "blimp"))
+    assert (other["ties"], other["score if ties are right"]) == ("0.0%", "")
 
 
 def test_differences_are_paired_and_named(study, page):
@@ -221,6 +226,16 @@ def test_latex(page):
 def test_short_names():
     names = ["runs/study/a/bert", "runs/study/gpt", "untrained:study:bert", "untrained:runs/study/gpt", "my-bert"]
     assert list(short_names(names).values()) == ["a/bert", "gpt", "untrained:study:bert", "untrained:gpt", "my-bert"]
+    assert short_names(["a/b", "word2vec:a/c.txt,sentences=line"]) == {
+        "a/b": "b",
+        "word2vec:a/c.txt,sentences=line": "word2vec:c.txt",
+    }
+
+
+def test_labels_of_near_constants_are_one():
+    constant = {"a": 1.0, "b": 2.0, "c": 1.1, "d": 1.5}
+    assert _labels(constant, 0.5) == [(1.5, "a, c, d"), (2.0, "b")]
+    assert _labels(constant, 0.0) == [(1.0, "a"), (1.1, "c"), (1.5, "d"), (2.0, "b")] and _labels({}, 1.0) == []
 
 
 def test_maps_have_their_data(page):

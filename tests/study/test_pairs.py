@@ -7,8 +7,14 @@ import pytest
 from study_subjects import WordSubject
 
 from prelm_jax.errors import InputError
-from prelm_jax.study import pairs, statistics
+from prelm_jax.study import statistics
+from prelm_jax.study.base import Settings
 from prelm_jax.study.pairs import Pair, PairsTest
+from prelm_jax.study.tests import make_test
+
+
+def make(name, data, limit):
+    return make_test(name, Settings(data, limit))
 
 
 def jsonl(path, *sentences, **fields):
@@ -23,10 +29,10 @@ def test_blimp_has_a_group_for_each_file(tmp_path):
     jsonl(tmp_path / "blimp" / "b.jsonl.xz", ("A cat.", "A cats."), ("The dog.", "The dogs."), UID="b")
     jsonl(tmp_path / "blimp" / "a.jsonl", ("One cat", "One cats"))
     (tmp_path / "blimp" / "README.md").write_text("no pairs")
-    test = pairs.blimp(tmp_path, 1)
+    test = make("blimp", tmp_path, 1)
     assert test.pairs == [Pair("a_0", "a", "One cat", "One cats"), Pair("b_0", "b", "A cat.", "A cats.")]
-    assert test.num_texts == 4 and test.settings == {"pairs": 1}
-    every = pairs.blimp(tmp_path, 0)
+    assert test.settings == {"pairs": 1}
+    every = make("blimp", tmp_path, 0)
     assert [pair.item for pair in every.pairs] == ["a_0", "b_0", "b_1"]
     assert every.fingerprint != test.fingerprint
 
@@ -69,14 +75,14 @@ def test_a_line_without_two_sentences_is_named(fields, complaint, tmp_path):
     with (tmp_path / "blimp" / "a.jsonl").open("a") as file:
         file.write(json.dumps(fields))
     with pytest.raises(InputError) as error:
-        pairs.blimp(tmp_path, 0)
+        make("blimp", tmp_path, 0)
     assert f"{tmp_path}/blimp/a.jsonl:2" in str(error.value) and complaint in str(error.value)
 
 
 def test_missing_data_are_named(tmp_path):
     for _ in range(2):
         with pytest.raises(InputError) as error:
-            pairs.blimp(tmp_path, 0)
+            make("blimp", tmp_path, 0)
         assert str(tmp_path / "blimp") in str(error.value) and "--data" in str(error.value)
         (tmp_path / "blimp").mkdir(exist_ok=True)
 
@@ -84,22 +90,22 @@ def test_missing_data_are_named(tmp_path):
 def test_the_supplement_and_babylm_s_folders(tmp_path):
     jsonl(tmp_path / "supplement_filtered" / "turn.jsonl", ("A: Who?\nB: Me.", "A: Who?\nB: It."))
     jsonl(tmp_path / "blimp_filtered" / "a.jsonl", ("One cat", "One cats"))
-    assert pairs.supplement(tmp_path, 0).pairs == [Pair("turn_0", "turn", "A: Who?\nB: Me.", "A: Who?\nB: It.")]
-    assert pairs.blimp(tmp_path, 0).name == "blimp"
+    assert make("supplement", tmp_path, 0).pairs == [Pair("turn_0", "turn", "A: Who?\nB: Me.", "A: Who?\nB: It.")]
+    assert make("blimp", tmp_path, 0).name == "blimp"
 
 
 def test_zorro_has_the_bad_sentence_first(tmp_path):
     (tmp_path / "zorro").mkdir()
     file = tmp_path / "zorro" / "case-subjective.txt"
     file.write_text("the wolf brought i .\ni brought the wolf .\nhe sees they .\nthey see he .\n")
-    assert [pair[:3] for pair in pairs.zorro(tmp_path, 0).pairs] == [
+    assert [pair[:3] for pair in make("zorro", tmp_path, 0).pairs] == [
         ("case-subjective_0", "case-subjective", "i brought the wolf ."),
         ("case-subjective_1", "case-subjective", "they see he ."),
     ]
     for lines, where in (("a\nb\nc\n", str(file)), ("a\nb\nc\n\n", f"{file}:4")):
         file.write_text(lines)
         with pytest.raises(InputError, match=where):
-            pairs.zorro(tmp_path, 0)
+            make("zorro", tmp_path, 0)
 
 
 def test_agreement_replaces_the_verb(tmp_path):
@@ -112,65 +118,59 @@ def test_agreement_replaces_the_verb(tmp_path):
         "0\tis\tare\t2\tIs it <eos>",
     ]
     file.write_text(header + "\n".join(rows))
-    made = pairs.agreement(tmp_path, 1).pairs
+    made = make("agreement", tmp_path, 1).pairs
     assert made == [
         Pair("linzen_0", "linzen_0", "it is .", "it are .", ("0 attractors",)),
         Pair("linzen_1", "linzen_1", "keys to the door are here", "keys to the door is here", ("2 attractors",)),
     ]
-    assert len(pairs.agreement(tmp_path, 0).pairs) == 3
+    assert len(make("agreement", tmp_path, 0).pairs) == 3
     for row in ("2\tis\tare\t0\tit is .", "9\tis\tare\t0\tit is .", "x\tis\tare\t0\tit is ."):
         file.write_text(header + row)
         with pytest.raises(InputError, match=rf"linzen\.tsv:2: word {row[0]} .*'is'"):
-            pairs.agreement(tmp_path, 0)
+            make("agreement", tmp_path, 0)
     file.write_text("position\tcorrect\twrong\n1\tis\tare\n")
     with pytest.raises(InputError, match=r"linzen\.tsv has no column `attractors`"):
-        pairs.agreement(tmp_path, 0)
+        make("agreement", tmp_path, 0)
 
 
 def test_climp_has_the_sentences_of_a_pair_in_consecutive_rows(tmp_path):
     (tmp_path / "climp-zh").mkdir()
     file = tmp_path / "climp-zh" / "binding_1000.csv"
     file.write_text(",0,1,2,3\n0,b,binding,她自己,1\n1,b,binding,他自己,0\n")
-    assert pairs.climp(tmp_path, 0).pairs == [Pair("binding_1000_0", "binding_1000", "她自己", "他自己")]
+    assert make("climp", tmp_path, 0).pairs == [Pair("binding_1000_0", "binding_1000", "她自己", "他自己")]
     file.write_text(",0,1,2,3\n0,b,binding,她自己,0\n1,b,binding,他自己,1\n")
     with pytest.raises(InputError, match=r"binding_1000\.csv:3"):
-        pairs.climp(tmp_path, 0)
+        make("climp", tmp_path, 0)
 
 
 def test_pairs_of_one_s_own(tmp_path):
     jsonl(tmp_path / "a.jsonl", ("A cat.", "A cats."), ("A dog.", "A dogs."))
     (tmp_path / "b.tsv").write_text('id\tsentence_good\tsentence_bad\n1\tSo "quoted\tbad\n')
     (tmp_path / "c.csv").write_text('sentence_bad,sentence_good\n"bad, really",good\n')
-    every = pairs.own(f"{tmp_path}/*", 0)
+    every = make(f"pairs:{tmp_path}/*", tmp_path, 0)
     assert [pair[:4] for pair in every.pairs] == [
         ("a_0", "a", "A cat.", "A cats."),
         ("a_1", "a", "A dog.", "A dogs."),
         ("b_0", "b", 'So "quoted', "bad"),
         ("c_0", "c", "good", "bad, really"),
     ]
-    one = pairs.own(f"{tmp_path}/a.jsonl", 0)
+    one = make(f"pairs:{tmp_path}/a.jsonl", tmp_path, 0)
     assert [pair.group for pair in one.pairs] == ["a_0", "a_1"] and one.name == f"pairs:{tmp_path}/a.jsonl"
     (tmp_path / "d.tsv").write_text("good\tbad\nA\tB\n")
     with pytest.raises(InputError, match=r"d\.tsv has no column `sentence_good`"):
-        pairs.own(f"{tmp_path}/d.tsv", 0)
+        make(f"pairs:{tmp_path}/d.tsv", tmp_path, 0)
     (tmp_path / "e.jsonl").write_text("\n")
     with pytest.raises(InputError, match=r"e\.jsonl: there are no pairs"):
-        pairs.own(f"{tmp_path}/e.jsonl", 0)
+        make(f"pairs:{tmp_path}/e.jsonl", tmp_path, 0)
 
 
 def test_the_real_test_sets(real_data):
     """As many paradigms as their READMEs say, and what is read of them."""
     data = real_data / "study"
-    sizes = {
-        pairs.blimp: 44_000,
-        pairs.supplement: 4773,
-        pairs.zorro: 30_000,
-        pairs.agreement: 4993,
-        pairs.climp: 11_000,
-    }
-    for read, size in sizes.items():
-        assert len(read(data, 0).pairs) == size
-    assert len(pairs.blimp(data, 100).pairs) == 4400 and len({p.group for p in pairs.blimp(data, 1).pairs}) == 44
-    (first, *_) = pairs.blimp(data, 1).pairs
+    sizes = {"blimp": 44_000, "supplement": 4773, "zorro": 30_000, "agreement": 4993, "climp": 11_000}
+    for name, size in sizes.items():
+        assert len(make(name, data, 0).pairs) == size
+    assert len(make("blimp", data, 100).pairs) == 4400 and len({p.group for p in make("blimp", data, 1).pairs}) == 44
+    (first, *_) = make("blimp", data, 1).pairs
     assert first.item == "adjunct_island_0" and first.good == "Who should Derek hug after shocking Richard?"
-    assert {pair.kinds[0] for pair in pairs.agreement(data, 1).pairs} == {f"{n} attractors" for n in range(5)}
+    assert {pair.kinds[0] for pair in make("agreement", data, 1).pairs} == {f"{n} attractors" for n in range(5)}

@@ -11,7 +11,10 @@ from tiny_subjects import Embedding, word_vector
 from prelm_jax.errors import InputError
 from prelm_jax.study import probes
 from prelm_jax.study.annotations import Tree
+from prelm_jax.study.base import Settings
 from prelm_jax.study.probes import SentenceProbe, ShiftProbe, WordProbe
+from prelm_jax.study.tests import make_test
+from prelm_jax.study.treebank import SENTENCES, TREEBANK, read_treebank
 from prelm_jax.study.vectors import States, embed
 
 pytest.importorskip("sklearn")
@@ -39,14 +42,14 @@ def write_treebank(folder: Path, seed: int = 0) -> Path:
 
 @pytest.fixture
 def treebank(tmp_path):
-    folder = tmp_path / probes.TREEBANK
+    folder = tmp_path / TREEBANK
     folder.mkdir()
     return write_treebank(folder)
 
 
 def subject_of_tags(treebank: Path) -> Embedding:
     """Layer 0 knows the word, layer 1 the tags of the treebank, layer 2 nothing."""
-    trees = [tree for part in probes.read_treebank(treebank).values() for tree in part]
+    trees = [tree for part in read_treebank(treebank).values() for tree in part]
     tags_of = {" ".join(tree.words): [TAGS.index(tag) for tag in tree.tags] for tree in trees}
     rng = np.random.default_rng(1)
 
@@ -62,7 +65,7 @@ def test_upos(treebank):
     test = WordProbe("upos", treebank)
     rows = list(test.measure(subject_of_tags(treebank)))
     lines = tiny_subjects.lines(rows)
-    number = sum(len(tree.words) for tree in probes.read_treebank(treebank)["test"])
+    number = sum(len(tree.words) for tree in read_treebank(treebank)["test"])
     assert all(len(lines[kind, layer]) == number for kind in ("", "control") for layer in range(3))
     means = {line: np.mean(values) for line, values in lines.items()}
     # Three of four words have their own tag, and a fourth of the others by chance; three standard errors.
@@ -80,7 +83,7 @@ def test_upos(treebank):
 
 def test_majority_is_that_of_each_word(treebank):
     """Against counting by hand, on the parts that the probe reads."""
-    parts = probes.read_treebank(treebank)
+    parts = read_treebank(treebank)
     count = Counter((word, tag) for tree in parts["train"] for word, tag in zip(tree.words, tree.tags, strict=True))
     right = []
     for tree in parts["test"]:
@@ -102,7 +105,7 @@ def test_control_labels():
 
 
 def test_one_label_is_an_error(tmp_path):
-    for split in probes.SENTENCES:
+    for split in SENTENCES:
         (tmp_path / f"x-{split}.conllu").write_text("1\tw\t_\tX\t_\t_\t0\troot\t_\t_\n\n")
     with pytest.raises(InputError, match="upos needs two labels"):
         list(WordProbe("upos", tmp_path).measure(tiny_subjects.static()))
@@ -111,7 +114,7 @@ def test_one_label_is_an_error(tmp_path):
 def test_treebank_without_a_part(tmp_path):
     (tmp_path / "x-train.conllu").write_text("1\tw\t_\tX\t_\t_\t0\troot\t_\t_\n\n")
     with pytest.raises(InputError, match=r"dev\.conllu"):
-        probes.read_treebank(tmp_path)
+        read_treebank(tmp_path)
 
 
 def tree(*words: tuple[str, str, int, str, str]) -> Tree:
@@ -157,7 +160,7 @@ def test_lengths_are_those_of_senteval(length, label):
 
 def test_sentences_of_other_lengths_are_left_out():
     trees = [tree(*(("w", "X", i, "dep", "") for i in range(length))) for length in (4, 5, 28, 29)]
-    examples = probes.sentence_examples(trees, lambda tree: "a")
+    examples = probes.sentence_examples(trees, "aaaa")
     assert examples.rows.tolist() == [1, 2] and examples.items == ["1", "2"]
 
 
@@ -171,14 +174,14 @@ def test_length_is_read_from_means(treebank):
     lines = tiny_subjects.lines(SentenceProbe("length", treebank).measure(Embedding(states, 2)))
     assert np.mean(lines["", 1]) == 1 > np.mean(lines["", 0])
     assert ("control", 0) not in lines
-    train, test = (probes.read_treebank(treebank)[split] for split in ("train", "test"))
+    train, test = (read_treebank(treebank)[split] for split in ("train", "test"))
     common = Counter(len(tree.words) > 8 for tree in train).most_common(1)[0][0]
     assert np.mean(lines["majority", None]) == np.mean([(len(tree.words) > 8) == common for tree in test])
 
 
 def test_shifts(treebank):
     """Half of the sentences have two neighbors exchanged, the label says which."""
-    trees = probes.read_treebank(treebank)["train"]
+    trees = read_treebank(treebank)["train"]
     examples = ShiftProbe("bigram-shift", treebank).examples("train")
     sentences = probes.shifted(trees)
     assert Counter(examples.labels.tolist())["shifted"] == pytest.approx(75, abs=25)
@@ -193,7 +196,7 @@ def test_shifts(treebank):
 
 def test_shift_is_read_from_the_shifted_sentences(treebank):
     """A subject whose words know whether their sentence is in the treebank."""
-    known = {" ".join(tree.words) for part in probes.read_treebank(treebank).values() for tree in part}
+    known = {" ".join(tree.words) for part in read_treebank(treebank).values() for tree in part}
     subject = Embedding(lambda words: np.full((1, len(words), 2), float(" ".join(words) in known)), 1)
     lines = tiny_subjects.lines(ShiftProbe("bigram-shift", treebank).measure(subject))
     assert np.mean(lines["", 0]) > 0.95  # Not 1: neighbors may be the same word.
@@ -218,9 +221,9 @@ def test_embeddings_are_shared_between_tests(treebank):
 
     subject = Embedding(states, 1)
     for name in ("upos", "length"):
-        list(probes.TESTS[name](treebank.parent, "").measure(subject))
+        list(make_test(name, Settings(treebank.parent)).measure(subject))
     assert len(asked) == 270
-    list(probes.TESTS["upos"](treebank.parent, "").measure(Embedding(states, 1, "another")))
+    list(make_test("upos", Settings(treebank.parent)).measure(Embedding(states, 1, "another")))
     assert len(asked) == 540
 
 

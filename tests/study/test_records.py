@@ -102,7 +102,7 @@ def test_foreign_and_torn_files_are_refused(change, complaint, tmp_path):
 
 def test_rows_by_line():
     rows = [Row("a", "a", 1, 0), Row("a", "a", 0, 1), Row("b", "a", 1, 0), Row("b", "a", 1, 0, "control")]
-    assert list(records.rows_by_line(rows)) == [
+    assert list(records.rows_by_line(rows).items()) == [
         (("", 0), [rows[0], rows[2]]),
         (("", 1), [rows[1]]),
         (("control", 0), [rows[3]]),

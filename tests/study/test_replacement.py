@@ -3,12 +3,14 @@
 import numpy as np
 import tiny_subjects
 
-from prelm_jax.study.replacement import NEUTRAL, SENTENCES, TESTS
+from prelm_jax.study.base import Settings
+from prelm_jax.study.replacement import NEUTRAL, SENTENCES
+from prelm_jax.study.tests import make_test
 
 
 def moved(embed):
     """By sentence, [moved, replaced]."""
-    rows = list(TESTS["replacement"](None, "").measure(tiny_subjects.Embedding(embed, 2)))
+    rows = list(make_test("replacement", Settings(None)).measure(tiny_subjects.Embedding(embed, 2)))
     assert len({(row.item, row.kind, row.layer) for row in rows}) == len(rows)
     found = {}
     for row in rows:

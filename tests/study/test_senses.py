@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from tiny_subjects import lines
 
 from prelm_jax.study import annotations, senses
+from prelm_jax.study.base import Settings
+from prelm_jax.study.tests import make_test
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def test_nearest_mean(data, monkeypatch):
     """Against a loop over the senses of each noun."""
     monkeypatch.setattr(senses, "COARSE_DEV", 0)
     subject = tiny_subjects.contextual()
-    rows = list(senses.TESTS["coarsewsd"](data, "").measure(subject))
+    rows = list(make_test("coarsewsd", Settings(data)).measure(subject))
     folder = data / "coarsewsd20"
     for noun in ("bank", "bass"):
         train, test = (
@@ -77,14 +79,14 @@ def test_parts_of_coarse_senses(data, monkeypatch):
     assert not Counter(map(text, [*parts["train"], *parts["dev"]])) - Counter(map(text, every))
     sizes, dev, train = (Counter(s.spans[0].sense for s in part) for part in (every, parts["dev"], parts["train"]))
     assert train == {sense: min(5, sizes[sense] - dev[sense]) for sense in sizes}
-    found = lines(senses.TESTS["coarsewsd"](data, "").measure(tiny_subjects.contextual()))
+    found = lines(make_test("coarsewsd", Settings(data)).measure(tiny_subjects.contextual()))
     assert len(found["dev", 1]) == 14 and len(found["", 1]) == len(found["majority", None]) == 18
 
 
 def test_without_context_the_most_frequent_sense_is_taken(data):
-    found = lines(senses.TESTS["coarsewsd"](data, "").measure(tiny_subjects.contextual()))
+    found = lines(make_test("coarsewsd", Settings(data)).measure(tiny_subjects.contextual()))
     assert found["", 0] == found["majority", None] != found["", 1]
-    found = lines(senses.TESTS["coarsewsd"](data, "").measure(tiny_subjects.static()))
+    found = lines(make_test("coarsewsd", Settings(data)).measure(tiny_subjects.static()))
     assert found["", 0] == found["majority", None]
 
 
@@ -106,7 +108,7 @@ def test_semcor(tmp_path, monkeypatch):
             words = (each if "<" in each else f"<wf cmd=ignore pos=NN>{each}</wf>\n" for each in sentence)
             text += "<s snum=1>\n" + "".join(word if word.endswith("\n") else word + "\n" for word in words) + "</s>\n"
         (tmp_path / "semcor" / f"{name}.sgml").write_text(text)
-    rows = list(senses.TESTS["semcor"](tmp_path, "").measure(tiny_subjects.contextual()))
+    rows = list(make_test("semcor", Settings(tmp_path)).measure(tiny_subjects.contextual()))
     assert {row.group for row in rows} == {"bank.n"}
     found = lines(rows)
     assert found["", 1] == [1, 1] and sorted(found["majority", None]) == sorted(found["", 0]) == [0, 1]
@@ -142,7 +144,7 @@ def wic(tmp_path):
 
 
 def test_wic(wic):
-    rows = list(senses.TESTS["wic"](wic, "").measure(tiny_subjects.contextual()))
+    rows = list(make_test("wic", Settings(wic)).measure(tiny_subjects.contextual()))
     found = lines(rows)
     gold = (wic / "wic" / "test" / "test.gold.txt").read_text().split()
     assert np.mean(found["majority", None]) == np.mean([label == "F" for label in gold])
@@ -157,7 +159,7 @@ def test_scws(tmp_path):
     text += "2\tbank\tn\tBank\tn\triver <b> bank </b>\t<b> Bank </b> of\t1.0\t1\n"
     (tmp_path / "scws" / "ratings.tsv").write_text(text)
     subject = tiny_subjects.contextual()
-    rows = list(senses.TESTS["scws"](tmp_path, "").measure(subject))
+    rows = list(make_test("scws", Settings(tmp_path)).measure(subject))
     assert [(row.item, row.kind, row.gold) for row in rows if row.layer == 1] == [
         ("0", "", 6.5),
         ("0", "different", 6.5),

@@ -6,8 +6,11 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 from scipy.stats import spearmanr
 from tiny_subjects import Embedding, lines
 
-from prelm_jax.study import probes, structural
+from prelm_jax.study import structural
 from prelm_jax.study.annotations import Tree
+from prelm_jax.study.base import Settings
+from prelm_jax.study.tests import make_test
+from prelm_jax.study.treebank import TREEBANK, read_treebank
 
 # "She , they say , left ." with say as the root.
 WORDS = ["She", ",", "they", "say", ",", "left", "."]
@@ -103,15 +106,15 @@ def tree_states(words):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     data = tmp_path_factory.mktemp("data")
-    (data / probes.TREEBANK).mkdir()
-    write_trees(data / probes.TREEBANK)
+    (data / TREEBANK).mkdir()
+    write_trees(data / TREEBANK)
     return data
 
 
 @pytest.fixture(scope="module")
 def rows(data):
     subject = Embedding(tree_states, 2)
-    return {name: list(structural.TESTS[name](data, "").measure(subject)) for name in ("uuas", "dspr")}
+    return {name: list(make_test(name, Settings(data)).measure(subject)) for name in ("uuas", "dspr")}
 
 
 def test_states_that_hold_the_tree(rows):
@@ -132,6 +135,6 @@ def test_items(rows):
 
 def test_linear_order(data, rows):
     """Against counting words whose head is a neighbor."""
-    trees = probes.read_treebank(data / probes.TREEBANK)["test"]
+    trees = read_treebank(data / TREEBANK)["test"]
     edges = [abs(word - head) == 1 for tree in trees for word, head in enumerate(tree.heads) if head >= 0]
     assert np.mean(lines(rows["uuas"])["linear", None]) == np.mean(edges)

@@ -1,6 +1,10 @@
 """A study: subjects × tests -> records, each measured once."""
 
+import contextlib
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,19 +51,6 @@ def test_an_interrupted_test_leaves_no_record(tmp_path):
     assert len(records.find(tmp_path)) == 1
 
 
-def test_all_tests_ask_the_same_object(tmp_path):
-    """Tests may keep what they have asked a subject, by its identity."""
-    asked = []
-
-    class Keeping(PairsTest):
-        def measure(self, subject):
-            asked.append(subject)
-            return super().measure(subject)
-
-    study([WordSubject(good=1)], [Keeping("one", PAIRS), Keeping("two", PAIRS)], tmp_path)
-    assert asked[0] is asked[1] and hash(asked[0])
-
-
 def test_errors_name_the_test_and_the_subject(tmp_path):
     class Short(WordSubject):
         def score(self, texts):
@@ -74,7 +65,8 @@ def test_a_subject_that_cannot_is_refused_before_it_is_asked(tmp_path):
         scoring, num_layers = "", 2
 
     for subject, needs in ((Embeds(), "score"), (WordSubject(), "embed")):
-        test = PairsTest("own", PAIRS, needs=needs)
+        test = PairsTest("own", PAIRS)
+        test.needs = needs
         with pytest.raises(InputError, match=f"words .*{test.name} needs"):
             study([subject], [test], tmp_path)
         assert subject.asked == []
@@ -103,6 +95,42 @@ def test_the_command_line(models, tmp_path, capsys):
     path, predictions = capsys.readouterr().out.split()
     assert path not in printed and records.read(path).header.rows == 3
     assert len(json.loads(Path(predictions).read_text())["blimp"]["verbs"]["predictions"]) == 3
+
+
+def write_pairs(path: Path, number: int) -> Path:
+    rows = ["the cat sees\tthe cat see", "a dog\ta dogs"] * (number // 2)
+    path.write_text("\n".join(["sentence_good\tsentence_bad", *rows]) + "\n")
+    return path
+
+
+def test_a_full_disk_is_named(models, tmp_path, full_disk, capsys):
+    pairs = write_pairs(tmp_path / "pairs.tsv", 400)
+    arguments = ["study", str(models["openai-gpt"]), "--tests", f"pairs:{pairs}", "--output"]
+    main([*arguments, str(tmp_path / "small"), "--pairs", "2"])  # Compiles, which writes to the cache.
+    with full_disk(10_000), pytest.raises(SystemExit) as stopped:
+        main([*arguments, str(tmp_path / "out"), "--pairs", "0"])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prelm: ")]
+    assert stopped.value.code == 1 and str(tmp_path / "out") in line
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_it_gives_the_same_page(models, tmp_path):
+    files = [write_pairs(tmp_path / f"{number}.tsv", 2 * number) for number in range(1, 13)]
+    arguments = [*map(str, models.values()), "--tests", *(f"pairs:{path}" for path in files), "replacement"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    main(["study", *arguments, "--output", str(whole)])
+    command = ["from prelm_jax.cli.main import main; main()", "study", *arguments, "--output", str(resumed)]
+    process = subprocess.Popen([sys.executable, "-c", *command], stderr=subprocess.DEVNULL)
+    while len(records.find(resumed)) < 3:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and len(records.find(resumed)) < len(records.find(whole)) == 26
+    main(["study", *arguments, "--output", str(resumed)])
+    for directory in (whole, resumed):
+        main(["report", str(directory), "--output", f"{directory}.html"])
+    assert Path(f"{resumed}.html").read_bytes() == Path(f"{whole}.html").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from tiny_subjects import Embedding, word_vector
 
 from prelm_jax.errors import InputError
 from prelm_jax.study import words
+from prelm_jax.study.base import Settings
+from prelm_jax.study.tests import make_test
 
 TEXT = """Cats
 
@@ -54,7 +56,7 @@ def cosine(a, b):
 
 def test_similarity(data):
     subject = tiny_subjects.contextual()
-    rows = list(words.TESTS["ws353"](data, "").measure(subject))
+    rows = list(make_test("ws353", Settings(data)).measure(subject))
     assert {(row.kind, row.layer) for row in rows} == {("", 0), ("", 1), ("contexts", 0), ("contexts", 1)}
     assert [row.gold for row in rows[:3]] == [7.5, 2, 5] and rows[0].group == "0 cat dog"
     alone = {word: next(iter(subject.embed([[word]])))[1, 0] for word in ("cat", "dog")}
@@ -75,7 +77,7 @@ def test_vectors_without_context_have_one_line(data):
     def embed(sentence):
         return np.stack([word_vector(word) if word in known else np.zeros(16) for word in sentence])[None]
 
-    rows = list(words.TESTS["ws353"](data, "").measure(Embedding(embed, 1)))
+    rows = list(make_test("ws353", Settings(data)).measure(Embedding(embed, 1)))
     assert [(row.kind, row.layer, row.unknown) for row in rows] == [("", 0, 0), ("", 0, 1), ("", 0, 1)]
     assert rows[0].value == pytest.approx(cosine(word_vector("cat"), word_vector("dog")), abs=1e-5)
 
@@ -83,12 +85,12 @@ def test_vectors_without_context_have_one_line(data):
 def test_own_pairs(data, write):
     path = write("own.tsv", "cat\tdog\t1\nNew York\tcity\t2\n")
     (data.parent / "pretrain" / "simplewiki.txt").unlink()
-    test = words.TESTS["similarity"](data, path)
+    test = make_test(f"similarity:{path}", Settings(data))
     assert test.name == f"similarity:{path}" and test.settings["contexts"] is None
     rows = list(test.measure(tiny_subjects.contextual()))
     assert len(rows) == 4 and {row.kind for row in rows} == {""}
     with pytest.raises(InputError, match="similarity:FILE"):
-        words.TESTS["similarity"](data, "")
+        make_test("similarity", Settings(data))
 
 
 def test_solve():
@@ -118,7 +120,7 @@ def test_analogies(data):
     def embed(sentence):
         return np.array([[[float(letter in parts.get(word, "")) for letter in "mwry"] for word in sentence]])
 
-    rows = list(words.TESTS["analogies"](data, "").measure(Embedding(embed, 1)))
+    rows = list(make_test("analogies", Settings(data)).measure(Embedding(embed, 1)))
     assert [(row.item, row.group, row.value, row.unknown) for row in rows] == [
         ("0", "royal", 1, 0),
         ("1", "royal", 0, 1),
@@ -129,7 +131,7 @@ def test_analogies(data):
 def test_analogies_need_a_corpus(data):
     (data.parent / "pretrain" / "simplewiki.txt").unlink()
     with pytest.raises(InputError, match=r"simplewiki\.txt"):
-        words.TESTS["analogies"](data, "")
+        make_test("analogies", Settings(data))
 
 
 def test_frequent_words(data):

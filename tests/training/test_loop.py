@@ -42,6 +42,7 @@ class Toy:
 
     coefficients = {"error": 1.0}  # noqa: RUF012
     replicated = (r"(^|/)frozen/",)
+    tables = ()
     matrices = ()
 
     def rate(self, path):
