@@ -196,11 +196,11 @@ ATTACKS = {  # What is sent, and by how many bytes in a third of a second; None:
 }
 
 
-async def attack(port: int, sent: bytes, at_once: int | None) -> tuple[str, float]:
-    """The status of the answer, "closed" without one, and the seconds until the server closes."""
+async def attack(port: int, sent: bytes, at_once: int | None) -> tuple[str, float, float]:
+    """The status of the answer, "none" without one, the seconds until it came, and those until the server closed."""
     began = time.monotonic()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**26)
-    received = b""
+    received, answered = b"", float("nan")
 
     async def send() -> None:
         for i in range(0, len(sent), at_once or 2**16):
@@ -212,20 +212,21 @@ async def attack(port: int, sent: bytes, at_once: int | None) -> tuple[str, floa
         sending = asyncio.create_task(send())
         try:
             while chunk := await reader.read(2**16):
+                answered = answered if received else time.monotonic() - began
                 received += chunk
         except ConnectionError:
             pass
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
         writer.close()
-    return (received[9:12].decode() or "closed"), time.monotonic() - began
+    return (received[9:12].decode() or "none"), answered, time.monotonic() - began
 
 
 async def attack_all(server: Server) -> None:
     found = await asyncio.gather(*(attack(server.port, *each) for each in ATTACKS.values()))
     print(f"attacks at once ({server.memory():.0f} MB after them):")
-    for name, (status, seconds) in zip(ATTACKS, found, strict=True):
-        print(f"  {name:32} {status:6} {seconds:5.1f} s")
+    for name, (status, answered, closed) in zip(ATTACKS, found, strict=True):
+        print(f"  {name:32} {status:6} after {answered:5.2f} s, closed after {closed:5.1f} s")
 
 
 @dataclasses.dataclass
