@@ -25,6 +25,7 @@ from prelm_jax.serving.protocol import Refusal
 from prelm_jax.training.contract import Params
 
 ROWS = (1, 4, 16)
+CPU_TOKENS = 128  # Of a batch of small requests: more of them are no faster on a CPU, and later ones wait longer.
 SMALL = 16  # Examples of a request that does not count as bulk.
 GENERATIONS = 8  # Texts that a device generates at once; each has its cache of keys and values.
 SECONDS_TO_ANSWER = 60.0
@@ -125,7 +126,7 @@ class Batcher:
         self.dropped = Counter("prelm_dropped_total", "Texts not computed: cancelled, expired, failed.", "reason")
         self.tokens = Counter("prelm_tokens_total", "Tokens computed, padding included.")
         self.generated = Counter("prelm_generated_tokens_total", "Tokens generated.")
-        self._devices = devices
+        self._devices, self._is_cpu = devices, devices[0].platform == "cpu"
         self._lanes = {"small": Lane(), "bulk": Lane()}
         self._generations: collections.deque[Generation] = collections.deque()
         self._cold: list[collections.deque[Key]] = [collections.deque() for _ in devices]
@@ -292,6 +293,8 @@ class Batcher:
             return None
         allowed = self.rows.get(key, (key[0].full_rows(key[1]),))
         waiting = sum(len(each.groups.get(key, ())) for each in self._lanes.values())
+        if name == "small" and self._is_cpu:
+            allowed = [rows for rows in allowed if rows * key[1] <= CPU_TOKENS] or allowed[:1]
         rows = choose_rows(waiting, allowed)
         entries = lane.take(key, rows)
         for other in self._lanes.values():

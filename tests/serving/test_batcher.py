@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("starlette", reason="needs the extra serve: pip install 'prelm_jax[serve]'")
 
 from prelm_jax.inference.batching import Program, Query, full_rows
-from prelm_jax.serving.batcher import Batcher, Generation, choose_rows
+from prelm_jax.serving.batcher import CPU_TOKENS, Batcher, Generation, choose_rows
 from prelm_jax.serving.protocol import Refusal
 
 
@@ -97,6 +97,24 @@ def test_a_small_request_does_not_wait_for_a_bulk_one():
             assert await small == [2 * 10**6]
             assert await bulk == [2 * x for x in range(4 * full)]
         assert [length for _, _, length in gate.batches].index(16) <= 2
+
+    asyncio.run(check())
+
+
+def test_many_small_requests_wait_for_small_batches():
+    """On a CPU, where a larger batch gains nothing; a bulk request is computed in full batches."""
+
+    async def check():
+        gate, full = Gate(), full_rows(8)
+        async with running(gate) as batcher:
+            batcher.rows[gate.program, 8] = (1, 4, 16, full)
+            bulk = asyncio.create_task(batcher.submit(gate.queries(range(full))))
+            await entered(gate)
+            small = [asyncio.create_task(batcher.submit(gate.queries([1]))) for _ in range(2 * full)]
+            await queued(batcher, 2 * full * 8)
+            gate.open.set()
+            await asyncio.gather(bulk, *small)
+        assert [rows for _, rows, _ in gate.batches] == [full] + [CPU_TOKENS // 8] * (2 * full * 8 // CPU_TOKENS)
 
     asyncio.run(check())
 
