@@ -4,8 +4,9 @@
 
 Texts of mixed lengths are asked for alone first, kind by kind. Then come requests of all kinds that the model answers,
 for one or several of these texts, some of which leave before their answer, and hostile ones. The answer for each text
-must have the same bits as alone, each request its own answer and no other, and memory must stay what it was. At last
-the server is killed and started again, and then stopped, while clients ask.
+must have the same bits as alone, each request its own answer and no other, and memory must stay what it was. Then come
+attacks over raw sockets, all at once, with the status and the time of each. At last the server is killed and started
+again, and then stopped, while clients ask.
 """
 
 import argparse
@@ -168,6 +169,66 @@ async def compare_with_library(load: Load, model: str) -> int:
     return len(load.texts)
 
 
+POST = b"POST /embed HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+GET = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
+ATTACKS = {  # What is sent, and by how many bytes in a third of a second; None: at once.
+    "a header of 64 MB": (GET + b"x: " + b"y" * 2**26, None),
+    "100,000 headers": (GET + b"x: y\r\n" * 100_000, None),
+    "a path of 1 MB": (b"GET /" + b"x" * 2**20, None),
+    "no Host": (b"GET /health HTTP/1.1\r\n\r\n", None),
+    "two Hosts": (GET + b"host: localhost\r\n\r\n", None),
+    "another Host": (b"GET /health HTTP/1.1\r\nhost: evil.example\r\n\r\n", None),
+    "length and chunks": (POST + b"content-length: 2\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", None),
+    "two lengths": (POST + b"content-length: 2\r\ncontent-length: 3\r\n\r\n{}", None),
+    "a length of -1": (POST + b"content-length: -1\r\n\r\n{}", None),
+    "a length of 10^20": (POST + b"content-length: 100000000000000000000\r\n\r\n{}", None),
+    "a body of 50 MB": (POST + b"content-length: 50000000\r\n\r\n" + b" " * 50_000_000, None),
+    "chunks of 50 MB": (
+        POST + b"transfer-encoding: chunked\r\n\r\n" + (b"f4240\r\n" + b" " * 10**6 + b"\r\n") * 50,
+        None,
+    ),
+    "binary": (bytes(range(256)) * 4, None),
+    "silence": (b"", None),
+    "half a request line": (b"GET /hea", None),
+    "half a body": (POST + b"content-length: 100\r\n\r\n{", None),
+    "a byte every third of a second": (GET + b"x: " + b"y" * 10_000, 1),
+    "silence after a request": (GET + b"\r\n", None),
+}
+
+
+async def attack(port: int, sent: bytes, at_once: int | None) -> tuple[str, float, float]:
+    """The status of the answer, "none" without one, the seconds until it came, and those until the server closed."""
+    began = time.monotonic()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**26)
+    received, answered = b"", float("nan")
+
+    async def send() -> None:
+        for i in range(0, len(sent), at_once or 2**16):
+            writer.write(sent[i : i + (at_once or 2**16)])
+            await writer.drain()
+            await asyncio.sleep(0.3 if at_once else 0)
+
+    async with asyncio.timeout(120):
+        sending = asyncio.create_task(send())
+        try:
+            while chunk := await reader.read(2**16):
+                answered = answered if received else time.monotonic() - began
+                received += chunk
+        except ConnectionError:
+            pass
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+        writer.close()
+    return (received[9:12].decode() or "none"), answered, time.monotonic() - began
+
+
+async def attack_all(server: Server) -> None:
+    found = await asyncio.gather(*(attack(server.port, *each) for each in ATTACKS.values()))
+    print(f"attacks at once ({server.memory():.0f} MB after them):")
+    for name, (status, answered, closed) in zip(ATTACKS, found, strict=True):
+        print(f"  {name:32} {status:6} after {answered:5.2f} s, closed after {closed:5.1f} s")
+
+
 @dataclasses.dataclass
 class Seen:
     """What a client saw of a request."""
@@ -280,6 +341,7 @@ async def main_async(options: argparse.Namespace) -> None:
         info = json.loads((await server.get("/info"))[1])
         print("exact:", info["exact"], "devices:", info["devices"])
         assert b'status="500"' not in metrics and info["exact"]
+        await attack_all(server)
         await kill_and_restart(load, 16)
         await stop(load, options.clients)
     finally:

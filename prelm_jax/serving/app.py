@@ -18,7 +18,7 @@ from prelm_jax import __version__
 from prelm_jax.errors import InputError
 from prelm_jax.serving import fields as of
 from prelm_jax.serving.fields import STRING, Field, Fields, schema
-from prelm_jax.serving.protocol import Refusal, refused, reply
+from prelm_jax.serving.protocol import Refusal, reply
 from prelm_jax.serving.service import Service
 from prelm_jax.serving.verbs import Verbs
 
@@ -155,7 +155,7 @@ def guarded(service: Service, endpoint: Endpoint, is_open: bool) -> Endpoint:
         except Refusal as refusal:
             response = refusal.response()
         except InputError as error:
-            response = refused(error).response()
+            response = Refusal(400, str(error)).response()
         except (ClientDisconnect, Disconnected):
             response = Response(status_code=499)  # Nobody reads it.
         except asyncio.CancelledError:

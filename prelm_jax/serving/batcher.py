@@ -37,18 +37,12 @@ AnyQuery = Query[object, object, object]
 Key = tuple[AnyProgram, int]  # A program and a padded length.
 
 
-class Expired(Exception):
-    """A request that waited too long."""
-
-
 @dataclasses.dataclass(eq=False)
 class Ticket:
     """A request in the queue: its queries, and the future of their answers."""
 
     queries: Sequence[AnyQuery]
     future: "asyncio.Future[list[object]]"
-    deadline: float
-    is_small: bool
     arrived: float
     tokens: int = 0  # Padded, that still wait.
     dead: bool = False
@@ -198,7 +192,6 @@ class Batcher:
 
         Raises a Refusal for a full queue, after the time is over and if a text fails.
         """
-        now = time.monotonic()
         entries: list[tuple[Key, int, int, object]] = []
         for i, query in enumerate(queries):
             for j, example in enumerate(query.examples):
@@ -206,8 +199,7 @@ class Batcher:
         tokens = sum(length for (_, length), *_ in entries)
         self._check_room(tokens)
         future = asyncio.get_running_loop().create_future()
-        is_small = len(entries) <= SMALL
-        ticket = Ticket(queries, future, now + seconds, is_small, now, tokens)
+        ticket = Ticket(queries, future, time.monotonic(), tokens)
         ticket.answers = [None] * len(queries)
         ticket.missing = [len(query.examples) for query in queries]
         for i, query in enumerate(queries):
@@ -217,7 +209,7 @@ class Batcher:
             return ticket.answers
         with self._changed:
             self.queue_tokens += tokens
-            groups = self._lanes["small" if is_small else "bulk"].groups
+            groups = self._lanes["small" if len(entries) <= SMALL else "bulk"].groups
             for key, i, j, example in entries:
                 groups.setdefault(key, collections.deque()).append(Entry(ticket, i, j, example, next(self._numbers)))
             self._changed.notify(len(entries))

@@ -3,17 +3,13 @@
 import asyncio
 import socket
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from prelm_jax.serving.protocol import Refusal
-
-if TYPE_CHECKING:
-    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as Base
-else:
-    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as Base
 
 HEADER_SECONDS = 10.0  # From the connection, or from the first byte of a request, to the end of its headers.
 REQUEST_SECONDS = 60.0  # To the end of its body.
@@ -22,7 +18,7 @@ MAX_CONNECTIONS = 1000
 GRACE_SECONDS = 8  # For requests that were accepted before the server is stopped.
 
 
-class LimitedProtocol(Base):
+class LimitedProtocol(HttpToolsProtocol):
     """uvicorn's protocol, but slow or huge requests end their connection."""
 
     header_seconds, request_seconds, header_bytes = HEADER_SECONDS, REQUEST_SECONDS, HEADER_BYTES

@@ -8,8 +8,6 @@ import numpy as np
 import orjson
 from starlette.responses import Response
 
-from prelm_jax.errors import InputError
-
 
 class Refusal(Exception):
     """A request that is answered with an error.
@@ -54,8 +52,3 @@ def dumps(content: object) -> bytes:
 def in_base64(vector: np.ndarray) -> str:
     """The bytes of little-endian f32, as OpenAI's client decodes them."""
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()
-
-
-def refused(error: InputError, param: str | None = None) -> Refusal:
-    """A Refusal for what the model refuses."""
-    return Refusal(400, str(error), param)

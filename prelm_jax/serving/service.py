@@ -1,4 +1,4 @@
-"""What all routes share: the model once it is loaded, its batcher, the page, metrics."""
+"""What all routes share."""
 
 import time
 from importlib import resources
@@ -10,27 +10,25 @@ from prelm_jax.serving.protocol import Refusal
 
 
 class Service:
-    """What the routes share: the model once it is loaded, its batcher, limits and metrics."""
+    """The model once it is loaded, its batcher, the page, the key and metrics."""
 
     def __init__(self, name: str, key: str | None = None):
         self.name, self.key = name, key
         self.model: ServedModel | None = None
         self.batcher: Batcher | None = None
         self.state = "loading"
-        self.failure: str | None = None
         self._essential: list[AnyProgram] = []  # They must be compiled before the server is ready.
         self.started = time.time()
         self.body_bytes = 0
         self.requests = Counter("prelm_requests_total", "Requests.", "path", "status")
         self.seconds = Histogram("prelm_request_seconds", "Time from the end of a request to its answer.", SECONDS)
-        page = resources.files("prelm_jax.serving").joinpath("page.html")
-        self.page = page.read_bytes() if page.is_file() else b"<!doctype html><title>prelm</title>"
+        self.page = resources.files("prelm_jax.serving").joinpath("page.html").read_bytes()
 
     @property
     def ready(self) -> tuple[ServedModel, Batcher]:
         """The model and its batcher. Raises a Refusal (503) until they are ready."""
         if self.model is None or self.batcher is None or not self.is_ready:
-            message = self.failure or "the model is loading; /health says how far it is"
+            message = "the model is loading; /health says how far it is"
             raise Refusal(503, message, code=self.state, retry_after=2)
         return self.model, self.batcher
 

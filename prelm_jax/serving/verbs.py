@@ -38,10 +38,7 @@ class Verbs:
         """200 when requests are answered, else 503 and how far the start is."""
         service = self.service
         status = 200 if service.is_ready else 503
-        content = {"status": service.state, "progress": round(service.progress, 3)}
-        if service.failure is not None:
-            content["error"] = service.failure
-        return reply(content, status)
+        return reply({"status": service.state, "progress": round(service.progress, 3)}, status)
 
     def info(self, request: Request) -> Response:
         """The model, what it can do, and the limits."""

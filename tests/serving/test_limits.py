@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import re
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from prelm_jax.serving.app import content_security_policy, host_name
 from prelm_jax.serving.connections import LimitedProtocol
 from prelm_jax.serving.service import Service
 
+DOCS = Path(__file__).parents[2] / "docs/serving.md"
 HEAD = "POST /embed HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 
 
@@ -239,6 +242,17 @@ def test_fields_are_described_with_types_defaults_and_limits(bert):
         "maxItems": 4,
     }
     assert found["/v1/embeddings"]["properties"]["encoding_format"]["enum"] == ["float", "base64"]
+
+
+def test_the_fields_of_the_documentation(bert):
+    """The table of docs/serving.md has the fields of each route, but for `model` and what is not supported."""
+    paths = bert.get("/openapi.json")[1]["paths"]
+    table = re.findall(r"^\| `(/[^` ]*)` \| (`.*?) \|", DOCS.read_text(), re.MULTILINE)
+    assert {"/embed", "/v1/completions"} <= dict(table).keys()
+    for path, body in table:
+        described = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+        named = {name for name, schema in described.items() if "const" not in schema}
+        assert named - {"model"} == set(re.findall(r"`(\w+)`", body)), path
 
 
 def test_another_model_is_not_served(bert):
