@@ -339,7 +339,7 @@ def test_no_two_dropouts_of_the_model_share_a_key(params, monkeypatch):
     @jax.jit
     def keys():
         collected = []
-        monkeypatch.setattr(layers, "_dropout", lambda x, rate, key: (collected.append(jax.random.key_data(key)), x)[1])
+        monkeypatch.setattr(layers, "dropout", lambda x, rate, key: (collected.append(jax.random.key_data(key)), x)[1])
         BERT.loss(params, {}, make_batch(), jax.random.key(0), True)
         return collected
 

@@ -94,7 +94,7 @@ def masks(monkeypatch):
     rng = np.random.default_rng(5)
     drawn = [rng.integers(0, 2, (ROWS, LENGTH, CONFIG.projection_size)) * 2.0 for _ in range(6)]
     left = iter(list(drawn))
-    monkeypatch.setattr(layers, "_dropout", lambda x, rate, key: x * next(left))
+    monkeypatch.setattr(layers, "dropout", lambda x, rate, key: x * next(left))
     # In the order of the model: both directions of each layer, then both before the softmax.
     return lambda: {d: iter(drawn[i::2]) for i, d in enumerate(DIRECTIONS)}
 
@@ -381,7 +381,7 @@ def test_every_dropout_has_a_key_of_its_own(params, carry, monkeypatch):
         collected = []
         monkeypatch.setattr(
             layers,
-            "_dropout",
+            "dropout",
             lambda x, rate, key: (collected.append(jax.random.key_data(key)), shapes.append(x.shape), x)[2],
         )
         CONFIG.build().loss(fp32(params), fp32(carry), make_batch(), jax.random.key(0), training)
