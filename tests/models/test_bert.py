@@ -18,7 +18,7 @@ from tiny_pairs import batches_of, corpus, random_sizes
 
 from prelm_jax.formats.base import abstract_params
 from prelm_jax.formats.huggingface_bert import LAYOUT
-from prelm_jax.models import layers
+from prelm_jax.models import attention, layers
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.layers import Dropout, random_bits, truncated_normal
 from prelm_jax.training.parameters import path_name
@@ -339,7 +339,10 @@ def test_no_two_dropouts_of_the_model_share_a_key(params, monkeypatch):
     @jax.jit
     def keys():
         collected = []
-        monkeypatch.setattr(layers, "dropout", lambda x, rate, key: (collected.append(jax.random.key_data(key)), x)[1])
+        for module in (layers, attention):
+            monkeypatch.setattr(
+                module, "dropout", lambda x, rate, key: (collected.append(jax.random.key_data(key)), x)[1]
+            )
         BERT.loss(params, {}, make_batch(), jax.random.key(0), True)
         return collected
 
