@@ -30,12 +30,6 @@ PLANS = (
     ("BERT base, T=128", "bert.py:base", "v5e:4x4", ()),
     ("BERT base, T=512", "bert.py:base_512", "v5e:4x4", ()),
     ("BERT base, T=512", "bert.py:base_512", "v5e:4x4", WIDE),
-    (
-        "BERT base, T=512, no attention dropout",
-        "bert.py:base_512",
-        "v5e:4x4",
-        (*WIDE, "--model.attention-dropout", "0"),
-    ),
     ("BERT large, T=128", "bert.py:large", "v5e:4x4", ()),
     ("GPT base, T=512", "gpt1.py:base", "v5e:4x4", ()),
     ("ELMo original, T=20", "elmo.py:original", "v5e:4x4", ()),
