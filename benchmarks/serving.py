@@ -213,9 +213,16 @@ class Connection:
         return int(head[9:12]), headers, body
 
     async def ask(self, request: bytes) -> tuple[int, dict[str, str], bytes]:
-        """The answer to a request: status, headers, body."""
-        await self.send(request)
-        return await self.receive()
+        """The answer to a request: status, headers, body. A server may have closed a connection that was idle."""
+        was_open = self._streams is not None
+        try:
+            await self.send(request)
+            return await self.receive()
+        except (OSError, asyncio.IncompleteReadError):
+            if not was_open:
+                raise
+            self.close()
+            return await self.ask(request)
 
     def close(self) -> None:
         if self._streams is not None:
