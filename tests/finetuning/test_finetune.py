@@ -422,6 +422,6 @@ def test_memory_is_checked_with_the_largest_batch(world, tmp_path, monkeypatch):
     monkeypatch.setattr("prelm_jax.train.step_memory", step_memory)
     task = finetune.prepare(make(world, batch_size=2))
     widths = [finetune.TaskBatches(task.frame, task.train_rows, 2, 0).width(step) for step in range(13)]
-    assert widths[0] == 24 and max(widths) == 48
-    with pytest.raises(Seen, match=r"\(2, 1, 48\)"):
+    assert widths[0] == 24 and max(widths) == 40
+    with pytest.raises(Seen, match=r"\(2, 1, 40\)"):
         finetune.finetune(make(world, batch_size=2), tmp_path / "run", seeds=1)
