@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import re
 
 import jax
@@ -165,8 +166,11 @@ def test_compiled_for_a_pod(name, quick_compiler):
     assert sizes["all-reduce"] < 4.01 * (sum(sizes_of_parameters) + tied * max(sizes_of_parameters))
     forward = [line for line in text.splitlines() if re.search(COLLECTIVE, line) and "/jvp(" in line]
     assert not [line for line in forward if re.search(r"(embeddings|encoder|decoder)/", line)]
-    state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((step.state.params, step.state.opt_state)))
-    assert memory.alias_size_in_bytes >= state
+    state = sum(  # Of a device: ELMo's softmax is sharded.
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves((step.state.params, step.state.opt_state))
+    )
+    assert memory.alias_size_in_bytes >= state > 4 * sum(sizes_of_parameters) / 16
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     assert needed < 0.85 * find_chip("TPU v5 lite").memory
 
