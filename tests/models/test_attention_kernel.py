@@ -66,7 +66,8 @@ def test_outputs_and_gradients(T, D, num_heads, causal, rate):
     arguments = (q, k, v, num_heads, attention_mask(packed_segments(3, T), causal), rate, KEY if rate else None)
     found, expected = value_and_gradients(kernel, *arguments), value_and_gradients(attention, *arguments)
     for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6, rtol=0)
+        # Of the largest element, which is 1 to 2: the sums are in another order.
+        np.testing.assert_allclose(a, b, atol=1e-6 * max(1, abs(b).max()), rtol=0)
 
 
 @pytest.mark.parametrize("devices", [1, 8])
