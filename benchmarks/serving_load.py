@@ -159,7 +159,7 @@ class Load:
 
 
 async def compare_with_library(load: Load, model: str) -> int:
-    """Compares vectors, as the library gives them, with those of the server; their number."""
+    """Checks that the server's vectors equal the library's; returns how many were compared."""
     import prelm_jax
 
     vectors = prelm_jax.load(model).vectors(load.texts)

@@ -200,7 +200,7 @@ def copy_run(trunk: Path, branch: Path) -> None:
 def measure(args: argparse.Namespace, families: Sequence[Family], text: Path) -> None:
     """Models with all tests, baselines with those that they can do, checkpoints with minimal pairs.
 
-    Learning curves are those of the first seed: they take longer than its training.
+    Only the first seed has learning curves, because measuring them takes longer than training.
     """
     seeds = [args.output / f"seed-{seed}" for seed in range(args.seeds)]
     branches = [f"{seed}/{each.name}-{name}" for seed in seeds for each in families for name in each.steps]

@@ -473,7 +473,7 @@ def _read_and_labels(groups: Sequence[Sequence[Row]], num_texts: int, num_read: 
             for j, text in enumerate(row.texts):
                 read[i, j, number : number + len(text.read)] = begin + text.read
             if row.label is not None and row.weight is not None:
-                # A label is one of those of the group; the tags of a sentence are as many as its words.
+                # An example adds one label to its group, or a tag for each word of its sentence.
                 labels, weights = (x if row.weight.ndim else x[None] for x in (row.label, row.weight))
                 for name, x in (("labels", labels), ("label_weights", weights)):
                     if name not in found:

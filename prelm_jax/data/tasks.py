@@ -26,9 +26,9 @@ _TRIED = 200  # Batches by which widths, and numbers of packed rows, are chosen.
 
 
 def best_widths(needed: Sequence[int], widest: int) -> tuple[int, ...]:
-    """Up to six widths, the last of them `widest`, that pad batches of which each needs a width the least.
+    """Up to six widths, the last of them `widest`, that pad batches the least; `needed`: the width each batch needs.
 
-    Each is worth WORTH of the positions at least, because it is a program to compile.
+    A width is a program to compile, so it has to save a share WORTH of all positions.
     """
     least, count = np.unique(np.minimum(needed, widest), return_counts=True)
     batches, price = [0, *np.cumsum(count).tolist()], WORTH * float(least @ count)
@@ -51,7 +51,7 @@ def best_widths(needed: Sequence[int], widest: int) -> tuple[int, ...]:
 
 
 def needed_width(length_B: np.ndarray, num_rows: int) -> int:
-    """The least multiple of 8 with which rows of these lengths can be packed into so many."""
+    """The smallest width, a multiple of 8, at which rows of these lengths fit into `num_rows` packed rows."""
     width = -(-max(int(length_B.max()), -(-int(length_B.sum()) // num_rows)) // 8) * 8
     while (pack(length_B, width, num_rows) < 0).any():
         width += 8
@@ -59,10 +59,10 @@ def needed_width(length_B: np.ndarray, num_rows: int) -> int:
 
 
 def best_num_rows(length_X: np.ndarray, batch_size: int, multiple: int) -> int:
-    """How many packed rows the batches of a file take: a multiple of a number, or `batch_size`, where none is packed.
+    """How many packed rows to use for a batch: a multiple of `multiple`, or `batch_size` if packing does not pay.
 
-    The fewest positions decide, counted with what attention adds to them in longer rows. length_X: of the rows, in an
-    order in which batches may be drawn.
+    The cost is the number of positions, with a surcharge for attention over longer rows. length_X: lengths of the rows,
+    shuffled.
     """
     drawn = np.resize(length_X, (min(_TRIED, -(-len(length_X) // batch_size)), batch_size))
 
@@ -119,13 +119,13 @@ class _Rows(abc.ABC):
         """A width that any batch fits into."""
         if self._is_unpacked:
             return self.frame.max_length
-        # A row of n tokens fits nowhere if more than width - n are taken of each packed row.
+        # A row of n tokens fits nowhere only if every packed row already holds more than width - n tokens.
         longest = self._length_X[self._longest()]
         return -(-int(longest[0] + longest[1:].sum() // self.batch_size) // 8) * 8
 
     def _longest(self) -> np.ndarray:
         """The numbers of a batch of the longest rows."""
-        # It may have a row from each of so many epochs.
+        # A small file is read several times within a batch, so the longest row may occur more than once.
         epochs = 1 - (1 - self._num_drawn) // len(self._rows)
         return np.repeat(np.argsort(-self._length_X, kind="stable"), epochs)[: self._num_drawn]
 
