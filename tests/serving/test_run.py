@@ -1,5 +1,6 @@
 """The command: what it refuses, how it starts and how it ends."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -67,12 +68,13 @@ def test_the_process_starts_and_ends(tmp_path):
     """/health answers before the model is there; SIGTERM ends it with clients attached, the accepted ones answered."""
     directory = tiny.directory(tmp_path / "model", "bert", max_position_embeddings=8)
     command = [sys.executable, "-m", "prelm_jax", "serve", str(directory), "--port", "0", "--name", "tiny"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with contextlib.ExitStack() as ends, subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
             line = process.stderr.readline()
             port = int(re.search(r":(\d+)$", line.strip())[1])
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+            ends.callback(connection.close)
             seen = []
             while not seen or seen[-1] != "ready":
                 connection.request("GET", "/health")
