@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from typing import Generic, TypeVar
 
+import jax
 import numpy as np
 from jax import Array
 
@@ -16,10 +17,11 @@ from prelm_jax.errors import InputError
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training.contract import Params
 
-# Texts are padded to a few lengths, and each batch has about TOKENS_PER_BATCH positions: few programs to compile, and
-# the shape in which a text is computed depends on its own length alone.
+# Texts are padded to a few lengths, and each batch has about as many positions: few programs to compile, and the shape
+# in which a text is computed depends on its own length alone. On a CPU, larger batches are no faster, and the last one
+# of each length is mostly padding.
 SHORTEST = 8
-TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH, CPU_TOKENS_PER_BATCH = 2048, 256
 # The number of tokens whose results are held at once to put texts back into their order.
 TOKENS_PER_WINDOW = 8 * TOKENS_PER_BATCH
 
@@ -126,7 +128,8 @@ def padded_lengths(longest: int) -> tuple[int, ...]:
 
 def full_rows(length: int) -> int:
     """The rows of a batch of this padded length: a power of two, with at most TOKENS_PER_BATCH tokens if there are."""
-    return 1 << (max(1, TOKENS_PER_BATCH // length).bit_length() - 1)
+    tokens = CPU_TOKENS_PER_BATCH if jax.default_backend() == "cpu" else TOKENS_PER_BATCH
+    return 1 << (max(1, tokens // length).bit_length() - 1)
 
 
 def batch(examples: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:

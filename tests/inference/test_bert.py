@@ -69,7 +69,7 @@ def test_embed_does_not_depend_on_other_texts(model, monkeypatch):
 
 
 def test_embed_runs_full_batches(model, monkeypatch):
-    monkeypatch.setattr(batching, "TOKENS_PER_BATCH", 48)  # Rows: 4 of 8, 2 of 16 and 24.
+    monkeypatch.setattr(batching, "CPU_TOKENS_PER_BATCH", 48)  # Rows: 4 of 8, 2 of 16 and 24.
     few, many = list(model.embed(TEXTS)), list(model.embed(TEXTS * 4))
     for i, (tokens, hidden) in enumerate(many):
         assert tokens == few[i % len(TEXTS)][0]

@@ -119,7 +119,7 @@ def few_shapes() -> Iterator[None]:
     """Batches of one row or of 64 tokens, for fewer programs to compile."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batcher, "ROWS", (1,))
-        patch.setattr(batching, "TOKENS_PER_BATCH", 64)
+        patch.setattr(batching, "CPU_TOKENS_PER_BATCH", 64)
         yield
 
 
