@@ -1,5 +1,6 @@
 """Fine-tuning: labelled files -> frames -> batches -> train -> results, for one seed after the other."""
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -28,7 +29,9 @@ from prelm_jax.finetuning.results import (
     RESULTS,
     Results,
     SeedResult,
+    read_predictions,
     read_results,
+    seed_directories,
     task_card,
     write_predictions,
     write_results,
@@ -161,34 +164,40 @@ def finetune(
     """
     task = prepare(run)
     path = reachable(workdir) if workdir is not None else default_workdir(task)
+    for each in seed_directories(path):  # All of them, for results.json has the results of one task.
+        _check(task, WorkDir(each), int(each.name.removeprefix("seed-")))
     if seeds > 1 and jax.process_index() == 0:
         print(f"{seeds} seeds of {task.run.loop.steps:,} steps; for a first trial: --seeds 1", file=sys.stderr)
+    empty = _empty_results(task)
     for seed in range(seeds):
         directory = WorkDir(path / f"seed-{seed}")
         with directory.hold(take_over):
-            results = _results(task, path)
-            if directory.exists() and any(
-                (each.seed, each.step) == (seed, task.run.loop.steps) for each in results.seeds
-            ):
-                seeded = dataclasses.replace(task.run, seed=seed)
-                directory.check(_record(task, seeded), seeded)
+            if (seed, task.run.loop.steps) in {(each.seed, each.step) for each in _done(task, path)}:
+                _check(task, directory, seed)
                 continue
             if jax.process_index() == 0:
                 print(f"seed {seed} of {seeds}: {directory.path}", file=sys.stderr)
             result, predictions = _train(task, seed, directory)
             if jax.process_index() == 0:
                 write_predictions(directory.path / PREDICTIONS, run.kind, task.dev_examples, predictions, task.names)
-                others = [each for each in _results(task, path).seeds if each.seed != seed]
+                others = [each for each in _done(task, path) if each.seed != seed]
                 ordered = sorted([*others, result], key=lambda each: each.seed)
-                write_results(path, dataclasses.replace(results, seeds=tuple(ordered)))
-    return path, _results(task, path)
+                write_results(path, dataclasses.replace(empty, seeds=tuple(ordered)))
+    results = dataclasses.replace(empty, seeds=_done(task, path))
+    if jax.process_index() == 0 and results != read_results(path):  # --metric or --positive is another one.
+        write_results(path, results)
+    return path, results
 
 
-def _results(task: Task, path: Path) -> Results:
-    """The results in a directory, without seeds where there are none yet."""
+def _check(task: Task, directory: WorkDir, seed: int) -> None:
+    """Raises InputError where a work directory is not that of a seed of the task."""
+    seeded = dataclasses.replace(task.run, seed=seed)
+    directory.check(_record(task, seeded), seeded)
+
+
+def _empty_results(task: Task) -> Results:
+    """The results before any seed is done."""
     run = task.run
-    if (path / RESULTS).is_file():
-        return read_results(path)
     return Results(
         task=run.name,
         kind=run.kind,
@@ -203,6 +212,27 @@ def _results(task: Task, path: Path) -> Results:
         baselines=_baselines(task),
         seeds=(),
     )
+
+
+def _done(task: Task, path: Path) -> tuple[SeedResult, ...]:
+    """The results of the seeds that results.json has, by the metrics of the task.
+
+    A seed is left out, and so evaluated again, where its work directory or the predictions to measure are not there.
+    """
+    if not (path / RESULTS).is_file():
+        return ()
+    names, found = set(_scores(task, _gold(task.dev_examples))), []
+    for each in read_results(path).seeds:
+        directory = WorkDir(path / f"seed-{each.seed}")
+        if not directory.exists():
+            continue
+        if set(each.scores) != names:  # Written with another --positive.
+            with contextlib.suppress(InputError):
+                labels = [x.prediction for x in read_predictions(directory.path / PREDICTIONS)]
+                found.append(dataclasses.replace(each, scores=_scores(task, cast(list[Label], labels))))
+        else:
+            found.append(each)
+    return tuple(found)
 
 
 def _gold(examples: Sequence[Example]) -> list[Label]:

@@ -140,6 +140,34 @@ def test_complete_seeds_are_skipped(world, trained, monkeypatch, capsys):
     assert "accuracy" in capsys.readouterr().out
 
 
+def test_another_metric_or_positive_label_needs_no_training(world, trained, tmp_path, monkeypatch):
+    """The seeds that are done are measured again, from their predictions; the first command gives the first results."""
+    run, options = shutil.copytree(trained, tmp_path / "run"), ("--metric", "f1", "--positive", "yes")
+    before = (run / "results.json").read_text()
+    monkeypatch.setattr(finetune, "train", lambda *_: pytest.fail("trained again"))
+    main(arguments(world, run, *options))  # With --seeds 1, which leaves the other seed there.
+    results = read_results(run)
+    assert results.metric == "f1" and [each.seed for each in results.seeds] == [0, 1]
+    for each in results.seeds:
+        predictions = read_predictions(run / f"seed-{each.seed}" / "predictions.jsonl")
+        right = sum(x.gold == x.prediction == "yes" for x in predictions)
+        read = sum((x.gold == "yes") + (x.prediction == "yes") for x in predictions)
+        np.testing.assert_allclose(each.scores["f1"].value, 2 * right / read)
+    main(arguments(world, run, "--seeds", "2"))
+    assert (run / "results.json").read_text() == before
+
+
+def test_results_are_of_one_task(world, trained, tmp_path, capsys):
+    """Any seed of another task is refused, and a seed whose directory is gone has no result."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(run / "seed-0")
+    with pytest.raises(SystemExit):
+        main(arguments(world, run, "--batch-size", "8"))
+    assert f"{run}/seed-1 " in capsys.readouterr().err.splitlines()[-1] and not (run / "seed-0").exists()
+    task = finetune.prepare(make(world))
+    assert [each.seed for each in finetune._done(task, run)] == [1]
+
+
 def test_another_task_in_the_directory_is_refused(world, trained, capsys):
     for option in ("--batch-size 8", "--optimizer.weight-decay 0.5", "--head.dropout 0.3", "--max-length 32"):
         with pytest.raises(SystemExit):
