@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, Protocol, TypeVar, cast
 
 import tyro
@@ -172,7 +174,7 @@ class RunRecord:
         )
         there, here = flatten(_completed(there, here, run)), flatten(here)
         return [
-            f"{name} ({there.get(name)} there, {here.get(name)} here)"
+            f"{name} ({_shown(there.get(name))} there, {_shown(here.get(name))} here)"
             for name in sorted(there | here)
             if there.get(name) != here.get(name)
             and not (extending and name.startswith("optimizer.") and name != "optimizer.name")
@@ -218,8 +220,8 @@ class RunRecord:
         """
         if self.is_task:
             raise InputError(
-                f"{self.source} is that of a fine-tuning, whose results are in results.json above: prelm report, or "
-                "prelm evaluate --test"
+                f"{self.source} is that of a seed of a fine-tuning: give the directory above "
+                f"({PurePath(self.source).parent.parent}), or evaluate it with --test FILE"
             )
         fields = {**self.identity, **self.sources, "loop": self.loop, "tokenizer": None, "optimizer": None}
         fields |= {"model": self.model(model), "data": read(data, fields.get("data"), f"{self.source}: identity.data")}
@@ -229,6 +231,11 @@ class RunRecord:
     def model(self, cls: type[Config]) -> Config:
         """The config of the model."""
         return read(cls, self.identity.get("model"), f"{self.source}: identity.model")
+
+
+def _shown(value: object) -> object:
+    """A value for messages: the beginning of a fingerprint."""
+    return f"{value[:8]}…" if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
 
 
 def with_name(optimizer: Any) -> dict[str, object]:

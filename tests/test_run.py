@@ -59,6 +59,8 @@ def test_other_text_or_vocabulary_is_named_by_fingerprint():
         "corpus_fingerprint (c there, d here)",
         "tokenizer_fingerprint (t there, u here)",
     ]
+    (found,) = record(tiny.bert(), "ab" * 32).differences(record(tiny.bert(), "cd" * 32), tiny.bert())
+    assert found == "corpus_fingerprint (abababab… there, cdcdcdcd… here)"
 
 
 def test_fields_that_are_younger_than_a_record():

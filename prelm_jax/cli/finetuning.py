@@ -43,4 +43,6 @@ def finetune(
         path, results = finetune.finetune(run, workdir, seeds, take_over)
         if jax.process_index() == 0:
             print_table(results_table(results))
+            if results.spread(results.metric).at_baseline == len(results.seeds):
+                print("\nNo seed is above the baseline: try a higher --optimizer.learning-rate, or more --epochs.")
             print(f"\nThe seeds are in {path}.\nNext:\n  prelm export {path} DIRECTORY\n  prelm report {path}")

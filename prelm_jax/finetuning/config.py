@@ -92,7 +92,9 @@ class FineTuning:
             name, _, number = item.rpartition("=")
             if name not in names:
                 known = ", ".join(names)
-                raise InputError(f"--class-weights {item}: must be balanced, or LABEL=WEIGHT with a label of {known}")
+                raise InputError(
+                    f"--class-weights {item}: give balanced alone, or LABEL=WEIGHT with a label of {known}"
+                )
             if not re.fullmatch(r"\d+\.?\d*|\.\d+", number, re.ASCII) or not 0 < float(number) < 1e6:
                 raise InputError(f"--class-weights {item}: a weight must be a number above 0")
             weight_N[names.index(name)] = float(number)
@@ -104,13 +106,16 @@ class FineTuning:
         `loop.steps` may stop it earlier, on the same schedule. Raises InputError for a schedule given in steps.
         """
         optimizer, loop = self.optimizer, self.loop
+        if optimizer.learning_rate == 0:
+            raise InputError("--optimizer.learning-rate 0: nothing would be learned")
         for option, found, given, instead in (
             ("warmup-steps", optimizer.warmup_steps, 0, "--warmup"),
             ("decay-steps", optimizer.decay_steps, 1, "--epochs"),
         ):
             if found != given:
                 raise InputError(f"--optimizer.{option} {found}: give {instead}, from which the steps follow")
-        steps = max(1, round(self.epochs * rows / self.batch_size))
+        if (steps := max(1, round(self.epochs * rows / self.batch_size))) >= 2**31:
+            raise InputError(f"--epochs {self.epochs:g}: {steps:,} steps are too many, choose less than 2^31")
         optimizer = dataclasses.replace(optimizer, warmup_steps=int(self.warmup * steps), decay_steps=steps)
         evaluate_every = min(loop.evaluate_every, -(-rows // self.batch_size))
         loop = dataclasses.replace(loop, steps=min(loop.steps, steps), evaluate_every=evaluate_every)

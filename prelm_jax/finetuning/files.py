@@ -134,7 +134,7 @@ def read_examples(spec: str, kind: Kind, columns: Columns | None = None, labelle
         _check_first(spec, examples)
     if kind == "tags" and labelled:
         examples = with_bio_tags(examples, counts)
-    return LabelledData(examples, dict(counts))
+    return LabelledData(examples, dict(+counts))  # Without zeros.
 
 
 def _check_first(spec: str, examples: Sequence[Example]) -> None:

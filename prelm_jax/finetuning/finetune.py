@@ -95,6 +95,9 @@ def prepare(run: FineTuning) -> Task:
     check_labels(str(run.train), train_data, run.kind, names)
     check_labels(str(run.dev), dev_data, run.kind, names)
 
+    texts = {example.sequences for example in train_data.examples}
+    both = sum(example.sequences in texts for example in dev_data.examples)
+    dev_data.counts.update({f"examples that {run.train} has, too": both} if both else {})
     metrics.check_positive(run.kind, run.positive, names)
     if run.metric is not None and run.metric not in (
         known := metrics.scores(run.kind, dev_data.examples, _gold(dev_data.examples), names, run.positive)

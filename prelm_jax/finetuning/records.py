@@ -25,7 +25,7 @@ Record = tuple[str, Fields]  # The place in a file, FILE:LINE for example, and w
 def text_lines(path: str) -> Iterator[tuple[str, str]]:
     """(FILE:LINE, the line with its end) of a text file without its byte order mark."""
     for number, (offset, line) in enumerate(readers.lines(File.at(path), lambda size: None), start=1):
-        text = decode_utf8(path, offset, line)
+        text = decode_utf8(f"{path}:{number}", offset, line, "convert the file (iconv -f WINDOWS-1252, for example)")
         yield f"{path}:{number}", text.removeprefix("\ufeff") if offset == 0 else text
 
 
@@ -53,7 +53,7 @@ def object_fields(record: object) -> Fields:
 
     def value(column: str) -> object:
         if isinstance(record, Exception):
-            raise Malformed(f"is not JSON: {record}")
+            raise Malformed(f"is not JSON ({record}): write an object a line, or one array")
         if not isinstance(record, dict):
             raise Malformed("is not a JSON object")
         if record.get(column) is None:

@@ -149,10 +149,13 @@ def read_results(directory: str | os.PathLike) -> Results:
     path = reachable(directory) / RESULTS
     if not path.is_file():
         raise InputError(f"{directory} has no {RESULTS}: it is not the directory of a fine-tuning, or no seed is done")
-    results = read(Results, read_json(path), path)
-    names = [set(each.scores) for each in results.seeds]
-    if not names or any(each != names[0] for each in names) or results.metric not in names[0]:
-        raise InputError(f"{path}: all seeds must have the same metrics, and `{results.metric}` among them")
+    try:
+        results = read(Results, read_json(path), path)
+        names = [set(each.scores) for each in results.seeds]
+        if not names or any(each != names[0] for each in names) or results.metric not in names[0]:
+            raise InputError(f"{path}: all seeds must have the same metrics, and `{results.metric}` among them")
+    except InputError as error:
+        raise InputError(f"{error}; delete it, and the same prelm finetune writes it again") from None
     return results
 
 
@@ -272,8 +275,11 @@ def title(results: Results) -> str:
 
 def results_table(results: Results) -> Table:
     """All metrics over the seeds, each with its sampling error and trivial baselines."""
-    seeds = ", ".join(str(each.seed) for each in results.seeds)
-    caption = f"seeds {seeds}; median by {words(results.metric)}: seed {results.median_seed().seed}"
+    first, *others = (str(each.seed) for each in results.seeds)
+    caption = f"seed {first}"
+    if others:
+        median = results.median_seed().seed
+        caption = f"seeds {', '.join([first, *others])}; median by {words(results.metric)}: seed {median}"
     header, rows = spread_rows(results)
     table = Table(*header, title=title(results), caption=caption)
     for row in rows:

@@ -20,6 +20,8 @@ from prelm_jax.finetuning.records import (
     text_lines,
 )
 
+NUMBERS = "give numbers of columns, from 0 (--columns.text 0 and so on)"
+
 
 def read_tsv(path: str, used: Sequence[str], header: bool | None, counts: Counter[str]) -> Iterator[Record]:
     """Rows of cells between tabs."""
@@ -73,14 +75,33 @@ def _table(
                 numbers[column] = names.index(column)
     for column, number in numbers.items():
         if number is None or (names and not -len(names) <= number < len(names)):
-            found = f"only {listed(names)}" if names else "for it has no header: give numbers of columns, from 0"
-            raise InputError(f"{path} has no column `{column}`, {found} (--columns)")
+            found = f"only {listed(names)}: {_remedy(names)}" if names else f"for it has no header: {NUMBERS}"
+            raise InputError(f"{path} has no column `{column}`, {found}")
     width = len(names)
     for where, cells in rows:
+        if names and [cell.removeprefix("\ufeff").strip() for cell in cells] == names:
+            yield where, _repeated_header  # Two files were joined.
+            continue
         width = width or len(cells)
         if not names and len(cells) > width:
             counts["lines with more columns than the first"] += 1
         yield where, _cell_fields(cells, cast(dict[str, int], numbers), width if names else None)
+
+
+def _remedy(names: Sequence[str]) -> str:
+    """What to do about a header that lacks a column."""
+    one = names[0] if len(names) == 1 else ""
+    remedies = {
+        "\t": "give ,format=tsv for cells between tabs",
+        ",": "give ,format=csv for cells between commas",
+        ";": "write commas or tabs between cells instead of semicolons",
+    }
+    found = (remedy for separator, remedy in remedies.items() if separator in one)
+    return next(found, f"name columns (--columns.text and so on), or if that line is no header, {NUMBERS}")
+
+
+def _repeated_header(column: str) -> str:
+    raise Malformed("repeats the header: delete it, or give ,malformed=skip")
 
 
 def _cell_fields(cells: list[str], numbers: dict[str, int], width: int | None) -> Fields:

@@ -152,6 +152,11 @@ def find_model_type(directory: Path) -> tuple[object, Path]:
         return "elmo", directory
     if directory.is_file() or directory.with_name(f"{directory.name}.index").is_file():
         raise InputError(f"{directory}: a model is a directory; give {directory.parent}")
+    if seeds := sorted(str(path.parent) for path in directory.glob("seed-*/run.json")):
+        raise InputError(
+            f"{directory} holds the seeds of a fine-tuning: give one of them ({seeds[0]}), or what prelm export "
+            f"{directory} DIRECTORY writes"
+        )
     model = f"model directory (no config.json, {ORIGINAL_BERT} or {ELMO_OPTIONS})"
     raise InputError(f"{directory}: neither a {model} nor a work directory (no run.json){foreign_weights(directory)}")
 

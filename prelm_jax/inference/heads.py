@@ -1,9 +1,10 @@
 """A fine-tuned model in use: classify, tag, answer and choose, each example the same in any company."""
 
 import collections
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
-from typing import cast
+from typing import TypeVar, cast
 
 import jax
 import numpy as np
@@ -34,6 +35,8 @@ METHODS: dict[Kind, str] = {
     "spans": "answer",
 }
 
+
+Input = TypeVar("Input")
 
 KINDS: dict[type, Kind] = {heads.Choice: "choice", heads.Tags: "tags", heads.Span: "spans"}
 
@@ -91,34 +94,42 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
 
         model.classify(["A fine film.", "A waste of time."])[0].label  # "positive"
         """
-        parts = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
-        return self._of("classify", [Example(str(i), (each,)) for i, each in enumerate(parts)])
+        return self._of("classify", [(_parts(text),) for text in self._listed("classify", texts)])
 
     def tag(self, sentences: Sequence[str | Sequence[str]]) -> list[Prediction]:
         """A tag for each word of each sentence, of any length. A string is split at white space.
 
         model.tag(["John lives in Rome"])[0].label  # ("B-PER", "O", "O", "B-LOC")
         """
-        words = [tuple(each.split() if isinstance(each, str) else each) for each in sentences]
-        return self._of("tag", [Example(str(i), ((each,),)) for i, each in enumerate(words)])
+        words = [each.split() if isinstance(each, str) else each for each in self._listed("tag", sentences)]
+        return self._of("tag", [((tuple(each),),) for each in words])
 
     def answer(self, questions: Sequence[tuple[str, str]], null_threshold: float = 0.0) -> list[Prediction]:
         """The answer to each (question, passage), of any length; see `decoding.decode` for `null_threshold`.
 
         model.answer([("Who wrote it?", "It was written by Mary.")])[0].label.texts  # ("Mary",)
         """
-        return self._of("answer", [Example(str(i), (pair,)) for i, pair in enumerate(questions)], null_threshold)
+        return self._of("answer", [(_parts(pair),) for pair in self._listed("answer", questions)], null_threshold)
 
     def choose(self, choices: Sequence[tuple[str, Sequence[str]]]) -> list[Prediction]:
         """The number, from 0, of the option that best goes with each text.
 
         model.choose([("He ate the apple.", ["It was good.", "It was closed."])])[0].label  # 0
         """
-        pairs = [tuple((text, option) for option in options) for text, options in choices]
-        return self._of("choose", [Example(str(i), each) for i, each in enumerate(pairs)])
+        for number, each in enumerate(self._listed("choose", choices)):
+            if len(_parts(each)) != 2 or not isinstance(each[1], list | tuple):
+                raise InputError(f"example {number} is not (text, [option, …])")
+        return self._of("choose", [tuple((text, option) for option in options) for text, options in choices])
 
-    def _of(self, method: str, examples: Sequence[Example], null_threshold: float = 0.0) -> list[Prediction]:
+    def _listed(self, method: str, inputs: Sequence[Input]) -> Sequence[Input]:
+        """The inputs of a method. Raises InputError for a text alone, which would be read letter by letter."""
         self.require(method)
+        if isinstance(inputs, str):
+            raise InputError(f"{method} takes a list, not a text alone: give [text]")
+        return inputs
+
+    def _of(self, method: str, sequences: Iterable[tuple], null_threshold: float = 0.0) -> list[Prediction]:
+        examples = [Example(str(number), each) for number, each in enumerate(sequences)]
         return self.predict(examples, null_threshold)[0]
 
     def require(self, method: str) -> None:
@@ -194,6 +205,14 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
             first = example.sequences[0] if example.sequences else ()
             if not first:
                 raise InputError(f"example {example.id} has no texts")
+            if len(first) > 2:
+                raise InputError(f"example {example.id} has {len(first)} texts: give one, or a pair")
+            if self.kind == "spans" and len(first) == 1:
+                raise InputError(f"example {example.id} has 1 text: give (question, passage)")
+            parts = [part for sequence in example.sequences for part in sequence]
+            for text in itertools.chain(*parts) if self.kind == "tags" else parts:
+                if not isinstance(text, str):
+                    raise InputError(f"example {example.id} has {text!r:.60}, which is not text")
             apart = isinstance(self._head, heads.Label) and self.frame.pairs != "together"
             if apart and (len(first) == 2) != self._reads_two:
                 read = "pairs of texts" if self._reads_two else "single texts"
@@ -225,6 +244,11 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
             padding = ((0, most - words), (0, MAX_CHARACTERS - columns))
             batch["characters"] = np.pad(batch["characters"], padding, constant_values=PAD)
         return batch
+
+
+def _parts(given: object) -> tuple:
+    """The texts of an example, which may be one text."""
+    return tuple(given) if isinstance(given, list | tuple) else (given,)
 
 
 @compiled(static=(0,))

@@ -62,7 +62,9 @@ class TaskModelConfig:
     def check_together(self) -> None:
         """Raises OutOfBounds for a loss of next tokens that the encoder lacks or does not learn from."""
         if self.lm_coefficient and (not self.encoder.encoder().reads_forward or self.tune == "head"):
-            raise OutOfBounds(("lm_coefficient",), self.lm_coefficient, "must be 0, but for a GPT that is tuned")
+            raise OutOfBounds(
+                ("lm_coefficient",), self.lm_coefficient, "must be 0: only a GPT that is tuned learns next tokens"
+            )
 
     @property
     def model_type(self) -> str:

@@ -141,6 +141,23 @@ def test_a_malformed_line_is_named_or_counted(write, content, line, found):
     assert texts_and_labels(data) == [("a", "x")] and data.counts["malformed"] == 1
 
 
+def test_a_header_in_the_middle_is_malformed(write):
+    """As in two files that were joined, also with the byte order mark of the second."""
+    path = write("t.csv", "text,label\na,x\n\ufefftext, label\nb,y\n")
+    message = error_of(path, "label")
+    assert message.startswith(f"{path}:3 ") and "header" in message
+    data = read_examples(f"{path},malformed=skip", "label")
+    assert texts_and_labels(data) == [("a", "x"), ("b", "y")] and data.counts == {"malformed": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "separator", "remedy"),
+    [("t.tsv", ",", "format=csv"), ("t.csv", "\t", "format=tsv"), ("t.csv", ";", "semicolons")],
+)
+def test_cells_between_other_separators(write, name, separator, remedy):
+    assert remedy in error_of(write(name, f"text{separator}label\na{separator}x\n"), "label")
+
+
 def test_a_line_without_a_header_needs_the_columns_that_are_read(write):
     """More are counted: some published files give sources after the texts."""
     path = write("t.txt", "a\tx\nb\ty\thttp\nc\tz\n")
@@ -195,7 +212,7 @@ def test_columns_that_are_not_there(write, tmp_path):
         ("t.json", "[]", "spans", ("SQuAD",)),
         ("t.tsv", "text\tlabel\n", "label", ("no examples",)),
         ("t.tsv", "", "label", ("no examples",)),
-        ("t.tsv", b"text\tlabel\na\tx\nb\xff\ty\n", "label", ("byte 16",)),
+        ("t.tsv", b"text\tlabel\na\tx\nb\xff\ty\n", "label", (":3 ", "byte 16", "iconv")),
         ("t.tsv", "text\tlabel\na\0\tx\n", "label", ("NUL",)),
     ],
 )
@@ -463,7 +480,8 @@ def test_conll_2003(write):
 
 
 def test_tags_that_mark_no_spans_stay(write):
-    """A part of speech may begin like a span."""
+    """A part of speech may begin like a span. What is BIO already is not counted."""
+    assert read_examples(write("bio.conll", "a B-x\nb I-x\n"), "tags").counts == {}
     data = read_examples(write("t.conll", "a S-x\nb -LRB-\nc O\n"), "tags")
     assert data.examples[0].label == ("S-x", "-LRB-", "O")
     assert not is_bio(("S-x", "-LRB-", "O")) and not is_bio(("O",)) and not is_bio(())

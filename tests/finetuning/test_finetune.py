@@ -19,7 +19,8 @@ from prelm_jax.data.examples import Columns
 from prelm_jax.errors import InputError
 from prelm_jax.finetuning import finetune
 from prelm_jax.finetuning.config import FineTuning
-from prelm_jax.finetuning.results import read_predictions, read_results
+from prelm_jax.finetuning.metrics import Score
+from prelm_jax.finetuning.results import read_predictions, read_results, write_results
 from prelm_jax.models.heads import Choice, Label, Span, Tags
 from prelm_jax.training.checkpoint import Checkpoints
 from prelm_jax.training.loop import LoopConfig
@@ -166,6 +167,23 @@ def test_results_are_of_one_task(world, trained, tmp_path, capsys):
     assert f"{run}/seed-1 " in capsys.readouterr().err.splitlines()[-1] and not (run / "seed-0").exists()
     task = finetune.prepare(make(world))
     assert [each.seed for each in finetune._done(task, run)] == [1]
+    (run / "results.json").write_text("{")
+    with pytest.raises(InputError, match=rf"{run}/results.json .*delete it"):
+        finetune._done(task, run)
+
+
+def test_what_is_said_about_files_and_results(world, trained, tmp_path, capsys):
+    """Examples that are in both files, and that no seed is above the baseline."""
+    shutil.copy(world / "train.tsv", tmp_path / "dev.tsv")
+    finetune.prepare(make(world, dev=f"{tmp_path}/dev.tsv"))
+    assert f"{tmp_path}/dev.tsv: 26 examples " in capsys.readouterr().err
+    run = shutil.copytree(trained, tmp_path / "run")
+    results = read_results(run)
+    for value, found in ((0.0, True), (1.0, False)):
+        seeds = [dataclasses.replace(x, scores=x.scores | {"accuracy": Score(value, 0.1)}) for x in results.seeds]
+        write_results(run, dataclasses.replace(results, seeds=tuple(seeds)))
+        main(arguments(world, run, "--seeds", "2"))
+        assert ("--optimizer.learning-rate" in capsys.readouterr().out) == found
 
 
 def test_another_task_in_the_directory_is_refused(world, trained, capsys):
@@ -201,9 +219,11 @@ def test_export_and_use(world, trained, tmp_path, capsys):
         baseline = max(map(labels.count, labels)) / len(labels)
         assert f" {100 * score.value:.1f} " in row and f" {100 * score.error:.1f} " in row
         assert f"best constant {100 * baseline:.1f}" in row
-    with pytest.raises(SystemExit):
-        main(["export", str(trained), str(tmp_path / "other"), "--seed", "7"])
-    assert "--seed 7" in capsys.readouterr().err
+    for options, expected in ((("--seed", "7"), "--seed 7"), ((), f"({trained})")):
+        source = trained if options else trained / "seed-0"  # The directory of a seed: the one above is named.
+        with pytest.raises(SystemExit):
+            main(["export", str(source), str(tmp_path / "other"), *options])
+        assert expected in capsys.readouterr().err
 
 
 def make(world, head=None, **changes):
@@ -288,6 +308,9 @@ MISTAKES = {
     "length": (["--max-length", "513"], "--max-length"),
     "schedule": (["--optimizer.decay-steps", "10"], "--optimizer.decay-steps 10"),
     "loss of next tokens": (["--lm-coefficient", "0.5"], "lm_coefficient"),
+    "learning rate": (["--optimizer.learning-rate", "0"], "--optimizer.learning-rate 0"),
+    "epochs": (["--epochs", "1e12"], "--epochs 1e+12"),
+    "directory above seeds": (["--init-from", "{world}/whole"], "{world}/whole/seed-0"),
     "layers": (["--reinitialize-layers", "2"], "--reinitialize-layers 2"),
     "batch size": (["--mesh.devices", "3"], "--batch-size 4"),
     "unknown label": (["--dev", "{folder}/unknown.tsv"], "maybe"),
@@ -296,14 +319,15 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.usefixtures("trained")
 def test_mistakes_are_one_line(world, tmp_path, mistake, capsys):
     (tmp_path / "unknown.tsv").write_text("text\tlabel\na cat\tyes\na dog\tmaybe\n")
     (tmp_path / "one.tsv").write_text("text\tlabel\na cat\tyes\nthe cat\tyes\n")
     options, expected = MISTAKES[mistake]
     with pytest.raises(SystemExit) as stopped:
-        main(arguments(world, tmp_path / "run", *(option.format(folder=tmp_path) for option in options)))
+        main(arguments(world, tmp_path / "run", *(option.format(folder=tmp_path, world=world) for option in options)))
     lines = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 1 and lines[-1].startswith("prelm: ") and expected in lines[-1]
+    assert stopped.value.code == 1 and lines[-1].startswith("prelm: ") and expected.format(world=world) in lines[-1]
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").rglob("run.json"))
 
 

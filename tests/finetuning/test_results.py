@@ -123,7 +123,7 @@ def test_the_table_has_each_metric_beside_its_baseline():
         assert cell in row, cell
     assert "seed 2" in text and text.index("accuracy") < text.index("macro f1")
     one = printed(make_results({0: 0.9}))
-    assert " 90.0 " in one and "±" not in one
+    assert " 90.0 " in one and "±" not in one and "seeds" not in one
 
 
 @pytest.mark.parametrize("init_from", [None, "org/small-bert", "runs/bert: mini/exported"])

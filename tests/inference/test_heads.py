@@ -216,6 +216,27 @@ def test_a_task_is_asked_for_by_its_name(used, elmo):
         used("choice").choose([("a", ["b"]), ("a", [])])
 
 
+@pytest.mark.parametrize(
+    ("method", "given", "expected"),
+    [
+        ("classify", "A text.", "list"),
+        ("classify", ["a", 3], "example 1 has 3"),
+        ("classify", [("a", "b", "c")], "example 0 has 3 texts"),
+        ("tag", "Some words", "list"),
+        ("tag", [["Some", 3]], "example 0 has 3"),
+        ("answer", "A question?", "list"),
+        ("answer", ["Who?"], r"example 0 has 1 text.*\(question, passage\)"),
+        ("choose", ["A text."], r"example 0.*\(text, \[option"),
+        ("choose", [("A text.", "An option.")], r"example 0.*\(text, \[option"),
+    ],
+)
+def test_what_is_asked_for_in_another_form_is_refused(used, method, given, expected):
+    """A text alone, for example, which Python would read letter by letter."""
+    case = {"classify": "label", "tag": "tags", "answer": "spans", "choose": "choice"}[method]
+    with pytest.raises(InputError, match=expected):
+        getattr(used(case), method)(given)
+
+
 def test_a_gpt_without_a_frame_reads_the_last_token(gpt_ids_of, published):
     """As transformers does; there is nothing to read of a blank text."""
     reference, directory = published("gpt-label")
