@@ -37,13 +37,13 @@ def test_the_public_interface(folder):
     """In every order: importing a submodule does not hide the function of the same name."""
     code = f"""
 import prelm_jax
-assert set(prelm_jax.__all__) == {{"Run", "load", "pretrain", "write_report"}}
+assert set(prelm_jax.__all__) == {{"Run", "finetune", "load", "pretrain", "write_report"}}
 from prelm_jax.pretraining import pretrain
 from prelm_jax import load
 model = load({str(folder / "model")!r})
 from prelm_jax.loading import load as same
 assert type(prelm_jax.load({str(folder / "model")!r})) is type(same({str(folder / "model")!r})) is type(model)
-assert prelm_jax.Run.__name__ == "Run" and callable(prelm_jax.pretrain)
+assert prelm_jax.Run.__name__ == "Run" and callable(prelm_jax.pretrain) and callable(prelm_jax.finetune)
 try: prelm_jax.nothing
 except AttributeError as error: assert "nothing" in str(error)
 else: raise AssertionError
