@@ -16,6 +16,8 @@ def read_conll(path: str, used: Sequence[str], header: bool | None, counts: Coun
     for lines in _sentences(path):
         rows = [(where, line.split("\t") if "\t" in line else re.split(" +", line)) for where, line in lines]
         width = width or len(rows[0][1])
+        if width == 1 and len(used) > 1:
+            raise InputError(f"{rows[0][0]} has one column: give a word and its tag a line, between spaces or tabs")
         if rows[0][1][0] == "-DOCSTART-":
             counts["document boundaries"] += 1
         else:
@@ -59,7 +61,7 @@ def _word_fields(rows: list[tuple[str, list[str]]], names: dict[str, int], width
             raise InputError(f"{rows[0][0]} has no column {column}, only {listed(names or range(width))} (--columns)")
         for where, cells in rows:
             if len(cells) != width:
-                raise Malformed(f"has {len(cells)} columns, not {width}", where)
+                raise Malformed(f"has {len(cells)} columns, those before it have {width}", where)
         return [cells[number] for _, cells in rows]
 
     return value

@@ -169,6 +169,9 @@ def check_labels(spec: str, data: LabelledData, kind: Kind, known: Sequence[str]
         )
     if kind == "label" and len(names) == 1:
         raise InputError(f"{spec}: all examples have the label {names[0]}: there is nothing to learn or to measure")
+    if (kind == "labels" and not known) or (kind == "tags" and len(known) == 1):
+        found = f"all words have the tag {known[0]}" if known else "no example has a label"
+        raise InputError(f"{spec}: {found}: there is nothing to learn")
 
 
 def print_counts(spec: str, counts: Mapping[str, int], num_cut: int, number: int, max_length: int) -> None:

@@ -16,7 +16,8 @@ def make_example(kind: Kind, columns: Columns, fields: Fields, labelled: bool, n
     text, pair = cast(str, columns.text), columns.pair
     if kind == "tags":
         words = _words(fields(text), text)
-        tags = tuple(_items(fields(cast(str, columns.label)))) if labelled else None
+        column = cast(str, columns.label)
+        tags = tuple(_name(tag, column) for tag in _items(fields(column))) if labelled else None
         if tags is not None and len(tags) != len(words):
             raise Malformed(f"has {len(words)} words and {len(tags)} tags")
         return Example(name, ((words,),), tags)

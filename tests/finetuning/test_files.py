@@ -200,6 +200,8 @@ def test_columns_that_are_not_there(write, tmp_path):
         ("t.jsonl", '{"tokens": ["a"], "tags": ["O", "O"]}', "tags", ("1 words", "2 tags")),
         ("t.conll", "a O\nb\n\n", "tags", (":2 ", "1 columns")),
         ("t.conllu", "1\ta\n", "tags", (":1 ", "2 columns")),
+        ("t.conll", "a\nb\n\nc\n", "tags", (":1 ", "one column")),
+        ("t.jsonl", '{"tokens": ["a"], "tags": [null]}', "tags", (":1 ", "`tags` null")),
         ("t.jsonl", '{"text": "a", "options": ["b"], "label": 0}', "choice", ("1 option", "--columns.options")),
         (
             "t.jsonl",
@@ -297,6 +299,21 @@ def test_labels_are_names_in_order(write):
         check_labels("t", data, "label", ("10", "9", "-1"))
     with pytest.raises(InputError, match=r"^t: .* 10"):
         check_labels("t", LabelledData(examples[:1], {}), "label", ("10", "9"))
+
+
+def test_integers_are_names_of_tags(write):
+    path = write("t.jsonl", '{"tokens": ["a", "b"], "tags": [10, 9]}')
+    data = read_examples(path, "tags")
+    assert data.examples[0].label == ("10", "9") and label_names(data.examples, "tags") == ("9", "10")
+
+
+def test_where_there_is_nothing_to_learn(write):
+    """In the training file; a held-out file may lack labels that the model knows."""
+    for name, content, kind in (("t.csv", "text,labels\na,\n", "labels"), ("t.conll", "a O\nb O\n", "tags")):
+        data = read_examples(write(name, content), kind)
+        with pytest.raises(InputError, match=rf"^{name}: .*nothing to learn"):
+            check_labels(name, data, kind, label_names(data.examples, kind))
+        check_labels(name, data, kind, ("O", "x"))
 
 
 def test_several_labels(write):
