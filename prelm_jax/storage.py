@@ -127,7 +127,10 @@ def opened(path: str | os.PathLike) -> Iterator[io.BufferedReader]:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def decode_utf8(path: str | os.PathLike, offset: int, data: bytes, remedy: str = "convert the file") -> str:
+CONVERT = "convert the file (iconv -f WINDOWS-1252 -t UTF-8, for example)"
+
+
+def decode_utf8(path: str | os.PathLike, offset: int, data: bytes, remedy: str = CONVERT) -> str:
     """Decodes bytes found at `offset` of a file. Raises InputError with the position of the first invalid byte."""
     try:
         return data.decode("utf-8")

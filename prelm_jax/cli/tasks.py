@@ -140,9 +140,10 @@ def _predict(
     from prelm_jax.finetuning.files import print_counts, read_examples
 
     if spec.endswith(".txt") and model.kind in ("label", "labels", "number", "tags"):
-        texts = [line.split() if model.kind == "tags" else line for line in read_lines(spec)]
-        examples = [Example(str(i), ((tuple(x) if isinstance(x, list) else x,),)) for i, x in enumerate(texts)]
-        counts: dict[str, int] = {}
+        lines = read_lines(spec)
+        parts = [(tuple(line.split()),) if model.kind == "tags" else (line,) for line in lines]
+        examples = [Example(str(i), (each,)) for i, each in enumerate(parts) if each != ((),)]
+        counts = {"blank lines": len(lines) - len(examples)} if len(examples) < len(lines) else {}
     else:
         examples, counts = read_examples(spec, model.kind, columns, labelled=False)
     if not examples:

@@ -25,9 +25,7 @@ Record = tuple[str, Fields]  # The place in a file, FILE:LINE for example, and w
 def text_lines(path: str) -> Iterator[tuple[str, str]]:
     """(FILE:LINE, the line with its end) of a text file without its byte order mark."""
     for number, (offset, line) in enumerate(readers.lines(File.at(path), lambda size: None), start=1):
-        text = decode_utf8(
-            f"{path}:{number}", offset, line, "convert the file (iconv -f WINDOWS-1252 -t UTF-8, for example)"
-        )
+        text = decode_utf8(f"{path}:{number}", offset, line)
         yield f"{path}:{number}", text.removeprefix("\ufeff") if offset == 0 else text
 
 

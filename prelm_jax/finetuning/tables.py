@@ -75,7 +75,7 @@ def _table(
                 numbers[column] = names.index(column)
     for column, number in numbers.items():
         if number is None or (names and not -len(names) <= number < len(names)):
-            found = f"only {listed(names)}: {_remedy(names)}" if names else f"for it has no header: {NUMBERS}"
+            found = f"only {listed(names)}: {_remedy(column, names)}" if names else f"for it has no header: {NUMBERS}"
             raise InputError(f"{path} has no column `{column}`, {found}")
     width = len(names)
     for where, cells in rows:
@@ -88,16 +88,15 @@ def _table(
         yield where, _cell_fields(cells, cast(dict[str, int], numbers), width if names else None)
 
 
-def _remedy(names: Sequence[str]) -> str:
+def _remedy(column: str, names: Sequence[str]) -> str:
     """What to do about a header that lacks a column."""
-    one = names[0] if len(names) == 1 else ""
     remedies = {
         "\t": "give ,format=tsv for cells between tabs",
         ",": "give ,format=csv for cells between commas",
         ";": "write commas or tabs between cells instead of semicolons",
     }
-    found = (remedy for separator, remedy in remedies.items() if separator in one)
-    return next(found, f"name columns (--columns.text and so on), or if that line is no header, {NUMBERS}")
+    found = [remedy for separator, remedy in remedies.items() if column in names[0].split(separator)]
+    return next(iter(found), f"name columns (--columns.text and so on), or if that line is no header, {NUMBERS}")
 
 
 def _repeated_header(column: str) -> str:

@@ -116,6 +116,9 @@ def test_tag_writes_columns(models, printed, tmp_path):
     ]
     assert printed("tag", models / "tags", tmp_path / "words.txt")[0] == lines
     assert printed("tag", models / "tags", tmp_path / "words.conll")[0] == lines
+    (tmp_path / "blank.txt").write_text("".join(f" \n{' '.join(words)}\n" for words in sentences))
+    found, notes = printed("tag", models / "tags", tmp_path / "blank.txt")
+    assert found == lines and f"{tmp_path}/blank.txt: 2 blank lines" in notes
     found, _ = printed("tag", models / "tags", tmp_path / "words.conll", "--json")
     assert json.loads(found[0])["prediction"] == list(expected[0].label)
 
@@ -204,10 +207,4 @@ def test_what_cannot_be_done_is_said_in_one_line(models, fails, tmp_path):
     assert "empty.txt has no texts" in fails("classify", models / "label", tmp_path / "empty.txt")
     assert "text" in (message := fails("classify", models / "label", tmp_path / "table.tsv")) and "table.tsv" in message
     assert "out" in fails("answer", models / "spans", texts, tmp_path / "out")
-    assert "without words" in fails("tag", models / "tags", blank(tmp_path))
     assert "masked LM head" in fails("fill", models / "label", "the [MASK]")
-
-
-def blank(folder):
-    (folder / "blank.txt").write_text("the cat\n\n")
-    return folder / "blank.txt"

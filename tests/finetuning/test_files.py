@@ -156,6 +156,7 @@ def test_a_header_in_the_middle_is_malformed(write):
 )
 def test_cells_between_other_separators(write, name, separator, remedy):
     assert remedy in error_of(write(name, f"text{separator}label\na{separator}x\n"), "label")
+    assert remedy not in error_of(write(name, f"a text{separator}and more\n"), "label")
 
 
 def test_a_line_without_a_header_needs_the_columns_that_are_read(write):
