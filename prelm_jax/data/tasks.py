@@ -8,7 +8,7 @@ rows of a batch may be packed into fewer, as many in each batch:
 
     8 rows of 26 tokens on average, the longest 60      8 × 64 positions, or 2 packed rows × 112
 
-A row is here an example or a window of it (`frames.Row`).
+A row is here an example or a window of it (`rows.Row`).
 """
 
 import abc
@@ -16,9 +16,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from prelm_jax.data.frames import Frame, Row
+from prelm_jax.data.frames import Frame
 from prelm_jax.data.packing import pack
 from prelm_jax.data.randomness import bits, key, permute
+from prelm_jax.data.rows import Row
 from prelm_jax.training.contract import Layout
 
 NUM_WIDTHS, WORTH = 6, 0.03

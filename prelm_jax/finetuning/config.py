@@ -21,7 +21,8 @@ from prelm_jax.bounds import (
     Size,
 )
 from prelm_jax.data.examples import Columns, Kind
-from prelm_jax.data.frames import WIDTHS, Row
+from prelm_jax.data.frames import WIDTHS
+from prelm_jax.data.rows import Row
 from prelm_jax.data.tasks import balanced
 from prelm_jax.errors import InputError
 from prelm_jax.models import heads

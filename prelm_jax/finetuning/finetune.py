@@ -16,7 +16,9 @@ import numpy as np
 
 from prelm_jax.cache import digest
 from prelm_jax.data.examples import Example, Label
-from prelm_jax.data.frames import WIDTHS, Frame, Row
+from prelm_jax.data.frames import WIDTHS, Frame
+from prelm_jax.data.framing import frame_examples
+from prelm_jax.data.rows import Row
 from prelm_jax.data.tasks import TaskBatches, TaskEvaluation, best_num_rows, weighted
 from prelm_jax.errors import InputError
 from prelm_jax.families import find_family
@@ -109,10 +111,10 @@ def prepare(run: FineTuning) -> Task:
     frame = family.frame(tokenizer, max_length, run.symmetric)
     framed = []
     for spec, data in ((run.train, train_data), (run.dev, dev_data)):
-        found = frame.frame(data.examples, run.kind, names, run.stride)
+        rows, num_cut = frame_examples(frame, data.examples, run.kind, names, run.stride)
         if jax.process_index() == 0:
-            print_counts(str(spec), data.counts, found.num_cut, found.num_examples, max_length)
-        framed.append(found.rows)
+            print_counts(str(spec), data.counts, num_cut, len(data.examples), max_length)
+        framed.append(rows)
     if (weight_N := run.weights_by_label(names, framed[0])) is not None:
         framed[0] = weighted(framed[0], weight_N)
     vocab_size = max(pretrained.config.vocab_size or 0, tokenizer.vocab_size)
