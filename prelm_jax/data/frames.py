@@ -24,7 +24,7 @@ from prelm_jax.tokenizers.characters import BEGIN_SENTENCE, END_SENTENCE, Spelli
 from prelm_jax.tokenizers.words import SPECIAL_TOKENS, WordVocabulary
 from prelm_jax.training.contract import Layout
 
-# The lengths that rows are padded to where nothing is known of the others, as far as the model has positions.
+# The lengths to which rows are padded if they do not follow from the lengths of all rows; none beyond the model's.
 WIDTHS = (32, 64, 128, 256, 384, 512)
 
 Pairs = Literal["together", "orders", "apart"]

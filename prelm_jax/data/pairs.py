@@ -24,7 +24,7 @@ from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training.contract import HostBatch
 
 _DESCRIBED = 4096  # examples whose lengths `describe` averages
-_PACKED_TOGETHER = 512  # rows, at least: the more, the less do their lengths in all vary
+_PACKED_TOGETHER = 512  # rows, at least: the more rows, the less the total length of their examples varies
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,11 @@ class PairBatches(StoreBatches):
         self._cls_id = special_id(tokenizer, "cls", "sentence pairs")
         self._sep_id = special_id(tokenizer, "sep", "sentence pairs")
         self._masking = config.masking.build(tokenizer, config.max_predictions, seed)
-        # Of a packed row: its size, and the most pairs, because each has a mask, and five tokens or more.
-        self._capacity = config.max_length * config.max_predictions
-        self._group = -(-_PACKED_TOGETHER // batch_size)  # in steps
-        self._num_pairs = min(config.max_length // 5, config.max_predictions)
+        self._capacity = config.max_length * config.max_predictions  # of a packed row, see `_sizes`
+        self._num_pairs = min(
+            config.max_length // 5, config.max_predictions
+        )  # each has a mask, and five tokens or more
+        self._group = -(-_PACKED_TOGETHER // batch_size)  # steps whose examples are packed together
         self.sampler = SegmentSampler(
             store, config.max_length, config.short_sequence_probability, config.next_sentence, seed
         )
@@ -103,8 +104,8 @@ class PairBatches(StoreBatches):
         """Rows start to stop of the batch of a step, built without the others."""
         if not self._config.packing:
             return self.unpacked(step * self.batch_size + np.arange(start, stop))
-        # The examples of a group of steps are packed together. Rows are dealt to these steps in turn, because the first
-        # ones have the longest examples.
+        # The examples of a group of steps are packed together. Each step takes every `_group`-th row, because the first
+        # rows have the longest examples.
         group, part = divmod(step, self._group)
         N = self.packing.num_examples
         example_N = group * N + np.arange(N)
@@ -142,9 +143,9 @@ class PairBatches(StoreBatches):
         return self.sampler.draw(example_X)[0].length
 
     def _sizes(self, length_X: np.ndarray) -> np.ndarray:
-        """How much of a row's capacity examples of these lengths fill: by their tokens or their masks, what is more.
+        """The part of a packed row's capacity, T · M, that examples of these lengths fill.
 
-        The unit is the same for both: a row has room for T tokens of size M, and for M masks of size T.
+        A row has room for T tokens, each of size M, and for M masks, each of size T; the larger sum counts.
         """
         T, M = self._config.max_length, self._config.max_predictions
         return np.maximum(length_X * M, self._masking.count(length_X) * T)
@@ -208,17 +209,16 @@ class PairBatches(StoreBatches):
 
 
 class PairEvaluation:
-    """All of a text: first windows with masked tokens, then, for next sentences, a pair for each two adjacent ones.
+    """All of a text: windows with masked tokens, then, with `next_sentence`, a pair for each two adjacent sentences.
 
-    Each document is cut into windows without overlap, as long as a row has room for, so every token is in one of them.
-    Of a window's tokens 15 % are predicted, drawn by a hash of the window's number, whatever `masking.probability` is,
-    so that models trained at different rates can be compared; `max_predictions` does not limit them. With
-    `next_sentence` a window is a pair, too: B begins with the sentence that begins nearest to the middle; without one
-    inside the window there is no B.
+    Windows cut each document into full rows without overlap, so every token is in one of them. 15 % of a window's
+    tokens are predicted, drawn by a hash of the window's number, whatever `masking.probability` is, so that models
+    trained at different rates can be compared; `max_predictions` does not limit them. With `next_sentence` a window has
+    a B as well, from the beginning of a sentence nearest to its middle on, if there is one inside the window.
 
-    Every sentence but a document's first is once the true B, or in half of the cases, drawn by a hash of the pair's
-    number, a random sentence takes its place. A is the text before it. A text of one document has no pairs, because
-    a random B comes from another document.
+    In the pairs, every sentence but a document's first begins B once; in half of them, drawn by a hash of the pair's
+    number, a random sentence replaces it. A is the text before it. A text of one document has no pairs, because a
+    random B comes from another document.
 
     Rows, with budget 8, for documents with sentences of 4 3 5 2 and 3 tokens:
 

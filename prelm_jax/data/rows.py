@@ -21,14 +21,14 @@ class Row(NamedTuple):
     texts: tuple[Text, ...]
     label: np.ndarray | None = None  # As `labels` in models/task.py, of one row; None: not known.
     weight: np.ndarray | None = None  # As `label_weights` there.
-    # Of a window: the number of its first word or token in the example, and for each of them whether this window shows
-    # more of its context than the others do.
+    # Of a window: the number of its first word or token in the example, and for each of its words or tokens whether no
+    # other window shows more of the context (bool).
     first: int = 0
     most_context: np.ndarray | None = None
-    # Of a window of a passage: the position of its first token in the row, and for each token the characters of the
-    # passage at which it begins and ends.
+    # Of a window of a passage: the position of its first token in the row, and for each of its tokens the characters of
+    # the passage at which the token begins and ends (int [tokens, 2]).
     begin: int = 0
-    characters: np.ndarray | None = None  # int [tokens, 2]
+    characters: np.ndarray | None = None
 
     @property
     def length(self) -> int:

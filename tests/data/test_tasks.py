@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from prelm_jax.data.examples import Example
 from prelm_jax.data.framing import frame_examples
-from prelm_jax.data.tasks import WORTH, TaskBatches, TaskEvaluation, balanced, best_num_rows, best_widths, weighted
+from prelm_jax.data.tasks import (
+    LEAST_SAVING,
+    TaskBatches,
+    TaskEvaluation,
+    balanced,
+    best_num_rows,
+    best_widths,
+    weighted,
+)
 
 
 def make(family="bert", number=7):
@@ -100,7 +108,7 @@ def test_the_widths_pad_the_least(needed, widest):
 
     def cost(widths):
         used = widths if widths[-1] in needed else widths[:-1]
-        return np.array(widths)[np.searchsorted(widths, needed)].sum() + WORTH * sum(needed) * len(used)
+        return np.array(widths)[np.searchsorted(widths, needed)].sum() + LEAST_SAVING * sum(needed) * len(used)
 
     others = sorted(set(needed) - {widest})
     least = min(
