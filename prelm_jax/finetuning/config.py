@@ -25,7 +25,6 @@ from prelm_jax.data.frames import WIDTHS
 from prelm_jax.data.rows import Row
 from prelm_jax.data.tasks import balanced
 from prelm_jax.errors import InputError
-from prelm_jax.models import heads
 from prelm_jax.training.loop import LoopConfig
 from prelm_jax.validation import check
 
@@ -71,10 +70,7 @@ class FineTuning:
     @property
     def kind(self) -> Kind:
         """What a label of the task is."""
-        if isinstance(self.head, heads.Label):
-            return self.head.kind
-        kinds: dict[type, Kind] = {heads.Choice: "choice", heads.Tags: "tags", heads.Span: "spans"}
-        return kinds[type(self.head)]
+        return self.head.kind
 
     def weights_by_label(self, names: Sequence[str], rows: Sequence[Row]) -> np.ndarray | None:
         """The weight of each label by number, float32; None where all weigh the same. `rows`: those to train on.

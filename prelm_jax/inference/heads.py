@@ -37,9 +37,6 @@ METHODS: dict[Kind, str] = {
 }
 
 
-KINDS: dict[type, Kind] = {heads.Choice: "choice", heads.Tags: "tags", heads.Span: "spans"}
-
-
 class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
     """An encoder with the head of a task. `pretrained` is the encoder without it, and embeds and scores.
 
@@ -64,9 +61,7 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
     @property
     def kind(self) -> Kind:
         """The kind of the labels that the head predicts."""
-        if isinstance(self._head, heads.Label):
-            return self._head.kind
-        return KINDS[type(self._head)]
+        return self._head.kind
 
     def embed(self, texts: Collection[str], truncate: bool = False) -> Embeddings:
         """The hidden states of the fine-tuned encoder; see `Pretrained`."""
