@@ -23,18 +23,11 @@ from prelm_jax.data.tasks import TaskBatches, TaskEvaluation, best_num_rows, wei
 from prelm_jax.errors import InputError
 from prelm_jax.families import find_family
 from prelm_jax.finetuning import metrics
+from prelm_jax.finetuning.card import task_card
 from prelm_jax.finetuning.config import FineTuning
 from prelm_jax.finetuning.files import check_labels, label_names, print_counts, read_examples
-from prelm_jax.finetuning.results import (
-    PREDICTIONS,
-    RESULTS,
-    Results,
-    SeedResult,
-    read_results,
-    task_card,
-    write_predictions,
-    write_results,
-)
+from prelm_jax.finetuning.predictions import PREDICTIONS, write_predictions
+from prelm_jax.finetuning.results import RESULTS, Results, SeedResult, read_results, write_results
 from prelm_jax.formats.base import LoadedModel, ModelConfig, save
 from prelm_jax.formats.transfer import initial_params
 from prelm_jax.hub import fetch, is_hub_name

@@ -19,7 +19,8 @@ from prelm_jax.data.examples import Columns
 from prelm_jax.errors import InputError
 from prelm_jax.finetuning import finetune
 from prelm_jax.finetuning.config import FineTuning
-from prelm_jax.finetuning.results import read_predictions, read_results
+from prelm_jax.finetuning.predictions import read_predictions
+from prelm_jax.finetuning.results import read_results
 from prelm_jax.models.heads import Choice, Label, Span, Tags
 from prelm_jax.training.checkpoint import Checkpoints
 from prelm_jax.training.loop import LoopConfig
