@@ -143,7 +143,7 @@ def _begins(count_E: np.ndarray, number_E: np.ndarray) -> np.ndarray:
 def _joined(count_E: np.ndarray, width: int, number_E: np.ndarray, row_E: np.ndarray) -> np.ndarray:
     """Indices [B, width] into values [E, width], end to end: the first `count_E` of each example of a row.
 
-    The values of a row's last example go on to the row's end. They are unused, because it had no more room alone.
+    The span of a row's last example is extended to the row's end, with values that are padding.
     """
     begin_E = _begins(count_E, number_E)
     is_last_E = np.append(number_E[1:], 0) == 0

@@ -138,7 +138,7 @@ class StreamBatches(StoreBatches):
         return layout
 
     def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Rows start to stop of the batch of a step; what is not "rows" is that of the global batch."""
+        """Rows start to stop of the batch of a step, and all of the keys that do not hold rows."""
         T, n = self._config.max_length, self._config.num_negatives
         # Words are numbered for all rows and both directions together: the first axis of inputs_2BT is the direction.
         inputs_2BT, targets_2BT, parts = [], [], []

@@ -88,7 +88,7 @@ def balanced(rows: Sequence[Row], num_labels: int) -> np.ndarray:
 
 
 def weighted(rows: Sequence[Row], weight_N: np.ndarray) -> list[Row]:
-    """The rows with the weight of each label, or of each tag, times that of its class."""
+    """The rows, with each weight multiplied by `weight_N` of the label, or of the tag."""
     labels, weights = _labels_and_weights(rows)
     return [row._replace(weight=w * weight_N[label]) for row, label, w in zip(rows, labels, weights, strict=True)]
 
@@ -132,7 +132,7 @@ class _Rows(abc.ABC):
         return np.repeat(np.argsort(-self._length_X, kind="stable"), epochs)[: self._num_drawn]
 
     def _packed(self, number_X: np.ndarray) -> tuple[list[list[Row]], int]:
-        """Rows in the groups that share a packed row, and the width of these."""
+        """The rows with these numbers, in the groups that share a row of the batch, and the batch's width."""
         rows, length_X = [self._rows[number] for number in number_X], self._length_X[number_X]
         if self._is_unpacked:
             return [[row] for row in rows], self.frame.fitting_width(rows, self.num_texts, self.widths)

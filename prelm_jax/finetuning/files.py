@@ -55,7 +55,7 @@ DEFAULTS: dict[Kind, Columns] = {
 
 
 class LabelledData(NamedTuple):
-    """Examples, and by name how many lines were left out or read otherwise than they are written."""
+    """Examples, and the number of lines that were left out or changed, by the reason."""
 
     examples: list[Example]
     counts: dict[str, int]
@@ -87,7 +87,7 @@ class FileSpec:
         )
 
     def format_of(self, path: str, kind: Kind) -> Format:
-        """How a file is read; names that say nothing are those of sentences with tags, else of tables with tabs."""
+        """How a file is read, by the ending of its name; any other ending: as conll for tags, else as tsv."""
         if self.format:
             return self.format
         ending = readers.extension(path)

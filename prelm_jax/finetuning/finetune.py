@@ -51,9 +51,8 @@ def finetune(
         task = task.seeded(seed)
         directory = WorkDir(path / f"seed-{seed}")
         with directory.hold(take_over):
-            results = _results(task, path)
-            steps = {each.seed: each.step for each in results.seeds}
-            if directory.exists() and steps.get(seed) == task.run.loop.steps:
+            steps_done = {each.seed: each.step for each in _results(task, path).seeds}
+            if directory.exists() and steps_done.get(seed) == task.run.loop.steps:
                 directory.check(task.record, task.run)
                 continue
             if jax.process_index() == 0:
@@ -61,7 +60,8 @@ def finetune(
             result, predictions = _train(task, directory)
             if jax.process_index() == 0:
                 write_predictions(directory.path / PREDICTIONS, run.kind, task.dev_examples, predictions, task.names)
-                others = [each for each in _results(task, path).seeds if each.seed != seed]
+                results = _results(task, path)  # Another process may have written those of its seed meanwhile.
+                others = [each for each in results.seeds if each.seed != seed]
                 ordered = sorted([*others, result], key=lambda each: each.seed)
                 write_results(path, dataclasses.replace(results, seeds=tuple(ordered)))
     return path, _results(task, path)

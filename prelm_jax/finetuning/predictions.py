@@ -25,7 +25,7 @@ class PredictionLine:
     """
 
     id: str
-    text: str  # The beginning of the example's text.
+    text: str  # The first SHOWN characters of the example's text.
     gold: object
     prediction: object
     probabilities: dict[str, float] | None = None  # By label or number of the choice; None where the head has none.

@@ -34,16 +34,16 @@ class SeedResult:
 
 @dataclass(frozen=True)
 class Spread:
-    """A metric over seeds. `deviation`: of the sample; None for one seed. `at_baseline`: runs that are not above it."""
+    """A metric over seeds."""
 
     mean: float
-    deviation: float | None
-    median: float  # The lower one.
+    deviation: float | None  # The standard deviation of the sample; None for one seed.
+    median: float  # The lower one of an even number of seeds.
     lowest: float
     highest: float
     error: float | None  # The sampling error of the held-out examples: the median seed's.
-    baseline: float | None  # The best trivial one.
-    at_baseline: int
+    baseline: float | None  # The best trivial baseline.
+    at_baseline: int  # Number of seeds that are not above the baseline.
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Results:
         )
 
     def metrics(self) -> list[str]:
-        """The metrics, that of the task first."""
+        """The names of the metrics, first the one by which the median seed is chosen."""
         return sorted(self.seeds[0].scores, key=lambda name: name != self.metric)
 
 

@@ -104,7 +104,7 @@ def _calibration(predictions: Sequence[PredictionLine]) -> str:
 
 
 def _errors(results: Results, predictions: Sequence[PredictionLine]) -> str:
-    """The wrong predictions that the model is surest of, or those that are furthest off."""
+    """The worst predictions: those that are wrong at the highest confidence, or furthest from the gold label."""
     wrong = [(badness, each) for each in predictions if (badness := _badness(results, each)) > 0]
     wrong.sort(key=lambda pair: -pair[0])
     rows = [
@@ -135,11 +135,8 @@ def _badness(results: Results, each: PredictionLine) -> float:
 
 
 def _shown(value: object) -> str:
-    text = (
-        " ".join(map(str, value))
-        if isinstance(value, list)
-        else f"{value:.3g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, list):
+        text = " ".join(map(str, value))
+    else:
+        text = f"{value:.3g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
