@@ -17,7 +17,7 @@ from prelm_jax.bounds import Bounds, NotNegative, Positive
 from prelm_jax.errors import Preempted
 from prelm_jax.training.checkpoint import Checkpoints, Record
 from prelm_jax.training.contract import Batch, Model, OptimizerConfig
-from prelm_jax.training.metrics import MetricsWriter, Report, peak_flops
+from prelm_jax.training.metrics import MetricsWriter, Pending, Report, peak_flops
 from prelm_jax.training.sharding import MeshConfig
 from prelm_jax.training.step import Keys, TrainState
 
@@ -69,15 +69,15 @@ class TrainingConfig(Protocol):
 class Evaluation(NamedTuple):
     """An evaluation during training."""
 
-    evaluate: Callable[[TrainState], dict[str, float]]  # The means by name; `loss` is one of them.
-    describe: Callable[[Mapping[str, float]], str]  # These as a line for people.
-    written: Callable[[], None]  # Called when they are in the file of metrics.
+    evaluate: Callable[[TrainState], dict[str, float]]  # Metrics by name; `loss` is one of them.
+    describe: Callable[[Mapping[str, float]], str]  # These metrics as a line for people.
+    written: Callable[[], None]  # Called when they have been written to metrics.jsonl.
 
 
 class _Stop:
     """Whether SIGTERM has come; several processes agree on the step at which to stop.
 
-    From `begin` on, when there is something to save. Before that SIGTERM does what it does outside of the loop.
+    It is handled from `begin` on, when there is something to save; before that as outside of the loop.
     """
 
     def __enter__(self) -> "_Stop":
@@ -145,9 +145,10 @@ def train(
 ) -> tuple[TrainState, dict[str, float] | None]:
     """Trains from `state.step` to `run.loop.steps`; resuming gives the same bits as never having stopped.
 
-    With `run.loop.stop_after_no_gain`, it ends after that number of evaluations without a new best one, for good.
+    With `run.loop.stop_after_no_gain`, it ends after that number of evaluations without a new best one, and does not
+    train on when it is called again.
 
-    Returns the last state and its evaluation; None instead of it without one.
+    Returns the last state, and its evaluation if there was one.
 
     Args:
         train_step: as `make_train_step` returns it.
@@ -167,7 +168,11 @@ def train(
     peak = peak_flops(jnp.dtype(run.precision), jax.sharding.get_mesh().size)
     report = Report(model, writer, peak, start, config.steps, config.log_every)
     tokens_seen = checkpoints.tokens_seen(start)
-    pending = evaluation = None
+    pending: Pending | None = None
+    evaluation: dict[str, float] | None = None
+
+    def saves(done: int) -> bool:
+        return done == config.steps or done % config.save_every == 0
 
     def evaluates(done: int) -> bool:
         return held_out is not None and (done == config.steps or done % config.evaluate_every == 0)
@@ -180,10 +185,10 @@ def train(
         return done // config.evaluate_every - best // config.evaluate_every >= limit
 
     def evaluate_and_save(done: int, stopping: bool, keep_due: bool) -> None:
-        """Does what is due after a step. Raises Preempted if SIGTERM came, which can postpone the evaluation."""
+        """Evaluates and saves if that is due. Raises Preempted if SIGTERM came, which can postpone the evaluation."""
         nonlocal evaluation
         last = done == config.steps
-        loss, improved, postponed, save_due = None, False, False, last or done % config.save_every == 0
+        loss, improved, postponed, save_due = None, False, False, saves(done)
         if held_out is not None and evaluates(done):
             evaluation = stop.unless_asked(lambda: held_out.evaluate(state))
             if evaluation is None:  # The step is evaluated, and saved if that is due, when the run resumes.
@@ -219,15 +224,14 @@ def train(
                 # The devices work on this step while the host looks at the one before.
                 report.wait(pending)
                 before, tokens_seen = tokens_seen, tokens_seen + int(jax.device_get(tokens)[0])
-                pending = (done, metrics, batch, tokens_seen)
+                pending = Pending(done, metrics, batch, tokens_seen)
 
             stop.begin()
             stopping = stop.at(done)
             words_due = any(before < words * tokens_per_word <= tokens_seen for words in config.keep_at_words)
             keep_due = words_due or done in config.keep_at_steps
-            save_due = done == config.steps or done % config.save_every == 0
-            compiled = done == start + 1  # By this step: the clock of the speed starts after it.
-            if compiled or keep_due or evaluates(done) or save_due or stopping:
+            compiled = done == start + 1  # This step included compilation: the speed is measured from here on.
+            if compiled or keep_due or evaluates(done) or saves(done) or stopping:
                 report.wait(pending)  # Checks the step: a state with NaNs is never saved.
                 pending = None
                 evaluate_and_save(done, stopping, keep_due)
