@@ -73,9 +73,9 @@ class FineTuning:
         return self.head.kind
 
     def weights_by_label(self, names: Sequence[str], rows: Sequence[Row]) -> np.ndarray | None:
-        """The weight of each label by number, float32; None where all weigh the same. `rows`: those to train on.
+        """The weight of each label by number, float32; None without --class-weights. `rows`: the training rows.
 
-        Raises InputError for --class-weights that are none, of unknown labels, or of a kind that has none.
+        Raises InputError for malformed weights, for unknown labels, and for tasks whose labels have no weights.
         """
         given = self.class_weights
         if not given:
@@ -96,7 +96,7 @@ class FineTuning:
         return weight_N
 
     def scheduled(self, rows: int) -> "FineTuning":
-        """The task with steps for its epochs, for a number of rows to train on; evaluated each epoch at least.
+        """The task with its epochs converted to steps, for a number of training rows; evaluated at least once an epoch.
 
         `loop.steps` may stop it earlier, on the same schedule. Raises InputError for a schedule given in steps.
         """
