@@ -162,32 +162,12 @@ class PairBatches(StoreBatches):
         example_B: their numbers, which determine the random draws of masks.
         """
         B, T = len(example_B), self._config.max_length
-        first_begin_B, first_length_B, second_begin_B, _ = segments
-        second_B, length_B = first_length_B + 2, segments.length
-        next_sentence = {}
-        if label_B is not None:
-            next_sentence = {
-                "next_sentence_positions": np.zeros((B, 1), np.int32),  # of [CLS]
-                "next_sentence_labels": label_B[:, None].astype(np.int32),  # 0: B follows A, 1: B is random
-                "next_sentence_weights": np.ones((B, 1), np.float32),
-            }
-
-        # A row is three spans: [CLS] A [SEP], B [SEP] (empty without B), and padding. Its tokens are gathered from the
-        # store at column + shift of the span. With T = 13, A the tokens 104 to 106 and B the tokens 107 to 111:
-        #
-        #     column   0     1   2   3   4      5   6   7   8   9   10     11  12
-        #     row      [CLS] A   A   A   [SEP]  B   B   B   B   B   [SEP]  pad pad
-        #     shift    103   103 103 103 103    102 102 102 102 102 102    0   0      104 - column 1, 107 - column 5
-        #     index    103   104 105 106 107    107 108 109 110 111 112    11  12
-        #
-        # What is gathered for special tokens and padding is overwritten; their indices may be outside of the store.
+        second_B, length_B = segments.first_length + 2, segments.length
+        # A row is three spans: [CLS] A [SEP], B [SEP] (empty without B), and padding.
         lengths_B3 = np.array([second_B, length_B - second_B, T - length_B]).T
-        shift_B3 = np.array([first_begin_B - 1, second_begin_B - second_B, np.zeros(B, np.int64)]).T
-        index_BT = _spread(shift_B3, lengths_B3)
-        index_BT += np.arange(T)
-        np.clip(index_BT, 0, self.store.num_tokens - 1, out=index_BT)
+        index_BT = self._indices(segments, lengths_B3)
         tokens_BT = self.store.gather(index_BT)
-        segments_BT = _spread(np.tile(np.array([1, 1, 0], np.int32), (B, 1)), lengths_B3)
+        segments_BT = _spread(np.array([1, 1, 0], np.int32), lengths_B3)
         candidates_BT = segments_BT.astype(bool)
         np.copyto(tokens_BT, self._pad_id, where=~candidates_BT)
         row_B = np.arange(B)
@@ -196,16 +176,39 @@ class PairBatches(StoreBatches):
             candidates_BT[row_B, column] = False
         continues_BT = False if self._continues is None else self._continues[index_BT]
         masked = self._masking(tokens_BT, candidates_BT, length_B, example_B, continues_BT)
+        next_sentence = {}
+        if label_B is not None:
+            next_sentence = {
+                "next_sentence_positions": np.zeros((B, 1), np.int32),  # of [CLS]
+                "next_sentence_labels": label_B[:, None].astype(np.int32),  # 0: B follows A, 1: B is random
+                "next_sentence_weights": np.ones((B, 1), np.float32),
+            }
         # int32 [B, T]; the keys of masking are [B, M], the keys of the next sentence [B, K] with K = 1. `join` makes
         # packed rows of these.
         return {
             "tokens": tokens_BT,
-            "token_types": _spread(np.tile(np.array([0, 1, 0], np.int32), (B, 1)), lengths_B3),  # 1: B and its [SEP]
+            "token_types": _spread(np.array([0, 1, 0], np.int32), lengths_B3),  # 1: B and its [SEP]
             "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
             "segments": segments_BT,  # 1, or 0 in padding
             **masked,
             **next_sentence,
         }
+
+    def _indices(self, segments: Segments, lengths_B3: np.ndarray) -> np.ndarray:
+        """The index in the store of each token of the rows, [B, T]; of special tokens and padding any index.
+
+        It is column + shift of the span. With T = 13, A the tokens 104 to 106 and B the tokens 107 to 111:
+
+            column   0     1   2   3   4      5   6   7   8   9   10     11  12
+            row      [CLS] A   A   A   [SEP]  B   B   B   B   B   [SEP]  pad pad
+            shift    103   103 103 103 103    102 102 102 102 102 102    0   0      104 - column 1, 107 - column 5
+            index    103   104 105 106 107    107 108 109 110 111 112    11  12
+        """
+        (B, _), T = lengths_B3.shape, self._config.max_length
+        shifts = (segments.first_begin - 1, segments.second_begin - lengths_B3[:, 0], np.zeros(B, np.int64))
+        index_BT = _spread(np.array(shifts).T, lengths_B3)
+        index_BT += np.arange(T)
+        return np.clip(index_BT, 0, self.store.num_tokens - 1, out=index_BT)
 
 
 class PairEvaluation:
@@ -287,6 +290,7 @@ class PairEvaluation:
         return self._batches.sampler.pairs_at(pair_B, next_B, first_text_B, self._budget, begin_B, end_B)
 
 
-def _spread(values_B3: np.ndarray, lengths_B3: np.ndarray) -> np.ndarray:
-    """Repeats the value of each span over the span's length: [7 8 9] with lengths [2 1 0] gives 7 7 8. [B, T]."""
-    return np.repeat(values_B3.ravel(), lengths_B3.ravel()).reshape(len(values_B3), -1)
+def _spread(values: np.ndarray, lengths_B3: np.ndarray) -> np.ndarray:
+    """[B, T]: repeats the value ([3] or [B, 3]) of each span over the span; [7 8 9], lengths [2 1 0] give 7 7 8."""
+    values_B3 = np.broadcast_to(values, lengths_B3.shape)
+    return np.repeat(values_B3.ravel(), lengths_B3.ravel()).reshape(len(lengths_B3), -1)
