@@ -46,6 +46,20 @@ class LoopConfig:
     tensorboard: bool = False  # Also write the metrics for TensorBoard.
     profile: NotNegative = 0  # Write a profiler trace of this many steps, from the 11th on, to profile/.
 
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after a step, whatever its evaluation says."""
+        return step == self.steps or step % self.save_every == 0
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation is due after a step."""
+        return step == self.steps or step % self.evaluate_every == 0
+
+    def gains_nothing(self, step: int, best_step: int | None) -> bool:
+        """Whether the training ends at a step because the best evaluation, if there was one, is too long ago."""
+        if best_step is None or self.stop_after_no_gain is None:
+            return False
+        return step // self.evaluate_every - best_step // self.evaluate_every >= self.stop_after_no_gain
+
 
 class TrainingConfig(Protocol):
     """The fields of a run that the loop reads."""
@@ -171,25 +185,12 @@ def train(
     pending: Pending | None = None
     evaluation: dict[str, float] | None = None
 
-    def saves(done: int) -> bool:
-        return done == config.steps or done % config.save_every == 0
-
-    def evaluates(done: int) -> bool:
-        return held_out is not None and (done == config.steps or done % config.evaluate_every == 0)
-
-    def gains_nothing(done: int) -> bool:
-        """Whether the best evaluation was so long ago that the training ends."""
-        best, limit = checkpoints.best_step, config.stop_after_no_gain
-        if best is None or limit is None:
-            return False
-        return done // config.evaluate_every - best // config.evaluate_every >= limit
-
     def evaluate_and_save(done: int, stopping: bool, keep_due: bool) -> None:
         """Evaluates and saves if that is due. Raises Preempted if SIGTERM came, which can postpone the evaluation."""
         nonlocal evaluation
         last = done == config.steps
-        loss, improved, postponed, save_due = None, False, False, saves(done)
-        if held_out is not None and evaluates(done):
+        loss, improved, postponed, save_due = None, False, False, config.saves(done)
+        if held_out is not None and config.evaluates(done):
             evaluation = stop.unless_asked(lambda: held_out.evaluate(state))
             if evaluation is None:  # The step is evaluated, and saved if that is due, when the run resumes.
                 stopping, postponed, save_due = True, True, False
@@ -197,7 +198,7 @@ def train(
                 report.evaluation(done, evaluation, held_out.describe(evaluation))
                 held_out.written()
                 loss, improved = evaluation["loss"], checkpoints.improves(evaluation["loss"])
-                last = last or (not improved and gains_nothing(done))
+                last = last or (not improved and config.gains_nothing(done, checkpoints.best_step))
                 save_due = save_due or last
         record = Record(tokens_seen, loss, scheduled=save_due or improved)
         if record.scheduled or stopping:
@@ -210,10 +211,10 @@ def train(
             raise Preempted(f"stopped by SIGTERM after step {done}; the same command resumes from there")
 
     with contextlib.closing(report), _Stop() as stop:
-        if start and evaluates(start) and not checkpoints.evaluated(start):
+        if start and held_out is not None and config.evaluates(start) and not checkpoints.evaluated(start):
             stop.begin()
-            evaluate_and_save(start, False, False)
-        for step, batch in () if gains_nothing(start) else batches:
+            evaluate_and_save(start, stopping=False, keep_due=False)
+        for step, batch in () if config.gains_nothing(start, checkpoints.best_step) else batches:
             profile.before(step)
             with jax.transfer_guard("disallow"):  # Saving and evaluating copy arrays, a step does not.
                 tokens = count_tokens(batch)  # A program of its own: done before the step is.
@@ -231,11 +232,12 @@ def train(
             words_due = any(before < words * tokens_per_word <= tokens_seen for words in config.keep_at_words)
             keep_due = words_due or done in config.keep_at_steps
             compiled = done == start + 1  # This step included compilation: the speed is measured from here on.
-            if compiled or keep_due or evaluates(done) or saves(done) or stopping:
+            evaluation_due = held_out is not None and config.evaluates(done)
+            if compiled or keep_due or evaluation_due or config.saves(done) or stopping:
                 report.wait(pending)  # Checks the step: a state with NaNs is never saved.
                 pending = None
                 evaluate_and_save(done, stopping, keep_due)
-                if gains_nothing(done):
+                if config.gains_nothing(done, checkpoints.best_step):
                     report.say(f"stopped after step {done}: no gain since step {checkpoints.best_step}")
                     break
         checkpoints.wait()
