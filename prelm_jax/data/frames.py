@@ -1,4 +1,4 @@
-"""Frames: how each family writes the texts of a task as tokens; `framing` writes examples by them.
+"""Frames: how the texts of a task are written as tokens for each family; `framing` makes rows of examples with them.
 
     BERT    [CLS] a [SEP], [CLS] a [SEP] b [SEP]              a task reads [CLS]
     GPT-1   start a extract, start a delimiter b extract      a task reads the extract token
@@ -67,7 +67,7 @@ class Frame(abc.ABC):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The lengths that rows are padded to, at most as many as WIDTHS."""
+        """The lengths that rows are padded to: at most six, up to `max_length`."""
         shorter = [width for width in WIDTHS if width < self.max_length]
         return (*shorter[1 - len(WIDTHS) :], self.max_length)
 
@@ -184,7 +184,7 @@ class ELMoFrame(Frame):
         return next(width for width in long_enough if self._capacity(len(rows), num_texts, width) >= distinct)
 
     def _capacity(self, num_rows: int, num_texts: int, width: int) -> int:
-        """The distinct words of a batch at most (U): half as many as it has positions; at the widest as many."""
+        """Room for distinct words in a batch (U): half as many as positions, or at the widest as many."""
         positions = num_rows * num_texts * width
         most = min(positions, len(self.numbers)) if width == self.max_length else positions // 2
         return -(-most // 128) * 128

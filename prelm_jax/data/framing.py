@@ -60,7 +60,7 @@ def _frame_texts(frame: Frame, examples: Sequence[Example], kind: Kind, names: S
 
 
 def _sequences(frame: Frame, example: Example, kind: Kind) -> Sequence[tuple[Part, ...]]:
-    """The texts and pairs of an example that are read each as one text."""
+    """The texts and pairs of an example, each of which becomes a Text."""
     first = example.sequences[0]
     if kind == "choice" or len(first) == 1 or frame.pairs == "together":
         return example.sequences
@@ -69,7 +69,8 @@ def _sequences(frame: Frame, example: Example, kind: Kind) -> Sequence[tuple[Par
 
 def _frame_text(frame: Frame, parts: Sequence[np.ndarray]) -> tuple[Text, bool]:
     """The text of one or two parts, and whether they were cut."""
-    first, second, between = (*parts, frame.between) if len(parts) == 2 else (parts[0], parts[0][:0], [])
+    first, second = parts if len(parts) == 2 else (parts[0], parts[0][:0])
+    between = frame.between if len(parts) == 2 else []
     a, b = _lengths_that_fit(len(first), len(second), frame.room - len(between))
     head = [*frame.before, *first[:a], *between]
     ids = np.array([*head, *second[:b], *frame.after], np.int32)

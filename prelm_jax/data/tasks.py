@@ -98,7 +98,7 @@ def _labels_and_weights(rows: Sequence[Row]) -> tuple[list[np.ndarray], list[np.
     return [label for label, _ in found], [weight for _, weight in found]
 
 
-class _Rows(abc.ABC):
+class _RowBatches(abc.ABC):
     """Batches of the rows of a task. Fulfills `Batches`; a subclass defines `numbers`.
 
     num_drawn: rows of the task in a batch. batch_size: rows of the batch, fewer if the others are packed into them.
@@ -169,7 +169,7 @@ class _Rows(abc.ABC):
         return self._batch(self._longest() if self._is_unpacked else self.numbers(self._needs_most), slice(None))
 
 
-class TaskBatches(_Rows):
+class TaskBatches(_RowBatches):
     """The training batches of a task, pure in (seed, step).
 
     batch_size: rows of the task in a batch. num_rows: rows of the batch, into which these are packed; None: as many.
@@ -185,7 +185,7 @@ class TaskBatches(_Rows):
         return permute(index_X, len(self._rows), bits(self._key, epoch_X))
 
 
-class TaskEvaluation(_Rows):
+class TaskEvaluation(_RowBatches):
     """All rows of a task once, sorted by length; rows of weight 0 fill the last batch."""
 
     def __init__(self, frame: Frame, rows: Sequence[Row], batch_size: int):
