@@ -1,4 +1,4 @@
-"""The fields of requests: each is declared once, with its type, bounds and default, to be read and to be described."""
+"""The fields of requests, each declared once: type, bounds and default, for validation and for /openapi.json."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +21,8 @@ STRING: Schema = {"type": "string"}
 class Field(Generic[Value]):
     """A field of a request.
 
-    rule: what its value must be. schema: the same for /openapi.json. alone: a value of this type may stand for a list
-    of it. default: the value of a field that is missing or null, unless it is required.
+    rule: what its value must be, for error messages. schema: the same for /openapi.json. fits: the check. alone: a
+    single value of this type is read as a list of one. default: for a field that is missing or null.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Field(Generic[Value]):
         return dataclasses.replace(self, default=default, schema={**self.schema, "default": default}, is_required=False)
 
     def or_none(self) -> "Field[Value | None]":
-        """The field as one that may be missing."""
+        """The field, None where it is missing."""
         return cast("Field[Value | None]", dataclasses.replace(self, is_required=False))
 
     def read(self, value: object) -> Value:
@@ -88,7 +88,7 @@ def schema(declared: Sequence[Field[object]], ignores_others: bool) -> Schema:
 
 
 def text(name: str, choices: Sequence[str] = ()) -> Field[str]:
-    """A string; one of some, if they are given."""
+    """A string; with choices, one of them."""
     if not choices:
         return Field(name, "a string", STRING, is_text)
     return Field(name, " or ".join(choices), {"enum": list(choices)}, lambda value: value in choices)
@@ -129,7 +129,7 @@ def texts(name: str, most: int = MAX_TEXTS, shortest: int = 0) -> Field[list[str
 def items(
     name: str, rule: str, item: Schema, fits: Callable[[object], bool], most: int = MAX_TEXTS
 ) -> Field[list[Value]]:
-    """A list whose items fit a rule; a text may stand alone, if it fits."""
+    """A list of items that fit; one text without a list too, if a text fits."""
 
     def all_fit(value: object) -> bool:
         return isinstance(value, list) and 1 <= len(value) <= most and all(map(fits, value))

@@ -1,4 +1,4 @@
-"""A loaded model as the server offers it: its verbs, texts to queries, and answers to JSON."""
+"""A loaded model as the server offers it: what it can do, and texts as ids and queries."""
 
 import asyncio
 import dataclasses
@@ -26,9 +26,9 @@ CHARACTERS_AT_ONCE = 20_000  # What the event loop tokenizes in a few millisecon
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text as ids without special tokens, and whether it was cut to the room of the model.
+    """A text as ids without special tokens, and whether it was cut to the length that the model takes.
 
-    skipped: how many of the first tokens, special ones included, are not pooled.
+    skipped: number of tokens at the beginning, special ones included, that are not pooled.
     """
 
     ids: Sequence[int]
@@ -37,7 +37,7 @@ class Text:
 
 
 class ServedModel:
-    """A model, and how it pools by default."""
+    """A model, the name that clients know it by, and its default pooling."""
 
     def __init__(self, model: Pretrained, name: str):
         self.name, self.task = name, model if isinstance(model, TaskPretrained) else None
@@ -49,7 +49,7 @@ class ServedModel:
 
     @property
     def verbs(self) -> list[str]:
-        """What the model can do, by the names of routes."""
+        """What the model can do: names of routes, "complete" for /v1/completions."""
         verbs = [] if self.task is None else [METHODS[self.task.kind]]
         verbs += ["embed", "similarity", "tokenize"]
         if self.bert is not None:
@@ -60,13 +60,13 @@ class ServedModel:
 
     @property
     def bert(self) -> BertPretrained | None:
-        """The model, if it fills masks."""
+        """The model if it is a BERT that fills masks, else None."""
         encoder = self.encoder
         return encoder if isinstance(encoder, BertPretrained) and encoder.has_masked_lm else None
 
     @property
     def gpt(self) -> GPTPretrained | None:
-        """The model, if it generates."""
+        """The model if it is a GPT, else None."""
         return self.encoder if isinstance(self.encoder, GPTPretrained) else None
 
     @property
@@ -82,13 +82,13 @@ class ServedModel:
         return cast(list[AnyProgram], programs)
 
     def require(self, verb: str) -> None:
-        """Raises a Refusal (404) if the model lacks a verb; it names those that it has."""
+        """Raises a Refusal (404) that names the model's verbs if it lacks this one."""
         if verb not in self.verbs:
             found = ", ".join(self.verbs)
             raise Refusal(404, f"{self.name} cannot {verb}; it can {found}", code="no_such_verb")
 
     def info(self) -> dict[str, object]:
-        """What /info says of the model."""
+        """The model's part of /info."""
         config = self.encoder.config
         return {
             "model": self.name,
