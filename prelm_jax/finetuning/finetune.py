@@ -1,11 +1,10 @@
 """Fine-tuning: labelled files -> frames -> batches -> train -> results, for one seed after the other."""
 
-import contextlib
 import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +15,6 @@ import numpy as np
 from prelm_jax.cache import digest
 from prelm_jax.data.examples import Label
 from prelm_jax.data.tasks import TaskEvaluation
-from prelm_jax.errors import InputError
 from prelm_jax.families import find_family
 from prelm_jax.finetuning import metrics
 from prelm_jax.finetuning.card import task_card
@@ -54,11 +52,12 @@ def finetune(
     if seeds > 1 and jax.process_index() == 0:
         print(f"{seeds} seeds of {task.run.loop.steps:,} steps; for a first trial: --seeds 1", file=sys.stderr)
     empty = _empty_results(task)
+    names = empty.baselines.keys()
     for seed in range(seeds):
         task = task.seeded(seed)
         directory = WorkDir(path / f"seed-{seed}")
         with directory.hold(take_over):
-            if (seed, task.run.loop.steps) in {(each.seed, each.step) for each in _done(task, path)}:
+            if (seed, task.run.loop.steps) in {(each.seed, each.step) for each in _done(task, path, names)}:
                 directory.check(task.record, task.run)
                 continue
             if jax.process_index() == 0:
@@ -67,10 +66,10 @@ def finetune(
             if jax.process_index() == 0:
                 write_predictions(directory.path / PREDICTIONS, run.kind, task.dev_examples, predictions, task.names)
                 # Another process may have written those of its seed meanwhile.
-                others = [each for each in _done(task, path) if each.seed != seed]
+                others = [each for each in _done(task, path, names) if each.seed != seed]
                 ordered = sorted([*others, result], key=lambda each: each.seed)
                 write_results(path, dataclasses.replace(empty, seeds=tuple(ordered)))
-    results = dataclasses.replace(empty, seeds=_done(task, path))
+    results = dataclasses.replace(empty, seeds=_done(task, path, names))
     if jax.process_index() == 0 and results != read_results(path):  # --metric or --positive is another one.
         write_results(path, results)
     return path, results
@@ -95,23 +94,19 @@ def _empty_results(task: Task) -> Results:
     )
 
 
-def _done(task: Task, path: Path) -> tuple[SeedResult, ...]:
-    """The results of the seeds that results.json has, by the metrics of the task.
+def _done(task: Task, path: Path, names: Set[str]) -> tuple[SeedResult, ...]:
+    """The results of the seeds that results.json has, by the metrics of these names.
 
-    A seed is left out, and so evaluated again, where its work directory or the predictions to measure are not there.
+    A seed is left out, and so evaluated again, where its work directory or its predictions are gone.
     """
-    if not (path / RESULTS).is_file():
-        return ()
-    names, found = set(task.scores(gold_labels(task.dev_examples))), []
-    for each in read_results(path).seeds:
+    found = []
+    for each in read_results(path).seeds if (path / RESULTS).is_file() else ():
         directory = WorkDir(path / f"seed-{each.seed}")
-        if not directory.exists():
-            continue
-        if set(each.scores) != names:  # Written with another --positive.
-            with contextlib.suppress(InputError):
-                labels = [x.prediction for x in read_predictions(directory.path / PREDICTIONS)]
-                found.append(dataclasses.replace(each, scores=task.scores(cast(list[Label], labels))))
-        else:
+        predictions = directory.path / PREDICTIONS
+        if directory.exists() and predictions.is_file():
+            if set(each.scores) != names:  # Written with another --positive.
+                labels = [cast(Label, x.prediction) for x in read_predictions(predictions)]
+                each = dataclasses.replace(each, scores=task.scores(labels))
             found.append(each)
     return tuple(found)
 

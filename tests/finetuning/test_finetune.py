@@ -169,10 +169,12 @@ def test_results_are_of_one_task(world, trained, tmp_path, capsys):
         main(arguments(world, run, "--batch-size", "8"))
     assert f"{run}/seed-1 " in capsys.readouterr().err.splitlines()[-1] and not (run / "seed-0").exists()
     task = prepare_task(make(world))
-    assert [each.seed for each in finetune._done(task, run)] == [1]
+    assert [each.seed for each in finetune._done(task, run, task.baselines().keys())] == [1]
+    (run / "seed-1/predictions.jsonl").unlink()  # The same command evaluates it again.
+    assert not finetune._done(task, run, task.baselines().keys())
     (run / "results.json").write_text("{")
     with pytest.raises(InputError, match=rf"{run}/results.json .*delete it"):
-        finetune._done(task, run)
+        finetune._done(task, run, task.baselines().keys())
 
 
 def test_what_is_said_about_files_and_results(world, trained, tmp_path, capsys):
@@ -426,6 +428,7 @@ def test_every_kind_trains(folder, family, kind, tmp_path, compiled):
         _, results = finetune.finetune(run, tmp_path / "run", seeds=1)
     (seed,) = results.seeds
     assert seed.step > 3 and all(np.isfinite(score.value) for score in seed.scores.values())
+    assert seed.scores.keys() == results.baselines.keys()
     assert min(programs(compiled[marks[0] : marks[1]])) >= 1 and max(programs(compiled[marks[0] :])) <= 6
     assert programs(compiled[marks[1] :])[1] == 0
     found, _ = load(tmp_path / "run" / "seed-0").predict(task.dev_examples)
