@@ -42,6 +42,7 @@ from prelm_jax.data.windows import WindowsConfig
 from prelm_jax.families import find_family
 from prelm_jax.finetuning import finetune
 from prelm_jax.finetuning.config import FineTuning
+from prelm_jax.finetuning.task import prepare_task
 from prelm_jax.formats.base import LoadedModel, LoadedTask, save
 from prelm_jax.models.bert import BertConfig
 from prelm_jax.models.elmo import DIRECTIONS, ELMoConfig
@@ -158,9 +159,9 @@ def compare_finetuning(run: FineTuning, directory: Path) -> Losses:
     """Fine-tunes BERT for labels, and transformers' model from the same initial weights, the head's among them."""
     finetune.finetune(run, directory / "run", seeds=1)
     metrics = WorkDir(directory / "run" / "seed-0").read_metrics()
-    task = finetune.prepare(run)
+    task = prepare_task(run)
     fresh = jax.jit(task.config.build().init_params)(Keys.from_seed(run.seed).init)
-    initial = LoadedTask(task.config, finetune.initial(task, fresh), task.tokenizer, frozenset(), task.names, None)
+    initial = LoadedTask(task.config, task.initial_params(fresh), task.frame.tokenizer, frozenset(), task.names, None)
     save(initial, find_family("bert", directory).format, directory / "initial", "")
     model = transformers.BertForSequenceClassification.from_pretrained(directory / "initial").train()
 

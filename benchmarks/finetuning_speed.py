@@ -30,6 +30,7 @@ import tyro
 from prelm_jax.cli.experiments import load_run_or_task
 from prelm_jax.finetuning import finetune
 from prelm_jax.finetuning.config import FineTuning
+from prelm_jax.finetuning.task import prepare_task
 from prelm_jax.train import placed_batches
 from prelm_jax.training import loop
 from prelm_jax.training.metrics import MetricsWriter
@@ -95,16 +96,15 @@ def task_run(s: Settings, data: finetuning.Data, epochs: int) -> FineTuning:
 
 def train_ours(run: FineTuning, steps: int, turns: Turns, directory: Path) -> None:
     """An epoch in the loop of `prelm finetune`, without evaluation."""
-    task = finetune.prepare(run)
+    task = prepare_task(run)
     run, model = task.run, task.config.build()
-    batches = task.batches(run.seed, jax.device_count())
+    batches = task.batches(jax.device_count())
     mesh = run.loop.mesh.build()
     workdir = WorkDir(directory)
     newest: list[Any] = []
     with jax.set_mesh(mesh):
         abstract = abstract_state(model, run.optimizer, run.batch_size, mesh, "replicated")
-        start = lambda fresh: finetune.initial(task, fresh)  # noqa: E731
-        state = new_state(model, run.optimizer, run.batch_size, run.seed, abstract, start)
+        state = new_state(model, run.optimizer, run.batch_size, run.seed, abstract, task.initial_params)
         train_step = make_train_step(model, run.optimizer, 1, batches.layout, abstract)
 
         def step(*arguments: Any) -> Any:

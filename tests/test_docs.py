@@ -23,7 +23,7 @@ from prelm_jax.corpus.sentences import LANGUAGES
 from prelm_jax.data.examples import Columns
 from prelm_jax.errors import InputError
 from prelm_jax.finetuning.files import ENDINGS, FileSpec, Format, read_examples
-from prelm_jax.finetuning.results import read_predictions
+from prelm_jax.finetuning.predictions import read_predictions
 from prelm_jax.storage import is_remote
 
 ROOT = Path(__file__).parents[1]

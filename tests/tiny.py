@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from prelm_jax.data import loader
+from prelm_jax.data.examples import Example, Label, Part
+from prelm_jax.data.frames import Frame
 from prelm_jax.data.pairs import PairsConfig
 from prelm_jax.data.streams import StreamsConfig
 from prelm_jax.data.windows import WindowsConfig
@@ -114,6 +116,17 @@ def tokenizer(model_type: str) -> Tokenizer:
     if model_type == "openai-gpt":
         return BPE(["<unk>", *letters, *(f"{letter}</w>" for letter in letters)], [])
     return WordVocabulary(["<S>", "</S>", "<UNK>", *WORDS])
+
+
+def frame(model_type: str, max_length: int = 32, symmetric: bool = False) -> Frame:
+    """The frame of a family, for `tokenizer`."""
+    family_frame = find_family(model_type, "test").frame
+    return family_frame(family_frame.task_tokenizer(tokenizer(model_type)), max_length, symmetric)
+
+
+def example(*parts: Part, label: Label | None = None, id: str = "0") -> Example:
+    """A labelled example of one sequence."""
+    return Example(id, (parts,), label)
 
 
 def directory(path: Path, model_type: str, seed: int = 0, **sizes: object) -> Path:

@@ -17,6 +17,42 @@ def corpus(sizes):
     return [[[next(ids) for _ in range(size)] for size in document] for document in sizes]
 
 
+class Corpus:
+    """Where each token id of `corpus` is, in plain Python, to check batches with."""
+
+    def __init__(self, documents):
+        self.documents = documents
+        self.location = {
+            id: (d, s, t)
+            for d, document in enumerate(documents)
+            for s, sentence in enumerate(document)
+            for t, id in enumerate(sentence)
+        }
+
+    def document(self, id):
+        return self.location[id][0]
+
+    def is_end_of_sentence(self, id):
+        d, s, t = self.location[id]
+        return t == len(self.documents[d][s]) - 1
+
+    def is_end_of_document(self, id):
+        d, s, _ = self.location[id]
+        return self.is_end_of_sentence(id) and s == len(self.documents[d]) - 1
+
+    def is_beginning_of_sentence(self, id):
+        return self.location[id][2] == 0
+
+    def tokens(self, d):
+        return sum(map(len, self.documents[d]))
+
+    def segment(self, ids):
+        """The document of a segment; checks that the segment is contiguous text."""
+        assert ids == list(range(ids[0], ids[0] + len(ids)))
+        assert self.document(ids[0]) == self.document(ids[-1])
+        return self.document(ids[0])
+
+
 def tokenizer(vocab_size):
     return SimpleNamespace(
         vocab_size=vocab_size,

@@ -116,7 +116,8 @@ def _evaluate_task(
     model: str, test: str, columns: Columns, positive: str | None, predictions: Path | None, step: Step
 ) -> None:
     from prelm_jax.finetuning.evaluation import evaluate
-    from prelm_jax.finetuning.results import RESULTS, read_results, scores_table, write_predictions
+    from prelm_jax.finetuning.predictions import write_predictions
+    from prelm_jax.finetuning.results import RESULTS, read_results, scores_table
     from prelm_jax.inference.heads import TaskPretrained
     from prelm_jax.report.summary import print_table
     from prelm_jax.storage import check_apart, output_file

@@ -23,8 +23,8 @@ class EvaluationBatches:
         rows     0-3  0-3  4 and zeros  4 and zeros
         part     0    1    0            1
 
-    sample: fraction of the text to read, spread over it: of rows in one part some, evenly spaced; else of all rows the
-        first parts. `share` is the fraction that is read: at least one row or part. Raises OutOfBounds.
+    sample: fraction of the text to read. Of rows in one part, some are read, evenly spaced; of rows in several parts,
+        the first parts of all rows. `share` is the fraction that is read, at least one row or part. Raises OutOfBounds.
     """
 
     def __init__(self, rows: EvaluationRows, batch_size: int, sample: float = 1.0):

@@ -11,7 +11,7 @@ from prelm_jax.bounds import Bounds
 # number  a number                                     3.8
 # choice  the number of the right sequence, from 0     2
 # tags    a name a word                                ("B-PER", "O")
-# spans   where the answer stands in the second part   Answers(("in 1912",), (84,))
+# spans   where the second part holds the answer    Answers(("in 1912",), (84,))
 Kind = Literal["label", "labels", "number", "choice", "tags", "spans"]
 
 Part = str | tuple[str, ...]  # A text, or the words of a text that is to be tagged.

@@ -65,7 +65,7 @@ class Masking:
         self._random_below = np.uint32((config.mask + config.random) * _LARGEST)
         self._continuation_V = None
         if config.whole_word:
-            # bool [V]: the entries that continue a word. Only vocabularies of subwords have it.
+            # bool [V]: the tokens that continue a word. Only vocabularies of subwords have it.
             self._continuation_V = getattr(tokenizer, "continuation", np.zeros(tokenizer.vocab_size, bool))
             if not self._continuation_V.any() and config.segmenter is None:
                 raise InputError(

@@ -14,12 +14,13 @@ import numpy as np
 
 from prelm_jax.training.contract import HostBatch
 
-MOST_DROPPED = 0.0025  # Share of the examples by which N is chosen; over a run it stays below 0.005.
-_TRIED, _TRIED_EXAMPLES = 100, 1 << 16  # Packings, and examples, by which N is chosen: what is less, but four or more.
+MOST_DROPPED = 0.0025  # Fraction of the examples by which N is chosen; over a run less than 0.005 are dropped.
+# N is chosen by packing this many times, or this many examples if that is less, but at least four times.
+_TRIED, _TRIED_EXAMPLES = 100, 1 << 16
 
 
 class Packing(NamedTuple):
-    """How many examples are packed together (N), and the share of them that is dropped."""
+    """How many examples are packed together (N), and the fraction of them that is dropped."""
 
     num_examples: int
     dropped: float
@@ -30,7 +31,7 @@ def choose_packing(sizes: Callable[[np.ndarray], np.ndarray], capacity: int, num
 
     Args:
         sizes: the sizes of the examples with these numbers.
-        capacity: the sizes that a row has room for.
+        capacity: the sum of sizes that a row has room for.
         num_rows: B.
     """
     # One more than would fill all rows.
@@ -90,7 +91,7 @@ def _match(size_X: np.ndarray, free_B: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """
     num_examples = len(size_X)
     sizes = np.concatenate([size_X, free_B])
-    order = np.argsort(sizes, kind="stable")  # An example stands before a row of equal room, into which it fits.
+    order = np.argsort(sizes, kind="stable")  # Stable: an example sorts before a row that it just fits.
     opens = order < num_examples
     level = np.cumsum(np.where(opens, 1, -1)) + ~opens
     by_level = np.argsort(level, kind="stable")
@@ -134,7 +135,7 @@ def join(examples: HostBatch, row_E: np.ndarray, num_pairs: int) -> dict[str, np
 
 
 def _begins(count_E: np.ndarray, number_E: np.ndarray) -> np.ndarray:
-    """Where each example begins in its row, if it has as many values as `count_E` says."""
+    """Where the values of each example begin in its row; `count_E` is their number."""
     begin_E = np.cumsum(count_E) - count_E
     return begin_E - begin_E[np.arange(len(number_E)) - number_E]
 
@@ -142,7 +143,7 @@ def _begins(count_E: np.ndarray, number_E: np.ndarray) -> np.ndarray:
 def _joined(count_E: np.ndarray, width: int, number_E: np.ndarray, row_E: np.ndarray) -> np.ndarray:
     """Indices [B, width] into values [E, width], end to end: the first `count_E` of each example of a row.
 
-    The values of a row's last example go on to the row's end. They are unused, because it had no more room alone.
+    The span of a row's last example is extended to the row's end, with values that are padding.
     """
     begin_E = _begins(count_E, number_E)
     is_last_E = np.append(number_E[1:], 0) == 0

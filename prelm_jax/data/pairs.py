@@ -1,26 +1,13 @@
-"""BERT's examples: sentence pairs with a next-sentence label, masked.
+"""BERT's examples: sentence pairs with a next-sentence label, masked, one a row or packed.
 
-BERT, appendix A.2 (Devlin et al., 2019); google-research/bert, create_pretraining_data.py.
-
-Divergences from that reference:
-
-- A pair is drawn on the fly around an anchor sentence, and each sentence is the anchor once an epoch; the reference
-  cuts documents into chunks from their beginning, for each of ten copies. So every example is as full as its document
-  allows.
-- The label is a true coin. The reference calls a pair random whenever its chunk has one sentence only: 57 % of the
-  labels on articles, 77 % on paragraphs.
-- A random second segment never comes from the same document (the reference gives up after ten draws and calls it
-  random all the same), and its length gives nothing away: it is drawn among the sentences that have as many tokens
-  left in their document as the true next one has.
-- Whether a sequence is a short one is drawn for each example, not for each document.
-- The first segment is cut at its front, so that it stays adjacent to the second, and the second at its end; the
-  reference takes each token off the front or the end at random.
+`sampling` draws the text of a pair, `masking` the tokens to predict; each lists how it differs from the reference,
+google-research/bert. `packing` finds the row of each example.
 """
 
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import numpy as np
 
@@ -30,17 +17,14 @@ from prelm_jax.data.baselines import Baselines, pair_baselines, perplexity
 from prelm_jax.data.batches import StoreBatches, special_id
 from prelm_jax.data.masking import EVALUATED_PROBABILITY, MaskingConfig
 from prelm_jax.data.packing import Packing, choose_packing, join, pack
-from prelm_jax.data.randomness import bits, key, permute, uniform
+from prelm_jax.data.sampling import Segments, SegmentSampler
 from prelm_jax.data.segmentation import continuations
 from prelm_jax.data.show import show_pairs
-from prelm_jax.errors import InputError
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.training.contract import HostBatch
 
-_DRAWS = 10  # of a random second segment, as in the reference
 _DESCRIBED = 4096  # examples whose lengths `describe` averages
-_PACKED_TOGETHER = 512  # rows, at least: the more, the less do their lengths in all vary
-_FEWEST_CHOICES = 64  # among which a random second segment is drawn
+_PACKED_TOGETHER = 512  # rows, at least: the more rows, the less the total length of their examples varies
 
 
 @dataclass(frozen=True)
@@ -92,20 +76,6 @@ class PairsConfig:
         return show_pairs(batch, tokenizer)
 
 
-class Segments(NamedTuple):
-    """Where the segments of examples are in a store: int64 [B] each."""
-
-    first_begin: np.ndarray  # first token of A
-    first_length: np.ndarray
-    second_begin: np.ndarray  # first token of B
-    second_length: np.ndarray  # 0 without B
-
-    @property
-    def length(self) -> np.ndarray:
-        """Tokens of each example, [CLS] and [SEP] included."""
-        return self.first_length + 2 + np.where(self.second_length > 0, self.second_length + 1, 0)
-
-
 class PairBatches(StoreBatches):
     """Batches of sentence pairs; the end of `examples` lists their keys.
 
@@ -119,63 +89,27 @@ class PairBatches(StoreBatches):
         self._cls_id = special_id(tokenizer, "cls", "sentence pairs")
         self._sep_id = special_id(tokenizer, "sep", "sentence pairs")
         self._masking = config.masking.build(tokenizer, config.max_predictions, seed)
-        # Of a packed row: its size, and the most pairs, because each has a mask, and five tokens or more.
-        self._capacity = config.max_length * config.max_predictions
-        self._group = -(-_PACKED_TOGETHER // batch_size)  # in steps
-        self._num_pairs = min(config.max_length // 5, config.max_predictions)
-        self._epoch_key = key(seed, "pairs: epoch")
-        self._window_keys = np.stack([key(seed, f"pairs: {name}") for name in ("short", "budget", "window")])[:, None]
-        self._split_key, self._label_key = key(seed, "pairs: split"), key(seed, "pairs: label")
-        self._random_keys = [key(seed, f"pairs: random {draw}") for draw in range(_DRAWS)]
-        self._elsewhere_key = key(seed, "pairs: elsewhere")
-
-        # Anchors are numbered through the documents that can have one; a pair needs a document of two sentences.
-        sentences_X = np.diff(store.document_offsets)
-        self._anchor_documents = np.flatnonzero(sentences_X >= (2 if config.next_sentence else 1))
-        self._anchor_offsets = np.append(0, np.cumsum(sentences_X[self._anchor_documents]))
-        self.examples_per_epoch = int(self._anchor_offsets[-1])
-        if config.next_sentence:
-            if store.num_documents < 2 or not self.examples_per_epoch:
-                raise InputError(
-                    f"no next sentences in this corpus: {store.num_documents} documents, {len(self._anchor_documents)} "
-                    "with two sentences or more (a random one must come from another document): "
-                    "give a corpus of several documents, or --data.no-next-sentence"
-                )
-            self._sort_by_tokens_left()
-        elif not self.examples_per_epoch:
-            raise InputError("the corpus is empty: give one with at least one document")
+        self._capacity = config.max_length * config.max_predictions  # of a packed row, see `_sizes`
+        self._num_pairs = min(
+            config.max_length // 5, config.max_predictions
+        )  # each has a mask, and five tokens or more
+        self._group = -(-_PACKED_TOGETHER // batch_size)  # steps whose examples are packed together
+        self.sampler = SegmentSampler(
+            store, config.max_length, config.short_sequence_probability, config.next_sentence, seed
+        )
+        self.examples_per_epoch = self.sampler.num_anchors
         self._continues = None if config.masking.segmenter is None else continuations(store, tokenizer.tokens)
-
-    def _sort_by_tokens_left(self):
-        """Sorts the sentences by the number of tokens from their beginning to their document's end, counted up to T.
-
-        `_by_tokens_left[_with_fewer[n] : _with_fewer[n + 1]]` are the sentences with exactly n tokens left. For
-        documents with sentences of 4 3 5 and 2 3 tokens:
-
-            sentence           0   1   2   3   4
-            tokens left       12   8   5   5   3
-            _by_tokens_left    4   2   3   1   0
-            _with_fewer[5]     1                      so [1, 3) are sentences 2 and 3, the ones with 5 tokens left
-            _with_fewer[6]     3
-        """
-        store, T = self.store, self._config.max_length
-        document_end_X = store.sentence_offsets[store.document_offsets[1:]]
-        tokens_left_Y = np.repeat(document_end_X, np.diff(store.document_offsets)) - store.sentence_offsets[:-1]
-        self._tokens_left = np.minimum(tokens_left_Y, T).astype(np.uint16)  # 16 bits: NumPy sorts them by radix
-        order = np.argsort(self._tokens_left, kind="stable")
-        self._by_tokens_left = order.astype(np.min_scalar_type(store.num_sentences))
-        self._with_fewer = np.append(0, np.cumsum(np.bincount(self._tokens_left, minlength=T + 1)))
 
     def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """Rows start to stop of the batch of a step, built without the others."""
         if not self._config.packing:
             return self.unpacked(step * self.batch_size + np.arange(start, stop))
-        # The examples of a group of steps are packed together. Rows are dealt to these steps in turn, because the first
-        # ones have the longest examples.
+        # The examples of a group of steps are packed together. Each step takes every `_group`-th row, because the first
+        # rows have the longest examples.
         group, part = divmod(step, self._group)
         N = self.packing.num_examples
         example_N = group * N + np.arange(N)
-        segments, label_N = self._draw(example_N)
+        segments, label_N = self.sampler.draw(example_N)
         packed_N = pack(self._sizes(segments.length), self._capacity, self._group * self.batch_size)
         row_N, part_N = np.divmod(packed_N, self._group)
         # The examples of these rows, sorted by row.
@@ -206,25 +140,19 @@ class PairBatches(StoreBatches):
 
     def _lengths(self, example_X: np.ndarray) -> np.ndarray:
         """The number of tokens of the examples with these numbers."""
-        return self._draw(example_X)[0].length
+        return self.sampler.draw(example_X)[0].length
 
     def _sizes(self, length_X: np.ndarray) -> np.ndarray:
-        """How much of a row's capacity examples of these lengths fill: by their tokens or their masks, what is more.
+        """The part of a packed row's capacity, T · M, that examples of these lengths fill.
 
-        The unit is the same for both: a row has room for T tokens of size M, and for M masks of size T.
+        A row has room for T tokens, each of size M, and for M masks, each of size T; the larger sum counts.
         """
         T, M = self._config.max_length, self._config.max_predictions
         return np.maximum(length_X * M, self._masking.count(length_X) * T)
 
     def unpacked(self, example_B: np.ndarray) -> dict[str, np.ndarray]:
         """The examples with these numbers, one a row."""
-        return self.examples(example_B, *self._draw(example_B))
-
-    def _draw(self, example_B: np.ndarray) -> tuple[Segments, np.ndarray | None]:
-        """The segments of each example, and its label if it is a pair."""
-        if self._config.next_sentence:
-            return self._pairs(example_B)
-        return self._single_segments(example_B), None
+        return self.examples(example_B, *self.sampler.draw(example_B))
 
     def examples(
         self, example_B: np.ndarray, segments: Segments, label_B: np.ndarray | None = None
@@ -234,32 +162,12 @@ class PairBatches(StoreBatches):
         example_B: their numbers, which determine the random draws of masks.
         """
         B, T = len(example_B), self._config.max_length
-        first_begin_B, first_length_B, second_begin_B, _ = segments
-        second_B, length_B = first_length_B + 2, segments.length
-        next_sentence = {}
-        if label_B is not None:
-            next_sentence = {
-                "next_sentence_positions": np.zeros((B, 1), np.int32),  # of [CLS]
-                "next_sentence_labels": label_B[:, None].astype(np.int32),  # 0: B follows A, 1: B is random
-                "next_sentence_weights": np.ones((B, 1), np.float32),
-            }
-
-        # A row is three spans: [CLS] A [SEP], B [SEP] (empty without B), and padding. Its tokens are gathered from the
-        # store at column + shift of the span. With T = 13, A the tokens 104 to 106 and B the tokens 107 to 111:
-        #
-        #     column   0     1   2   3   4      5   6   7   8   9   10     11  12
-        #     row      [CLS] A   A   A   [SEP]  B   B   B   B   B   [SEP]  pad pad
-        #     shift    103   103 103 103 103    102 102 102 102 102 102    0   0      104 - column 1, 107 - column 5
-        #     index    103   104 105 106 107    107 108 109 110 111 112    11  12
-        #
-        # What is gathered for special tokens and padding is overwritten; their indices may be outside of the store.
+        second_B, length_B = segments.first_length + 2, segments.length
+        # A row is three spans: [CLS] A [SEP], B [SEP] (empty without B), and padding.
         lengths_B3 = np.array([second_B, length_B - second_B, T - length_B]).T
-        shift_B3 = np.array([first_begin_B - 1, second_begin_B - second_B, np.zeros(B, np.int64)]).T
-        index_BT = _spread(shift_B3, lengths_B3)
-        index_BT += np.arange(T)
-        np.clip(index_BT, 0, self.store.num_tokens - 1, out=index_BT)
+        index_BT = self._indices(segments, lengths_B3)
         tokens_BT = self.store.gather(index_BT)
-        segments_BT = _spread(np.tile(np.array([1, 1, 0], np.int32), (B, 1)), lengths_B3)
+        segments_BT = _spread(np.array([1, 1, 0], np.int32), lengths_B3)
         candidates_BT = segments_BT.astype(bool)
         np.copyto(tokens_BT, self._pad_id, where=~candidates_BT)
         row_B = np.arange(B)
@@ -268,176 +176,52 @@ class PairBatches(StoreBatches):
             candidates_BT[row_B, column] = False
         continues_BT = False if self._continues is None else self._continues[index_BT]
         masked = self._masking(tokens_BT, candidates_BT, length_B, example_B, continues_BT)
+        next_sentence = {}
+        if label_B is not None:
+            next_sentence = {
+                "next_sentence_positions": np.zeros((B, 1), np.int32),  # of [CLS]
+                "next_sentence_labels": label_B[:, None].astype(np.int32),  # 0: B follows A, 1: B is random
+                "next_sentence_weights": np.ones((B, 1), np.float32),
+            }
         # int32 [B, T]; the keys of masking are [B, M], the keys of the next sentence [B, K] with K = 1. `join` makes
         # packed rows of these.
         return {
             "tokens": tokens_BT,
-            "token_types": _spread(np.tile(np.array([0, 1, 0], np.int32), (B, 1)), lengths_B3),  # 1: B and its [SEP]
+            "token_types": _spread(np.array([0, 1, 0], np.int32), lengths_B3),  # 1: B and its [SEP]
             "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
             "segments": segments_BT,  # 1, or 0 in padding
             **masked,
             **next_sentence,
         }
 
-    def _windows(self, example_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Where the text of each example begins: around its anchor, but so that the document fills the budget.
+    def _indices(self, segments: Segments, lengths_B3: np.ndarray) -> np.ndarray:
+        """The index in the store of each token of the rows, [B, T]; of special tokens and padding any index.
 
-        Budget 8, a document with sentences of 4 3 5 2 tokens from token 100 on, and its third sentence as the anchor:
+        It is column + shift of the span. With T = 13, A the tokens 104 to 106 and B the tokens 107 to 111:
 
-            sentences begin at tokens   100 104 107 112   (document's end: 114)
-            draw 3 of [0, 8)            107 - 3 = 104, the beginning of the second sentence: so begin with that
-            draw 5                      107 - 5 = 102, inside the first sentence: begin with that
-            anchor 112, draw 2          112 - 2 = 110, but 8 tokens that begin there go past the end: 114 - 8 = 106,
-                                        inside the second sentence
-
-        Returns the budget (tokens of text), the sentence to begin with, and the first sentence and the end of the
-        document.
+            column   0     1   2   3   4      5   6   7   8   9   10     11  12
+            row      [CLS] A   A   A   [SEP]  B   B   B   B   B   [SEP]  pad pad
+            shift    103   103 103 103 103    102 102 102 102 102 102    0   0      104 - column 1, 107 - column 5
+            index    103   104 105 106 107    107 108 109 110 111 112    11  12
         """
-        config, offsets, document_offsets = self._config, self.store.sentence_offsets, self.store.document_offsets
-        short_B, budget_B, window_B = uniform(self._window_keys, example_B)
-        longest = config.max_length - (3 if config.next_sentence else 2)
-        budget_B = np.where(short_B < config.short_sequence_probability, 2 + _below(longest - 1, budget_B), longest)
-
-        # The anchor: first its number among the anchors, then the sentence's number in the store.
-        epoch_B, index_B = np.divmod(example_B, self.examples_per_epoch)
-        anchor_B = permute(index_B, self.examples_per_epoch, bits(self._epoch_key, epoch_B))
-        i_B = np.searchsorted(self._anchor_offsets, anchor_B, side="right") - 1
-        document_B = self._anchor_documents[i_B]
-        begin_B, end_B = document_offsets[document_B], document_offsets[document_B + 1]
-        anchor_B += begin_B - self._anchor_offsets[i_B]
-
-        token_B = offsets[anchor_B] - _below(budget_B, window_B)
-        token_B = np.maximum(np.minimum(token_B, offsets[end_B] - budget_B), offsets[begin_B])
-        sentence_B = self._sentences_at(token_B, np.maximum(anchor_B - budget_B, begin_B))
-        return budget_B, sentence_B, begin_B, end_B
-
-    def _sentences_at(self, token_B: np.ndarray, low_B: np.ndarray) -> np.ndarray:
-        """The sentence that each token of the store belongs to, if it is one of the T that follow low_B.
-
-        Bisects like `np.searchsorted`, but near low_B instead of through a large array, which is 4 times as fast.
-        """
-        offsets, last = self.store.sentence_offsets, self.store.num_sentences
-        for bit in reversed(range((self._config.max_length - 1).bit_length())):
-            next_B = np.minimum(low_B + (1 << bit), last)
-            low_B = np.where(offsets[next_B] <= token_B, next_B, low_B)
-        return low_B
-
-    def _single_segments(self, example_B: np.ndarray) -> Segments:
-        """The text of each example."""
-        offsets = self.store.sentence_offsets
-        budget_B, sentence_B, _, end_B = self._windows(example_B)
-        begin_B = offsets[sentence_B]
-        return Segments(begin_B, np.minimum(offsets[end_B] - begin_B, budget_B), begin_B, np.zeros_like(begin_B))
-
-    def _pairs(self, example_B: np.ndarray) -> tuple[Segments, np.ndarray]:
-        """The segments and the label of each example.
-
-        The sentences from the window's beginning up to the budget are split: the first ones are A, and B begins with
-        the next sentence, at the latest with the last of them (or, after a sentence that fills the budget alone, with
-        the sentence after it). For the example of `_windows`, budget 8, which begins with the sentence at token 104:
-
-            sentences up to the budget   104 107      token 104 + 8 - 1 = 111 is in the sentence at 107
-            next sentence                107          the only choice here
-        """
-        offsets = self.store.sentence_offsets
-        budget_B, sentence_B, begin_B, end_B = self._windows(example_B)
-        sentence_B = np.minimum(sentence_B, end_B - 2)  # a next sentence must follow in the document
-        first_B = offsets[sentence_B]
-        stop_B = np.minimum(self._sentences_at(first_B + budget_B - 1, sentence_B) + 1, end_B)
-        next_B = sentence_B + 1 + _below(stop_B - sentence_B - 1, uniform(self._split_key, example_B))
-        return self.pairs_at(example_B, next_B, offsets[next_B] - first_B, budget_B, begin_B, end_B)
-
-    def pairs_at(
-        self,
-        example_B: np.ndarray,
-        next_B: np.ndarray,
-        first_text_B: np.ndarray,
-        budget_B: np.ndarray | int,
-        begin_B: np.ndarray,
-        end_B: np.ndarray,
-    ) -> tuple[Segments, np.ndarray]:
-        """Pairs of the text before a sentence, and the text from this sentence (label 0) or another one (label 1) on.
-
-        In the example of `_pairs`, for the sentence at 107:
-
-            text before and from it      3 and 7      104 to 106, and 107 to the document's end
-            room for B                   5            what A leaves, 8 - 3, but at least half of the budget
-            length of A                  3            min(3, 8 - 5), where B needs min(7, 5); A is cut at its front
-            length of B                  5            min(7, 8 - 3); B is cut at its end
-
-        A random B begins with another sentence, with as many tokens left in its document: here, 5 or more.
-
-        Args:
-            example_B: number of each pair; it determines the random draws.
-            next_B: the sentences.
-            first_text_B: tokens before each that A may have.
-            budget_B: tokens of A and B.
-            begin_B, end_B: the document of each, in sentences.
-        """
-        offsets = self.store.sentence_offsets
-        next_begin_B, next_text_B = offsets[next_B], offsets[end_B] - offsets[next_B]
-        room_B = np.maximum(budget_B - first_text_B, budget_B // 2)
-        first_length_B = np.minimum(first_text_B, budget_B - np.minimum(next_text_B, room_B))
-
-        label_B = _below(2, uniform(self._label_key, example_B))
-        random_B = self._random_sentences(example_B, next_text_B, room_B, begin_B, end_B)
-        second_begin_B = np.where(label_B, offsets[random_B], next_begin_B)
-        second_text_B = np.where(label_B, self._tokens_left[random_B], next_text_B)
-        second_length_B = np.minimum(second_text_B, budget_B - first_length_B)
-        return Segments(next_begin_B - first_length_B, first_length_B, second_begin_B, second_length_B), label_B
-
-    def _random_sentences(
-        self, example_B: np.ndarray, next_text_B: np.ndarray, room_B: np.ndarray, begin_B: np.ndarray, end_B: np.ndarray
-    ) -> np.ndarray:
-        """A sentence outside of the document whose text fills as much of the room as the next sentence's text does.
-
-        Choices are a range [low, high) of `_by_tokens_left`. For a room of 5 tokens:
-
-            next text 7   fills the room: all sentences with 5 tokens left or more
-            next text 4   does not: the sentences with exactly 4 tokens left
-
-        Args:
-            next_text_B: tokens from the next sentence to the document's end.
-            room_B: tokens that B may have.
-            begin_B, end_B: the document, in sentences.
-        """
-        num_sentences = self.store.num_sentences
-        text_B = np.minimum(next_text_B, room_B)
-        low_B = self._with_fewer[text_B]
-        high_B = np.where(next_text_B < room_B, self._with_fewer[text_B + 1], num_sentences)
-        # If there are few choices, take their neighbors in the order too, half of them below.
-        lacking_B = np.maximum(_FEWEST_CHOICES - (high_B - low_B), 0)
-        low_B = np.maximum(np.minimum(low_B - lacking_B // 2, num_sentences - _FEWEST_CHOICES), 0)
-        high_B = np.minimum(np.maximum(high_B, low_B + _FEWEST_CHOICES), num_sentences)
-
-        # Draw again for the examples whose sentence is in their own document.
-        random_B = np.empty_like(begin_B)
-        again = np.arange(len(example_B))
-        for draw_key in self._random_keys:
-            choice = _below(high_B[again] - low_B[again], uniform(draw_key, example_B[again]))
-            random_B[again] = self._by_tokens_left[low_B[again] + choice]
-            again = again[(begin_B[again] <= random_B[again]) & (random_B[again] < end_B[again])]
-            if not again.size:
-                return random_B
-        # Perhaps all choices are in the document itself: any sentence before or after it.
-        begin, size = begin_B[again], end_B[again] - begin_B[again]
-        elsewhere = _below(num_sentences - size, uniform(self._elsewhere_key, example_B[again]))
-        random_B[again] = elsewhere + size * (elsewhere >= begin)
-        return random_B
+        (B, _), T = lengths_B3.shape, self._config.max_length
+        shifts = (segments.first_begin - 1, segments.second_begin - lengths_B3[:, 0], np.zeros(B, np.int64))
+        index_BT = _spread(np.array(shifts).T, lengths_B3)
+        index_BT += np.arange(T)
+        return np.clip(index_BT, 0, self.store.num_tokens - 1, out=index_BT)
 
 
 class PairEvaluation:
-    """All of a text: first windows with masked tokens, then, for next sentences, a pair for each two adjacent ones.
+    """All of a text: windows with masked tokens, then, with `next_sentence`, a pair for each two adjacent sentences.
 
-    Each document is cut into windows without overlap, as long as a row has room for, so every token is in one of them.
-    Of a window's tokens 15 % are predicted, drawn by a hash of the window's number, whatever `masking.probability` is,
-    so that models trained at different rates can be compared; `max_predictions` does not limit them. With
-    `next_sentence` a window is a pair, too: B begins with the sentence that begins nearest to the middle; without one
-    inside the window there is no B.
+    Windows cut each document into full rows without overlap, so every token is in one of them. 15 % of a window's
+    tokens are predicted, drawn by a hash of the window's number, whatever `masking.probability` is, so that models
+    trained at different rates can be compared; `max_predictions` does not limit them. With `next_sentence` a window has
+    a B as well, from the beginning of a sentence nearest to its middle on, if there is one inside the window.
 
-    Every sentence but a document's first is once the true B, or in half of the cases, drawn by a hash of the pair's
-    number, a random sentence takes its place. A is the text before it. A text of one document has no pairs, because
-    a random B comes from another document.
+    In the pairs, every sentence but a document's first begins B once; in half of them, drawn by a hash of the pair's
+    number, a random sentence replaces it. A is the text before it. A text of one document has no pairs, because a
+    random B comes from another document.
 
     Rows, with budget 8, for documents with sentences of 4 3 5 2 and 3 tokens:
 
@@ -458,7 +242,7 @@ class PairEvaluation:
         self._batches = PairBatches(config, store, tokenizer, batch_size=1, seed=0)
         self.layout = self._batches.layout
 
-        self._budget = config.max_length - (3 if num_pairs else 2)
+        self._budget = self._batches.sampler.budget
         self._document_begins = store.sentence_offsets[store.document_offsets]
         self._window_offsets = np.append(0, np.cumsum(-(-np.diff(self._document_begins) // self._budget)))
         self._num_windows = int(self._window_offsets[-1])
@@ -503,14 +287,10 @@ class PairEvaluation:
         next_B = begin_B + 1 + pair_B - self._pair_offsets[document_B]
         before_B = store.sentence_offsets[next_B] - store.sentence_offsets[begin_B]
         first_text_B = np.minimum(before_B, self._budget)
-        return self._batches.pairs_at(pair_B, next_B, first_text_B, self._budget, begin_B, end_B)
+        return self._batches.sampler.pairs_at(pair_B, next_B, first_text_B, self._budget, begin_B, end_B)
 
 
-def _spread(values_B3: np.ndarray, lengths_B3: np.ndarray) -> np.ndarray:
-    """Repeats the value of each span over the span's length: [7 8 9] with lengths [2 1 0] gives 7 7 8. [B, T]."""
-    return np.repeat(values_B3.ravel(), lengths_B3.ravel()).reshape(len(values_B3), -1)
-
-
-def _below(n: np.ndarray | int, uniform: np.ndarray) -> np.ndarray:
-    """A random integer in [0, n), from a random number in [0, 1)."""
-    return (uniform * n).astype(np.int64)
+def _spread(values: np.ndarray, lengths_B3: np.ndarray) -> np.ndarray:
+    """[B, T]: repeats the value ([3] or [B, 3]) of each span over the span; [7 8 9], lengths [2 1 0] give 7 7 8."""
+    values_B3 = np.broadcast_to(values, lengths_B3.shape)
+    return np.repeat(values_B3.ravel(), lengths_B3.ravel()).reshape(len(lengths_B3), -1)

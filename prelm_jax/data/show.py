@@ -16,7 +16,7 @@ MARKER = r"⟦.*?⟧"  # a regular expression
 def show_pairs(batch: HostBatch, tokenizer: Tokenizer) -> Iterator[str]:
     """Each row of `pairs`: how much is filled and masked, the label if there is one; then A and B.
 
-    A row of several examples: how much is filled and masked, then the same of each example.
+    Of a packed row, first how much is filled and masked in all, then each example like a row.
     """
     T = batch["tokens"].shape[1]
     for row, segments in enumerate(batch["segments"]):

@@ -29,7 +29,7 @@ Divergences from that reference:
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -48,7 +48,7 @@ DIRECTIONS = ("forward", "backward")
 FEWEST_WORDS = 128  # distinct words that a batch has room for: a multiple of the devices that share them
 FEWEST_CHARACTERS = 24  # characters that a distinct word has room for; in most batches they are enough
 PERMUTED_AT_ONCE = 1 << 20  # sentences
-MOST_ROWS, FEWEST_WORDS_IN_ROW = 32, 400  # of an evaluation: many rows are fast, few seldom start from the zero state
+MOST_ROWS, FEWEST_WORDS_IN_ROW = 32, 400  # of an evaluation: more rows are faster, but more words follow a zero state
 EPOCHS_KEPT = 2  # a step may read the end of one epoch and the beginning of the next
 
 
@@ -138,16 +138,16 @@ class StreamBatches(StoreBatches):
         return layout
 
     def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Rows start to stop of the batch of a step; what is not "rows" is that of the global batch."""
+        """Rows start to stop of the batch of a step, and all of the keys that do not hold rows."""
         T, n = self._config.max_length, self._config.num_negatives
-        # Words are numbered for all rows and both directions together: the first axis of inputs_2BT is the direction.
+        # The distinct words of all rows and both directions are numbered together.
         inputs_2BT, targets_2BT, parts = [], [], []
         for direction in DIRECTIONS:
             if not parts or self._config.independent_directions:
                 parts = self._parts(step, direction)
-            read = [self._read(direction, spans) for spans in parts]
-            for axis, words in zip((inputs_2BT, targets_2BT), zip(*read, strict=True), strict=True):
-                axis.append(np.concatenate([part.reshape(self.batch_size, -1) for part in words], axis=1))
+            inputs, targets = zip(*(self._read(direction, spans) for spans in parts), strict=True)
+            inputs_2BT.append(self._side_by_side(inputs))
+            targets_2BT.append(self._side_by_side(targets))
         words_U, number_2BT = _distinct(np.stack(inputs_2BT))
         padding = np.full(bucket(len(words_U)) - len(words_U), self._unknown_id)
         batch = {"characters": self._spellings.characters(np.append(words_U, padding), FEWEST_CHARACTERS)}
@@ -228,6 +228,10 @@ class StreamBatches(StoreBatches):
         targets = self.store.gather(np.clip(target, 0, last))
         targets[stop_R[spans.start + spans.length > end_R - begin_R] - 1] = after
         return inputs, targets
+
+    def _side_by_side(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """[B, T] from the words of each of `_parts`, whose rows are end to end."""
+        return np.concatenate([part.reshape(self.batch_size, -1) for part in parts], axis=1)
 
     def _known(self, words: np.ndarray) -> np.ndarray:
         """Words outside of the vocabulary become <UNK>."""

@@ -2,13 +2,13 @@
 
     4 rows in batches of 3      2 0 3 | 1 0 2 | 1 3 …      the second epoch begins within the second batch
 
-A batch is as wide as it must be, in six widths at most, so that as many programs are compiled: those that pad the
-batches of a file the least. Nothing is sorted for training: rows of one length would often have one label. Instead the
-rows of a batch may be packed into fewer, as many in each batch:
+A batch is as wide as it must be, in six widths at most, because each is a program to compile; they are those that pad
+the batches of a file the least. Nothing is sorted for training: rows of one length would often have one label. Instead
+the rows of a batch may be packed into fewer, the same number in each batch:
 
     8 rows of 26 tokens on average, the longest 60      8 × 64 positions, or 2 packed rows × 112
 
-A row is here an example or a window of it (`frames.Row`).
+A row is here an example or a window of it (`rows.Row`).
 """
 
 import abc
@@ -16,24 +16,26 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from prelm_jax.data.frames import Frame, Row
+from prelm_jax.data.frames import Frame
 from prelm_jax.data.packing import pack
 from prelm_jax.data.randomness import bits, key, permute
+from prelm_jax.data.rows import Row
 from prelm_jax.training.contract import Layout
 
-NUM_WIDTHS, WORTH = 6, 0.03
-_TRIED = 200  # Batches by which widths, and numbers of packed rows, are chosen.
+NUM_WIDTHS = 6
+LEAST_SAVING = 0.03  # Fraction of all positions that a width, which is a program to compile, must save.
+_TRIED = 200  # Batches by which widths and the number of packed rows are chosen, at most.
 
 
 def best_widths(needed: Sequence[int], widest: int) -> tuple[int, ...]:
-    """Up to six widths, the last of them `widest`, that pad batches the least; `needed`: the width each batch needs.
+    """Up to six widths, the last of them `widest`, that pad batches the least.
 
-    A width is a program to compile, so it has to save a share WORTH of all positions.
+    needed: the width that each batch needs. A batch gets the smallest width in which it fits.
     """
     least, count = np.unique(np.minimum(needed, widest), return_counts=True)
-    batches, price = [0, *np.cumsum(count).tolist()], WORTH * float(least @ count)
-    # By i: the cost of the batches with the i least needs, and the widths that make it the lowest. In each turn they
-    # may have one more: what the last of these batches needs.
+    batches, price = [0, *np.cumsum(count).tolist()], LEAST_SAVING * float(least @ count)
+    # chosen[i]: the lowest cost of the batches that need one of the i smallest widths, and the widths that have it.
+    # Each turn allows one more width, the largest of these i.
     chosen: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for _ in range(NUM_WIDTHS - 1):
         wider = {
@@ -86,7 +88,7 @@ def balanced(rows: Sequence[Row], num_labels: int) -> np.ndarray:
 
 
 def weighted(rows: Sequence[Row], weight_N: np.ndarray) -> list[Row]:
-    """The rows with the weight of each label, or of each tag, times that of its class."""
+    """The rows, with each weight multiplied by `weight_N` of the label, or of the tag."""
     labels, weights = _labels_and_weights(rows)
     return [row._replace(weight=w * weight_N[label]) for row, label, w in zip(rows, labels, weights, strict=True)]
 
@@ -96,10 +98,10 @@ def _labels_and_weights(rows: Sequence[Row]) -> tuple[list[np.ndarray], list[np.
     return [label for label, _ in found], [weight for _, weight in found]
 
 
-class _Rows(abc.ABC):
-    """The rows of a task, and the batches of some of them. Fulfills `Batches`; a subclass defines `numbers`.
+class _RowBatches(abc.ABC):
+    """Batches of the rows of a task. Fulfills `Batches`; a subclass defines `numbers`.
 
-    batch_size: packed rows, if there are fewer than rows in a batch.
+    num_drawn: rows of the task in a batch. batch_size: rows of the batch, fewer if the others are packed into them.
     """
 
     def __init__(self, frame: Frame, rows: Sequence[Row], num_drawn: int, batch_size: int):
@@ -130,7 +132,7 @@ class _Rows(abc.ABC):
         return np.repeat(np.argsort(-self._length_X, kind="stable"), epochs)[: self._num_drawn]
 
     def _packed(self, number_X: np.ndarray) -> tuple[list[list[Row]], int]:
-        """Rows in the groups that share a packed row, and the width of these."""
+        """The rows with these numbers, in the groups that share a row of the batch, and the batch's width."""
         rows, length_X = [self._rows[number] for number in number_X], self._length_X[number_X]
         if self._is_unpacked:
             return [[row] for row in rows], self.frame.fitting_width(rows, self.num_texts, self.widths)
@@ -163,14 +165,14 @@ class _Rows(abc.ABC):
         return self._batch(self.numbers(step), slice(start, stop))
 
     def largest(self) -> dict[str, np.ndarray]:
-        """A batch as wide as any; of packed rows as any of the first, because the longest hardly ever come together."""
+        """A batch as large as any; with packed rows, as any of the first: the longest hardly ever come together."""
         return self._batch(self._longest() if self._is_unpacked else self.numbers(self._needs_most), slice(None))
 
 
-class TaskBatches(_Rows):
+class TaskBatches(_RowBatches):
     """The training batches of a task, pure in (seed, step).
 
-    num_rows: how many rows the `batch_size` of a batch are packed into; None: each has one of its own.
+    batch_size: rows of the task in a batch. num_rows: rows of the batch, into which these are packed; None: as many.
     """
 
     def __init__(self, frame: Frame, rows: Sequence[Row], batch_size: int, seed: int, num_rows: int | None = None):
@@ -183,7 +185,7 @@ class TaskBatches(_Rows):
         return permute(index_X, len(self._rows), bits(self._key, epoch_X))
 
 
-class TaskEvaluation(_Rows):
+class TaskEvaluation(_RowBatches):
     """All rows of a task once, sorted by length; rows of weight 0 fill the last batch."""
 
     def __init__(self, frame: Frame, rows: Sequence[Row], batch_size: int):

@@ -21,10 +21,10 @@ from prelm_jax.bounds import (
     Size,
 )
 from prelm_jax.data.examples import Columns, Kind
-from prelm_jax.data.frames import WIDTHS, Row
+from prelm_jax.data.frames import WIDTHS
+from prelm_jax.data.rows import Row
 from prelm_jax.data.tasks import balanced
 from prelm_jax.errors import InputError
-from prelm_jax.models import heads
 from prelm_jax.training.loop import LoopConfig
 from prelm_jax.validation import check
 
@@ -70,15 +70,12 @@ class FineTuning:
     @property
     def kind(self) -> Kind:
         """What a label of the task is."""
-        if isinstance(self.head, heads.Label):
-            return self.head.kind
-        kinds: dict[type, Kind] = {heads.Choice: "choice", heads.Tags: "tags", heads.Span: "spans"}
-        return kinds[type(self.head)]
+        return self.head.kind
 
     def weights_by_label(self, names: Sequence[str], rows: Sequence[Row]) -> np.ndarray | None:
-        """The weight of each label by number, float32; None where all weigh the same. `rows`: those to train on.
+        """The weight of each label by number, float32; None without --class-weights. `rows`: the training rows.
 
-        Raises InputError for --class-weights that are none, of unknown labels, or of a kind that has none.
+        Raises InputError for malformed weights, for unknown labels, and for tasks whose labels have no weights.
         """
         given = self.class_weights
         if not given:
@@ -99,7 +96,7 @@ class FineTuning:
         return weight_N
 
     def scheduled(self, rows: int) -> "FineTuning":
-        """The task with steps for its epochs, for a number of rows to train on; evaluated each epoch at least.
+        """The task with its epochs converted to steps, for a number of training rows; evaluated at least once an epoch.
 
         `loop.steps` may stop it earlier, on the same schedule. Raises InputError for a schedule given in steps.
         """

@@ -55,7 +55,7 @@ DEFAULTS: dict[Kind, Columns] = {
 
 
 class LabelledData(NamedTuple):
-    """Examples, and by name how many lines were left out or read otherwise than they are written."""
+    """Examples, and the number of lines that were left out or changed, by the reason."""
 
     examples: list[Example]
     counts: dict[str, int]
@@ -87,7 +87,7 @@ class FileSpec:
         )
 
     def format_of(self, path: str, kind: Kind) -> Format:
-        """How a file is read; names that say nothing are those of sentences with tags, else of tables with tabs."""
+        """How a file is read, by the ending of its name; any other ending: as conll for tags, else as tsv."""
         if self.format:
             return self.format
         ending = readers.extension(path)
@@ -123,18 +123,22 @@ def read_examples(spec: str, kind: Kind, columns: Columns | None = None, labelle
                     raise InputError(f"{error.where or where} {error}") from None
                 counts["malformed"] += 1
             number += 1
-    if not examples:
-        raise InputError(
-            f"{spec} has no examples ({', '.join(f'{n} {name}' for name, n in counts.items()) or 'empty'})"
-        )
-    name, occurrences = Counter(example.id for example in examples).most_common(1)[0]
-    if occurrences > 1:
-        raise InputError(f"{spec}: {occurrences} examples have the identifier {name}: name another column")
+    _check_examples(spec, examples, counts)
     if kind == "label" and labelled and unheaded:
         _check_first(spec, examples)
     if kind == "tags" and labelled:
         examples = with_bio_tags(examples, counts)
     return LabelledData(examples, dict(counts))
+
+
+def _check_examples(spec: str, examples: Sequence[Example], counts: Mapping[str, int]) -> None:
+    """Raises InputError if there are no examples, or two with one identifier."""
+    if not examples:
+        left_out = ", ".join(f"{number} {name}" for name, number in counts.items())
+        raise InputError(f"{spec} has no examples ({left_out or 'empty'})")
+    name, occurrences = Counter(example.id for example in examples).most_common(1)[0]
+    if occurrences > 1:
+        raise InputError(f"{spec}: {occurrences} examples have the identifier {name}: name another column")
 
 
 def _check_first(spec: str, examples: Sequence[Example]) -> None:

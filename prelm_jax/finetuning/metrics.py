@@ -1,4 +1,4 @@
-"""Metrics of labelled examples, each with its sampling error, and the trivial baselines to read them beside.
+"""Metrics of labelled examples, each with its sampling error, and the trivial baselines to compare them with.
 
 Every metric is a function of a sum over examples: of how often each label was right, predicted and gold, for example.
 So its sampling error is the jackknife's, from the sums that leave one example out; an accuracy's is the textbook's
@@ -46,7 +46,10 @@ class Score:
 
 
 class Metric(NamedTuple):
-    """`value(sums)` with sums = statistics.sum(0): [..., *shape] -> [...]; statistics [N, *shape]."""
+    """A function `value` of the sum of `statistics` over the examples.
+
+    statistics: [N, *shape]. value: maps one or several such sums, [..., *shape], to their values, [...].
+    """
 
     statistics: np.ndarray
     value: Callable[[np.ndarray], np.ndarray]
@@ -68,7 +71,7 @@ def scores(
     labels: Sequence[str] = (),
     positive: str | None = None,
 ) -> dict[str, Score]:
-    """The metrics of a kind, the most usual one first; a prediction has the form of `Example.label`.
+    """The metrics of a kind, the most common one first; a prediction has the form of `Example.label`.
 
     labels: names that the model knows, of the kinds that have names. positive: the label whose `f1` is asked for.
 
@@ -94,9 +97,9 @@ def baselines(
 ) -> dict[str, dict[str, float]]:
     """metric -> trivial baseline -> its value on the same examples.
 
-    The best constant is the best that the same prediction for all examples can do: the majority class for an accuracy,
-    always the positive label for its F1, no answer for a question. Tags are also predicted word by word, as most often
-    in the training examples.
+    The best constant is the highest value of any one prediction for all examples: the majority class for an accuracy,
+    always the positive label for its F1, no answer for a question. For tags there is also the most frequent tag of each
+    word in the training examples.
     """
     candidates = {CONSTANT: _constants(kind, examples, positive), LEXICON: _lexicon(kind, examples, training)}
     found: dict[str, dict[str, float]] = {}
@@ -109,7 +112,7 @@ def baselines(
 
 
 def _constants(kind: Kind, examples: Sequence[Example], positive: str | None) -> list[list[Label]]:
-    """The constant predictions of which one is the best, whatever the metric."""
+    """The constant predictions, one of which is the best for each metric."""
     gold = [cast(Label, example.label) for example in examples]
     if kind == "label":
         names = [Counter(gold).most_common(1)[0][0], *([] if positive is None else [positive])]
@@ -133,7 +136,7 @@ def _constants(kind: Kind, examples: Sequence[Example], positive: str | None) ->
 
 
 def _lexicon(kind: Kind, examples: Sequence[Example], training: Sequence[Example]) -> list[list[Label]]:
-    """For each word the tag that it most often has in the training examples; else the most frequent of all."""
+    """For each word its most frequent tag in the training examples; for unknown words, the most frequent tag of all."""
     if kind != "tags" or not training:
         return []
     tags: dict[str, Counter[str]] = {}
@@ -169,15 +172,15 @@ def _metrics(
         return {"micro_f1": Metric(counts, _f1), "macro_f1": Metric(counts, _macro_f1), "exact_match": exact}
     named = {"accuracy": _recall, "macro_f1": _macro_f1, "matthews": _matthews}
     if positive is not None:
-        place = names.index(positive)
-        named["f1"] = lambda sums: _f1(sums[..., place : place + 1])
+        index = names.index(positive)
+        named["f1"] = lambda sums: _f1(sums[..., index : index + 1])
     return {name: Metric(counts, value) for name, value in named.items()}
 
 
 def label_counts(
     kind: Kind, predictions: Sequence[Label], gold: Sequence[Label], labels: Sequence[str]
 ) -> tuple[list[str], np.ndarray]:
-    """The names that an example may have, and int64 [N, 3, K]: how often each is right, predicted and gold in each.
+    """The K names that labels have, and their counts in each example: int64 [N, 3, K], right, predicted and gold.
 
     Tags in BIO are counted as spans, by type.
     """
@@ -201,15 +204,15 @@ def label_counts(
 
 def _counts(sides: Sequence[Sequence[set[tuple]]], names: Sequence[str]) -> np.ndarray:
     """int64 [N, 3, K] from the predicted and the gold items of each example; an item begins with its label."""
-    places = {name: place for place, name in enumerate(names)}
+    indices = {name: index for index, name in enumerate(names)}
     flat = [
-        (3 * number + row) * len(places) + places[item[0]]
+        (3 * number + row) * len(indices) + indices[item[0]]
         for number, (predicted, gold) in enumerate(zip(*sides, strict=True))
         for row, items in enumerate((predicted & gold, predicted, gold))
         for item in items
     ]
-    size = 3 * len(sides[0]) * len(places)
-    return np.bincount(np.array(flat, np.int64), minlength=size).reshape(-1, 3, len(places))
+    size = 3 * len(sides[0]) * len(indices)
+    return np.bincount(np.array(flat, np.int64), minlength=size).reshape(-1, 3, len(indices))
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -293,12 +296,12 @@ def spans_of(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     """
     spans: list[tuple[str, int, int]] = []
     inside = ""
-    for place, tag in enumerate(tags):
+    for position, tag in enumerate(tags):
         name = "" if tag == "O" else tag[2:]
         if name and name == inside and tag[0] == "I":
-            spans[-1] = (name, spans[-1][1], place + 1)
+            spans[-1] = (name, spans[-1][1], position + 1)
         elif name:
-            spans.append((name, place, place + 1))
+            spans.append((name, position, position + 1))
         inside = name
     return spans
 
@@ -327,8 +330,8 @@ def null_threshold(examples: Sequence[Example]) -> float:
 def answer_scores(predicted: str, gold: Answers, always_answerable: bool) -> tuple[float, float]:
     """(exact match, F1 of the tokens) with the accepted answer that fits best, by SQuAD's official rules.
 
-    always_answerable: the rules of 1.1, where an answer without tokens has an F1 of 0. By those of 2.0 it is right if
-    the accepted one has none either.
+    always_answerable: by the rules of 1.1, where a predicted answer without tokens has an F1 of 0; by those of 2.0 it
+    is right if the accepted answer has none either.
     """
     accepted = [text for text in gold.texts if always_answerable or _normalized(text)] or [""]
     tokens = _normalized(predicted).split()
@@ -354,9 +357,9 @@ def _normalized(text: str) -> str:
 
 
 def confusion(gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> np.ndarray:
-    """int64 [K, K]: how often each label (row) is predicted as each (column)."""
-    places = {name: place for place, name in enumerate(labels)}
-    flat = [places[g] * len(labels) + places[p] for g, p in zip(gold, predicted, strict=True)]
+    """int64 [K, K]: how often each label (row) is predicted as each label (column)."""
+    indices = {name: index for index, name in enumerate(labels)}
+    flat = [indices[g] * len(labels) + indices[p] for g, p in zip(gold, predicted, strict=True)]
     return np.bincount(np.array(flat, np.int64), minlength=len(labels) ** 2).reshape(len(labels), -1)
 
 
@@ -367,8 +370,8 @@ def by_label(
     names, counts = label_counts(kind, predictions, gold, labels)
     sums = counts.sum(0)
     found = {}
-    for place, name in enumerate(names):
-        own = sums[:, place : place + 1]
+    for index, name in enumerate(names):
+        own = sums[:, index : index + 1]
         found[name] = (int(own[GOLD, 0]), float(_precision(own)), float(_recall(own)), float(_f1(own)))
     return found
 

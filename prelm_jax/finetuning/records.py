@@ -1,4 +1,4 @@
-"""Records: what the readers of labelled files hand over, and what they share."""
+"""Records: what the readers of labelled files yield, and the functions that several of them need."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from prelm_jax.storage import decode_utf8
 
 
 class Malformed(Exception):
-    """What is wrong with one line, row or question; `where` replaces the place that the reader names."""
+    """What is wrong with one line, row or question; `where` replaces the location that the reader gave."""
 
     def __init__(self, message: str, where: str | None = None):
         super().__init__(message)
@@ -19,7 +19,7 @@ class Malformed(Exception):
 
 
 Fields = Callable[[str], object]  # The value of a column, by its name or number. Raises Malformed if there is none.
-Record = tuple[str, Fields]  # The place in a file, FILE:LINE for example, and what is there.
+Record = tuple[str, Fields]  # The location in a file, FILE:LINE for example, and the fields found there.
 
 
 def text_lines(path: str) -> Iterator[tuple[str, str]]:
@@ -38,7 +38,7 @@ def is_filled(text: str, counts: Counter[str]) -> bool:
 
 
 def parse_json(text: str) -> object:
-    """The value, or the error that says why there is none."""
+    """The value of a JSON text; for a malformed one the error, which `object_fields` raises when a field is read."""
     try:
         value = json.loads(text)
         if "\\u" in text:
@@ -49,7 +49,7 @@ def parse_json(text: str) -> object:
 
 
 def object_fields(record: object) -> Fields:
-    """Those of a JSON object, or of the error that `parse_json` returned."""
+    """The fields of what `parse_json` returned; each raises Malformed if that is not a JSON object."""
 
     def value(column: str) -> object:
         if isinstance(record, Exception):

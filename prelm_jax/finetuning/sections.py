@@ -8,13 +8,11 @@ from typing import cast
 
 from prelm_jax.data.examples import Answers, Label
 from prelm_jax.finetuning.metrics import answer_scores, by_label, calibration, confusion
+from prelm_jax.finetuning.predictions import PREDICTIONS, PredictionLine, read_predictions
 from prelm_jax.finetuning.results import (
-    PREDICTIONS,
     RESULTS,
-    Prediction,
     Results,
     points,
-    read_predictions,
     read_results,
     seed_directories,
     spread_rows,
@@ -57,14 +55,14 @@ def _seeds(results: Results) -> str:
     return _table(["seed", "step", *map(words, names)], rows) if len(rows) > 1 else ""
 
 
-def _sides(predictions: Sequence[Prediction]) -> tuple[list[Label], list[Label]]:
+def _sides(predictions: Sequence[PredictionLine]) -> tuple[list[Label], list[Label]]:
     """(gold, predicted) labels as in examples; JSON has lists for tuples."""
     sides = [[each.gold, each.prediction] for each in predictions]
     gold, predicted = ([tuple(x) if isinstance(x, list) else x for x in side] for side in zip(*sides, strict=True))
     return cast(list[Label], gold), cast(list[Label], predicted)
 
 
-def _labels(results: Results, predictions: Sequence[Prediction]) -> str:
+def _labels(results: Results, predictions: Sequence[PredictionLine]) -> str:
     if results.kind not in ("label", "labels", "tags"):
         return ""
     gold, predicted = _sides(predictions)
@@ -73,7 +71,7 @@ def _labels(results: Results, predictions: Sequence[Prediction]) -> str:
     return _table(["label", "examples", "precision", "recall", "F1"], rows)
 
 
-def _confusions(results: Results, predictions: Sequence[Prediction]) -> str:
+def _confusions(results: Results, predictions: Sequence[PredictionLine]) -> str:
     """The confusion matrix, or the most frequent confusions."""
     if results.kind not in ("label", "tags"):
         return ""
@@ -91,7 +89,7 @@ def _confusions(results: Results, predictions: Sequence[Prediction]) -> str:
     return table(["gold \\ predicted", *map(escape, results.labels)], rows)
 
 
-def _calibration(predictions: Sequence[Prediction]) -> str:
+def _calibration(predictions: Sequence[PredictionLine]) -> str:
     known = [each for each in predictions if each.probabilities and isinstance(each.prediction, str | int)]
     if not known:
         return ""
@@ -105,8 +103,8 @@ def _calibration(predictions: Sequence[Prediction]) -> str:
     )
 
 
-def _errors(results: Results, predictions: Sequence[Prediction]) -> str:
-    """The wrong predictions that the model is surest of, or those that are furthest off."""
+def _errors(results: Results, predictions: Sequence[PredictionLine]) -> str:
+    """The worst predictions: those that are wrong at the highest confidence, or furthest from the gold label."""
     wrong = [(badness, each) for each in predictions if (badness := _badness(results, each)) > 0]
     wrong.sort(key=lambda pair: -pair[0])
     rows = [
@@ -121,7 +119,7 @@ def _errors(results: Results, predictions: Sequence[Prediction]) -> str:
     return count + _table(header, rows)
 
 
-def _badness(results: Results, each: Prediction) -> float:
+def _badness(results: Results, each: PredictionLine) -> float:
     gold, predicted = each.gold, each.prediction
     if results.kind == "number":
         return abs(cast(float, gold) - cast(float, predicted))
@@ -137,11 +135,8 @@ def _badness(results: Results, each: Prediction) -> float:
 
 
 def _shown(value: object) -> str:
-    text = (
-        " ".join(map(str, value))
-        if isinstance(value, list)
-        else f"{value:.3g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, list):
+        text = " ".join(map(str, value))
+    else:
+        text = f"{value:.3g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 200 else f"{text[:200]}…"

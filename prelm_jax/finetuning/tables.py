@@ -59,7 +59,7 @@ def read_csv(path: str, used: Sequence[str], header: bool | None, counts: Counte
 def _table(
     path: str, rows: Iterator[tuple[str, list[str]]], used: Sequence[str], header: bool | None, counts: Counter[str]
 ) -> Iterator[Record]:
-    """Rows of cells: with a header as many in each row as in it, without one at least those that are read."""
+    """Rows of cells. With a header, each row must have as many cells; without one, at least those that are read."""
     numbers = {column: column_number(column) for column in used}
     names: list[str] = []
     if header or (header is None and None in numbers.values()):

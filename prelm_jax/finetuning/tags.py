@@ -16,7 +16,7 @@ def is_bio(names: Iterable[str]) -> bool:
 
 
 def with_bio_tags(examples: list[Example], counts: Counter[str]) -> list[Example]:
-    """The examples with spans in BIO, where all tags are of BIO, IOB1, BIOES, BILOU or BMES; else as they are."""
+    """The examples with spans in BIO, if all tags are of BIO, IOB1, BIOES, BILOU or BMES; else unchanged."""
     names = {tag for example in examples for tag in cast(tuple[str, ...], example.label)} - {"O"}
     if not names or not all(re.match(r"[BIMESLU]-.", name, re.DOTALL) for name in names):
         return examples
@@ -30,7 +30,7 @@ def with_bio_tags(examples: list[Example], counts: Counter[str]) -> list[Example
 
 
 def bio_tags(tags: Sequence[str]) -> tuple[str, ...]:
-    """Tags of IOB1, BIOES, BILOU or BMES in BIO; those in BIO stay.
+    """Tags of IOB1, BIOES, BILOU or BMES in BIO; BIO is unchanged.
 
     Example: I-PER I-PER O S-LOC B-ORG E-ORG is B-PER I-PER O B-LOC B-ORG I-ORG.
     """

@@ -12,7 +12,7 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from prelm_jax.data.examples import Answers, Example, Kind, Label
-from prelm_jax.data.frames import Row
+from prelm_jax.data.rows import Row
 
 BEST = 20  # Candidates of an answer that are kept, and tokens of a window that an answer may begin or end with.
 ANSWER_LENGTH = 30  # Tokens of an answer at most.

@@ -10,7 +10,9 @@ import numpy as np
 from jax import Array
 
 from prelm_jax.data.examples import Example, Kind
-from prelm_jax.data.frames import WIDTHS, Frame, Row, Text
+from prelm_jax.data.frames import WIDTHS, Frame
+from prelm_jax.data.framing import frame_examples
+from prelm_jax.data.rows import Row, Text
 from prelm_jax.errors import InputError
 from prelm_jax.formats.base import LoadedTask, ModelConfig
 from prelm_jax.inference.base import Embeddings, Pretrained, Sample, Scores, SentenceScore
@@ -33,9 +35,6 @@ METHODS: dict[Kind, str] = {
     "tags": "tag",
     "spans": "answer",
 }
-
-
-KINDS: dict[type, Kind] = {heads.Choice: "choice", heads.Tags: "tags", heads.Span: "spans"}
 
 
 class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
@@ -62,9 +61,7 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
     @property
     def kind(self) -> Kind:
         """The kind of the labels that the head predicts."""
-        if isinstance(self._head, heads.Label):
-            return self._head.kind
-        return KINDS[type(self._head)]
+        return self._head.kind
 
     def embed(self, texts: Collection[str], truncate: bool = False) -> Embeddings:
         """The hidden states of the fine-tuned encoder; see `Pretrained`."""
@@ -135,7 +132,7 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
     ) -> tuple[list[Prediction], int]:
         """The predictions for examples of the model's kind, and how many of these were cut.
 
-        stride: tokens from a window of a long passage or sentence to the next (see `Frame.frame`). progress: what to
+        stride: tokens from a window of a long passage or sentence to the next (see `frame_examples`). progress: what to
         call the work in a line of progress; None: say nothing.
         """
         rows, num_cut = self._rows(examples, stride)
@@ -184,7 +181,7 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
         """The rows of examples, and how many examples were cut."""
         self._check(examples)
         unlabelled = [Example(example.id, example.sequences) for example in examples]
-        rows, _, num_cut = self.frame.frame(unlabelled, self.kind, self.labels, stride)
+        rows, num_cut = frame_examples(self.frame, unlabelled, self.kind, self.labels, stride)
         if not all(row.length for row in rows):
             raise InputError("a text without tokens: the model reads nothing that stands around a text")
         return rows, num_cut

@@ -76,6 +76,7 @@ class Label(HeadConfig):
 class Choice(HeadConfig):
     """One of several texts (or pairs)."""
 
+    kind: ClassVar[Literal["choice"]] = "choice"
     reads_summary: ClassVar[bool] = True
 
 
@@ -85,6 +86,8 @@ class Tags(HeadConfig):
 
     num_tags: Size | None = None  # Number of tags; None: as many as the training file has.
     crf: bool = False  # Score sequences of tags by a conditional random field, not each tag by a softmax.
+
+    kind: ClassVar[Literal["tags"]] = "tags"
 
     @property
     def packs(self) -> bool:
@@ -97,6 +100,8 @@ class Span(HeadConfig):
     """The first and the last token of an answer; both are 0, [CLS], where there is none."""
 
     dropout: FractionBelow1 = dataclasses.field(default=0.0, kw_only=True)  # BERT's has none.
+
+    kind: ClassVar[Literal["spans"]] = "spans"
 
     @property
     def packs(self) -> bool:

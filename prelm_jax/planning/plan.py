@@ -14,7 +14,7 @@ from rich.table import Table
 from prelm_jax.corpus.store import Store
 from prelm_jax.errors import InputError
 from prelm_jax.finetuning.config import FineTuning
-from prelm_jax.finetuning.finetune import prepare
+from prelm_jax.finetuning.task import prepare_task
 from prelm_jax.planning.hlo import Collective, Program
 from prelm_jax.planning.topology import collective_seconds, compile_only_devices, shape_of
 from prelm_jax.run import Run, check_batch_size
@@ -195,11 +195,11 @@ def run_work(run: Run) -> MakeWork:
 
 def task_work(run: FineTuning, devices: int) -> tuple[FineTuning, MakeWork]:
     """A task with the steps that follow from its files, and its work."""
-    task = prepare(run)
+    task = prepare_task(run)
     model = task.config.build(jnp.dtype(run.precision))
 
     def make(batch_size: int) -> Work:
-        batches = task.batches(run.seed, devices, batch_size)
+        batches = task.batches(devices, batch_size)
         largest = batches.largest()
         widths = [batches.width(step) for step in range(-(-len(task.train_rows) // batch_size))]
         return Work(model, largest, batches.layout, float(np.mean(widths)) / largest["segments"].shape[-1])

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
-from prelm_jax.finetuning import finetune
 from prelm_jax.finetuning.config import FineTuning
+from prelm_jax.finetuning.task import prepare_task
 from prelm_jax.pretraining import prepare, with_vocabulary
 from prelm_jax.run import Run, Training, check_batch_size
 from prelm_jax.train import check_schedule, placed_batches, step_memory
@@ -66,9 +66,9 @@ def rehearse_task(run: FineTuning, seeds: int) -> Rehearsal:
 
     print_table(rehearsal_table(rehearse_task(run, seeds=3)))
     """
-    task = finetune.prepare(run)
+    task = prepare_task(run)
     run, rows = task.run, task.train_rows
-    batches = task.batches(run.seed, run.loop.mesh.build().size)
+    batches = task.batches(run.loop.mesh.build().size)
     by_width: dict[int, list[int]] = {}
     for step in range(min(run.loop.steps, -(-len(rows) // run.batch_size))):  # Of an epoch.
         by_width.setdefault(batches.width(step), []).append(step)

@@ -106,7 +106,7 @@ class _Directory:
         path = self.path / str(step)
         with _reading(path, "its file _CHECKPOINT_METADATA is missing, or not what was written"):
             metadata = json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
-            # Of another format only the number is known.
+            # These raise if a field is missing or of another type; of another format only the number is known.
             if int(metadata["format"]) == FORMAT:
                 Record(**metadata["record"])
                 {int(x) for arrays in metadata["checksums"].values() for x in arrays.values()}
@@ -153,7 +153,7 @@ class _Directory:
         return loaded
 
     def put_aside(self, step: int, complaint: str) -> epath.Path:
-        """Moves a damaged checkpoint to `<path>.damaged`, with a note; returns its new path."""
+        """Moves a damaged checkpoint to `<path>.damaged`, with the complaint in a text file; returns its new path."""
         aside = self.path.parent / f"{self.path.name}.damaged"
         if jax.process_index() == 0:
             aside.mkdir(exist_ok=True)
@@ -236,7 +236,7 @@ class Checkpoints:
                 self._delete_superfluous()
 
     def _delete_superfluous(self) -> None:
-        """Deletes full checkpoints, oldest first, but the newest scheduled ones, the newest of all, and the best."""
+        """Deletes full checkpoints, oldest first, except the newest scheduled ones, the newest of all, and the best."""
         if self._keep is None or not (steps := self._full.steps):
             return
         scheduled = [step for step in steps if self._record(step).scheduled]

@@ -17,7 +17,7 @@ from prelm_jax.bounds import Bounds, NotNegative, Positive
 from prelm_jax.errors import Preempted
 from prelm_jax.training.checkpoint import Checkpoints, Record
 from prelm_jax.training.contract import Batch, Model, OptimizerConfig
-from prelm_jax.training.metrics import MetricsWriter, Report, peak_flops
+from prelm_jax.training.metrics import MetricsWriter, Pending, Report, peak_flops
 from prelm_jax.training.sharding import MeshConfig
 from prelm_jax.training.step import Keys, TrainState
 
@@ -46,6 +46,20 @@ class LoopConfig:
     tensorboard: bool = False  # Also write the metrics for TensorBoard.
     profile: NotNegative = 0  # Write a profiler trace of this many steps, from the 11th on, to profile/.
 
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after a step, whatever its evaluation says."""
+        return step == self.steps or step % self.save_every == 0
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation is due after a step."""
+        return step == self.steps or step % self.evaluate_every == 0
+
+    def gains_nothing(self, step: int, best_step: int | None) -> bool:
+        """Whether the training ends at a step because the best evaluation, if there was one, is too long ago."""
+        if best_step is None or self.stop_after_no_gain is None:
+            return False
+        return step // self.evaluate_every - best_step // self.evaluate_every >= self.stop_after_no_gain
+
 
 class TrainingConfig(Protocol):
     """The fields of a run that the loop reads."""
@@ -69,15 +83,15 @@ class TrainingConfig(Protocol):
 class Evaluation(NamedTuple):
     """An evaluation during training."""
 
-    evaluate: Callable[[TrainState], dict[str, float]]  # The means by name; `loss` is one of them.
-    describe: Callable[[Mapping[str, float]], str]  # These as a line for people.
-    written: Callable[[], None]  # Called when they are in the file of metrics.
+    evaluate: Callable[[TrainState], dict[str, float]]  # Metrics by name; `loss` is one of them.
+    describe: Callable[[Mapping[str, float]], str]  # These metrics as a line for people.
+    written: Callable[[], None]  # Called when they have been written to metrics.jsonl.
 
 
 class _Stop:
     """Whether SIGTERM has come; several processes agree on the step at which to stop.
 
-    From `begin` on, when there is something to save. Before that SIGTERM does what it does outside of the loop.
+    It is handled from `begin` on, when there is something to save; before that as outside of the loop.
     """
 
     def __enter__(self) -> "_Stop":
@@ -145,9 +159,10 @@ def train(
 ) -> tuple[TrainState, dict[str, float] | None]:
     """Trains from `state.step` to `run.loop.steps`; resuming gives the same bits as never having stopped.
 
-    With `run.loop.stop_after_no_gain`, it ends after that number of evaluations without a new best one, for good.
+    With `run.loop.stop_after_no_gain`, it ends after that number of evaluations without a new best one, and does not
+    train on when it is called again.
 
-    Returns the last state and its evaluation; None instead of it without one.
+    Returns the last state, and its evaluation if there was one.
 
     Args:
         train_step: as `make_train_step` returns it.
@@ -167,24 +182,15 @@ def train(
     peak = peak_flops(jnp.dtype(run.precision), jax.sharding.get_mesh().size)
     report = Report(model, writer, peak, start, config.steps, config.log_every)
     tokens_seen = checkpoints.tokens_seen(start)
-    pending = evaluation = None
-
-    def evaluates(done: int) -> bool:
-        return held_out is not None and (done == config.steps or done % config.evaluate_every == 0)
-
-    def gains_nothing(done: int) -> bool:
-        """Whether the best evaluation was so long ago that the training ends."""
-        best, limit = checkpoints.best_step, config.stop_after_no_gain
-        if best is None or limit is None:
-            return False
-        return done // config.evaluate_every - best // config.evaluate_every >= limit
+    pending: Pending | None = None
+    evaluation: dict[str, float] | None = None
 
     def evaluate_and_save(done: int, stopping: bool, keep_due: bool) -> None:
-        """Does what is due after a step. Raises Preempted if SIGTERM came, which can postpone the evaluation."""
+        """Evaluates and saves if that is due. Raises Preempted if SIGTERM came, which can postpone the evaluation."""
         nonlocal evaluation
         last = done == config.steps
-        loss, improved, postponed, save_due = None, False, False, last or done % config.save_every == 0
-        if held_out is not None and evaluates(done):
+        loss, improved, postponed, save_due = None, False, False, config.saves(done)
+        if held_out is not None and config.evaluates(done):
             evaluation = stop.unless_asked(lambda: held_out.evaluate(state))
             if evaluation is None:  # The step is evaluated, and saved if that is due, when the run resumes.
                 stopping, postponed, save_due = True, True, False
@@ -192,7 +198,7 @@ def train(
                 report.evaluation(done, evaluation, held_out.describe(evaluation))
                 held_out.written()
                 loss, improved = evaluation["loss"], checkpoints.improves(evaluation["loss"])
-                last = last or (not improved and gains_nothing(done))
+                last = last or (not improved and config.gains_nothing(done, checkpoints.best_step))
                 save_due = save_due or last
         record = Record(tokens_seen, loss, scheduled=save_due or improved)
         if record.scheduled or stopping:
@@ -205,10 +211,10 @@ def train(
             raise Preempted(f"stopped by SIGTERM after step {done}; the same command resumes from there")
 
     with contextlib.closing(report), _Stop() as stop:
-        if start and evaluates(start) and not checkpoints.evaluated(start):
+        if start and held_out is not None and config.evaluates(start) and not checkpoints.evaluated(start):
             stop.begin()
-            evaluate_and_save(start, False, False)
-        for step, batch in () if gains_nothing(start) else batches:
+            evaluate_and_save(start, stopping=False, keep_due=False)
+        for step, batch in () if config.gains_nothing(start, checkpoints.best_step) else batches:
             profile.before(step)
             with jax.transfer_guard("disallow"):  # Saving and evaluating copy arrays, a step does not.
                 tokens = count_tokens(batch)  # A program of its own: done before the step is.
@@ -219,19 +225,19 @@ def train(
                 # The devices work on this step while the host looks at the one before.
                 report.wait(pending)
                 before, tokens_seen = tokens_seen, tokens_seen + int(jax.device_get(tokens)[0])
-                pending = (done, metrics, batch, tokens_seen)
+                pending = Pending(done, metrics, batch, tokens_seen)
 
             stop.begin()
             stopping = stop.at(done)
             words_due = any(before < words * tokens_per_word <= tokens_seen for words in config.keep_at_words)
             keep_due = words_due or done in config.keep_at_steps
-            save_due = done == config.steps or done % config.save_every == 0
-            compiled = done == start + 1  # By this step: the clock of the speed starts after it.
-            if compiled or keep_due or evaluates(done) or save_due or stopping:
+            compiled = done == start + 1  # This step included compilation: the speed is measured from here on.
+            evaluation_due = held_out is not None and config.evaluates(done)
+            if compiled or keep_due or evaluation_due or config.saves(done) or stopping:
                 report.wait(pending)  # Checks the step: a state with NaNs is never saved.
                 pending = None
                 evaluate_and_save(done, stopping, keep_due)
-                if gains_nothing(done):
+                if config.gains_nothing(done, checkpoints.best_step):
                     report.say(f"stopped after step {done}: no gain since step {checkpoints.best_step}")
                     break
         checkpoints.wait()

@@ -50,7 +50,7 @@ def compile_program(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
 
 
 def needed(compiled: jax.stages.Compiled) -> int:
-    """Bytes of a device that a program takes: arguments, temporary arrays and results."""
+    """Bytes that a program takes on a device: arguments, temporary arrays and results."""
     memory = compiled.memory_analysis()
     assert memory, "the compiler tells nothing about its program"
     arguments = memory.argument_size_in_bytes - memory.alias_size_in_bytes  # Without those that become outputs.
@@ -104,7 +104,7 @@ class StepMemory:
     ):
         """`make_step`: accumulate -> train step. `arguments`: of the step, may be abstract. `rows`: on each device.
 
-        `needed` are the bytes that the step takes, NaN until `check` has compiled it.
+        `needed` is the number of bytes that the step takes, NaN until `check` has compiled it.
         """
         self.step = make_step(accumulate)
         self._make_step, self._arguments, self._mesh = make_step, arguments, mesh
@@ -124,12 +124,12 @@ class StepMemory:
             if not exhausted(error):
                 raise
             size, limit = error.args if isinstance(error, TooLarge) else (self.needed, available(self._mesh))
-            # At run time an array may not fit although all would: the memory is not all free, or in pieces.
-            least = "" if math.isnan(size) else f" {size / GiB:.3g} GiB,"
+            known = "" if math.isnan(size) else f"{size / GiB:.3g} GiB, "
+            # At run time an array may not fit although the step would: the memory is partly in use, or fragmented.
             free = "" if size > limit else "is free of "
-            more = f"a step needs{least} more than {free}the {limit / GiB:.3g} GiB of a device"
+            problem = f"a step needs {known}more than {free}the {limit / GiB:.3g} GiB of a device"
             # Where no size is known, a program that compiles fits.
-            raise InputError(f"{more}: {self._advice(math.inf if math.isnan(size) else size)}") from None
+            raise InputError(f"{problem}: {self._advice(math.inf if math.isnan(size) else size)}") from None
 
     def _compile(self, step: jax.stages.Wrapped) -> int:
         """The bytes that a step needs; raises TooLarge if a device has fewer."""

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -95,8 +95,8 @@ class MetricsWriter:
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of a file of metrics, oldest first.
 
-    Left out are lines that a kill has cut off, lines that `MetricsWriter` cannot have written, and a line whose step
-    and kind (train, evaluation, …) a later one has as well.
+    Drops lines that a kill has cut off, lines that `MetricsWriter` cannot have written, and lines that a later one of
+    the same step and kind (train, evaluation, …) replaces.
     """
     found: dict[tuple[float, str], dict[str, float]] = {}
     for metrics in stream_metrics(path):
@@ -107,7 +107,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def stream_metrics(path: Path) -> Iterator[dict[str, float]]:
-    """The lines of `read_metrics` one by one, and those that a later one of the same step and kind replaces."""
+    """The lines of `read_metrics` one by one, with the lines that a later one of the same step and kind replaces."""
     if path.exists():
         with opened(path) as file:
             for line in file:
@@ -140,6 +140,15 @@ def _number(value: object) -> float:
     return value
 
 
+class Pending(NamedTuple):
+    """A step that the devices may still be working on."""
+
+    step: int  # Steps done after it.
+    metrics: Mapping[str, jax.Array]  # As `make_train_step` returns them.
+    batch: Batch
+    tokens_seen: int
+
+
 class Report:
     """Fetches the metrics of finished steps, checks them, and writes them to the file and the terminal."""
 
@@ -154,20 +163,20 @@ class Report:
     def restart_clock(self) -> None:
         """Leaves the time since the last step finished out of the speed: compilation, an evaluation, a save.
 
-        No step may be running: one that has run for a while would seem fast.
+        Call it while no step is running: the time that a running step has already taken would not be counted.
         """
         now = time.perf_counter()
         self._began = now if self._began is None else self._began + now - self._finished
 
-    def wait(self, pending: tuple[int, Mapping[str, jax.Array], Batch, int] | None) -> None:
-        """Waits for (step, metrics, batch, tokens seen) and writes the metrics if due.
+    def wait(self, pending: Pending | None) -> None:
+        """Waits for a step and writes its metrics if due.
 
         Raises InputError if the loss or the gradient is not finite.
         """
         if pending is None:
             return
-        step, on_devices, batch, tokens_seen = pending
-        metrics = {name: value.tolist() for name, value in jax.device_get(on_devices).items()}
+        step = pending.step
+        metrics = {name: value.tolist() for name, value in jax.device_get(pending.metrics).items()}
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             raise InputError(
                 f"the loss or its gradient is not finite at step {step} (loss {metrics['loss']}, gradient norm "
@@ -179,11 +188,11 @@ class Report:
         if self._began is not None:
             self._steps += 1
             self._tokens += tokens
-            self._flops += self._model.flops(batch)
+            self._flops += self._model.flops(pending.batch)
         if step % self._log_every:
             return
         values = {f"train/{name}": value for name, value in metrics.items()}
-        values |= {"train/padding": 1 - tokens / positions, "train/tokens_seen": tokens_seen}
+        values |= {"train/padding": 1 - tokens / positions, "train/tokens_seen": pending.tokens_seen}
         if self._began is not None and self._steps:
             seconds = now - self._began
             speed, mfu = self._tokens / seconds, self._flops / seconds / self._peak

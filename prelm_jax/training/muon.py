@@ -23,14 +23,14 @@ from jax.sharding import PartitionSpec as P
 from prelm_jax.bounds import FractionBelow1, NotNegativeFloat
 from prelm_jax.training.contract import Params
 from prelm_jax.training.optimizer import AdamW, decays
-from prelm_jax.training.parameters import first_match, path_name
+from prelm_jax.training.parameters import SMALL, first_match, path_name
 
 Group = Literal["muon", "adamw"]
 
-# The parameters of AdamW: tables, biases, norms, scalars of heads, and the kernels outside of numbered layers (heads,
-# poolers, convolutions). A kernel of a layer that its model does not declare as a matrix is an error.
+# The parameters of AdamW: tables, small parameters, and the kernels outside of numbered layers (heads, poolers,
+# convolutions). A kernel of a layer that its model does not declare as a matrix is an error.
 ADAMW = (
-    r"(^|/)(embedding|\w*bias|scale|weights|gamma|\w*transitions)$",
+    rf"(^|/)(embedding|{SMALL})$",
     r"^(?!(.*/)?layer_\d+/).*kernel$",
 )
 

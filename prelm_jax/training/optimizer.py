@@ -12,13 +12,13 @@ from jax.typing import ArrayLike
 
 from prelm_jax.bounds import Epsilon, FractionBelow1, NotNegative, NotNegativeFloat, Positive, PositiveFloat
 from prelm_jax.training.contract import Params
-from prelm_jax.training.parameters import first_match, path_name
+from prelm_jax.training.parameters import SMALL, first_match, path_name
 
 # Whether weight decay applies, by the last name of a parameter's path: to everything but biases, norms and the scalars
 # of heads, so to embeddings too (google-research/bert, optimization.py). A path without a rule is an error.
 DECAY = (
     (r"(^|/)(kernel|embedding)$", True),
-    (r"(^|/)(\w*bias|scale|weights|gamma|\w*transitions)$", False),
+    (rf"(^|/)({SMALL})$", False),
 )
 
 # The fraction of the learning rate, from the fraction of the steps that is left.

@@ -8,6 +8,9 @@ import jax
 
 Answer = TypeVar("Answer")
 
+# A regular expression of the last names of parameters that are small: biases, norms, and the scalars of heads.
+SMALL = r"\w*bias|scale|weights|gamma|\w*transitions"
+
 
 def path_name(path: tuple[object, ...]) -> str:
     """A path of jax.tree_util as a string: `encoder/layer_0/attention/query/kernel`."""

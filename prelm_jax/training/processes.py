@@ -195,7 +195,7 @@ def roll_call(address: str, count: int, index: int, seconds: float) -> dict[int,
     deadline = time.monotonic() + seconds
     with contextlib.ExitStack() as stack:
         if index:
-            connections, complaint = _report(stack, address, count, index, deadline)
+            connections, complaint = _call(stack, address, count, index, deadline)
         else:
             connections, complaint = _take_roll(stack, address, count, deadline)
         if complaint:
@@ -237,7 +237,7 @@ def _take_roll(
     return dict(callers), complaint
 
 
-def _report(
+def _call(
     stack: contextlib.ExitStack, address: str, count: int, index: int, deadline: float
 ) -> tuple[dict[int, socket.socket], str]:
     """Any other process: calls process 0 until it answers."""

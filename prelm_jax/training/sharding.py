@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from prelm_jax.bounds import Size
 from prelm_jax.errors import InputError
 from prelm_jax.training.contract import HostBatch, Layout
-from prelm_jax.training.parameters import first_match, matches, path_name
+from prelm_jax.training.parameters import SMALL, first_match, matches, path_name
 
 Tree = TypeVar("Tree")
 
@@ -27,7 +27,7 @@ ROWS = P(("slice", "data"))
 # parameter). A path without a rule is an error, so that no array stays replicated by oversight.
 RULES = (
     (r"(^|/)(kernel|embedding)$", True),
-    (r"(^|/)(\w*bias|scale|weights|gamma|\w*transitions|count|step)$", False),
+    (rf"(^|/)({SMALL}|count|step)$", False),
 )
 
 

@@ -9,15 +9,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prelm_jax.data.examples import Example
-from prelm_jax.data.frames import BertFrame, ELMoFrame
-from prelm_jax.data.tasks import WORTH, TaskBatches, TaskEvaluation, balanced, best_num_rows, best_widths, weighted
+from prelm_jax.data.framing import frame_examples
+from prelm_jax.data.tasks import (
+    LEAST_SAVING,
+    TaskBatches,
+    TaskEvaluation,
+    balanced,
+    best_num_rows,
+    best_widths,
+    weighted,
+)
 
 
-def make(kind=BertFrame, number=7):
-    frame = kind(tiny.tokenizer("bert" if kind is BertFrame else "elmo"), 64)
+def make(family="bert", number=7):
+    frame = tiny.frame(family, 64)
     lengths = [3, 50, 1, 20, 30, 31, 2][:number]
     examples = [Example(str(i), ((" ".join(["cat"] * n),),), f"{i}") for i, n in enumerate(lengths)]
-    return frame, frame.frame(examples, "label", [f"{i}" for i in range(number)]).rows
+    return frame, frame_examples(frame, examples, "label", [f"{i}" for i in range(number)])[0]
 
 
 def test_an_epoch_has_each_row_once_and_the_next_another_order():
@@ -30,10 +38,10 @@ def test_an_epoch_has_each_row_once_and_the_next_another_order():
     assert any((other.numbers(step) != batches.numbers(step)).any() for step in range(3))
 
 
-@pytest.mark.parametrize("kind", [BertFrame, ELMoFrame])
-def test_a_part_of_a_batch_is_that_of_the_whole(kind):
+@pytest.mark.parametrize("family", ["bert", "elmo"])
+def test_a_part_of_a_batch_is_that_of_the_whole(family):
     """Every host has the width and the ELMo characters of the whole batch."""
-    frame, rows = make(kind)
+    frame, rows = make(family)
     batches = TaskBatches(frame, rows, batch_size=4, seed=0)
     for step in range(5):
         whole, again = batches[step], TaskBatches(frame, rows, batch_size=4, seed=0)
@@ -48,9 +56,9 @@ def test_a_part_of_a_batch_is_that_of_the_whole(kind):
         assert whole["segments"].shape == (4, 1, next(width for width in batches.widths if width >= longest))
 
 
-@pytest.mark.parametrize("kind", [BertFrame, ELMoFrame])
-def test_no_batch_is_larger_than_the_largest(kind):
-    frame, rows = make(kind)
+@pytest.mark.parametrize("family", ["bert", "elmo"])
+def test_no_batch_is_larger_than_the_largest(family):
+    frame, rows = make(family)
     for batch_size in (3, 9):
         batches = TaskBatches(frame, rows, batch_size, seed=0)
         shapes = [{name: x.shape for name, x in batches[step].items()} for step in range(7)]
@@ -73,10 +81,10 @@ def test_evaluation_has_each_row_once_by_length():
 
 def test_balanced_labels_weigh_the_same_together():
     """Of classes, and of the tags of all words, of which those in two windows count once."""
-    frame = BertFrame(tiny.tokenizer("bert"), 8)
+    frame = tiny.frame("bert", 8)
     labels = ["b", "a", "b", "c", "b", "b"]
     examples = [Example(str(i), (("cat",),), label) for i, label in enumerate(labels)]
-    rows = frame.frame(examples, "label", "abc").rows
+    rows = frame_examples(frame, examples, "label", "abc")[0]
     expected = np.array([6 / 3, 6 / (3 * 4), 6 / 3])
     np.testing.assert_allclose(balanced(rows, 3), expected, rtol=1e-6)
     batch = TaskBatches(frame, weighted(rows, balanced(rows, 3)), 6, 0)[0]
@@ -84,7 +92,7 @@ def test_balanced_labels_weigh_the_same_together():
     assert batch["label_weights"].dtype == np.float32
     sentences = [tuple("acaabaaca"), ("b",)]  # 6 times a, twice b and c.
     examples = [Example(str(i), ((("cat",) * len(tags),),), tags) for i, tags in enumerate(sentences)]
-    rows = frame.frame(examples, "tags", "abcd").rows
+    rows = frame_examples(frame, examples, "tags", "abcd")[0]
     assert len(rows) > 2
     np.testing.assert_allclose(balanced(rows, 4), [10 / 24, 10 / 8, 10 / 8, 1], rtol=1e-6)
     batch = TaskEvaluation(frame, weighted(rows, balanced(rows, 4)), len(rows))[0]
@@ -100,7 +108,7 @@ def test_the_widths_pad_the_least(needed, widest):
 
     def cost(widths):
         used = widths if widths[-1] in needed else widths[:-1]
-        return np.array(widths)[np.searchsorted(widths, needed)].sum() + WORTH * sum(needed) * len(used)
+        return np.array(widths)[np.searchsorted(widths, needed)].sum() + LEAST_SAVING * sum(needed) * len(used)
 
     others = sorted(set(needed) - {widest})
     least = min(
@@ -116,9 +124,9 @@ def test_the_widths_pad_the_least(needed, widest):
 @settings(max_examples=30)
 def test_packed_batches_have_the_rows_of_those_that_are_not(counts, num_rows):
     """Each row of the batch once, whatever the lengths, in the same shapes on any number of hosts."""
-    frame, names = BertFrame(tiny.tokenizer("bert"), 48), [str(i) for i in range(len(counts))]
+    frame, names = tiny.frame("bert", 48), [str(i) for i in range(len(counts))]
     examples = [Example(name, ((" ".join(["cat"] * n),),), name) for name, n in zip(names, counts, strict=True)]
-    rows = frame.frame(examples, "label", names).rows
+    rows = frame_examples(frame, examples, "label", names)[0]
     packed, plain = (TaskBatches(frame, rows, 8, 0, number) for number in (num_rows, None))
     assert packed.batch_size == num_rows and len(packed.widths) <= 6
     for step in range(4):

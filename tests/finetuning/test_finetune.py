@@ -16,10 +16,13 @@ import tiny
 from prelm_jax import load
 from prelm_jax.cli.main import main
 from prelm_jax.data.examples import Columns
+from prelm_jax.data.tasks import TaskBatches
 from prelm_jax.errors import InputError
 from prelm_jax.finetuning import finetune
 from prelm_jax.finetuning.config import FineTuning
-from prelm_jax.finetuning.results import read_predictions, read_results
+from prelm_jax.finetuning.predictions import read_predictions
+from prelm_jax.finetuning.results import read_results
+from prelm_jax.finetuning.task import prepare_task
 from prelm_jax.models.heads import Choice, Label, Span, Tags
 from prelm_jax.training.checkpoint import Checkpoints
 from prelm_jax.training.loop import LoopConfig
@@ -198,13 +201,15 @@ def test_what_training_starts_from(world):
     source = load(world / "bert").params
     loaded = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(source)}
     for layers in (0, 1):
-        task = finetune.prepare(make(world, reinitialize_layers=layers))
+        task = prepare_task(make(world, reinitialize_layers=layers))
         fresh = jax.jit(task.config.build().init_params)(jax.random.key(5))
-        started = finetune.initial(task, fresh)
+        started = task.initial_params(fresh)
         for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(started), jax.tree.leaves(fresh), strict=True):
             name = path_name(path)
             from_fresh = name.startswith("head/") or (layers and name.startswith(("pooler/", "encoder/layer_0/")))
-            rows = slice(0, task.tokenizer.vocab_size if name.startswith("word_") else None)  # Others are padding.
+            rows = slice(
+                0, task.frame.tokenizer.vocab_size if name.startswith("word_") else None
+            )  # Others are padding.
             np.testing.assert_array_equal(x[rows], y[rows] if from_fresh else loaded[name][rows])
 
 
@@ -212,11 +217,11 @@ def test_class_weights_enter_the_training_examples_alone(world):
     """By name or balanced: the weights of the batch that training begins with, and the identity of the run."""
     found = {}
     for given in ((), ("yes=2.5",), ("balanced",)):
-        task = finetune.prepare(make(world, class_weights=given))
+        task = prepare_task(make(world, class_weights=given))
         numbers = [int(row.label) for row in task.train_rows]
         found[given] = [float(row.weight) for row in task.train_rows]
         assert all(row.weight == 1 for row in task.dev_rows)
-        assert finetune._record(task, task.run).identity["class_weights"] == list(given)
+        assert task.record.identity["class_weights"] == list(given)
     assert found[()] == [1.0] * 26 and found["yes=2.5",] == [(1.0, 2.5)[x] for x in numbers]
     counts = np.bincount(numbers)
     np.testing.assert_allclose(found["balanced",], 26 / (2 * counts[numbers]), rtol=1e-6)
@@ -224,15 +229,14 @@ def test_class_weights_enter_the_training_examples_alone(world):
 
 def test_the_directory_is_named_after_task_file_and_identity(world):
     paths = [
-        finetune.default_workdir(finetune.prepare(make(world, **changes)))
-        for changes in ({}, {"seed": 3}, {"warmup": 0.2})
+        finetune.default_workdir(prepare_task(make(world, **changes))) for changes in ({}, {"seed": 3}, {"warmup": 0.2})
     ]
     assert paths[0] == paths[1] != paths[2]
     assert all(
         path.parent.name == "runs" and path.name.startswith("test-train-") and len(path.name) == 19 for path in paths
     )
     shutil.copy(world / "train.tsv", world / "copy.tsv")
-    copied = finetune.default_workdir(finetune.prepare(make(world, train=str(world / "copy.tsv"))))
+    copied = finetune.default_workdir(prepare_task(make(world, train=str(world / "copy.tsv"))))
     assert copied.name.removeprefix("test-copy-") == paths[0].name.removeprefix("test-train-")
 
 
@@ -365,7 +369,7 @@ def test_every_kind_trains(folder, family, kind, tmp_path, compiled):
     """
     marks = [len(compiled)]
     run = task_of(folder, family, kind, epochs=2, loop=LoopConfig(steps=99, mesh=MeshConfig(devices=1)))
-    task = finetune.prepare(run)
+    task = prepare_task(run)
     with tiny.interruption(task.run.loop.evaluate_every, lambda: marks.append(len(compiled))):
         _, results = finetune.finetune(run, tmp_path / "run", seeds=1)
     (seed,) = results.seeds
@@ -386,7 +390,7 @@ def test_every_kind_trains(folder, family, kind, tmp_path, compiled):
 
 def test_a_gpt_answers_no_questions(folder):
     with pytest.raises(InputError, match="GPT"):
-        finetune.prepare(task_of(folder, "openai-gpt", "spans"))
+        prepare_task(task_of(folder, "openai-gpt", "spans"))
 
 
 @pytest.mark.parametrize("answered", [False, True])
@@ -394,7 +398,7 @@ def test_where_all_questions_have_answers_each_is_answered(folder, tmp_path, ans
     """As in SQuAD 1.1, though the model prefers no answer; in a file with such a question that decides."""
     lines = (folder / "dev.jsonl").read_text().splitlines()
     (tmp_path / "dev.jsonl").write_text("".join(f"{line}\n" for line in lines[answered:]))
-    task = finetune.prepare(dataclasses.replace(task_of(folder, "bert", "spans"), dev=f"{tmp_path}/dev.jsonl"))
+    task = prepare_task(dataclasses.replace(task_of(folder, "bert", "spans"), dev=f"{tmp_path}/dev.jsonl"))
     evaluation = finetune.DevEvaluation(task, task.config.build())
 
     def predict(params, carry, batches):
@@ -420,8 +424,8 @@ def test_memory_is_checked_with_the_largest_batch(world, tmp_path, monkeypatch):
         raise Seen(example["tokens"].shape)
 
     monkeypatch.setattr("prelm_jax.train.step_memory", step_memory)
-    task = finetune.prepare(make(world, batch_size=2))
-    widths = [finetune.TaskBatches(task.frame, task.train_rows, 2, 0).width(step) for step in range(13)]
+    task = prepare_task(make(world, batch_size=2))
+    widths = [TaskBatches(task.frame, task.train_rows, 2, 0).width(step) for step in range(13)]
     assert widths[0] == 24 and max(widths) == 40
     with pytest.raises(Seen, match=r"\(2, 1, 40\)"):
         finetune.finetune(make(world, batch_size=2), tmp_path / "run", seeds=1)

@@ -17,18 +17,10 @@ from rich.console import Console
 from prelm_jax.cli.main import main
 from prelm_jax.data.examples import Answers, Example, Kind
 from prelm_jax.errors import InputError
+from prelm_jax.finetuning.card import task_card
 from prelm_jax.finetuning.metrics import Score
-from prelm_jax.finetuning.results import (
-    PREDICTIONS,
-    Results,
-    SeedResult,
-    read_predictions,
-    read_results,
-    results_table,
-    task_card,
-    write_predictions,
-    write_results,
-)
+from prelm_jax.finetuning.predictions import PREDICTIONS, read_predictions, write_predictions
+from prelm_jax.finetuning.results import Results, SeedResult, read_results, results_table, write_results
 from prelm_jax.finetuning.sections import section
 from prelm_jax.inference.decoding import Prediction
 from prelm_jax.inference.heads import METHODS

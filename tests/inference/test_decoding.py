@@ -8,6 +8,7 @@ import pytest
 
 from prelm_jax.data.examples import Answers, Example
 from prelm_jax.data.frames import BertFrame
+from prelm_jax.data.framing import frame_examples
 from prelm_jax.inference.decoding import decode
 from prelm_jax.tokenizers.wordpiece import SPECIAL_TOKENS, WordPiece
 
@@ -20,7 +21,7 @@ def tokenizer():
 
 
 def frame_of(tokenizer, kind, examples, length, **options):
-    return BertFrame(tokenizer, length).frame(examples, kind, **options).rows
+    return frame_examples(BertFrame(tokenizer, length), examples, kind, **options)[0]
 
 
 def test_labels_numbers_and_choices(tokenizer):

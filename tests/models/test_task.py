@@ -12,7 +12,7 @@ import tiny
 
 from prelm_jax.bounds import OutOfBounds
 from prelm_jax.data.examples import Answers, Example
-from prelm_jax.families import find_family
+from prelm_jax.data.framing import frame_examples
 from prelm_jax.formats.base import abstract_params
 from prelm_jax.models.heads import Choice, Label, Span, Tags
 from prelm_jax.models.task import TaskModelConfig
@@ -70,9 +70,8 @@ def examples(head):
 
 def make_batch(family, head, rows=slice(0, 4), width=None, copies=1, group=1):
     kind, found = examples(head)
-    frame_class = find_family({"bert": "bert"}.get(family, family), "test").frame
-    frame = frame_class(frame_class.task_tokenizer(tiny.tokenizer(family)), 32)
-    framed = frame.frame(found, kind, ("a", "b")).rows * copies
+    frame = tiny.frame(family)
+    framed = frame_examples(frame, found, kind, ("a", "b"))[0] * copies
     texts = max(len(row.texts) for row in framed)
     width = width or frame.fitting_width(framed, texts)
     groups = [framed[i : i + group] for i in range(0, len(framed), group)]
@@ -196,9 +195,8 @@ def test_packed_examples_have_the_losses_that_they_have_alone(family, head, symm
     config = task(family, head, lm_coefficient=0.5 if family == "openai-gpt" else 0.0)
     model, params = config.build(), random_params(config)
     kind, found = examples(head)
-    frame_class = find_family(family, "test").frame
-    frame = frame_class(frame_class.task_tokenizer(tiny.tokenizer(family)), 32, symmetric)
-    rows = frame.frame(found, kind, ("a", "b")).rows
+    frame = tiny.frame(family, symmetric=symmetric)
+    rows = frame_examples(frame, found, kind, ("a", "b"))[0]
     texts, words = max(len(row.texts) for row in rows), kind == "tags"
     assert texts == (2 if head == "choice" or symmetric else 1) and len({row.length for row in rows}) > 2
     alone = frame.batch([[row] for row in rows], slice(None), 32, texts, 32 if words else 1)

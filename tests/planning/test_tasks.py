@@ -9,7 +9,7 @@ import tiny
 from prelm_jax.cli.main import main
 from prelm_jax.data.tasks import TaskBatches
 from prelm_jax.finetuning.config import FineTuning
-from prelm_jax.finetuning.finetune import prepare
+from prelm_jax.finetuning.task import prepare_task
 from prelm_jax.models.heads import Label
 from prelm_jax.planning import rehearsal
 from prelm_jax.planning.plan import plan, task_work
@@ -32,7 +32,7 @@ def run(tmp_path_factory):
 
 
 def test_the_work_of_a_plan_is_the_widest_batch(run):
-    (scheduled, work), task = task_work(run, 2), prepare(run)
+    (scheduled, work), task = task_work(run, 2), prepare_task(run)
     batches = TaskBatches(task.frame, task.train_rows, 4, 0)
     widths = [batches[step]["tokens"].shape[-1] for step in range(5)]
     assert set(widths) == {8, 48} and scheduled.loop.steps == 15
@@ -45,7 +45,7 @@ def test_a_plan_has_the_steps_and_parameters_of_the_task(run):
     planned = plan(run, "local")
     assert planned.tokens == 4 * 48 and planned.steps == 15 and planned.fill < 1
     assert planned.days == pytest.approx(15 * planned.seconds * planned.fill / 86400)
-    assert planned.sizes["parameters"][0] == 4 * parameters(prepare(run))
+    assert planned.sizes["parameters"][0] == 4 * parameters(prepare_task(run))
 
 
 def parameters(task):
@@ -66,7 +66,7 @@ def test_a_dry_run_times_both_widths_and_counts_all_seeds(run, tmp_path, monkeyp
     files = ["--train", str(run.train), "--dev", str(run.dev), "--init-from", str(run.init_from)]
     main(["finetune", "finetuning:classify", *files, "--batch-size", "4", "--mesh.devices", "2", "--dry-run"])
     assert "3 seeds" in capsys.readouterr().out and not list(tmp_path.iterdir()), "nothing is written"
-    (found,), task = rehearsals, prepare(run)
+    (found,), task = rehearsals, prepare_task(run)
     assert (found.steps, found.seeds, found.parameters) == (15, 3, parameters(task))
     assert found.corpus_tokens == sum(row.length for row in task.train_rows) and found.passes == pytest.approx(3)
     assert "20 examples" in found.reading and "48 tokens" in found.reading and ", 8 tokens" in found.reading

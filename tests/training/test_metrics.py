@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prelm_jax.errors import InputError
-from prelm_jax.training.metrics import MetricsWriter, Report, peak_flops, read_metrics
+from prelm_jax.training.metrics import MetricsWriter, Pending, Report, peak_flops, read_metrics
 
 
 def write(workdir, resume_at, steps, tensorboard=False):
@@ -106,7 +106,7 @@ def test_the_speed_leaves_out_compilation_evaluations_and_saves(tmp_path, monkey
         report = Report(model, writer, peak=1000.0, start=0, steps=12, log_every=4)
         for step in range(1, 13):
             now += 1000 if step == 1 else 2
-            report.wait((step, metrics, {}, 100 * step))
+            report.wait(Pending(step, metrics, {}, 100 * step))
             if step in (1, 6, 11):
                 report.evaluation(step, {"loss": 2.0}, "loss 2")
                 now += 1000
@@ -128,7 +128,7 @@ def test_a_step_that_is_not_finite_is_an_error(tmp_path, name):
     with contextlib.closing(MetricsWriter(tmp_path / "metrics.jsonl", 0)) as writer:
         report = Report(types.SimpleNamespace(), writer, peak=1.0, start=0, steps=10, log_every=1)
         with contextlib.closing(report), pytest.raises(InputError, match=r"not finite at step 5 .*nan"):
-            report.wait((5, metrics, {}, 0))
+            report.wait(Pending(5, metrics, {}, 0))
 
 
 @pytest.mark.parametrize(("kind", "peak"), [("TPU v5", 459e12), ("TPU v5 lite", 197e12), ("NVIDIA H200", 989e12)])
