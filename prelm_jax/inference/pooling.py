@@ -6,7 +6,7 @@ sentence-transformers, Pooling.py, for the modes; hanxiao/bert-as-service for co
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import get_args
 
 import numpy as np
@@ -90,10 +90,10 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def parse_modes(name: str) -> tuple[PoolingMode, ...] | None:
-    """The modes of a name, several joined by "+" ("mean+max"); None if there is no such mode."""
-    names: Sequence[str] = name.split("+")
+    """The modes of a name, several joined by "+" ("mean+max"); None for an unknown or repeated mode."""
+    names = name.split("+")
     found = tuple(mode for each in names for mode in MODES if mode == each)
-    return found if len(found) == len(names) else None
+    return found if len(names) == len(found) == len(set(found)) else None
 
 
 class PreparedTexts(Collection[str]):

@@ -1,4 +1,4 @@
-"""The routes: requests to queries, and answers to JSON. Starlette's application, without a server around it."""
+"""The routes, as a Starlette application: hosts, keys, bodies, errors. The handlers are in `handlers`."""
 
 import asyncio
 import base64
@@ -18,20 +18,20 @@ from prelm_jax import __version__
 from prelm_jax.errors import InputError
 from prelm_jax.serving import fields as of
 from prelm_jax.serving.fields import STRING, Field, Fields, schema
-from prelm_jax.serving.protocol import Refusal, reply
+from prelm_jax.serving.handlers import Handlers
+from prelm_jax.serving.protocol import Refusal, failure, reply
 from prelm_jax.serving.service import Service
-from prelm_jax.serving.verbs import Verbs
 
 MAX_BODY = 8 * 2**20
-MAX_BODIES = 32 * MAX_BODY  # Of all requests that are being read or answered.
+MAX_BODIES = 32 * MAX_BODY  # Of all requests that are being answered.
 Handler = Callable[[Fields, Request], Awaitable[Response]]
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class KnownHosts:
-    """An application for requests to these hosts alone; others may come from a page that a browser was lured to.
+    """Passes on the requests to these hosts ("*": to any), and refuses others.
 
-    Without it, such a page could name this server as its own host (DNS rebinding), and read the answers.
+    Without it, a web page could give its own name the address of this server (DNS rebinding) and read the answers.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str]):
@@ -50,30 +50,34 @@ class KnownHosts:
 
 
 def host_name(host: str) -> str:
-    """A Host header without its port: "[::1]" for "[::1]:8000"."""
+    """A Host header without its port: "[::1]" for "[::1]:8000"; "" for a malformed one."""
     found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:]*)(:\d{1,5})?", host.lower())
     return found[1] if found else ""
 
 
-def make_app(service: Service, hosts: Collection[str] = ("*",)) -> ASGIApp:
-    """The application, for requests to these hosts."""
-    verbs, routes, paths = Verbs(service), list[Route](), dict[str, object]()
+class Routes:
+    """The routes of a service, and their descriptions in OpenAPI's form.
 
-    def add(
-        method: str, path: str, endpoint: Endpoint, is_open: bool, summary: str | None, **described: object
+    Open routes need no key. A handler's docstring is its summary.
+    """
+
+    def __init__(self, service: Service):
+        self._service = service
+        self.routes: list[Route] = []
+        self.paths: dict[str, object] = {}
+
+    def get(
+        self, path: str, handler: Callable[[Request], Response], is_open: bool = False, **described: object
     ) -> None:
-        """Adds a route, and its description in the form of OpenAPI."""
-        routes.append(route := Route(path, guarded(service, endpoint, is_open), methods=[method]))
-        error = {"description": "an error, as OpenAI's API has it"}
-        paths[route.path_format] = {
-            method.lower(): {
-                "summary": (summary or "").partition("\n")[0],
-                "responses": {"200": {"description": "the answer"}, "4XX": error, "5XX": error},
-                **described,
-            }
-        }
+        async def endpoint(request: Request) -> Response:
+            return handler(request)
 
-    def post(path: str, handler: Handler, *declared: Field, ignores_others: bool = False) -> None:
+        self._add("GET", path, endpoint, is_open, handler.__doc__, **described)
+
+    def post(self, path: str, handler: Handler, *declared: Field, ignores_others: bool = False) -> None:
+        """Adds a route for JSON with the declared fields; `ignores_others`: other fields are not an error."""
+        service = self._service
+
         async def endpoint(request: Request) -> Response:
             began = time.monotonic()
             body = await read_body(request, service)
@@ -90,14 +94,36 @@ def make_app(service: Service, hosts: Collection[str] = ("*",)) -> ASGIApp:
 
         content = {"application/json": {"schema": schema(declared, ignores_others)}}
         body = {"required": True, "content": content}
-        add("POST", path, endpoint, False, handler.__doc__, requestBody=body)
+        self._add("POST", path, endpoint, False, handler.__doc__, requestBody=body)
 
-    def get(path: str, handler: Callable[[Request], Response], is_open: bool = False, **described: object) -> None:
-        async def endpoint(request: Request) -> Response:
-            return handler(request)
+    def _add(
+        self, method: str, path: str, endpoint: Endpoint, is_open: bool, summary: str | None, **described: object
+    ) -> None:
+        self.routes.append(route := Route(path, guarded(self._service, endpoint, is_open), methods=[method]))
+        error = {"description": "an error, as OpenAI's API has it"}
+        self.paths[route.path_format] = {
+            method.lower(): {
+                "summary": (summary or "").partition("\n")[0],
+                "responses": {"200": {"description": "the answer"}, "4XX": error, "5XX": error},
+                **described,
+            }
+        }
 
-        add("GET", path, endpoint, is_open, handler.__doc__, **described)
+    async def not_found(self, request: Request, error: Exception) -> Response:
+        message = f"there is no {request.url.path[:100]}; there are {', '.join(self.paths)}"
+        return Refusal(404, message, code="no_such_route").response()
 
+    async def no_method(self, request: Request, error: Exception) -> Response:
+        route = next(route for route in self.routes if route.matches(request.scope)[0] != Match.NONE)
+        allowed = ", ".join(sorted(route.methods or ()))
+        message = f"{request.url.path} takes {allowed}"
+        return Refusal(405, message, code="method_not_allowed", headers={"allow": allowed}).response()
+
+
+def make_app(service: Service, hosts: Collection[str] = ("*",)) -> ASGIApp:
+    """The application, for requests to these hosts."""
+    handlers, routes = Handlers(service), Routes(service)
+    get, post = routes.get, routes.post
     policy = content_security_policy(service.page)
     headers = {"content-security-policy": policy, "referrer-policy": "no-referrer", "cache-control": "no-cache"}
 
@@ -107,45 +133,37 @@ def make_app(service: Service, hosts: Collection[str] = ("*",)) -> ASGIApp:
 
     def openapi(request: Request) -> Response:
         """This description."""
-        return reply({"openapi": "3.1.0", "info": {"title": "prelm", "version": __version__}, "paths": paths})
+        info = {"title": "prelm", "version": __version__}
+        return reply({"openapi": "3.1.0", "info": info, "paths": routes.paths})
 
-    name = {"name": "name", "in": "path", "required": True, "schema": STRING}
     get("/", page, is_open=True)
-    get("/health", verbs.health, is_open=True)
-    get("/info", verbs.info)
-    get("/metrics", verbs.metrics)
+    get("/health", handlers.health, is_open=True)
+    get("/info", handlers.info)
+    get("/metrics", handlers.metrics)
     get("/openapi.json", openapi)
-    get("/v1/models", verbs.models)
-    get("/v1/models/{name:path}", verbs.one_model, parameters=[name])
-    post("/v1/embeddings", verbs.openai_embeddings, *of.OPENAI_EMBEDDINGS, ignores_others=True)
-    post("/v1/completions", verbs.openai_completions, *of.OPENAI_COMPLETIONS, ignores_others=True)
-    post("/embed", verbs.embed, of.TEXTS, of.POOLING, of.LAYERS, of.NORMALIZE, of.PROMPT_NAME, of.TRUNCATE)
-    post("/similarity", verbs.similarity, of.TEXTS, of.OTHERS, of.TRUNCATE)
-    post("/tokenize", verbs.tokenize, of.TEXTS, of.SPECIAL_TOKENS)
-    post("/fill", verbs.fill, of.TEXTS, of.TOP_K)
-    post("/score", verbs.score, of.TEXTS, of.TRUNCATE)
-    post("/encode", verbs.encode, of.ID, of.TEXTS, of.IS_TOKENIZED, ignores_others=True)
-    post("/classify", verbs.classify, of.CLASSIFIED)
-    post("/tag", verbs.tag, of.TAGGED)
-    post("/answer", verbs.answer, of.QUESTIONS, of.NULL_THRESHOLD, of.NUM_ANSWERS)
-    post("/choose", verbs.choose, of.CHOICES)
+    get("/v1/models", handlers.models)
+    name = {"name": "name", "in": "path", "required": True, "schema": STRING}
+    get("/v1/models/{name:path}", handlers.one_model, parameters=[name])
+    post("/v1/embeddings", handlers.openai_embeddings, *of.OPENAI_EMBEDDINGS, ignores_others=True)
+    post("/v1/completions", handlers.openai_completions, *of.OPENAI_COMPLETIONS, ignores_others=True)
+    post("/embed", handlers.embed, of.TEXTS, of.POOLING, of.LAYERS, of.NORMALIZE, of.PROMPT_NAME, of.TRUNCATE)
+    post("/similarity", handlers.similarity, of.TEXTS, of.OTHERS, of.TRUNCATE)
+    post("/tokenize", handlers.tokenize, of.TEXTS, of.SPECIAL_TOKENS)
+    post("/fill", handlers.fill, of.TEXTS, of.TOP_K)
+    post("/score", handlers.score, of.TEXTS, of.TRUNCATE)
+    post("/encode", handlers.encode, of.ID, of.TEXTS, of.IS_TOKENIZED, ignores_others=True)
+    post("/classify", handlers.classify, of.CLASSIFIED)
+    post("/tag", handlers.tag, of.TAGGED)
+    post("/answer", handlers.answer, of.QUESTIONS, of.NULL_THRESHOLD, of.NUM_ANSWERS)
+    post("/choose", handlers.choose, of.CHOICES)
 
-    async def not_found(request: Request, error: Exception) -> Response:
-        message = f"there is no {request.url.path[:100]}; there are {', '.join(paths)}"
-        return Refusal(404, message, code="no_such_route").response()
-
-    async def no_method(request: Request, error: Exception) -> Response:
-        route = next(route for route in routes if route.matches(request.scope)[0] != Match.NONE)
-        allowed = ", ".join(sorted(route.methods or ()))
-        message = f"{request.url.path} takes {allowed}"
-        return Refusal(405, message, code="method_not_allowed", headers={"allow": allowed}).response()
-
-    app = Starlette(routes=routes, exception_handlers={404: not_found, 405: no_method})
+    app = Starlette(routes=routes.routes, exception_handlers={404: routes.not_found, 405: routes.no_method})
+    app.router.redirect_slashes = False  # A redirect would lead to plain HTTP, even behind a proxy that speaks TLS.
     return KnownHosts(app, hosts)
 
 
 def guarded(service: Service, endpoint: Endpoint, is_open: bool) -> Endpoint:
-    """An endpoint that asks for the key, answers every error as JSON, and is counted."""
+    """An endpoint with the check of the key (unless `is_open`), errors as JSON, and metrics."""
 
     async def guard(request: Request) -> Response:
         try:
@@ -157,11 +175,11 @@ def guarded(service: Service, endpoint: Endpoint, is_open: bool) -> Endpoint:
         except InputError as error:
             response = Refusal(400, str(error)).response()
         except (ClientDisconnect, Disconnected):
-            response = Response(status_code=499)  # Nobody reads it.
+            response = Response(status_code=499)  # For the metrics; nobody reads it.
         except asyncio.CancelledError:
             response = Refusal(503, "the server is stopping", code="stopping").response()
         except Exception as error:
-            response = Refusal(500, f"the model failed: {type(error).__name__}", code="failed").response()
+            response = failure(error).response()
         service.requests.add(request.url.path, str(response.status_code))
         response.headers["x-content-type-options"] = "nosniff"
         if re.fullmatch(r"[\w.-]{1,64}", given := request.headers.get("x-request-id", ""), re.ASCII):
@@ -180,7 +198,10 @@ def check_key(request: Request, key: str) -> None:
 
 
 async def read_body(request: Request, service: Service) -> bytes:
-    """The body, of JSON. Raises a Refusal for another type (415), a large one (413), or too many at once (503)."""
+    """The bytes of a JSON body. Raises a Refusal: another type (415), too large (413), too many at once (503)."""
+    if "upgrade" in request.headers.get("connection", "").lower():  # httptools takes the body for another protocol.
+        message = "this server speaks HTTP/1.1 only; send the request without an Upgrade header"
+        raise Refusal(400, message, code="upgrade", headers={"connection": "close"})
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refusal(415, "the content-type must be application/json", code="unsupported_media_type")
     body = bytearray()
@@ -200,11 +221,11 @@ async def read_body(request: Request, service: Service) -> bytes:
 
 
 class Disconnected(Exception):
-    """The client left before its answer was there."""
+    """The client closed the connection before it was answered."""
 
 
 async def until_disconnected(request: Request, answer: Awaitable[Response]) -> Response:
-    """An answer; it is cancelled when the client leaves."""
+    """Awaits an answer, and cancels it when the client disconnects."""
     task = asyncio.ensure_future(answer)
     gone = asyncio.ensure_future(request.receive())
     try:
@@ -218,7 +239,7 @@ async def until_disconnected(request: Request, answer: Awaitable[Response]) -> R
 
 
 def content_security_policy(page: bytes) -> str:
-    """What the page may do: run its own scripts and styles, known by their hashes, and ask this server."""
+    """Allows the page its own scripts and styles, by their hashes, and requests to this server; nothing else."""
 
     def hashes(tag: bytes) -> str:
         found = re.findall(rb"<%s[^>]*>(.*?)</%s>" % (tag, tag), page, re.DOTALL)

@@ -1,11 +1,12 @@
-"""Queries of all clients, mixed into batches of fixed shapes; one thread for each device.
+"""Batches the queries of all clients in fixed shapes, with one thread per device.
 
-A thread takes a batch as soon as its device is free: the batch that runs is the time to wait for more. Small requests
-and bulk ones take turns, and so do texts that are generated, a token each time. The queue is bounded in tokens.
+A thread takes the next batch as soon as its device is free. There is no waiting window: what arrives while a batch runs
+goes into later ones. Small requests, bulk requests and generated texts (one token at a time) take turns. The queue is
+bounded in tokens.
 
-A batch has 1, 4, 16 or as many rows as `batching.full_rows` says, but only numbers of rows that give the bits of the
-full number. That is tried out with canaries after the start, in further threads. Until then, and where bits differ,
-batches are full.
+A batch has 1, 4, 16 or `full_rows` rows. Only row counts that give the same bits as full batches are used: after the
+start, other threads compute the same examples ("canaries") in each of them and compare. Until that is done for a shape,
+and where bits differ, its batches are full.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -25,46 +27,59 @@ from prelm_jax.serving.protocol import Refusal
 from prelm_jax.training.contract import Params
 
 ROWS = (1, 4, 16)
-CPU_TOKENS = 128  # Of a batch of small requests: more of them are no faster on a CPU, and later ones wait longer.
-SMALL = 16  # Examples of a request that does not count as bulk.
-GENERATIONS = 8  # Texts that a device generates at once; each has its cache of keys and values.
+CPU_TOKENS = 128  # In a batch of small requests. On a CPU larger batches are no faster, and make others wait.
+SMALL = 16  # Examples; a request with more is bulk.
+GENERATIONS = 8  # Texts that a device generates at the same time, each with a cache of keys and values.
 SECONDS_TO_ANSWER = 60.0
-CANARIES = 8  # Examples that a shape is tried out with.
-ENOUGH_BYTES = 4096  # Of a result, to tell whether its bits depend on the shape.
+CANARIES = 8  # Examples per shape.
+ENOUGH_BYTES = 4096  # A result this large shows alone whether its bits depend on the rows.
 
 AnyProgram = Program[object, object]
 AnyQuery = Query[object, object, object]
-Key = tuple[AnyProgram, int]  # A program and a padded length.
+
+
+class Shape(NamedTuple):
+    """What the examples of a batch share: the program, and the length to which they are padded."""
+
+    program: AnyProgram
+    length: int
+
+    @property
+    def full_rows(self) -> int:
+        return self.program.full_rows(self.length)
 
 
 @dataclasses.dataclass(eq=False)
 class Ticket:
-    """A request in the queue: its queries, and the future of their answers."""
+    """A request in the queue: its queries, and the future for their answers."""
 
     queries: Sequence[AnyQuery]
     future: "asyncio.Future[list[object]]"
     arrived: float
-    tokens: int = 0  # Padded, that still wait.
+    tokens: int = 0  # Still in the queue, padding included.
     dead: bool = False
     answers: list[object] = dataclasses.field(default_factory=list)
-    missing: list[int] = dataclasses.field(default_factory=list)  # By query.
-    results: dict[tuple[int, int], object] = dataclasses.field(default_factory=dict)
+    missing: list[int] = dataclasses.field(default_factory=list)  # Results that each query waits for.
+    results: dict[tuple[int, int], object] = dataclasses.field(default_factory=dict)  # By query and example.
 
 
 @dataclasses.dataclass(eq=False)
 class Entry:
-    """An example of a ticket: the j-th of its i-th query."""
+    """An example in the queue: the j-th of its ticket's i-th query."""
 
     ticket: Ticket
     i: int
     j: int
     example: object
-    number: int  # By arrival.
+    number: int  # In order of arrival.
 
 
 @dataclasses.dataclass(eq=False)
 class Generation:
-    """A text that is generated: `steps`, given the parameters, yields one event a token; `emit` takes them."""
+    """A text to generate: `steps` takes the parameters and yields one event per token, which `emit` receives.
+
+    After the last one `emit` receives None, after an error the exception.
+    """
 
     params: Params
     steps: Callable[[Params], Iterator[object]]
@@ -75,23 +90,23 @@ class Generation:
 
 
 class Lane:
-    """Entries by program and length, the oldest first."""
+    """A queue of entries, grouped by shape; the oldest first in each group."""
 
     def __init__(self) -> None:
-        self.groups: dict[Key, collections.deque[Entry]] = {}
+        self.groups: dict[Shape, collections.deque[Entry]] = {}
 
-    def oldest(self) -> Key | None:
-        """The group of the entry that has waited longest. Entries of tickets that ended are dropped."""
-        for key, group in list(self.groups.items()):
+    def oldest(self) -> Shape | None:
+        """The shape of the entry that has waited longest. Drops entries of tickets that are dead."""
+        for shape, group in list(self.groups.items()):
             while group and group[0].ticket.dead:
                 group.popleft()
             if not group:
-                del self.groups[key]
-        return min(self.groups, key=lambda key: self.groups[key][0].number, default=None)
+                del self.groups[shape]
+        return min(self.groups, key=lambda shape: self.groups[shape][0].number, default=None)
 
-    def take(self, key: Key, count: int) -> list[Entry]:
-        """Up to `count` entries of a group."""
-        group, taken = self.groups.get(key, collections.deque[Entry]()), []
+    def take(self, shape: Shape, count: int) -> list[Entry]:
+        """Removes and returns up to `count` entries of a shape."""
+        group, taken = self.groups.get(shape, collections.deque[Entry]()), []
         while group and len(taken) < count:
             if not (entry := group.popleft()).ticket.dead:
                 taken.append(entry)
@@ -99,7 +114,7 @@ class Lane:
 
 
 class Placement:
-    """Parameters on a device, copied there once."""
+    """Copies parameters to a device, each tree once."""
 
     def __init__(self, device: jax.Device):
         self._device, self._lock = device, threading.Lock()
@@ -113,13 +128,13 @@ class Placement:
 
 
 class Batcher:
-    """The queue, and a thread for each device. `submit` and `generate` are for the thread of the event loop."""
+    """The queue, and the threads of the devices. Call `submit` and `generate` in the thread of the event loop."""
 
     def __init__(self, devices: Sequence[jax.Device], max_queue_tokens: int):
         self.max_queue_tokens, self.queue_tokens = max_queue_tokens, 0
-        self.exact: dict[Key, bool] = {}  # Whether the bits of a row depend on it alone, as tried out.
-        self.rows: dict[Key, tuple[int, ...]] = {}  # Numbers of rows that give the bits of full batches.
-        self.tokens_per_second = 1000.0  # Measured, of padded tokens.
+        self.exact: dict[Shape, bool] = {}  # Whether the bits of a row depend on nothing else.
+        self.rows: dict[Shape, tuple[int, ...]] = {}  # Row counts with the bits of full batches.
+        self.tokens_per_second = 1000.0  # A running mean, without padding rows.
         self.batch_rows = Histogram("prelm_batch_rows", "Texts in a batch.", SIZES)
         self.batch_seconds = Histogram("prelm_batch_seconds", "Time of a batch on its device.", SECONDS)
         self.queue_seconds = Histogram("prelm_queue_seconds", "Time of a text in the queue.", SECONDS)
@@ -129,8 +144,8 @@ class Batcher:
         self._devices, self._is_cpu = devices, devices[0].platform == "cpu"
         self._lanes = {"small": Lane(), "bulk": Lane()}
         self._generations: collections.deque[Generation] = collections.deque()
-        self._cold: list[collections.deque[Key]] = [collections.deque() for _ in devices]
-        self._canaries: dict[Key, list[bytes]] = {}
+        self._cold: list[collections.deque[Shape]] = [collections.deque() for _ in devices]
+        self._canaries: dict[Shape, list[bytes]] = {}
         self._changed = threading.Condition()
         self._numbers = itertools.count()
         self._stopped = False
@@ -146,7 +161,7 @@ class Batcher:
             thread.start()
 
     def stop(self) -> bool:
-        """Ends the threads after their present batches; whether all have ended within seconds."""
+        """Ends the threads after their current batches. Returns whether all ended within a second each."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -155,17 +170,17 @@ class Batcher:
         return not any(thread.is_alive() for thread in self._threads)
 
     def warm(self, programs: Sequence[AnyProgram]) -> None:
-        """Has programs of all shapes compiled and tried out from `start` on, the first ones first."""
+        """Schedules all shapes of the programs for compilation, the first program first. Call before `start`."""
         for cold in self._cold:
-            cold.extend((program, length) for program in programs for length in reversed(program.lengths))
+            cold.extend(Shape(program, length) for program in programs for length in reversed(program.lengths))
 
     def stop_warming(self) -> None:
-        """Leaves the shapes that are not compiled yet."""
+        """Cancels the compilation of the remaining shapes."""
         for cold in self._cold:
             cold.clear()
 
     def num_cold(self, programs: Sequence[AnyProgram] | None = None) -> int:
-        """The number of shapes that `warm` has still to compile; of these programs only, if they are given."""
+        """The number of shapes that are not compiled yet, of all programs or of these."""
         return sum(programs is None or program in programs for cold in self._cold for program, _ in list(cold))
 
     @property
@@ -177,26 +192,26 @@ class Batcher:
         return [f"{device.platform}:{device.id}" for device in self._devices]
 
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """By program and padded length, the numbers of rows that are computed at once."""
+        """The row counts of batches, by program and padded length."""
         found: dict[str, dict[str, tuple[int, ...]]] = {}
         for (program, length), rows in sorted(self.rows.items(), key=lambda item: item[0][1]):
             found.setdefault(program.name, {})[str(length)] = rows
         return found
 
     def check_room(self, texts: int) -> None:
-        """Raises a Refusal, before texts are tokenized, if there is no room for them in the queue."""
+        """Raises a Refusal if the queue has no room for this many texts, however short."""
         self._check_room(texts * SHORTEST)
 
     async def submit(self, queries: Sequence[AnyQuery], seconds: float = SECONDS_TO_ANSWER) -> list[object]:
-        """The answers to queries. If this is cancelled, what still waits is dropped.
+        """The answers to queries. Cancelling it drops what is still in the queue.
 
-        Raises a Refusal for a full queue, after the time is over and if a text fails.
+        Raises a Refusal for a full queue or after `seconds`, and the error of the first text that fails.
         """
-        entries: list[tuple[Key, int, int, object]] = []
+        entries: list[tuple[Shape, int, int, object]] = []
         for i, query in enumerate(queries):
             for j, example in enumerate(query.examples):
-                entries.append(((query.program, query.program.length(example)), i, j, example))
-        tokens = sum(length for (_, length), *_ in entries)
+                entries.append((Shape(query.program, query.program.length(example)), i, j, example))
+        tokens = sum(shape.length for shape, *_ in entries)
         self._check_room(tokens)
         future = asyncio.get_running_loop().create_future()
         ticket = Ticket(queries, future, time.monotonic(), tokens)
@@ -210,8 +225,8 @@ class Batcher:
         with self._changed:
             self.queue_tokens += tokens
             groups = self._lanes["small" if len(entries) <= SMALL else "bulk"].groups
-            for key, i, j, example in entries:
-                groups.setdefault(key, collections.deque()).append(Entry(ticket, i, j, example, next(self._numbers)))
+            for shape, i, j, example in entries:
+                groups.setdefault(shape, collections.deque()).append(Entry(ticket, i, j, example, next(self._numbers)))
             self._changed.notify(len(entries))
         try:
             async with asyncio.timeout(seconds):
@@ -236,7 +251,7 @@ class Batcher:
 
     @property
     def seconds_to_wait(self) -> float:
-        """An estimate of the time until what waits now is computed."""
+        """An estimate of the time until the queue of now is computed."""
         return self.queue_tokens / self.tokens_per_second
 
     def _check_room(self, tokens: int) -> None:
@@ -247,20 +262,20 @@ class Batcher:
             message = f"{self.queue_tokens} tokens are waiting already; try again later"
             raise Refusal(429, message, code="queue_full", retry_after=self.seconds_to_wait)
 
-    def _warm(self, place: Placement, cold: collections.deque[Key]) -> None:
-        """Tries out the shapes of a device, beside its thread: requests do not wait for the compiler."""
+    def _warm(self, place: Placement, cold: collections.deque[Shape]) -> None:
+        """The loop of a device's second thread, which compiles shapes, so that requests do not wait for it."""
         while cold and not self._stopped:
-            key = cold[0]
+            shape = cold[0]
             try:
-                self._try_out(place, key)
+                self._check_bits(place, shape)
             except Exception:
-                self.exact[key] = False
+                self.exact[shape] = False
                 self.dropped.add("canary failed")
             if cold:
                 cold.popleft()
 
     def _work(self, place: Placement) -> None:
-        """The loop of a device's thread."""
+        """The loop of a device's first thread, which computes batches and generates tokens."""
         generating: collections.deque[Generation] = collections.deque()
         turns = itertools.cycle(("small", "bulk", "generation"))
         while True:
@@ -285,29 +300,32 @@ class Batcher:
         queued = any(lane.oldest() is not None for lane in self._lanes.values())
         return queued or bool(generating or self._generations)
 
-    def _take(self, name: str) -> tuple[Key, list[Entry], int] | None:
-        """The next batch of a lane: a program and length, entries, rows. Room is filled from the other lane."""
+    def _take(self, name: str) -> tuple[Shape, list[Entry], int] | None:
+        """The next batch of a lane: (shape, entries, rows). Spare rows are filled from the other lane."""
         lane = self._lanes[name]
-        key = lane.oldest()
-        if key is None:
+        shape = lane.oldest()
+        if shape is None:
             return None
-        allowed = self.rows.get(key, (key[0].full_rows(key[1]),))
-        waiting = sum(len(each.groups.get(key, ())) for each in self._lanes.values())
+        allowed = self._allowed_rows(shape)
+        waiting = sum(len(each.groups.get(shape, ())) for each in self._lanes.values())
         if name == "small" and self._is_cpu:
-            allowed = [rows for rows in allowed if rows * key[1] <= CPU_TOKENS] or allowed[:1]
+            allowed = [rows for rows in allowed if rows * shape.length <= CPU_TOKENS] or allowed[:1]
         rows = choose_rows(waiting, allowed)
-        entries = lane.take(key, rows)
+        entries = lane.take(shape, rows)
         for other in self._lanes.values():
-            entries += other.take(key, rows - len(entries))
+            entries += other.take(shape, rows - len(entries))
         now = time.monotonic()
         for entry in entries:
-            entry.ticket.tokens -= key[1]
-            self.queue_tokens -= key[1]
+            entry.ticket.tokens -= shape.length
+            self.queue_tokens -= shape.length
             self.queue_seconds.observe(now - entry.ticket.arrived)
-        return key, entries, rows
+        return shape, entries, rows
 
-    def _run(self, place: Placement, key: Key, entries: list[Entry], rows: int) -> None:
-        program, length = key
+    def _allowed_rows(self, shape: Shape) -> Sequence[int]:
+        return self.rows.get(shape, (shape.full_rows,))
+
+    def _run(self, place: Placement, shape: Shape, entries: list[Entry], rows: int) -> None:
+        program, length = shape
         began = time.monotonic()
         done: list[Ticket] = []
         try:
@@ -315,7 +333,7 @@ class Batcher:
             for entry, result in zip(entries, results, strict=True):
                 self._collect(entry, result, done)
         except Exception as error:
-            self._run_one_by_one(place, key, entries, error, done)
+            self._run_one_by_one(place, shape, entries, error, done)
         seconds = time.monotonic() - began
         self.batch_rows.observe(len(entries))
         self.batch_seconds.observe(seconds)
@@ -324,11 +342,11 @@ class Batcher:
         self._deliver(done)
 
     def _run_one_by_one(
-        self, place: Placement, key: Key, entries: list[Entry], error: Exception, done: list[Ticket]
+        self, place: Placement, shape: Shape, entries: list[Entry], error: Exception, done: list[Ticket]
     ) -> None:
-        """After a batch failed: only the examples that fail alone are answered with an error."""
-        program, length = key
-        rows = self.rows.get(key, (program.full_rows(length),))[0]
+        """Repeats a failed batch example by example, so that only those at fault are answered with an error."""
+        program, length = shape
+        rows = self._allowed_rows(shape)[0]
         for entry in entries:
             try:
                 if len(entries) > 1:
@@ -343,7 +361,7 @@ class Batcher:
             done.append(entry.ticket)
 
     def _collect(self, entry: Entry, result: object, done: list[Ticket]) -> None:
-        """Adds the result of an example; a query's answer is made from its results when the last one is there."""
+        """Stores the result of an example; the last one completes its query. Appends complete tickets to `done`."""
         ticket, i = entry.ticket, entry.i
         if ticket.dead:
             return
@@ -383,13 +401,13 @@ class Batcher:
             generating.append(generation)
         generation.emit(event)
 
-    def _try_out(self, place: Placement, key: Key) -> None:
-        """Compiles a program of a length for all numbers of rows, and finds those that give the bits of the full one.
+    def _check_bits(self, place: Placement, shape: Shape) -> None:
+        """Compiles a shape for all row counts, and finds the ones that give the bits of a full batch.
 
-        A few examples are computed in a full batch, each in several of its rows, and in smaller batches.
+        A few examples are computed in a full batch, each in several rows, and again in smaller batches.
         """
-        program, length = key
-        rng, full, params = np.random.default_rng(length), program.full_rows(length), place(program.params)
+        program, length = shape
+        rng, full, params = np.random.default_rng(length), shape.full_rows, place(program.params)
 
         def bits(examples: Sequence[object], rows: int) -> list[bytes]:
             return [_bytes(found) for found in program.compute(params, examples, rows, length)]
@@ -398,7 +416,7 @@ class Batcher:
         found = bits(list(itertools.islice(itertools.cycle(canaries), full)), full)
         expected = found[: len(canaries)]
         is_exact = found == list(itertools.islice(itertools.cycle(expected), full))
-        # Large results need no second example to tell other bits.
+        # One example is enough where results are large.
         compared = canaries[:1] if len(expected[0]) >= ENOUGH_BYTES else canaries
         rows = [full]
         for count in [count for count in ROWS if count < full and program.any_rows]:
@@ -406,15 +424,16 @@ class Batcher:
             if [each for group in groups for each in bits(group, count)] == expected[: len(compared)]:
                 rows.append(count)
         with self._changed:
-            reference = self._canaries.setdefault(key, expected)
-            self.exact[key] = self.exact.get(key, True) and is_exact and expected == reference
-            self.rows[key] = tuple(count for count in sorted(rows) if count in self.rows.get(key, rows))
+            reference = self._canaries.setdefault(shape, expected)
+            self.exact[shape] = self.exact.get(shape, True) and is_exact and expected == reference
+            self.rows[shape] = tuple(count for count in sorted(rows) if count in self.rows.get(shape, rows))
 
 
 def choose_rows(waiting: int, allowed: Sequence[int]) -> int:
-    """The rows of the next batch: the fewest that hold all that waits, if more than half of them are used.
+    """The rows of the next batch: the fewest that hold all waiting examples, unless half or more would be padding.
 
-    choose_rows(5, (1, 4, 16))  # 4, and the fifth is left
+    choose_rows(3, (1, 4, 16))  # 4: one row of padding
+    choose_rows(5, (1, 4, 16))  # 4: the fifth example goes into the next batch
     """
     for rows in allowed:
         if rows >= waiting and (2 * waiting > rows or rows == allowed[0]):

@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn with limits on time, headers and connections, which it does not have itself."""
+"""The HTTP server: uvicorn, with the limits on time, headers and connections that it lacks."""
 
 import asyncio
 import socket
@@ -13,25 +13,24 @@ from prelm_jax.serving.protocol import Refusal
 
 HEADER_SECONDS = 10.0  # From the connection, or from the first byte of a request, to the end of its headers.
 REQUEST_SECONDS = 60.0  # To the end of its body.
-HEADER_BYTES = 32 * 1024
+HEADER_BYTES = 32 * 1024  # Of headers, and of the framing of a body in chunks beyond the size of the body itself.
 MAX_CONNECTIONS = 1000
 GRACE_SECONDS = 8  # For requests that were accepted before the server is stopped.
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, but slow or huge requests end their connection."""
+    """uvicorn's protocol. A request that is too slow or too large gets an error and ends its connection."""
 
     header_seconds, request_seconds, header_bytes = HEADER_SECONDS, REQUEST_SECONDS, HEADER_BYTES
     max_connections = MAX_CONNECTIONS
-    allowed_hosts: frozenset[str] = frozenset()
     _timer: asyncio.TimerHandle | None = None
-    _received = 0  # Bytes of headers.
+    _overhead = 0  # Bytes of the headers and of the framing of the body, minus those of the body.
     _in_headers = True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))
         connection = transport.get_extra_info("socket")
-        if connection.family != socket.AF_UNIX:  # Else the body of an answer would wait until its headers are received.
+        if connection.family != socket.AF_UNIX:  # Without it the body waits until the client acknowledges the headers.
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if len(self.connections) > self.max_connections:
             self._refuse(Refusal(503, "too many connections", code="overloaded", retry_after=1))
@@ -43,23 +42,30 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._in_headers:
-            if self._timer is None:  # The first bytes of another request on this connection.
-                self._arm(self.header_seconds)
-            self._received += len(data)
+        if self._in_headers and self._timer is None:  # The first bytes of another request on this connection.
+            self._arm(self.header_seconds)
+        self._overhead += len(data)
         super().data_received(data)
-        if self._in_headers and self._received > self.header_bytes:
-            message = f"the headers have more than {self.header_bytes} bytes"
+        if self._overhead > self.header_bytes:
+            message = f"the headers, or the framing of the body, have more than {self.header_bytes} bytes"
             self._refuse(Refusal(431, message, code="headers_too_large"))
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_headers:  # Trailers are ignored: a proxy that checks headers has not seen them.
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
-        self._in_headers, self._received = False, 0
+        self._in_headers = False
         self._arm(self.request_seconds)
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        self._overhead -= 2 * len(body)
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
         self._disarm()
-        self._in_headers, self._received = True, 0
+        self._in_headers, self._overhead = True, 0
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
@@ -79,7 +85,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._refuse(Refusal(408, "the request took too long to arrive", code="timeout"))
 
     def _refuse(self, refusal: Refusal) -> None:
-        """Answers and ends the connection, unless an answer is on its way already."""
+        """Answers with an error unless an answer has begun, and ends the connection."""
         self._disarm()
         if not self.transport.is_closing():
             if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
@@ -91,7 +97,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which calls `on_start` with its addresses when it listens, and `on_stop` when it stops to."""
+    """uvicorn's server. Calls `on_start` with its addresses once it listens, and `on_stop` before it stops."""
 
     def __init__(self, config: uvicorn.Config, on_start: Callable[[Sequence[str]], None], on_stop: Callable[[], None]):
         super().__init__(config)
@@ -110,7 +116,7 @@ class Server(uvicorn.Server):
 def make_server(
     app: ASGIApp, on_start: Callable[[Sequence[str]], None], on_stop: Callable[[], None] = lambda: None
 ) -> Server:
-    """A server for an application, to be run with sockets."""
+    """A server for an application: `asyncio.run(make_server(app, on_start).serve([listener]))`."""
     config = uvicorn.Config(
         app,
         http=LimitedProtocol,

@@ -1,4 +1,4 @@
-"""The fields of requests: each is declared once, with its type, bounds and default, to be read and to be described."""
+"""The fields of requests, each declared once: type, bounds and default, for validation and for /openapi.json."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +11,7 @@ from prelm_jax.serving.protocol import Refusal
 MAX_TEXTS = 2048
 MAX_LOGPROBS = 5
 MAX_CHOICES = 16
+MAX_LAYERS = 100
 Value = TypeVar("Value")
 Schema = Mapping[str, object]
 STRING: Schema = {"type": "string"}
@@ -20,8 +21,8 @@ STRING: Schema = {"type": "string"}
 class Field(Generic[Value]):
     """A field of a request.
 
-    rule: what its value must be. schema: the same for /openapi.json. alone: a value of this type may stand for a list
-    of it. default: the value of a field that is missing or null, unless it is required.
+    rule: what its value must be, for error messages. schema: the same for /openapi.json. fits: the check. alone: a
+    single value of this type is read as a list of one. default: for a field that is missing or null.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Field(Generic[Value]):
         return dataclasses.replace(self, default=default, schema={**self.schema, "default": default}, is_required=False)
 
     def or_none(self) -> "Field[Value | None]":
-        """The field as one that may be missing."""
+        """The field, None where it is missing."""
         return cast("Field[Value | None]", dataclasses.replace(self, is_required=False))
 
     def read(self, value: object) -> Value:
@@ -63,7 +64,8 @@ class Fields:
             raise Refusal(400, "the body must be a JSON object")
         names = [field.name for field in declared]
         if not ignores_others and (others := sorted(content.keys() - set(names))):
-            raise Refusal(400, f"there is no field {others[0]}; the fields are {', '.join(names)}", others[0])
+            other = others[0][:100]
+            raise Refusal(400, f"there is no field {other}; the fields are {', '.join(names)}", other)
         self._values = {field.name: field.read(content.get(field.name)) for field in declared}
 
     def __getitem__(self, field: Field[Value]) -> Value:
@@ -86,7 +88,7 @@ def schema(declared: Sequence[Field[object]], ignores_others: bool) -> Schema:
 
 
 def text(name: str, choices: Sequence[str] = ()) -> Field[str]:
-    """A string; one of some, if they are given."""
+    """A string; with choices, one of them."""
     if not choices:
         return Field(name, "a string", STRING, is_text)
     return Field(name, " or ".join(choices), {"enum": list(choices)}, lambda value: value in choices)
@@ -127,7 +129,7 @@ def texts(name: str, most: int = MAX_TEXTS, shortest: int = 0) -> Field[list[str
 def items(
     name: str, rule: str, item: Schema, fits: Callable[[object], bool], most: int = MAX_TEXTS
 ) -> Field[list[Value]]:
-    """A list whose items fit a rule; a text may stand alone, if it fits."""
+    """A list of items that fit; one text without a list too, if a text fits."""
 
     def all_fit(value: object) -> bool:
         return isinstance(value, list) and 1 <= len(value) <= most and all(map(fits, value))
@@ -143,16 +145,15 @@ def items(
     )
 
 
-def integers(name: str) -> Field[list[int]]:
+def integers(name: str, most: int) -> Field[list[int]]:
     """A whole number, or a list of them."""
-    array = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
-    return Field(
-        name,
-        "a whole number or a list of them",
-        {"anyOf": [{"type": "integer"}, array]},
-        lambda value: is_ids(value, -(2**31), 2**31) and bool(value),
-        int,
-    )
+
+    def fits(value: object) -> bool:
+        return is_ids(value, -(2**31), 2**31) and 1 <= len(cast(list[int], value)) <= most
+
+    array = {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": most}
+    rule = f"a whole number, or a list of up to {most} of them"
+    return Field(name, rule, {"anyOf": [{"type": "integer"}, array]}, fits, int)
 
 
 def anything(name: str, schema: Schema) -> Field[object]:
@@ -161,7 +162,7 @@ def anything(name: str, schema: Schema) -> Field[object]:
 
 
 def neutral(name: str, value: object) -> Field[object]:
-    """Something that is not supported: only the value that asks for nothing is taken."""
+    """A field that is not supported: only the value that changes nothing is accepted."""
     rule = "left out; it is not supported"
     return Field(name, rule, {"const": value, "default": value}, lambda given: given == value, is_required=False)
 
@@ -229,7 +230,7 @@ OPENAI_COMPLETIONS = (
     *UNSUPPORTED,
 )
 # Of our own routes.
-LAYERS = integers("layers").or_none()
+LAYERS = integers("layers", MAX_LAYERS).or_none()
 POOLING = text("pooling").or_none()
 NORMALIZE = boolean("normalize").or_none()
 PROMPT_NAME = text("prompt").or_none()
@@ -252,5 +253,11 @@ CHOICES: Field[list[tuple[str, list[str]]]] = items(
     is_choice,
 )
 # Of bert-as-service.
-ID = anything("id", {})
+ID: Field[object] = Field(
+    "id",
+    "a number or a text",
+    {"type": ["number", "string", "null"]},
+    lambda value: isinstance(value, (int, float, str)),
+    is_required=False,
+)
 IS_TOKENIZED = neutral("is_tokenized", False)

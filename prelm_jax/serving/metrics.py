@@ -10,7 +10,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
 class Counter:
-    """A number by labels that only grows."""
+    """A number that only grows, for each combination of labels."""
 
     def __init__(self, name: str, help: str, *labels: str):
         self._name, self._help, self._labels = name, help, labels
@@ -31,7 +31,7 @@ class Counter:
 
 
 class Gauge:
-    """A number that is asked for."""
+    """A number that is read when the metrics are."""
 
     def __init__(self, name: str, help: str, value: Callable[[], float]):
         self._name, self._help, self._value = name, help, value
@@ -41,7 +41,7 @@ class Gauge:
 
 
 class Histogram:
-    """How often values were at most as large as each of some bounds."""
+    """The number of observed values up to each of some bounds, and their sum."""
 
     def __init__(self, name: str, help: str, bounds: Sequence[float]):
         self._name, self._help, self._bounds = name, help, bounds
@@ -67,7 +67,7 @@ class Histogram:
 
 
 def render(metrics: Sequence[Counter | Gauge | Histogram]) -> bytes:
-    """The text that Prometheus reads."""
+    """Metrics in Prometheus' text format."""
     return "\n".join([line for metric in metrics for line in metric.lines()] + [""]).encode()
 
 

@@ -1,7 +1,9 @@
-"""JSON out: answers, and errors in the form of OpenAI's."""
+"""JSON answers, and errors in OpenAI's form."""
 
 import base64
 import math
+import sys
+import traceback
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,9 +12,9 @@ from starlette.responses import Response
 
 
 class Refusal(Exception):
-    """A request that is answered with an error.
+    """An error that a request is answered with.
 
-    param: the field that is wrong. code: a word for programs. retry_after: seconds until another try makes sense.
+    param: name of the wrong field. code: a word that programs can compare. retry_after: seconds to wait before a retry.
     """
 
     def __init__(
@@ -40,6 +42,12 @@ class Refusal(Exception):
         return reply(self.body, self.status, self.headers)
 
 
+def failure(error: Exception) -> Refusal:
+    """The answer (500) to an error of the server; where it happened is written to stderr."""
+    traceback.print_exception(error, file=sys.stderr)
+    return Refusal(500, f"the server failed: {type(error).__name__}", code="failed")
+
+
 def reply(content: object, status: int = 200, headers: Mapping[str, str] = {}) -> Response:
     """A JSON response; arrays are written as lists, with the fewest digits that give their bits."""
     return Response(dumps(content), status, dict(headers), "application/json")
@@ -50,5 +58,5 @@ def dumps(content: object) -> bytes:
 
 
 def in_base64(vector: np.ndarray) -> str:
-    """The bytes of little-endian f32, as OpenAI's client decodes them."""
+    """A vector as OpenAI's client decodes it: the bytes of little-endian f32."""
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()

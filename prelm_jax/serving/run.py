@@ -1,4 +1,4 @@
-"""Starts everything: the HTTP server first, then the model in a thread, so that /health answers meanwhile."""
+"""Starts the HTTP server, then loads the model in a thread, so that /health answers from the beginning."""
 
 import asyncio
 import dataclasses
@@ -78,13 +78,13 @@ def run(options: Options) -> None:
     is_idle = service.batcher is None or service.batcher.stop()
     if failures:
         raise failures[0]
-    if not is_idle:  # A program is being compiled, which nobody waits for.
+    if not is_idle:  # A thread still compiles a program; nobody needs it.
         sys.stderr.flush()
         os._exit(0)
 
 
 def listen(options: Options) -> socket.socket:
-    """The socket that the server listens at. Raises InputError if there is none to be had."""
+    """A socket that is bound to the address of the options. Raises InputError if that fails."""
     if options.uds is not None:
         found, previous = socket.socket(socket.AF_UNIX), os.umask(0o177)  # For the user alone.
         try:
@@ -105,7 +105,7 @@ def listen(options: Options) -> socket.socket:
 
 
 def start(service: Service, options: Options) -> None:
-    """Loads the model, and begins to compile its programs."""
+    """Loads the model, and starts to compile its programs."""
     cache_compiled_programs()
     model = load(options.model, options.step)
     served = ServedModel(model, service.name)
@@ -114,18 +114,18 @@ def start(service: Service, options: Options) -> None:
 
 
 def choose_pooling(options: Options, own: Pooling) -> Pooling:
-    """The pooling of the options, else that of the model's directory, whose dense layers are for that one only."""
+    """The pooling of the options, or else the directory's (`own`). Its dense layers fit no other pooling."""
     normalize = own.normalize if options.normalize is None else options.normalize
     if options.pooling is None and not options.layers:
         return dataclasses.replace(own, normalize=normalize)
     modes = own.modes if options.pooling is None else parse_modes(options.pooling)
     if modes is None:
-        raise InputError(f"--pooling {options.pooling}: give {', '.join(MODES)}, several joined by +")
+        raise InputError(f"--pooling {options.pooling}: give one of {', '.join(MODES)}, or different ones joined by +")
     return Pooling(modes, options.layers or own.layers, normalize=normalize)
 
 
 def read_key(path: Path | None) -> str | None:
-    """The key in a file."""
+    """The key in a file; None without a file. Raises InputError for a key that is too short or not ASCII."""
     if path is None:
         return None
     try:
@@ -138,7 +138,7 @@ def read_key(path: Path | None) -> str | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Whether only this machine can connect to an address."""
     if host == "localhost":
         return True
     try:
@@ -148,7 +148,7 @@ def is_loopback(host: str) -> bool:
 
 
 def raise_file_limit() -> None:
-    """Allows as many open connections as the system does."""
+    """Raises the limit on open files, and so on connections, to the system's."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else 65536, hard))

@@ -1,4 +1,4 @@
-"""What all routes share."""
+"""The state that all routes share."""
 
 import time
 from importlib import resources
@@ -10,14 +10,14 @@ from prelm_jax.serving.protocol import Refusal
 
 
 class Service:
-    """The model once it is loaded, its batcher, the page, the key and metrics."""
+    """The model and its batcher once they are loaded; the key, the page and the metrics."""
 
     def __init__(self, name: str, key: str | None = None):
         self.name, self.key = name, key
         self.model: ServedModel | None = None
         self.batcher: Batcher | None = None
         self.state = "loading"
-        self._essential: list[AnyProgram] = []  # They must be compiled before the server is ready.
+        self._essential: list[AnyProgram] = []  # Must be compiled before the server is ready.
         self.started = time.time()
         self.body_bytes = 0
         self.requests = Counter("prelm_requests_total", "Requests.", "path", "status")
@@ -34,21 +34,21 @@ class Service:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the model is loaded and the programs of its first verb are compiled."""
+        """Whether the model is loaded and its first program is compiled."""
         if self.state == "loading" and self.batcher is not None and self.progress == 1:
             self.state = "ready"
         return self.state == "ready"
 
     @property
     def progress(self) -> float:
-        """The part of the shapes that had to be compiled and are."""
+        """The fraction of the essential shapes that are compiled."""
         if self.batcher is None:
             return 0.0
         shapes = sum(len(program.lengths) for program in self._essential) * self.batcher.num_devices
         return 1 - self.batcher.num_cold(self._essential) / max(1, shapes)
 
     def start(self, model: ServedModel, batcher: Batcher) -> None:
-        """Compiles the programs; the server is ready once the first verb's programs are compiled."""
+        """Starts the batcher, which compiles the programs; the server is ready once the first of them is compiled."""
         self._essential = model.programs[:1]
         batcher.warm(model.programs)
         batcher.start()

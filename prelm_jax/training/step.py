@@ -179,9 +179,10 @@ def make_train_step(
         weights = model.weights(batch)
         key = jax.random.fold_in(key, state.step)
         # Gathers each sharded parameter when it is needed, but for tables; left to itself, XLA would shard the
-        # activations instead.
+        # activations instead, as it would by the moments that gradients go into.
         gathered = jax.lax.with_sharding_constraint(state.params, shardings_in_step)
         sums, carry, grads = gradients(gathered, state.carry, batch, weights, key)
+        grads = jax.lax.with_sharding_constraint(grads, shardings_in_step)
         updates, opt_state = update(grads, state.opt_state, state.params)
         params = cast(Params, optax.apply_updates(state.params, updates))
         metrics = means(model, sums) | {

@@ -177,6 +177,22 @@ def test_compiled_for_a_pod(name, quick_compiler):
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.parametrize("parameters", ["zero1", "fsdp"])
+def test_sharded_states_leave_activations_where_they_are(parameters, quick_compiler):
+    """Devices exchange gradients and parameters alone, whatever the shards of the moments are."""
+    run = EXPERIMENTS["bert:base"]()
+    mesh = MeshConfig(parameters=parameters)
+    loop = dataclasses.replace(run.loop, mesh=mesh)
+    run = dataclasses.replace(run, loop=loop, model=dataclasses.replace(run.model, num_layers=1))
+    step = compile_step(run, mesh.build(compile_only_devices("v5e:4x4", 1)), run_work(run)(run.batch_size))
+    sizes = [leaf.size for leaf in jax.tree.leaves(step.state.params)]
+    exchanged = sum(each.bytes for each in Program(step.compiled.as_text()).collectives())
+    # Gradients are summed in f32, those of the tied table twice; parameters are gathered once.
+    assert exchanged < 4.01 * (2 * sum(sizes) + max(sizes))
+
+
+@pytest.mark.slow
+@needs_compiler
 @pytest.mark.parametrize("parameters", ["replicated", "fsdp"])
 def test_slices_exchange_gradients_over_their_network(parameters, quick_compiler):
     run = dataclasses.replace(

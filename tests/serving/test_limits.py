@@ -1,9 +1,11 @@
 """Hostile requests over raw sockets, each with its status; slow clients; keys, hosts and bodies."""
 
+import concurrent.futures
 import contextlib
 import json
 import re
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -11,13 +13,17 @@ import pytest
 
 pytest.importorskip("starlette", reason="needs the extra serve: pip install 'prelm_jax[serve]'")
 
-from prelm_jax.serving import app
+from prelm_jax.serving import app, handlers
 from prelm_jax.serving.app import content_security_policy, host_name
 from prelm_jax.serving.connections import LimitedProtocol
+from prelm_jax.serving.model import ServedModel
 from prelm_jax.serving.service import Service
 
 DOCS = Path(__file__).parents[2] / "docs/serving.md"
 HEAD = "POST /embed HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+
+
+NO_TYPE = HEAD.replace("content-type: application/json\r\n", "")
 
 
 def ask(port: int, *parts: bytes | str) -> tuple[int | None, str]:
@@ -71,6 +77,23 @@ def impatient(serving_without_model):
         (HEAD + "content-length: 99999999999999999999999\r\n\r\n{}", 400),
         (HEAD + "content-length: 2\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", 400),
         (HEAD + "content-length: 900000000\r\n\r\n{}", 413),
+        (HEAD + "content-length: +2\r\n\r\n{}", 400),
+        (HEAD + "transfer-encoding: chunked\r\n\r\n0x2\r\n{}\r\n0\r\n\r\n", 400),
+        (HEAD + "transfer-encoding: chunked\r\n\r\n10000000000000002\r\n{}\r\n0\r\n\r\n", 400),
+        (HEAD + "transfer-encoding: chunked\r\n\r\n2;" + "x" * 100_000, 431),
+        (HEAD + "transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nx: " + "y" * 100_000, 431),
+        # Trailers are no headers: a proxy has not seen them.
+        (NO_TYPE + "transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\ncontent-type: application/json\r\n\r\n", 415),
+        (HEAD + "transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nhost: evil\r\n\r\n", 400),
+        ("GET /health/ HTTP/1.1\r\nhost: localhost\r\n\r\n", 404),
+        (body_request('{"texts": "a"}', HEAD.replace("/embed", "/embed/")), 404),
+        ("GET /health HTTP/1.0\r\n\r\n", 400),
+        ("GET /health\r\n\r\n", 400),
+        ("GET /%68ealth HTTP/1.1\r\nhost: localhost\r\n\r\n", 503),
+        ("GET /%2e%2e/health HTTP/1.1\r\nhost: localhost\r\n\r\n", 404),
+        ("GET http://localhost/health HTTP/1.1\r\nhost: evil.example\r\n\r\n", 421),
+        ("GET /health HTTP/1.1\r\nhost: x@localhost\r\n\r\n", 421),
+        (HEAD + "expect: 100-continue\r\ncontent-length: 900000000\r\n\r\n", 413),
         ("POST /embed HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2\r\n\r\n{}", 415),
         ("POST /embed HTTP/1.1\r\nhost: localhost\r\ncontent-type: text/plain\r\ncontent-length: 2\r\n\r\n{}", 415),
         (body_request("[1, 2]"), 400),
@@ -136,6 +159,23 @@ def test_chunked_bodies_are_limited(impatient, monkeypatch):
     assert status == 413
 
 
+def test_chunks_may_be_small(impatient):
+    """Their lengths are no more than the text that they carry."""
+    body = b'{"texts": "' + b"a" * 50_000 + b'"}'
+    chunks = b"".join(b"4\r\n%s\r\n" % body[i : i + 4] for i in range(0, len(body) // 4 * 4, 4))
+    rest = body[len(body) // 4 * 4 :]
+    end = b"%x\r\n%s\r\n0\r\n\r\n" % (len(rest), rest) if rest else b"0\r\n\r\n"
+    assert ask(impatient.port, HEAD + "transfer-encoding: chunked\r\n\r\n", chunks, end)[0] == 503
+
+
+def test_an_upgrade_is_refused_with_its_body(impatient):
+    """The parser reads no body after it; Java's client asks for one with each request unless it is told not to."""
+    head = HEAD + "connection: upgrade, http2-settings\r\nupgrade: h2c\r\n"
+    status, answer = ask(impatient.port, body_request('{"texts": "a"}', head))
+    assert status == 400 and json.loads(answer.partition("\r\n\r\n")[2])["error"]["code"] == "upgrade"
+    assert "connection: close" in answer
+
+
 def test_too_many_connections(impatient, monkeypatch):
     monkeypatch.setattr(LimitedProtocol, "max_connections", 1)
     with socket.create_connection(("127.0.0.1", impatient.port)):
@@ -181,11 +221,19 @@ def test_the_page_may_run_its_own_scripts_alone(impatient):
         ("/embed", {"texts": " "}, "texts"),
         ("/embed", {"texts": "a", "layers": 2}, "layers"),
         ("/embed", {"texts": "a", "layers": [True]}, "layers"),
+        ("/embed", {"texts": "a", "layers": [-1, -1]}, "layers"),
+        ("/embed", {"texts": "a", "layers": [2**40]}, "layers"),
+        ("/embed", {"texts": "a", "layers": [0] * 10_000}, "layers"),
         ("/embed", {"texts": "a", "pooling": "median"}, "pooling"),
+        ("/embed", {"texts": "a", "pooling": "mean+mean"}, "pooling"),
+        ("/encode", {"texts": "a", "id": [[1]]}, "id"),
         ("/embed", {"texts": "a", "truncate": "yes"}, "truncate"),
         ("/embed", {"texts": "a" * 10_000}, "texts"),
         ("/fill", {"texts": "no mask"}, "texts"),
+        ("/fill", {"texts": "[MASK]" + "a" * 10_000}, "texts"),
         ("/fill", {"texts": "[MASK]", "top_k": 101}, "top_k"),
+        ("/fill", {"texts": "[MASK]", "top_k": -1}, "top_k"),
+        ("/fill", {"texts": "[MASK]", "top_k": True}, "top_k"),
         ("/v1/embeddings", {"input": [[1, 2], ["a"]]}, "input"),
         ("/v1/embeddings", {"input": [10**6]}, "input"),
         ("/v1/embeddings", {"input": [-1]}, "input"),
@@ -253,6 +301,40 @@ def test_the_fields_of_the_documentation(bert):
         described = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
         named = {name for name, schema in described.items() if "const" not in schema}
         assert named - {"model"} == set(re.findall(r"`(\w+)`", body)), path
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/embed", {"texts": ["a cat", "a dog"]}),
+        ("/embed", {"texts": ["a cat"], "pooling": "none", "layers": [0, 1]}),
+        ("/similarity", {"texts": ["a"] * 6}),
+    ],
+)
+def test_answers_are_limited(bert, monkeypatch, path, fields):
+    """All of them are computed and written at once: a short request could ask for gigabytes."""
+    monkeypatch.setattr(handlers, "MAX_NUMBERS", 31)  # Vectors have 16.
+    status, answer = bert.post(path, **fields)
+    assert status == 413 and "31" in answer["error"]["message"] and answer["error"]["code"] == "answer_too_large"
+    assert bert.post(path, texts=["a"])[0] == 200
+
+
+def test_others_are_answered_while_a_text_is_tokenized(bert, monkeypatch):
+    answered, made = threading.Event(), ServedModel.offsets
+    in_time = []
+
+    def offsets(self, *arguments):
+        in_time.append(answered.wait(10))
+        return made(self, *arguments)
+
+    monkeypatch.setattr(ServedModel, "offsets", offsets)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        tokenized = pool.submit(bert.post, "/tokenize", texts="the cat")
+        while not bert.service.body_bytes:
+            time.sleep(0.001)
+        assert bert.get("/health")[0] == 200
+        answered.set()
+        assert tokenized.result()[0] == 200 and in_time == [True]
 
 
 def test_another_model_is_not_served(bert):

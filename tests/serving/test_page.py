@@ -296,6 +296,14 @@ def test_similarity(server, visit):
         assert page.locator(".result [aria-live]").inner_text().startswith(pair)
 
 
+def test_a_wide_table_keeps_the_numbers_of_its_lines(server, visit):
+    page = visit("similarity", {"text": MANY}, viewport={"width": 320, "height": 640})
+    page.locator(".matrix tbody tr").first.locator("td").last.focus()
+    assert page.locator(".scroll").evaluate("(each) => each.scrollLeft") > 100
+    header, table = page.locator(".matrix th[scope=row]").first, page.locator(".scroll")
+    assert header.bounding_box()["x"] >= table.bounding_box()["x"]
+
+
 def test_nearest_lines(server, visit):
     page = visit("nearest", {"query": "No cat ran.", "text": LINES})
     page.wait_for_selector(".bars")
@@ -315,6 +323,7 @@ def test_a_word_in_contexts(server, visit):
     page.locator("#word-layer").focus()
     page.keyboard.press("ArrowLeft")
     expect(page.locator("h2")).to_have_text("Layer 0 of 2")
+    expect(page.get_by_text("Layer 0 of 2")).to_have_count(2)  # The other is the label of the slider.
 
 
 def test_principal_components(server, visit):
@@ -331,7 +340,7 @@ def test_principal_components(server, visit):
 def test_tokens(server, visit):
     page = visit("tokens", {"text": "A cat, no?"})
     expect(page.locator(".tokens li").nth(1)).to_have_text("cat836.8 %")
-    assert "7.5 nats" in page.locator(".result p").inner_text()
+    expect(page.locator(".result:visible [role=status]")).to_contain_text("7.5 nats")
 
 
 def chunk(text: str) -> dict:
@@ -339,7 +348,7 @@ def chunk(text: str) -> dict:
 
 
 def complete(body: dict) -> Answer:
-    top = {"cat</w>": float(np.log(0.75)), "dog</w>": float(np.log(0.125))}
+    top = {"cat</w>": float(np.log(0.75)), "do": float(np.log(0.125))}
     return 200, {"choices": [{"text": " cat", "logprobs": {"top_logprobs": [top]}}]}
 
 
@@ -352,6 +361,9 @@ def test_continuation(server, visit):
     sent = {"model": "my-model", "prompt": "The", "max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "seed": 3}
     assert server.requests[-1] == ("/v1/completions", sent | {"stream": True})
     assert page.locator(".bars .number").all_inner_texts() == ["75.0 %", "12.5 %"]
+    assert page.locator(".candidate").all_inner_texts() == ["cat", "do…"]
+    whole, sixth = (page.locator(".bar").nth(i).bounding_box()["width"] for i in range(2))
+    assert sixth == pytest.approx(whole / 6, abs=1)
     expect(page.locator("[role=log]")).to_have_text("cat sat. It")
     page.locator(".candidate").first.click()
     expect(page.locator("#complete-prompt")).to_have_value("The cat ")
@@ -428,10 +440,16 @@ def test_loading(server, visit):
     assert not page.locator("progress").is_visible()
 
 
-def test_a_model_that_cannot_be_loaded(server, visit):
-    server.health = 503, {"status": "failed", "progress": 0, "error": "there is no config.json"}
+def test_a_server_that_starts_again(server, visit):
+    server.health = 503, "torn"  # As a proxy may answer while there is no server.
     page = visit()
-    page.wait_for_selector("#trouble >> text=there is no config.json")
+    expect(page.locator("#trouble")).to_be_visible()
+    assert page.locator("#about").inner_text() == ""
+    server.health = 503, {"status": "loading", "progress": 0.5}
+    expect(page.locator("#about")).to_contain_text("50 %")
+    assert not page.locator("#trouble").is_visible()
+    server.health = 200, {"status": "ready", "progress": 1}
+    page.wait_for_selector("[role=tab]")
 
 
 def test_the_key(server, visit):
@@ -448,22 +466,38 @@ def test_the_key(server, visit):
 
 def test_errors_and_nothing_to_do(server, visit):
     page = visit("fill", {"text": "too long [MASK]"})
-    page.wait_for_selector("[role=alert] >> text=texts[0] has 31 tokens")
+    expect(page.locator(".result [role=alert]")).to_have_text("The text has 31 tokens, but the model takes 30")
     page.fill("#fill-text", "no mask")
     page.keyboard.press("Control+Enter")
     page.wait_for_selector("[role=status] >> text=[MASK]")
     assert page.locator(".result [role=alert]").count() == 0
+    server.routes["/embed"] = lambda body: (400, {"error": {"message": "texts[2] has 31 tokens"}})
+    page.goto(f"{page.url.partition('#')[0]}#word?{urlencode(WORDS)}")
+    expect(page.locator(".result:visible [role=alert]")).to_have_text("Text 3 has 31 tokens")
+
+
+def test_an_empty_form_says_what_to_write(server, visit):
+    page = visit()
+    page.wait_for_selector("[role=tab]")
+    for label, hint, field in (("Fill", "[MASK]", "fill-text"), ("A word in contexts", "word", "word-word")):
+        page.get_by_role("tab", name=label).click()
+        result = page.locator(".result:visible")
+        expect(result).to_contain_text(hint)
+        page.get_by_role("button", name="Run").click()
+        expect(result.locator("[role=status]")).to_contain_text(hint)
+        assert page.evaluate("document.activeElement.id") == field
+    assert page.locator("#word-text").get_attribute("placeholder") and not server.requests
 
 
 @pytest.mark.parametrize("tab", ["similarity", "word", "tokens"])
 def test_phones_and_names(tab, server, visit):
-    """At 320 pixels nothing sticks out, the tab is in view, and each control has a name."""
+    """At 320 pixels nothing sticks out, all tabs are in view, and each control has a name."""
     values = {"similarity": {"text": MANY}, "word": WORDS, "tokens": {"text": "A cat."}}[tab]
     page = visit(tab, values, viewport={"width": 320, "height": 640}, color_scheme="dark")
     page.wait_for_selector(".result table, .result svg, .result .tokens")
     assert page.evaluate("document.documentElement.scrollWidth") <= 320
-    box = page.locator("[role=tab][aria-selected=true]").bounding_box()
-    assert box["x"] >= 0 and box["x"] + box["width"] <= 320
+    boxes = [each.bounding_box() for each in page.locator("[role=tab]").all()]
+    assert all(box["x"] >= 0 and box["x"] + box["width"] <= 320 for box in boxes)
     unnamed = (
         "[...document.querySelectorAll('input,textarea,button')].filter(e => !(e.labels?.length || e.textContent))"
     )
@@ -508,7 +542,7 @@ def test_a_real_bert(bert, look):
     page = look(bert, "word", {"word": "the", "text": "\n".join(["the cat", "the dog", "in the house"]), "layer": 1})
     expect(page.locator("circle")).to_have_count(3)
     page = look(bert, "tokens", {"text": "the cat"})
-    expect(page.locator(".result p")).to_contain_text("nats in all")
+    expect(page.locator(".result:visible [role=status]")).to_contain_text("nats")
 
 
 def test_a_real_gpt(gpt, look):

@@ -1,12 +1,11 @@
 """The handlers of the routes: fields of a request to queries, and answers to JSON."""
 
 import asyncio
-import contextlib
 import io
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
@@ -19,16 +18,18 @@ from prelm_jax.errors import InputError
 from prelm_jax.inference.decoding import Prediction
 from prelm_jax.inference.pooling import MODES, Pooling, cosines, parse_modes
 from prelm_jax.serving import fields as of
-from prelm_jax.serving.batcher import SECONDS_TO_ANSWER, AnyQuery, Batcher, Generation
+from prelm_jax.serving.batcher import AnyQuery
+from prelm_jax.serving.completions import Choice, Completion, Sampling, Token, stream
 from prelm_jax.serving.fields import Fields
-from prelm_jax.serving.model import Choice, Completion, Drawing, Drawn, Text
-from prelm_jax.serving.protocol import Refusal, dumps, in_base64, reply
+from prelm_jax.serving.model import Text
+from prelm_jax.serving.protocol import Refusal, in_base64, reply
 from prelm_jax.serving.service import Service
 
 NPY = "application/x-npy"
+MAX_NUMBERS = 2**24  # Of an answer: one text in all layers of a large model, or many in one. JSON takes 10 bytes each.
 
 
-class Verbs:
+class Handlers:
     """The handlers of the routes."""
 
     def __init__(self, service: Service):
@@ -104,18 +105,26 @@ class Verbs:
         layers = tuple(fields[of.LAYERS] or model.pooling.layers)
         if not all(-num_layers - 1 <= layer <= num_layers for layer in layers):
             raise Refusal(400, f"layers must be from {-num_layers - 1} to {num_layers}", "layers")
+        if len({layer % (num_layers + 1) for layer in layers}) < len(layers):
+            raise Refusal(400, "layers names a layer twice; -1 is the last one", "layers")
         mode = fields[of.POOLING] or "+".join(model.pooling.modes)
         if (normalize := fields[of.NORMALIZE]) is None:
             normalize = model.pooling.normalize
         if mode == "none":
             texts = await model.read(given, "texts", truncate)
+            framed = sum(len(model.encoder.frame(text.ids)) for text in texts)
+            check_size(framed * len(layers) * model.encoder.config.hidden_size)
             states = await batcher.submit([model.states_query(text, layers) for text in texts])
-            return reply({"layers": layers, "results": list(map(self._tokens, given, texts, states))})
+            found = zip(given, texts, cast(list[np.ndarray], states), strict=True)
+            return reply(
+                {"layers": layers, "results": [await asyncio.to_thread(self._tokens, *each) for each in found]}
+            )
         modes = parse_modes(mode)
         if modes is None:
-            raise Refusal(400, f"pooling must be none or one or more of {', '.join(MODES)}, joined by +", "pooling")
+            raise Refusal(400, f"pooling must be none or different ones of {', '.join(MODES)}, joined by +", "pooling")
         is_own = (modes, layers) == (model.pooling.modes, model.pooling.layers)
         pooling = Pooling(modes, layers, model.pooling.dense if is_own else (), normalize)
+        check_size(len(given) * pooling.width(model.encoder.config.hidden_size))
         texts = await model.read_for_vectors(given, "texts", truncate, fields[of.PROMPT_NAME])
         vectors = await self._vectors(texts, "texts", pooling)
         if request.headers.get("accept") == NPY:
@@ -136,20 +145,21 @@ class Verbs:
         """Cosines of the vectors of texts: of all pairs, or of those in `texts` with those in `others`."""
         model, _ = self.service.ready
         given, others, truncate = fields[of.TEXTS], fields[of.OTHERS], fields[of.TRUNCATE]
+        check_size(len(given) * len(given if others is None else others))
         texts = await model.read_for_vectors(given, "texts", truncate)
         texts += await model.read_for_vectors(others or [], "others", truncate)
         vectors = np.stack(await self._vectors(texts, "texts", model.pooling))
         one, two = vectors[: len(given)], vectors if others is None else vectors[len(given) :]
-        return reply({"cosines": cosines(one, two).round(7).tolist(), "truncated": [text.is_cut for text in texts]})
+        found = (await asyncio.to_thread(cosines, one, two)).round(7)
+        return reply({"cosines": np.ascontiguousarray(found), "truncated": [text.is_cut for text in texts]})
 
     async def tokenize(self, fields: Fields, request: Request) -> Response:
         """The tokens of texts, their ids, and the characters at which they begin and end."""
         model, _ = self.service.ready
         texts = fields[of.TEXTS]
-        await model.read(texts, "texts", truncate=True)
         results = []
-        for text in texts:
-            ids, tokens, offsets = model.offsets(text, fields[of.SPECIAL_TOKENS])
+        for text in texts:  # In a thread, for one text may take seconds.
+            ids, tokens, offsets = await asyncio.to_thread(model.offsets, text, fields[of.SPECIAL_TOKENS])
             results.append({"ids": ids, "tokens": tokens, "offsets": offsets})
         return reply({"results": results})
 
@@ -159,14 +169,17 @@ class Verbs:
         model.require("fill")
         bert = model.bert
         assert bert is not None
-        queries = []
-        for i, text in enumerate(fields[of.TEXTS]):
+        texts = fields[of.TEXTS]
+        model.check_characters(texts, "texts")
+        split = []
+        for i, text in enumerate(texts):
             try:
-                ids, positions = bert.split_at_masks(text)
+                split.append(bert.split_at_masks(text))
             except InputError as error:
                 raise Refusal(400, f"texts[{i}]: {error}", "texts", "no_mask") from None
-            model.fit([ids], "texts", truncate=False)
-            queries.append(bert.fill_query(ids, positions, fields[of.TOP_K]))
+            await asyncio.sleep(0)
+        model.fit([ids for ids, _ in split], "texts")
+        queries = [bert.fill_query(ids, positions, fields[of.TOP_K]) for ids, positions in split]
         answers = await batcher.submit(cast(list[AnyQuery], queries))
         results = [
             [[{"token": token, "probability": p} for token, p in candidates] for candidates in masks]
@@ -200,7 +213,7 @@ class Verbs:
     async def encode(self, fields: Fields, request: Request) -> Response:
         """bert-as-service's form of `embed`."""
         model, _ = self.service.ready
-        texts = await model.read_for_vectors(fields[of.TEXTS], "texts", truncate=False)
+        texts = await model.read_for_vectors(fields[of.TEXTS], "texts")
         vectors = await self._vectors(texts, "texts", model.pooling)
         return reply({"id": fields[of.ID], "result": vectors, "status": 200})
 
@@ -278,7 +291,7 @@ class Verbs:
         return {"label": prediction.label, "probabilities": scores, "truncated": is_cut}
 
     async def openai_completions(self, fields: Fields, request: Request) -> Response:
-        """OpenAI's completions; of the options that it has no equal of, all but the neutral values are refused."""
+        """OpenAI's completions. An option that is not supported is refused, unless its value changes nothing."""
         model, batcher = self.service.ready
         model.require("complete")
         gpt = model.gpt
@@ -289,7 +302,7 @@ class Verbs:
             raise Refusal(400, f"max_tokens must be at most {model.encoder.room}", "max_tokens")
         if (seed := fields[of.SEED]) is None:
             seed = secrets.randbits(32)
-        prompts = await model.inputs(fields[of.PROMPT], "prompt", truncate=False)
+        prompts = await model.inputs(fields[of.PROMPT], "prompt")
         if not all(prompt.ids for prompt in prompts):
             raise Refusal(400, "a prompt is blank; give at least one word to continue", "prompt", "blank")
         if len(prompts) * num_choices > of.MAX_TEXTS:
@@ -298,12 +311,13 @@ class Verbs:
         if fields[of.ECHO] and num_logprobs is not None:
             scored = await batcher.submit([model.scored_query(prompt.ids, num_logprobs) for prompt in prompts])
         choices = []
-        for i, (prompt, found) in enumerate(zip(prompts, scored, strict=True)):
+        for i, (prompt, tokens) in enumerate(zip(prompts, scored, strict=True)):
             for j in range(num_choices):
-                drawing = Drawing(fields[of.TEMPERATURE], fields[of.TOP_P], (seed + j) % 2**32)
-                completion = Completion(gpt, prompt.ids, count, drawing, num_logprobs)
-                shown = cast(Sequence[Drawn] | None, found)
+                sampling = Sampling(fields[of.TEMPERATURE], fields[of.TOP_P], (seed + j) % 2**32)
+                completion = Completion(gpt, prompt.ids, count, sampling, num_logprobs)
+                shown = cast(Sequence[Token] | None, tokens)
                 choices.append(Choice(completion, i * num_choices + j, fields[of.ECHO], fields[of.STOP] or [], shown))
+                await asyncio.sleep(0)
         head: dict[str, object] = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -311,36 +325,13 @@ class Verbs:
             "model": self.service.name,
         }
         if fields[of.STREAM]:
-            return StreamingResponse(self._stream(head, choices), media_type="text/event-stream")
+            return StreamingResponse(stream(batcher, head, choices), media_type="text/event-stream")
         for choice in choices:
-            async with contextlib.aclosing(generated(batcher, choice.completion)) as drawn:
-                async for each in drawn:
-                    if choice.add(each):
-                        break
-        used, new = sum(len(prompt.ids) for prompt in prompts), sum(len(choice.drawn) for choice in choices)
+            async for _ in choice.grow(batcher):
+                pass
+        used, new = sum(len(prompt.ids) for prompt in prompts), sum(len(choice.new_ids) for choice in choices)
         usage = {"prompt_tokens": used, "completion_tokens": new, "total_tokens": used + new}
         return reply(head | {"choices": [choice.json() for choice in choices], "usage": usage})
-
-    async def _stream(self, head: dict[str, object], choices: Sequence[Choice]) -> AsyncIterator[bytes]:
-        """Server-sent events, one for each token and one for the end of each choice."""
-        _, batcher = self.service.ready
-        try:
-            for choice in choices:
-                if choice.echo:
-                    yield event(head | {"choices": [choice.part()]})
-                async with contextlib.aclosing(generated(batcher, choice.completion)) as drawn:
-                    async for each in drawn:
-                        is_done = choice.add(each)
-                        if (part := choice.part())["text"] or part["logprobs"]:
-                            yield event(head | {"choices": [part]})
-                        if is_done:
-                            break
-                yield event(head | {"choices": [choice.end()]})
-        except Refusal as refusal:
-            yield event(refusal.body)
-        except Exception as error:
-            yield event(Refusal(500, f"the model failed: {type(error).__name__}", code="failed").body)
-        yield b"data: [DONE]\n\n"
 
     async def _vectors(self, texts: Sequence[Text], field: str, pooling: Pooling) -> list[np.ndarray]:
         """The vectors of texts. Raises a Refusal for a blank one."""
@@ -351,18 +342,17 @@ class Verbs:
         answers = await batcher.submit([model.vector_query(text, pooling) for text in texts])
         return cast(list[np.ndarray], answers)
 
-    def _tokens(self, given: str, text: Text, states_LTD: object) -> dict[str, object]:
+    def _tokens(self, given: str, text: Text, states_LTD: np.ndarray) -> dict[str, object]:
         """The tokens of a text with their vectors [layers, D]."""
         model, _ = self.service.ready
-        states = cast(np.ndarray, states_LTD)
         _, tokens, offsets = model.offsets(given, True)
-        kept = states.shape[1]
+        kept = states_LTD.shape[1]
         if len(tokens) > kept:  # The text was cut.
             special = len(model.encoder.frame([0])) - 1
             tail = special // 2
             tokens = tokens[: kept - tail] + tokens[len(tokens) - tail :]
             offsets = offsets[: kept - tail] + offsets[len(offsets) - tail :]
-        vectors = np.ascontiguousarray(states.swapaxes(0, 1))
+        vectors = np.ascontiguousarray(states_LTD.swapaxes(0, 1))
         return {"tokens": tokens, "offsets": offsets, "vectors": vectors, "truncated": text.is_cut}
 
     def _check_model(self, name: str | None) -> None:
@@ -372,33 +362,15 @@ class Verbs:
             raise Refusal(404, message, "model", "model_not_found")
 
 
+def check_size(numbers: int) -> None:
+    """Raises a Refusal (413) for an answer of too many numbers."""
+    if numbers > MAX_NUMBERS:
+        message = f"the answer would have {numbers} numbers, more than {MAX_NUMBERS}; ask for fewer texts or layers"
+        raise Refusal(413, message, code="answer_too_large")
+
+
 def npy(array: np.ndarray) -> bytes:
     """An array as the bytes of an .npy file."""
     file = io.BytesIO()
     np.save(file, array)
     return file.getvalue()
-
-
-async def generated(batcher: Batcher, completion: Completion) -> AsyncGenerator[Drawn, None]:
-    """The tokens of a completion, as they come. The device stops when this is closed."""
-    loop, events = asyncio.get_running_loop(), asyncio.Queue[object]()
-    if completion.count == 0:
-        return
-
-    def emit(event: object) -> None:
-        loop.call_soon_threadsafe(events.put_nowait, event)
-
-    generation = Generation(completion.model.params, completion, emit, time.monotonic() + SECONDS_TO_ANSWER)
-    batcher.generate(generation)
-    try:
-        while (event := await events.get()) is not None:
-            if isinstance(event, Exception):
-                raise event
-            yield cast(Drawn, event)
-    finally:
-        generation.dead = True
-
-
-def event(content: dict[str, object]) -> bytes:
-    """A server-sent event."""
-    return b"data: " + dumps(content) + b"\n\n"
