@@ -139,7 +139,7 @@ class CachedEncoder(Tokenizer):
         Slower than `encode_batch`, by the library alone.
         """
         library, ids = self._library
-        encoded = library.encode(text, add_special_tokens=False)
+        (encoded,) = library.encode_batch([text], add_special_tokens=False)  # Unlike `encode` it releases the GIL.
         offsets = np.array(encoded.offsets, np.int64).reshape(-1, 2)
         for i, (begin, end) in enumerate(encoded.offsets):
             piece = text[begin:end]

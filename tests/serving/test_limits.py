@@ -337,5 +337,13 @@ def test_others_are_answered_while_a_text_is_tokenized(bert, monkeypatch):
         assert tokenized.result()[0] == 200 and in_time == [True]
 
 
+def test_the_text_that_is_too_long_is_named(bert):
+    """And a remedy, where the route has one."""
+    texts = ["[MASK]", "[MASK] " * 15]
+    status, param, message = bert.error("/fill", texts=texts)
+    assert (status, param) == (400, "texts") and "texts[1]" in message and "truncate" not in message
+    assert "truncate" in bert.error("/score", texts=texts)[2]
+
+
 def test_another_model_is_not_served(bert):
     assert bert.error("/v1/embeddings", model="gpt-5", input="a")[:2] == (404, "model")
