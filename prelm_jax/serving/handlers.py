@@ -1,4 +1,4 @@
-"""The handlers of the routes: fields of a request to queries, and answers to JSON."""
+"""The handlers of the routes: they turn the fields of a request into queries, and the answers into JSON."""
 
 import asyncio
 import io
@@ -36,7 +36,7 @@ class Handlers:
         self.service = service
 
     def health(self, request: Request) -> Response:
-        """200 when requests are answered, else 503 and how far the start is."""
+        """200 once requests are answered, before that 503; and the progress of the start, from 0 to 1."""
         service = self.service
         status = 200 if service.is_ready else 503
         return reply({"status": service.state, "progress": round(service.progress, 3)}, status)
@@ -58,11 +58,11 @@ class Handlers:
         return reply(content)
 
     def models(self, request: Request) -> Response:
-        """The one model, as OpenAI lists models."""
+        """A list of the one model, in OpenAI's form."""
         return reply({"object": "list", "data": [self._listed]})
 
     def one_model(self, request: Request) -> Response:
-        """The model of this name, as OpenAI has it."""
+        """The model of this name, in OpenAI's form."""
         self._check_model(request.path_params["name"])
         return reply(self._listed)
 
@@ -82,7 +82,7 @@ class Handlers:
         if fields[of.DIMENSIONS] not in (None, width):
             raise Refusal(400, f"dimensions must be {width}, as the model has them", "dimensions", "unsupported")
         texts = await model.inputs(fields[of.EMBEDDED], "input", fields[of.TRUNCATE], for_vectors=True)
-        vectors = await self._vectors(texts, "input", model.pooling)
+        vectors = await self._vectors(texts, model.pooling)
         data = [
             {
                 "object": "embedding",
@@ -99,62 +99,59 @@ class Handlers:
 
     async def embed(self, fields: Fields, request: Request) -> Response:
         """Vectors of texts, or of their tokens."""
-        model, batcher = self.service.ready
-        num_layers = model.encoder.config.num_layers
-        given, truncate = fields[of.TEXTS], fields[of.TRUNCATE]
-        layers = tuple(fields[of.LAYERS] or model.pooling.layers)
-        if not all(-num_layers - 1 <= layer <= num_layers for layer in layers):
-            raise Refusal(400, f"layers must be from {-num_layers - 1} to {num_layers}", "layers")
-        if len({layer % (num_layers + 1) for layer in layers}) < len(layers):
-            raise Refusal(400, "layers names a layer twice; -1 is the last one", "layers")
-        mode = fields[of.POOLING] or "+".join(model.pooling.modes)
-        if (normalize := fields[of.NORMALIZE]) is None:
-            normalize = model.pooling.normalize
-        if mode == "none":
-            texts = await model.read(given, "texts", truncate)
-            framed = sum(len(model.encoder.frame(text.ids)) for text in texts)
-            check_size(framed * len(layers) * model.encoder.config.hidden_size)
-            states = await batcher.submit([model.states_query(text, layers) for text in texts])
-            found = zip(given, texts, cast(list[np.ndarray], states), strict=True)
-            return reply(
-                {"layers": layers, "results": [await asyncio.to_thread(self._tokens, *each) for each in found]}
-            )
-        modes = parse_modes(mode)
+        model, _ = self.service.ready
+        own = model.pooling
+        layers = tuple(fields[of.LAYERS] or own.layers)
+        model.check_layers(layers)
+        name = fields[of.POOLING] or "+".join(own.modes)
+        if name == "none":
+            return await self._embed_tokens(fields[of.TEXTS], layers, fields[of.TRUNCATE])
+        modes = parse_modes(name)
         if modes is None:
             raise Refusal(400, f"pooling must be none or different ones of {', '.join(MODES)}, joined by +", "pooling")
-        is_own = (modes, layers) == (model.pooling.modes, model.pooling.layers)
-        pooling = Pooling(modes, layers, model.pooling.dense if is_own else (), normalize)
-        check_size(len(given) * pooling.width(model.encoder.config.hidden_size))
-        texts = await model.read_for_vectors(given, "texts", truncate, fields[of.PROMPT_NAME])
-        vectors = await self._vectors(texts, "texts", pooling)
+        if (normalize := fields[of.NORMALIZE]) is None:
+            normalize = own.normalize
+        is_own = (modes, layers) == (own.modes, own.layers)
+        pooling = Pooling(modes, layers, own.dense if is_own else (), normalize)
+        check_size(len(fields[of.TEXTS]) * pooling.width(model.encoder.config.hidden_size))
+        texts = await model.read_for_vectors(fields[of.TEXTS], "texts", fields[of.TRUNCATE], fields[of.PROMPT_NAME])
+        vectors = await self._vectors(texts, pooling)
         if request.headers.get("accept") == NPY:
             return Response(npy(np.stack(vectors)), media_type=NPY)
-        return reply(
-            {
-                "layers": layers,
-                "pooling": mode,
-                "normalize": normalize,
-                "results": [
-                    {"vector": vector, "num_tokens": len(text.ids), "truncated": text.is_cut}
-                    for vector, text in zip(vectors, texts, strict=True)
-                ],
-            }
-        )
+        results = [
+            {"vector": vector, "num_tokens": len(text.ids), "truncated": text.is_cut}
+            for vector, text in zip(vectors, texts, strict=True)
+        ]
+        return reply({"layers": layers, "pooling": name, "normalize": normalize, "results": results})
+
+    async def _embed_tokens(self, given: Sequence[str], layers: Sequence[int], truncate: bool) -> Response:
+        """The tokens of texts with their vectors in these layers."""
+        model, batcher = self.service.ready
+        texts = await model.read(given, "texts", truncate)
+        num_tokens = sum(len(model.encoder.frame(text.ids)) for text in texts)
+        check_size(num_tokens * len(layers) * model.encoder.config.hidden_size)
+        answers = await batcher.submit([model.states_query(text, layers) for text in texts])
+        results = []
+        for whole, text, states_LTD in zip(given, texts, cast(list[np.ndarray], answers), strict=True):
+            tokens, offsets = await asyncio.to_thread(model.framed_tokens, whole, states_LTD.shape[1])
+            vectors = np.ascontiguousarray(states_LTD.swapaxes(0, 1))
+            results.append({"tokens": tokens, "offsets": offsets, "vectors": vectors, "truncated": text.is_cut})
+        return reply({"layers": layers, "results": results})
 
     async def similarity(self, fields: Fields, request: Request) -> Response:
-        """Cosines of the vectors of texts: of all pairs, or of those in `texts` with those in `others`."""
+        """Cosines of the vectors of texts: of each pair in `texts`, or of each of `texts` with each of `others`."""
         model, _ = self.service.ready
         given, others, truncate = fields[of.TEXTS], fields[of.OTHERS], fields[of.TRUNCATE]
         check_size(len(given) * len(given if others is None else others))
         texts = await model.read_for_vectors(given, "texts", truncate)
         texts += await model.read_for_vectors(others or [], "others", truncate)
-        vectors = np.stack(await self._vectors(texts, "texts", model.pooling))
+        vectors = np.stack(await self._vectors(texts, model.pooling))
         one, two = vectors[: len(given)], vectors if others is None else vectors[len(given) :]
         found = (await asyncio.to_thread(cosines, one, two)).round(7)
         return reply({"cosines": np.ascontiguousarray(found), "truncated": [text.is_cut for text in texts]})
 
     async def tokenize(self, fields: Fields, request: Request) -> Response:
-        """The tokens of texts, their ids, and the characters at which they begin and end."""
+        """The ids and tokens of texts, and the characters at which each token begins and ends."""
         model, _ = self.service.ready
         texts = fields[of.TEXTS]
         results = []
@@ -214,11 +211,11 @@ class Handlers:
         """bert-as-service's form of `embed`."""
         model, _ = self.service.ready
         texts = await model.read_for_vectors(fields[of.TEXTS], "texts")
-        vectors = await self._vectors(texts, "texts", model.pooling)
+        vectors = await self._vectors(texts, model.pooling)
         return reply({"id": fields[of.ID], "result": vectors, "status": 200})
 
     async def classify(self, fields: Fields, request: Request) -> Response:
-        """The label, the labels or the number of texts, or of pairs of texts."""
+        """The label, the labels or the number that the model predicts for texts or pairs of texts."""
         self._require("classify")
         parts = [(each,) if isinstance(each, str) else tuple(each) for each in fields[of.CLASSIFIED]]
         found = await self._predict([Example(str(i), (each,)) for i, each in enumerate(parts)], "texts")
@@ -238,6 +235,8 @@ class Handlers:
     async def answer(self, fields: Fields, request: Request) -> Response:
         """The answers to questions from passages: pairs [question, passage]."""
         self._require("answer")
+        model, _ = self.service.ready
+        model.check_characters([passage for _, passage in fields[of.QUESTIONS]], "questions")
         examples = [Example(str(i), (tuple(each),)) for i, each in enumerate(fields[of.QUESTIONS])]
         results = []
         for prediction, is_cut in await self._predict(examples, "questions", fields[of.NULL_THRESHOLD]):
@@ -254,7 +253,7 @@ class Handlers:
         return reply({"results": results})
 
     async def choose(self, fields: Fields, request: Request) -> Response:
-        """The number, from 0, of the option that goes best with a text: [text, options]."""
+        """The number, from 0, of the best option for a text: pairs [text, options]."""
         self._require("choose")
         examples = [
             Example(str(i), tuple((text, option) for option in options))
@@ -310,13 +309,12 @@ class Handlers:
         scored: list[object] = [None] * len(prompts)
         if fields[of.ECHO] and num_logprobs is not None:
             scored = await batcher.submit([model.scored_query(prompt.ids, num_logprobs) for prompt in prompts])
-        choices = []
-        for i, (prompt, tokens) in enumerate(zip(prompts, scored, strict=True)):
+        choices = list[Choice]()
+        for prompt, tokens in zip(prompts, cast(list[Sequence[Token] | None], scored), strict=True):
             for j in range(num_choices):
                 sampling = Sampling(fields[of.TEMPERATURE], fields[of.TOP_P], (seed + j) % 2**32)
                 completion = Completion(gpt, prompt.ids, count, sampling, num_logprobs)
-                shown = cast(Sequence[Token] | None, tokens)
-                choices.append(Choice(completion, i * num_choices + j, fields[of.ECHO], fields[of.STOP] or [], shown))
+                choices.append(Choice(completion, len(choices), fields[of.ECHO], fields[of.STOP] or [], tokens))
                 await asyncio.sleep(0)
         head: dict[str, object] = {
             "id": f"cmpl-{uuid.uuid4().hex}",
@@ -333,27 +331,10 @@ class Handlers:
         usage = {"prompt_tokens": used, "completion_tokens": new, "total_tokens": used + new}
         return reply(head | {"choices": [choice.json() for choice in choices], "usage": usage})
 
-    async def _vectors(self, texts: Sequence[Text], field: str, pooling: Pooling) -> list[np.ndarray]:
-        """The vectors of texts. Raises a Refusal for a blank one."""
+    async def _vectors(self, texts: Sequence[Text], pooling: Pooling) -> list[np.ndarray]:
         model, batcher = self.service.ready
-        for i, text in enumerate(texts):
-            if not text.ids:
-                raise Refusal(400, f"{field}[{i}] is blank: it has no tokens", field, "blank")
         answers = await batcher.submit([model.vector_query(text, pooling) for text in texts])
         return cast(list[np.ndarray], answers)
-
-    def _tokens(self, given: str, text: Text, states_LTD: np.ndarray) -> dict[str, object]:
-        """The tokens of a text with their vectors [layers, D]."""
-        model, _ = self.service.ready
-        _, tokens, offsets = model.offsets(given, True)
-        kept = states_LTD.shape[1]
-        if len(tokens) > kept:  # The text was cut.
-            special = len(model.encoder.frame([0])) - 1
-            tail = special // 2
-            tokens = tokens[: kept - tail] + tokens[len(tokens) - tail :]
-            offsets = offsets[: kept - tail] + offsets[len(offsets) - tail :]
-        vectors = np.ascontiguousarray(states_LTD.swapaxes(0, 1))
-        return {"tokens": tokens, "offsets": offsets, "vectors": vectors, "truncated": text.is_cut}
 
     def _check_model(self, name: str | None) -> None:
         """Raises a Refusal (404) for the name of another model."""

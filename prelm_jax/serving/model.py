@@ -115,10 +115,10 @@ class ServedModel:
     async def read_for_vectors(
         self, texts: Sequence[str], field: str, truncate: bool | None = None, prompt: str | None = None
     ) -> list[Text]:
-        """Like `read`, with the prompt, the lower-casing and the room that `TransformerPretrained.vectors` has."""
+        """Like `read`, as `TransformerPretrained.vectors` prepares and cuts texts. Refuses blank ones."""
         prepared, skipped = self.encoder.prepare(texts, prompt)
         found = await self.read(list(prepared), field, truncate, self.encoder.vector_room)
-        return [dataclasses.replace(text, skipped=skipped) for text in found] if skipped else found
+        return [dataclasses.replace(text, skipped=skipped) for text in refuse_blank(found, field)]
 
     async def read(
         self, texts: Sequence[str], field: str, truncate: bool | None = None, room: int | None = None
@@ -138,7 +138,11 @@ class ServedModel:
                 encoded += self.encoder.split(chunk)
                 chunk, characters = [], 0
                 await asyncio.sleep(0)  # The event loop serves other requests in between.
-        return self.fit(encoded + self.encoder.split(chunk), field, truncate, room)
+        found = self.fit(encoded + self.encoder.split(chunk), field, truncate, room)
+        return [
+            dataclasses.replace(each, is_cut=True) if len(text) > self.max_characters else each
+            for text, each in zip(texts, found, strict=True)
+        ]
 
     @property
     def max_characters(self) -> int:
@@ -180,6 +184,14 @@ class ServedModel:
             raise Refusal(400, f"{name} has {len(several)} lists of ids; give 1 to {MAX_TEXTS}", name)
         return self.fit(cast(list[list[int]], several), name, truncate, room)
 
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Raises a Refusal unless these are different layers of the model, counted from 0 or back from -1."""
+        count = self.encoder.config.num_layers + 1
+        if not all(-count <= layer < count for layer in layers):
+            raise Refusal(400, f"layers must be from {-count} to {count - 1}", "layers")
+        if len({layer % count for layer in layers}) < len(layers):
+            raise Refusal(400, f"layers has a layer twice; -1 is layer {count - 1}", "layers")
+
     def vector_query(self, text: Text, pooling: Pooling) -> AnyQuery:
         """The vector of a text."""
         return cast(AnyQuery, self.encoder.vector_query(self.encoder.frame(text.ids), pooling, text.skipped))
@@ -217,3 +229,20 @@ class ServedModel:
         if len(framed) > len(found):
             found = [None, *found, None]
         return framed, [tokenizer.tokens[id] for id in framed], found
+
+    def framed_tokens(self, text: str, count: int) -> tuple[list[str], list[list[int] | None]]:
+        """The tokens and offsets of a text, cut to `count` tokens, special ones included, as its states are."""
+        _, tokens, offsets = self.offsets(text[: self.max_characters], True)
+        if len(tokens) == count:
+            return tokens, offsets
+        tail = (len(self.encoder.frame([0])) - 1) // 2  # Special tokens after the text.
+        end = len(tokens) - tail
+        return tokens[: count - tail] + tokens[end:], offsets[: count - tail] + offsets[end:]
+
+
+def refuse_blank(texts: list[Text], field: str) -> list[Text]:
+    """The texts. Raises a Refusal for one without tokens."""
+    for i, text in enumerate(texts):
+        if not text.ids:
+            raise Refusal(400, f"{field}[{i}] is blank: it has no tokens", field, "blank")
+    return texts

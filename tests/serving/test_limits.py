@@ -345,5 +345,20 @@ def test_the_text_that_is_too_long_is_named(bert):
     assert "truncate" in bert.error("/score", texts=texts)[2]
 
 
+def test_a_blank_text_is_named(bert):
+    assert bert.error("/similarity", texts=["a"], others=["b", " "])[1] == "others"
+
+
+def test_what_is_not_read_counts_as_cut(bert):
+    """Of a very long text only the beginning is tokenized, here less than fills the model."""
+    text = "the " + " " * 10_000 + "cat"
+    _, answer = bert.post("/embed", texts=[text], truncate=True)
+    assert answer["results"][0]["truncated"] is True
+    _, answer = bert.post("/embed", texts=[text], truncate=True, pooling="none")
+    assert answer["results"][0]["truncated"] is True
+    assert answer["results"][0]["tokens"] == ["[CLS]", "the", "[SEP]"]
+    assert len(answer["results"][0]["vectors"]) == 3
+
+
 def test_another_model_is_not_served(bert):
     assert bert.error("/v1/embeddings", model="gpt-5", input="a")[:2] == (404, "model")

@@ -80,6 +80,7 @@ def test_answer(served):
             assert each["answer"] == prediction.label.texts[0]
             assert passage[each["start"] :].startswith(each["answer"])
             assert len(each["candidates"]) == 2
+        assert client.error("/answer", questions=[["the cat", "a" * 10_000]])[:2] == (400, "questions")
 
 
 @pytest.mark.slow
