@@ -75,7 +75,7 @@ def hostile(info: dict) -> list[tuple[int, str, bytes]]:
         (400, "/embed", body(texts="a", truncate="yes", layers={})),
         (400, "/embed", body(texts=["a"] * 3000)),
         (400, "/embed", body(texts="the " * (info["max_tokens"] + 1))),
-        (400, "/score", body(texts="x" * 400 * info["max_tokens"])),
+        (400, "/embed", body(texts="x" * 400 * info["max_tokens"])),
         (400, "/v1/embeddings", body(input=[[10**9]])),
         (400, "/v1/embeddings", body(input={"a": 1}, model=info["model"])),
         (404, "/v1/embeddings", body(input="a", model="another")),

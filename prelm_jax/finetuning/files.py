@@ -128,7 +128,7 @@ def read_examples(spec: str, kind: Kind, columns: Columns | None = None, labelle
         _check_first(spec, examples)
     if kind == "tags" and labelled:
         examples = with_bio_tags(examples, counts)
-    return LabelledData(examples, dict(counts))
+    return LabelledData(examples, dict(+counts))  # Without reasons that never occurred.
 
 
 def _check_examples(spec: str, examples: Sequence[Example], counts: Mapping[str, int]) -> None:

@@ -26,9 +26,8 @@ import numpy as np
 
 from prelm_jax.data.examples import Answers, Example, Kind, Label
 from prelm_jax.errors import InputError
-from prelm_jax.finetuning.tags import is_bio
+from prelm_jax.finetuning.tags import is_bio, spans_of
 
-BINS = 15  # of equal width, for the calibration error (Guo et al., 2017)
 CONSTANT = "best constant"
 LEXICON = "most frequent tag of the word"
 BLOCK = 1 << 22  # Numbers of a jackknife in memory at a time.
@@ -169,11 +168,11 @@ def _metrics(
     names, counts = label_counts(kind, predictions, gold, labels)
     if kind == "labels":
         exact = _mean([set(cast(tuple, p)) == set(cast(tuple, g)) for p, g in zip(predictions, gold, strict=True)])
-        return {"micro_f1": Metric(counts, _f1), "macro_f1": Metric(counts, _macro_f1), "exact_match": exact}
-    named = {"accuracy": _recall, "macro_f1": _macro_f1, "matthews": _matthews}
+        return {"micro_f1": Metric(counts, micro_f1), "macro_f1": Metric(counts, _macro_f1), "exact_match": exact}
+    named = {"accuracy": micro_recall, "macro_f1": _macro_f1, "matthews": _matthews}
     if positive is not None:
         index = names.index(positive)
-        named["f1"] = lambda sums: _f1(sums[..., index : index + 1])
+        named["f1"] = lambda sums: micro_f1(sums[..., index : index + 1])
     return {name: Metric(counts, value) for name, value in named.items()}
 
 
@@ -226,15 +225,18 @@ def _mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Me
     return Metric(np.stack([x * w, w], -1), lambda sums: _ratio(sums[..., 0], sums[..., 1]))
 
 
-def _recall(sums: np.ndarray) -> np.ndarray:
+def micro_recall(sums: np.ndarray) -> np.ndarray:
+    """The recall over all labels together, from sums [..., 3, K] of counts; 0 without gold labels."""
     return _ratio(sums[..., RIGHT, :].sum(-1), sums[..., GOLD, :].sum(-1))
 
 
-def _precision(sums: np.ndarray) -> np.ndarray:
+def micro_precision(sums: np.ndarray) -> np.ndarray:
+    """The precision over all labels together; 0 without predicted labels."""
     return _ratio(sums[..., RIGHT, :].sum(-1), sums[..., PREDICTED, :].sum(-1))
 
 
-def _f1(sums: np.ndarray) -> np.ndarray:
+def micro_f1(sums: np.ndarray) -> np.ndarray:
+    """The F1 over all labels together; 0 without gold or predicted labels."""
     return _ratio(2 * sums[..., RIGHT, :].sum(-1), sums[..., PREDICTED:, :].sum((-2, -1)))
 
 
@@ -280,30 +282,12 @@ def _tag_metrics(predictions: list[tuple], gold: list[tuple], labels: Sequence[s
         if len(p) != len(g):
             raise ValueError(f"{len(p)} predicted tags for the {len(g)} words of example {number}")
     words = [[set(zip(tags, range(len(tags)), strict=True)) for tags in side] for side in (predictions, gold)]
-    accuracy = {"accuracy": Metric(_counts(words, labels), _recall)}
+    accuracy = {"accuracy": Metric(_counts(words, labels), micro_recall)}
     if not is_bio(labels):
         return accuracy
     _, counts = label_counts("tags", predictions, gold, labels)
-    named = {"span_f1": _f1, "span_precision": _precision, "span_recall": _recall}
+    named = {"span_f1": micro_f1, "span_precision": micro_precision, "span_recall": micro_recall}
     return {name: Metric(counts, value) for name, value in named.items()} | accuracy
-
-
-def spans_of(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """(type, first word, word after the last) of the spans of BIO tags, read as conlleval does.
-
-    A span begins at B-, and at an I- that does not continue a span of its type. Example: I-PER I-PER B-PER I-LOC has
-    ("PER", 0, 2), ("PER", 2, 3), ("LOC", 3, 4).
-    """
-    spans: list[tuple[str, int, int]] = []
-    inside = ""
-    for position, tag in enumerate(tags):
-        name = "" if tag == "O" else tag[2:]
-        if name and name == inside and tag[0] == "I":
-            spans[-1] = (name, spans[-1][1], position + 1)
-        elif name:
-            spans.append((name, position, position + 1))
-        inside = name
-    return spans
 
 
 # ---- Answers ---------------------------------------------------------------------------------------------------------
@@ -351,47 +335,3 @@ def _normalized(text: str) -> str:
     """Lower-cased, without ASCII punctuation and the articles a, an and the; one space between tokens."""
     text = text.lower().translate(str.maketrans("", "", string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-# ---- What goes wrong -------------------------------------------------------------------------------------------------
-
-
-def confusion(gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> np.ndarray:
-    """int64 [K, K]: how often each label (row) is predicted as each label (column)."""
-    indices = {name: index for index, name in enumerate(labels)}
-    flat = [indices[g] * len(labels) + indices[p] for g, p in zip(gold, predicted, strict=True)]
-    return np.bincount(np.array(flat, np.int64), minlength=len(labels) ** 2).reshape(len(labels), -1)
-
-
-def by_label(
-    kind: Kind, predictions: Sequence[Label], gold: Sequence[Label], labels: Sequence[str]
-) -> dict[str, tuple[int, float, float, float]]:
-    """label -> (how often it is gold, precision, recall, F1); of tags in BIO, type of span -> the same."""
-    names, counts = label_counts(kind, predictions, gold, labels)
-    sums = counts.sum(0)
-    found = {}
-    for index, name in enumerate(names):
-        own = sums[:, index : index + 1]
-        found[name] = (int(own[GOLD, 0]), float(_precision(own)), float(_recall(own)), float(_f1(own)))
-    return found
-
-
-class Calibration(NamedTuple):
-    """Whether predictions are right as often as they claim.
-
-    `error` (ECE) is the mean over examples of |accuracy - confidence| of the bin. `bins` has for each bin that is not
-    empty its number of examples, mean confidence and accuracy.
-    """
-
-    error: float
-    bins: list[tuple[int, float, float]]
-
-
-def calibration(confidences: Sequence[float], right: Sequence[bool]) -> Calibration:
-    """The calibration of predictions with these probabilities."""
-    confidence, hit = np.array(confidences, np.float64), np.array(right, np.float64)
-    bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
-    number, sums, hits = (np.bincount(bins, x, BINS) for x in (np.ones_like(hit), confidence, hit))
-    error = np.abs(sums - hits).sum() / max(1, len(hit))
-    filled = [(int(n), float(c / n), float(h / n)) for n, c, h in zip(number, sums, hits, strict=True) if n]
-    return Calibration(float(error), filled)

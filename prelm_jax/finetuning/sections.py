@@ -7,7 +7,8 @@ from html import escape
 from typing import cast
 
 from prelm_jax.data.examples import Answers, Label
-from prelm_jax.finetuning.metrics import answer_scores, by_label, calibration, confusion
+from prelm_jax.finetuning.metrics import answer_scores
+from prelm_jax.finetuning.mistakes import by_label, calibration, confusion
 from prelm_jax.finetuning.predictions import PREDICTIONS, PredictionLine, read_predictions
 from prelm_jax.finetuning.results import (
     RESULTS,

@@ -41,3 +41,21 @@ def bio_tags(tags: Sequence[str]) -> tuple[str, ...]:
         result.append(tag if tag == "O" else f"{'I' if continues else 'B'}-{name}")
         inside = "" if tag == "O" else name
     return tuple(result)
+
+
+def spans_of(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """(type, first word, word after the last) of the spans of BIO tags, read as conlleval does.
+
+    A span begins at B-, and at an I- that does not continue a span of its type. Example: I-PER I-PER B-PER I-LOC has
+    ("PER", 0, 2), ("PER", 2, 3), ("LOC", 3, 4).
+    """
+    spans: list[tuple[str, int, int]] = []
+    inside = ""
+    for position, tag in enumerate(tags):
+        name = "" if tag == "O" else tag[2:]
+        if name and name == inside and tag[0] == "I":
+            spans[-1] = (name, spans[-1][1], position + 1)
+        elif name:
+            spans.append((name, position, position + 1))
+        inside = name
+    return spans

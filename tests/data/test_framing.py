@@ -1,5 +1,7 @@
 """Framing: examples as rows of tokens, and what is read of them."""
 
+import functools
+
 import numpy as np
 import pytest
 import tiny
@@ -11,6 +13,8 @@ from prelm_jax.data.examples import Answers, Example
 from prelm_jax.data.frames import ELMoFrame
 from prelm_jax.data.framing import QUESTION_LENGTH, frame_examples
 from prelm_jax.errors import InputError
+
+bert_frame = functools.cache(functools.partial(tiny.frame, "bert"))  # Examples of a property share frames.
 
 
 def read(frame, text) -> str:
@@ -48,7 +52,7 @@ def test_texts(family, symmetric, parts, expected, positions):
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(5, 32))
 def test_a_pair_is_cut_like_the_reference(a, b, max_length):
     """run_classifier.py, `_truncate_seq_pair`: tokens are popped from the longer text, or else from the second."""
-    frame = tiny.frame("bert", max_length)
+    frame = bert_frame(max_length)
     (row,), num_cut = frame_examples(frame, [example(" ".join(["cat"] * a), " ".join(["dog"] * b))], "label")
     left, right = a, b
     while left + right > max_length - 3:
@@ -103,7 +107,7 @@ def test_a_tag_is_read_at_one_token_of_its_word(family):
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=60), st.integers(6, 20), st.integers(1, 9) | st.none())
 def test_windows_show_each_word_and_own_it_once(lengths, max_length, stride):
     """A word of n letters is n tokens. The owner has the most context of all windows that hold the word."""
-    frame, words = tiny.frame("bert", max_length), tuple("c" * n for n in lengths)
+    frame, words = bert_frame(max_length), tuple("c" * n for n in lengths)
     rows, _ = frame_examples(frame, [example(words, label=("O",) * len(words))], "tags", ("O",), stride)
     room = max_length - 2
     sizes = np.minimum(lengths, room)

@@ -462,6 +462,11 @@ def test_conll_2003(write):
     assert is_bio(label_names(data.examples, "tags"))
 
 
+def test_nothing_is_counted_where_all_tags_are_of_bio(write):
+    data = read_examples(write("t.conll", "a B-X\nb I-X\nc O\n"), "tags")
+    assert data.examples[0].label == ("B-X", "I-X", "O") and data.counts == {}
+
+
 def test_tags_that_mark_no_spans_stay(write):
     """A part of speech may begin like a span."""
     data = read_examples(write("t.conll", "a S-x\nb -LRB-\nc O\n"), "tags")
