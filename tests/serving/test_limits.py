@@ -360,5 +360,12 @@ def test_what_is_not_read_counts_as_cut(bert):
     assert len(answer["results"][0]["vectors"]) == 3
 
 
+def test_an_error_of_the_server_is_answered_and_logged(bert, monkeypatch, capsys):
+    monkeypatch.setattr(ServedModel, "offsets", lambda *arguments: 1 / 0)
+    status, answer = bert.post("/tokenize", texts="the cat")
+    assert (status, answer["error"]["code"]) == (500, "failed") and "ZeroDivisionError" in answer["error"]["message"]
+    assert "test_limits.py" in capsys.readouterr().err
+
+
 def test_another_model_is_not_served(bert):
     assert bert.error("/v1/embeddings", model="gpt-5", input="a")[:2] == (404, "model")

@@ -341,6 +341,9 @@ def test_tokens(server, visit):
     page = visit("tokens", {"text": "A cat, no?"})
     expect(page.locator(".tokens li").nth(1)).to_have_text("cat836.8 %")
     expect(page.locator(".result:visible [role=status]")).to_contain_text("7.5 nats")
+    page.fill("#tokens-text", "word " * 30)
+    page.keyboard.press("Control+Enter")
+    expect(page.locator(".tokens li").last).to_contain_text("< 0.01 %")  # Not 0: exp(-15).
 
 
 def chunk(text: str) -> dict:
