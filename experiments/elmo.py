@@ -15,13 +15,13 @@ from prelm_jax.training.optimizer import Adagrad
 def demo() -> Run:
     """An ELMo for a coffee break: LSTMs of 256, on the documentation inside every Python (2 MB).
 
-    Target: held-out perplexity of 70 in both directions, where trigrams have 113.
+    Target: held-out perplexity of 70, in both directions; a trigram model has 114.
     Cost: 2 minutes on two CPU cores.
 
-    The softmax samples 1,024 of its 8,000 words, which makes steps cheaper. All was chosen on 2 MB of Simple English
-    Wikipedia, where trigrams have a perplexity of 141. There this ends at 80 in 110 seconds, 1,500 steps of half the
-    rows with twice the filters at 82 in 120, 1,000 of these with all words in the softmax at 92, and 1,500 of AdamW,
-    with dropout, at 111.
+    The softmax samples 1,024 of its 8,000 words, which makes steps cheaper. Tuned on 2 MB of Simple English Wikipedia,
+    where a trigram model has a perplexity of 141. There this reaches 80 in 110 seconds; 1,500 steps of half the rows
+    and twice the filters reach 82 in 120 seconds, 1,000 of these steps with the full softmax 92, and 1,500 steps of
+    AdamW, with dropout, 111.
 
         prelm pretrain elmo:demo
     """
@@ -40,14 +40,13 @@ def demo() -> Run:
 def mini() -> Run:
     """A first ELMo of a language or a domain: LSTMs of 512, projected to 128.
 
-    Target: held-out perplexities 30 % below those of trigrams on Simple English Wikipedia (106 MB).
+    Target: held-out perplexity 30 % below a trigram model's on Simple English Wikipedia (106 MB).
     Cost: 20 minutes on two CPU cores.
 
-    Chosen on 57 MB of English Wikipedia, where trigrams have a perplexity of 198; after as many tokens as 20 minutes
-    hold, this ended at 120, half of the rows with LSTMs of 1024 at 142.
+    Tuned on 57 MB of English Wikipedia, where a trigram model has a perplexity of 198: after the tokens that 20 minutes
+    allow, this has 120; half the rows with LSTMs of 1024 have 142.
 
-    With more time, raise the number of steps and the length of the schedule together:
-    --steps 20000 --optimizer.decay-steps 20000.
+    With more time, raise steps and schedule together: --steps 20000 --optimizer.decay-steps 20000.
 
         prelm pretrain elmo:mini --corpus simplewiki.txt.xz
     """

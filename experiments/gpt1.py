@@ -17,11 +17,11 @@ from prelm_jax.training.optimizer import AdamW
 def demo() -> Run:
     """A GPT for a coffee break: 2 layers of 128, on the documentation inside every Python (2 MB).
 
-    Target: 1.66 bits per byte of held-out text, where trigrams have 1.79.
+    Target: 1.66 bits per byte of held-out text; a trigram model has 1.76.
     Cost: 2 minutes on two CPU cores.
 
-    Rates and merges were chosen on 2 MB of Simple English Wikipedia: a larger vocabulary puts more text into the same
-    tokens. There 5,000 merges ended at 1.676 bits per byte, and 1,500 in as much time at 1.786.
+    Learning rates and merges were tuned on 2 MB of Simple English Wikipedia. With a larger vocabulary the same number
+    of tokens covers more text: 5,000 merges reach 1.676 bits per byte there, and 1,500 merges 1.786 in the same time.
 
         prelm pretrain gpt1:demo
     """
@@ -40,15 +40,14 @@ def demo() -> Run:
 def mini() -> Run:
     """A first model of a genre: 4 layers of 192, on some dozens of novels (57 MB).
 
-    Target: 1.52 bits per byte of held-out novels, where trigrams fitted on all training novels have 1.63.
+    Target: 1.52 bits per byte of held-out novels; a trigram model of all training novels has 1.63.
     Cost: 20 minutes on two CPU cores.
 
-    Chosen on 57 MB of English Wikipedia, where trigrams have 1.73 bits per byte; after as many tokens as 20 minutes
-    hold, this ends at 1.60, twice the matrix_learning_rate at 1.61, half of the rows at 1.69, and these with 5,000
-    merges at 1.74, with 2,000 at 1.80.
+    Tuned on 57 MB of English Wikipedia, where a trigram model has 1.73 bits per byte: after the tokens that 20 minutes
+    allow, this has 1.60; twice the matrix_learning_rate 1.61; half the rows 1.69, with 5,000 merges 1.74, with 2,000
+    merges 1.80.
 
-    With more time, raise the number of steps and the length of the schedule together:
-    --steps 20000 --optimizer.decay-steps 20000.
+    With more time, raise steps and schedule together: --steps 20000 --optimizer.decay-steps 20000.
 
         prelm pretrain gpt1:mini --corpus 'novels/*.txt.xz,documents=file'
     """

@@ -46,9 +46,9 @@ class Run:
     deduplicate: bool = False  # Drop exact duplicates of documents.
     errors: Errors = "strict"  # Bytes that are not UTF-8: strict refuses the file, replace reads them as U+FFFD.
     seed: Seed = 0  # Decides initial values, batches, masks and dropout.
-    # Of activations, on a CPU of products; the state stays float32.
+    # Of activations (on a CPU, of matrix products); parameters and optimizer state stay float32.
     precision: Literal["float32", "bfloat16"] = "float32"
-    accumulate: Size = 1  # Micro-batches a batch is cut into, one after the other, to save memory.
+    accumulate: Size = 1  # Number of micro-batches that a batch is cut into, to save memory.
     # Model directory, work directory or hub:OWNER/NAME whose parameters to start from (continued pretraining).
     init_from: str | None = None
 

@@ -21,9 +21,9 @@ def finetune(
     """Train a task on a pretrained encoder with one or more seeds, or resume it.
 
     Args:
-        workdir: Directory of all seeds; if unset, runs/TASK-FILE-HASH, from the training file and the settings.
-        seeds: Number of seeds, 0 and up, each trained on its own; 1 for a first trial. Complete ones are skipped.
-        take_over: On a bucket or a network disk, end the lease of another process at once; for one that is dead.
+        workdir: Directory of all seeds; if unset, runs/TASK-FILE-HASH, named after the training file and settings.
+        seeds: Number of seeds (0, 1, …), each trained separately; 1 for a first trial. Finished seeds are skipped.
+        take_over: In a bucket or on a network disk, take over the lease of a dead process at once.
         dry_run: Read the files, time some steps here, and print what the seeds will cost; train and save nothing.
     """
     import jax

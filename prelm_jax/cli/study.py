@@ -22,23 +22,23 @@ def study(
     pairs: NotNegative = 100,
     babylm: Path | None = None,
 ) -> None:
-    """Measure what pretrained models know, and write a record for each of them and each test.
+    """Measure what pretrained models know, and write a record for each subject (a model) and test.
 
-    Records that are there already are not measured again. prelm report OUTPUT draws them.
+    Existing records are not measured again. prelm report OUTPUT draws them.
 
     Args:
-        subjects: A model directory, a work directory, hub:OWNER/NAME, or RUN@STEP (a checkpoint: a number, best or
-            newest); or untrained:, unigram: or trigram: and a work directory or the name of an experiment; or vectors
-            of words: word2vec:SPEC trains them on a corpus, and a file holds them in word2vec's text format.
+        subjects: A model directory, a work directory, hub:OWNER/NAME, or RUN@STEP (STEP: a number, best or newest);
+            or untrained:, unigram: or trigram: followed by a work directory or the name of an experiment; or word
+            vectors: word2vec:SPEC trains them on a corpus, and a file contains them in word2vec's text format.
         tests: Tests by name. Minimal pairs: blimp, supplement, zorro, agreement, climp, and pairs:FILES for your own.
             Probes by layer: upos, deprel, verb-number, length, depth, tense, subject-number, object-number,
             bigram-shift; uuas and dspr, the structural probe. Senses: coarsewsd, semcor, wic, scws. Words: ws353,
             simlex, men, analogies, and similarity:FILE, a TSV of word, word, rating. Geometry: selfsim, cka, and
             cka:SUBJECT to compare with the layers of another subject. To look at: neighbors, replacement.
         output: Directory of the records.
-        data: Directory of the test sets, a folder for each; if unset, $PRELM_DATA/study.
-        pairs: Minimal pairs of each paradigm to read, the first ones; 0 for all.
-        babylm: Directory for a file of predictions per subject, as BabyLM's scorer takes it (with --pairs 0).
+        data: Directory of the test sets, one folder each; if unset, $PRELM_DATA/study.
+        pairs: Number of minimal pairs to read from each paradigm, from its start; 0 for all.
+        babylm: Directory for one file of predictions per subject, for BabyLM's scorer (needs --pairs 0).
     """
     from prelm_jax.study import babylm as predictions
     from prelm_jax.study import records

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 Input = Annotated[
     str,
     Positional,
-    tyro.conf.arg(help="Labelled file as SPEC (docs/finetuning.md), labels not needed; or .txt: a text a line."),
+    tyro.conf.arg(help="File of examples as SPEC (docs/finetuning.md), labels not needed; or .txt, one text per line."),
 ]
-Json = Annotated[bool, tyro.conf.arg(help="Print one JSON object a line: id, prediction, and scores by name.")]
+Json = Annotated[bool, tyro.conf.arg(help="Print one JSON object per line: id, prediction, and scores by name.")]
 
 ALL_USUAL = Columns()
 
@@ -36,9 +36,9 @@ GREATEST = sys.float_info.max
 def classify(
     model: ModelPath, input: Input, columns: Columns = ALL_USUAL, json: Json = False, step: Step = "newest"
 ) -> None:
-    """Print the label of each text or pair of texts and its probability, or the number.
+    """Print the label of each text or pair of texts with its probability, several labels, or a number.
 
-    Several labels are printed with tabs between them. Texts that are too long are cut, and counted.
+    Several labels are separated by tabs. Texts that are too long are cut, and counted.
     """
     loaded = _load(model, step, "classify")
     examples, predictions = _predict(loaded, input, columns)
@@ -56,9 +56,9 @@ def classify(
 def tag(
     model: ModelPath, input: Input, columns: Columns = ALL_USUAL, json: Json = False, step: Step = "newest"
 ) -> None:
-    """Print each word and its tag, with a blank line between sentences; sentences may be of any length.
+    """Print each word with its tag, and a blank line after each sentence, of any length.
 
-    Lines of a .txt are split at white space.
+    Lines of a .txt file are split at white space.
     """
     loaded = _load(model, step, "tag")
     examples, predictions = _predict(loaded, input, columns)
@@ -73,7 +73,7 @@ def tag(
 def choose(
     model: ModelPath, input: Input, columns: Columns = ALL_USUAL, json: Json = False, step: Step = "newest"
 ) -> None:
-    """Print the number of the best option of each example, from 0, and its probability."""
+    """Print the number (from 0) of the best option of each example, and its probability."""
     loaded = _load(model, step, "choose")
     examples, predictions = _predict(loaded, input, columns)
     for example, prediction in zip(examples, predictions, strict=True):
@@ -94,13 +94,13 @@ def answer(
 ) -> None:
     """Write the answers to questions as the three files that SQuAD's scorer reads.
 
-    predictions.json has an answer by question, nbest_predictions.json the 20 best with probabilities, null_odds.json
-    the score of no answer minus that of the best one.
+    predictions.json has the answer to each question, nbest_predictions.json the 20 best with probabilities, and
+    null_odds.json the score of no answer minus the score of the best answer.
 
     Args:
         output: Directory to write; it must be empty or new.
         null_threshold: A question has no answer if its null_odds exceed this; 1e9 answers all, as SQuAD 1.1 asks.
-        stride: Tokens from a window of a long passage to the next.
+        stride: Tokens between starts of the windows of a long passage.
     """
     check_apart(output, input, model)
     loaded = _load(model, step, "answer")

@@ -35,8 +35,8 @@ def pretrain(
 
     Args:
         workdir: Directory of the run, local or gs://…; if it holds a run of the same experiment, that run resumes.
-        extend_to: Extend a run to this step: from its newest checkpoint on, with the schedule of a run of this length.
-        take_over: On a bucket or a network disk, end the lease of another process at once; for one that is dead.
+        extend_to: Extend a run to this step, from its newest checkpoint, on the schedule of a run of this length.
+        take_over: In a bucket or on a network disk, take over the lease of a dead process at once.
         dry_run: Prepare the corpus, time three steps here, and print what the run will cost; train and save nothing.
     """
     import jax
@@ -75,21 +75,21 @@ def evaluate(
     batch_size: Size | None = None,
     devices: Annotated[Size | None, tyro.conf.arg(name="mesh.devices")] = None,
 ) -> None:
-    """Evaluate a run on its held-out text or another corpus, or a fine-tuned model on a labelled file (--test).
+    """Evaluate a run on its held-out text or another corpus, or a fine-tuned model on a labeled file (--test).
 
     Each target, or example, is scored exactly once.
 
     Args:
-        model: Work directory of a run; or, for a model defined outside of the package, its experiment FILE.py:NAME.
+        model: Work directory of a run; or, for a model defined outside the package, its experiment FILE.py:NAME.
             With --test a model directory, the work directory of a seed, or the directory above seeds: the median seed.
         workdir: Work directory of the run; only if the first argument is an experiment.
         corpus: Sources of text to evaluate on; if unset, the held-out side of the run's own corpus.
-        test: File of labelled examples to evaluate a fine-tuned model on, as SPEC (docs/finetuning.md).
+        test: File of labeled examples to evaluate a fine-tuned model on, as SPEC (docs/finetuning.md).
         positive: With --test, the label whose precision and recall the metric f1 is about.
-        predictions: With --test, file to write with a prediction a line, as JSON.
-        sample: Fraction of the text to read, spread over it; less than 1 if all of it takes too long.
+        predictions: With --test, file to write: JSON lines, one prediction each.
+        sample: Fraction of the text to read, spread over it; below 1 if the whole text takes too long.
         batch_size: Rows at once; lower it if memory runs out (the result stays the same). The run's own if unset.
-        devices: Number of devices; all there are if unset.
+        devices: Number of devices; all of them if unset.
     """
     from prelm_jax import pretraining
     from prelm_jax.report.summary import print_table, summary_table
@@ -173,11 +173,11 @@ def export(
 
 
 def report(paths: Positional[tuple[AnyPath, ...]], output: Path = Path("report.html")) -> None:
-    """Draw runs and studies in one HTML page: curves beside baselines, samples and settings; scores, layers, intervals.
+    """Draw runs and studies in one HTML page: loss curves with baselines, samples, settings; scores with intervals.
 
     Args:
         paths: Work directories of runs, or of fine-tunings with all their seeds; directories of records (prelm study).
-        output: HTML file to write; of a study, tables and the data of pictures are written beside it.
+        output: HTML file to write; a study also writes tables and data next to it.
     """
     from prelm_jax.reporting import write_report
 

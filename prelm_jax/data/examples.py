@@ -50,11 +50,11 @@ class Example:
 class Columns:
     """Where the parts of an example are: names of columns or fields, or numbers of columns, from 0 (-1: the last)."""
 
-    text: str | None = None  # Text, words (tags) or question (spans); text, tokens and question if unset.
-    pair: str | None = None  # Second text of a pair, passage (spans), or beginning of all options (choice).
-    label: str | None = None  # Label; if unset, label, and for some tasks labels, tags or answers.
-    # Several labels: columns of 0 and 1, one for each label, instead of --columns.label.
+    text: str | None = None  # Text, words to tag, or question; if unset, text, tokens or question.
+    pair: str | None = None  # Second text of a pair, passage, or common beginning of all options.
+    label: str | None = None  # Label; if unset, label, labels, tags or answers, by task.
+    # Several labels: one column of 0 and 1 per label, instead of --columns.label.
     indicators: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()  # Choice: a column for each option, or one that lists them (options if unset).
-    first_option: Annotated[int, Bounds(0, 1)] = 0  # Choice: what the label of the first option is if it is a number.
-    id: str | None = None  # Identifier of an example in predictions; its number in the file if unset.
+    options: tuple[str, ...] = ()  # Choice: one column per option, or one with a list of them (options if unset).
+    first_option: Annotated[int, Bounds(0, 1)] = 0  # Choice: the label of the first option, if labels are numbers.
+    id: str | None = None  # Identifier of an example in predictions; if unset, its number in the file.

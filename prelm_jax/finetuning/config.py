@@ -39,30 +39,30 @@ class FineTuning:
     batch_size: Size  # Examples of the global batch, over all devices and micro-batches; of tags and spans, windows.
     epochs: PositiveFloat  # How often each training example is read.
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")]
-    train: str | None = None  # File of labelled examples to train on: a path, a glob or tfds:NAME (docs/finetuning.md).
-    dev: str | None = None  # File of labelled examples to measure on while training, and to choose between seeds.
+    train: str | None = None  # File of labeled examples to train on: a path, a glob or tfds:NAME (docs/finetuning.md).
+    dev: str | None = None  # File of labeled examples to evaluate on during training, and to choose between seeds.
     # Model directory, work directory or hub:OWNER/NAME whose encoder and tokenizer to start from.
     init_from: str | None = None
-    scratch: bool = False  # Take only sizes and tokenizer from there, not the parameters: what is pretraining worth?
+    scratch: bool = False  # Take only sizes and tokenizer, not the parameters: shows what pretraining is worth.
     columns: Columns = dataclasses.field(default_factory=Columns)
     # Weight of each label in the training loss: balanced, so that rare labels count as much as frequent ones, or
-    # LABEL=WEIGHT for some; the others weigh 1. For a label each, and for tags without a CRF.
+    # LABEL=WEIGHT for some; the others weigh 1. For tasks with one label each, and for tags without a CRF.
     class_weights: tuple[str, ...] = ()
     metric: str | None = None  # Metric of the dev file by which the median seed is chosen; unset: the task's first.
     positive: str | None = None  # Label whose precision and recall the metric `f1` is about.
     warmup: FractionBelow1 = 0.1  # Fraction of the steps in which the learning rate rises.
-    # What is trained: all, or the head alone; then the encoder has neither dropout nor gradients.
+    # Train all parameters, or only the head; then the encoder has neither dropout nor gradients.
     tune: Literal["all", "head"] = "all"
-    layer_decay: Fraction = 1.0  # Factor of the learning rate from a layer to the one below; the top layer has one.
-    reinitialize_layers: NotNegative = 0  # Top layers, with BERT's pooler, that start from fresh parameters.
-    lm_coefficient: NotNegativeFloat = 0.0  # Weight of the loss of the next tokens, for a GPT.
-    # Longest row in tokens; unset or more than the model has positions: these, at most 512.
+    layer_decay: Fraction = 1.0  # Learning rate of each layer as a fraction of the layer's above; 1: all equal.
+    reinitialize_layers: NotNegative = 0  # Number of top layers to initialize afresh, with BERT's pooler.
+    lm_coefficient: NotNegativeFloat = 0.0  # Weight of the language-model loss, for GPT-1.
+    # Longest row in tokens, at most the model's number of positions; unset: that number, at most 512.
     max_length: Annotated[Length, Bounds(8, WIDTHS[-1])] | None = None
-    stride: Positive | None = None  # Tokens from a window to the next; unset: 128 in passages, half a row in sentences.
-    symmetric: bool = False  # The two texts of a pair have no order: a GPT reads both orders, and adds what it reads.
+    stride: Positive | None = None  # Tokens between starts of windows; unset: 128 in passages, half a row in sentences.
+    symmetric: bool = False  # The two texts of a pair have no order: GPT-1 reads both orders and adds the results.
     seed: Seed = 0  # Decides initial values, batches and dropout.
     precision: Literal["float32", "bfloat16"] = "float32"  # Of activations; parameters and moments stay float32.
-    accumulate: Size = 1  # Micro-batches a batch is cut into, one after the other, to save memory.
+    accumulate: Size = 1  # Number of micro-batches that a batch is cut into, to save memory.
 
     def __post_init__(self):
         check(self)

@@ -42,7 +42,7 @@ INITIALIZER_RANGE = 0.02  # BERT's and GPT-1's, for the classifier on any encode
 class HeadConfig:
     """What all heads share."""
 
-    mix: bool = False  # Read a learned mix of all layers instead of the last (for an encoder that is not trained).
+    mix: bool = False  # Read a learned mix of all layers instead of the last (for a frozen encoder).
     lstm_size: Size | None = None  # Width of an LSTM in each direction before the head; None: no LSTM.
     lstm_layers: Layers = 1  # Layers of that LSTM.
     dropout: FractionBelow1 = 0.1  # Dropout before the LSTM and before the classifier.
@@ -65,9 +65,9 @@ class Label(HeadConfig):
     """A class, several labels, or a number for a text or a pair of texts."""
 
     num_labels: Size | None = None  # Number of labels; None: as many as the training file has.
-    kind: Literal["label", "labels", "number"] = "label"  # One of them; any of them; a number (num_labels is 1).
+    kind: Literal["label", "labels", "number"] = "label"  # One label; any number of labels; a number (num_labels is 1).
     bias: bool = True  # Add a bias to the scores; GPT-1's published format has none.
-    pair: bool = False  # An example is two texts that are encoded apart (ELMo's pairs, GPT-1's two orders).
+    pair: bool = False  # Encode the two texts of an example separately (ELMo's pairs, GPT-1's two orders).
 
     reads_summary: ClassVar[bool] = True
 

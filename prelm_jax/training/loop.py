@@ -39,10 +39,10 @@ class LoopConfig:
     evaluate_every: Positive = 1000  # Steps between evaluations on held-out text; the last step is evaluated as well.
     # Number of held-out batches that an evaluation during training samples; `prelm evaluate` reads all of the text.
     evaluate_batches: Positive = 32
-    # Held-out texts to show the model's results for at each evaluation (not with fsdp); 0: none.
+    # Number of held-out texts to show the model's output for at each evaluation (not with fsdp); 0: none.
     samples: NotNegative = 4
     stop_after_no_gain: Positive | None = None  # Stop after this many evaluations without a new best one.
-    log_every: Positive = 50  # Steps between lines of metrics.jsonl and of the terminal.
+    log_every: Positive = 50  # Steps between log lines, in metrics.jsonl and on the terminal.
     tensorboard: bool = False  # Also write the metrics for TensorBoard.
     profile: NotNegative = 0  # Write a profiler trace of this many steps, from the 11th on, to profile/.
 

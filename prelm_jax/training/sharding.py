@@ -35,7 +35,7 @@ RULES = (
 class MeshConfig:
     """The devices to train on, and how the train state is spread over them."""
 
-    devices: Size | None = None  # Number of devices; all there are if unset.
+    devices: Size | None = None  # Number of devices; all of them if unset.
     # Where parameters and optimizer moments live: "replicated", a copy of both on every device; "zero1", sharded
     # moments (ZeRO stage 1, Rajbhandari et al. 2020); "fsdp", both sharded, for models too large for one device.
     parameters: Literal["replicated", "zero1", "fsdp"] = "replicated"
