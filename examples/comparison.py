@@ -1,12 +1,12 @@
 """BERT, GPT-1 and ELMo at equal words and at equal FLOPs: from text to one page (docs/study.md).
 
-Prints each `prelm` command before it runs it. What is done already is not done again: the same line resumes.
+Prints each `prelm` command before it runs it. The same command resumes.
 
-    python examples/comparison.py --corpus simplewiki.txt.xz --data data --output runs/study --seeds 3
+    python examples/comparison.py --corpus simplewiki.txt.xz --data data/study --output runs/study --seeds 3
 
-A run of a constant learning rate, one for each family and seed, is the trunk. At four fifths of a budget a branch
-leaves it: a copy whose learning rate falls to zero over the last fifth. So every model that is compared has had a whole
-schedule, and all budgets share most of the work.
+The trunk, one for each family and seed, is a run with a constant learning rate. At four fifths of each budget a branch
+leaves it: a copy whose learning rate falls to zero over the last fifth. So each compared model has a whole schedule,
+and all budgets share most of the work.
 """
 
 import argparse
@@ -88,15 +88,15 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--corpus", nargs="+", default=["python-docs"], help="text to train on, as prelm pretrain takes it")
     add("--corpus-words", type=int, help="use the documents up to this number of words; all if unset")
-    add("--data", type=Path, help="folder of the test sets; without it the models are trained, and not measured")
+    add("--data", type=Path, help="folder of the test sets; if unset, models are only trained")
     add(
         "--output", type=Path, default=Path("runs/study"), help="folder of the text, the runs, the records and the page"
     )
     add("--words", type=int, default=10_000_000, help="words seen at the first budget, all passes counted")
     add("--seeds", type=int, default=1, help="number of seeds")
-    add("--small", action="store_true", help="the models of 0.4 million parameters instead of 3.2")
-    add("--rates", nargs="+", type=float, default=[1.0], help="factors of the learning rates to choose among")
-    add("--pairs", type=int, default=100, help="minimal pairs of a paradigm; 0: all")
+    add("--small", action="store_true", help="models of 0.4 million parameters instead of 3.2")
+    add("--rates", nargs="+", type=float, default=[1.0], help="factors of the learning rate to choose from")
+    add("--pairs", type=int, default=100, help="minimal pairs per paradigm; 0: all")
     add("--tests", nargs="+", default=[*PAIRS, *VECTORS, *CONTEXT], help="tests of the models")
     add("--options", nargs="*", default=[], help="more options of prelm pretrain without dashes: precision=bfloat16")
     return parser.parse_args()

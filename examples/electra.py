@@ -1,4 +1,4 @@
-"""ELECTRA (Clark et al. 2020): a fourth family, outside of the package, in one file.
+"""ELECTRA (Clark et al. 2020): a fourth family, outside the package, in one file.
 
 A small generator fills masks; a discriminator predicts for every token whether it was replaced. Encoders, masked LM
 head and batches are BERT's; loop, checkpoints and commands are the same for every family.
@@ -35,12 +35,12 @@ from prelm_jax.training.optimizer import AdamW
 
 @dataclasses.dataclass(frozen=True)
 class ElectraConfig(BertConfig):
-    """The discriminator's sizes, and those in which the generator differs."""
+    """Sizes of the discriminator, and those of the generator that differ."""
 
     model_type: ClassVar[str] = "electra"
     generator_hidden_size: Size = 64  # Width of the generator's hidden states.
     generator_num_heads: Size = 1  # Attention heads of the generator.
-    generator_num_layers: Annotated[int, Bounds(0, 512)] = 12  # Its layers; 0: it only knows how frequent tokens are.
+    generator_num_layers: Annotated[int, Bounds(0, 512)] = 12  # Layers of the generator; 0: a unigram model.
     replaced_token_weight: NotNegativeFloat = 50.0  # Weight of the discriminator's loss; the generator's has 1.
 
     def build(self, dtype: jnp.dtype = jnp.float32) -> "Electra":

@@ -1,7 +1,7 @@
 """Tasks on a pretrained encoder.
 
 Each public function returns a FineTuning: `prelm finetune finetuning:NAME --help` explains it and lists its options.
-Where the examples are, the columns of their parts and what the labels mean: docs/finetuning.md.
+Files, columns and labels: docs/finetuning.md.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ def classify_gpt1() -> FineTuning:
     Target: accuracy of 91.3 on SST-2 with the published GPT-1 (test).
     Cost: 3 epochs.
 
-    For pairs whose texts have no order, which the paper reads in both orders: --symmetric.
+    For pairs without an order, which the paper reads in both orders, use --symmetric.
 
         prelm finetune finetuning:classify_gpt1 --init-from DIR --train train.tsv --dev dev.tsv
     """
@@ -60,10 +60,10 @@ def classify_gpt1() -> FineTuning:
 
 
 def classify_frozen() -> FineTuning:
-    """A class for each text or pair of texts, from the mixed layers of an encoder that is not trained, by an LSTM.
+    """A class for each text or pair of texts, by an LSTM on the mixed layers of a frozen encoder.
 
-    Target: to tell what an encoder knows; for ELMo the way it was published (Peters et al. 2018, 3.3).
-    Cost: 10 epochs of the forward pass.
+    Target: shows what an encoder knows; the published use of ELMo (Peters et al. 2018, 3.3).
+    Cost: 10 epochs without backward pass in the encoder.
 
         prelm finetune finetuning:classify_frozen --init-from DIR --train train.tsv --dev dev.tsv
     """
@@ -96,7 +96,7 @@ def choose() -> FineTuning:
     """The option that goes best with a text, by BERT's recipe (Devlin et al. 2018, 4.4).
 
     Target: accuracy of 81.6 on SWAG with the published BERT-base (dev).
-    Cost: 3 epochs, each option read like a text of its own.
+    Cost: 3 epochs; each option is read as a separate text.
 
         prelm finetune finetuning:choose --init-from DIR --train train.csv --dev dev.csv
     """
@@ -115,7 +115,7 @@ def choose_gpt1() -> FineTuning:
 
 
 def tag() -> FineTuning:
-    """A tag for each word, by BERT's recipe (Devlin et al. 2018, 5.3): names of things, parts of speech.
+    """A tag for each word, by BERT's recipe (Devlin et al. 2018, 5.3): named entities, parts of speech.
 
     Target: span F1 of 96.4 on CoNLL-2003 with the published cased BERT-base (dev).
     Cost: 3 epochs.
@@ -126,10 +126,10 @@ def tag() -> FineTuning:
 
 
 def tag_frozen() -> FineTuning:
-    """A tag for each word, from the mixed layers of an encoder that is not trained, by LSTMs and a CRF.
+    """A tag for each word, by LSTMs and a CRF on the mixed layers of a frozen encoder.
 
     Target: span F1 of 92.2 on CoNLL-2003 with the published ELMo and GloVe vectors (Peters et al. 2018, 4; test).
-    Cost: 10 epochs of the forward pass.
+    Cost: 10 epochs without backward pass in the encoder.
 
         prelm finetune finetuning:tag_frozen --init-from DIR --train train.conll --dev dev.conll
     """

@@ -1,8 +1,8 @@
-"""The comparison of the three families: as many parameters, the same text, lower-cased, and no next-sentence labels.
+"""The comparison of the three families: similar sizes, the same lower-cased text, and no next-sentence labels.
 
-Outside of vocabulary tables and softmax, the models of a size differ by less than 10 %: they have 3.2 to 3.3 million
-parameters, and the small ones 0.41 to 0.45 million. The learning rate is constant after the warm-up, so that a
-cool-down can branch off any checkpoint: `examples/comparison.py` trains such branches, and docs/study.md explains them.
+Without vocabulary tables and softmax, the models have 3.2 to 3.3 million parameters, the small ones 0.41 to 0.45. The
+learning rate is constant after the warm-up, so that a cool-down can branch off any checkpoint: `examples/comparison.py`
+trains such branches, and docs/study.md explains them.
 Each public function returns a Run: `prelm pretrain study:bert --help` explains it and lists its options.
 """
 
@@ -24,9 +24,9 @@ from prelm_jax.training.muon import Muon
 
 
 def bert() -> Run:
-    """BERT of the comparison: 4 layers of 256, 30 % of masked tokens, packed rows of whole sentences without pairs.
+    """BERT of the comparison: 4 layers of 256, 30 % of tokens masked, packed rows of whole sentences without pairs.
 
-    Target: a page of results beside `gpt1` and `elmo` at equal words and at equal FLOPs.
+    Target: results to compare with `gpt1` and `elmo` at equal words and at equal FLOPs.
     Cost: 20 minutes on two CPU cores.
 
         prelm pretrain study:bert --corpus simplewiki.txt.xz
@@ -46,7 +46,7 @@ def gpt1() -> Run:
 
 
 def elmo() -> Run:
-    """ELMo of the comparison: LSTMs of 672 in both directions; a softmax over up to 50,000 words, of which it samples.
+    """ELMo of the comparison: LSTMs of 672 in both directions; a sampled softmax over up to 50,000 words.
 
     Target: as `bert`.
     Cost: 20 minutes on two CPU cores.
@@ -59,7 +59,7 @@ def elmo() -> Run:
 def bert_small() -> Run:
     """BERT of the short comparison, `make study`: 2 layers of 128.
 
-    Target: as `bert`, with less to see.
+    Target: as `bert`, on a smaller scale.
     Cost: 3 minutes on two CPU cores.
 
         prelm pretrain study:bert_small
