@@ -1,10 +1,10 @@
-"""ELMo, GPT-1 and BERT in JAX and Flax: pretraining, and use of what was pretrained.
+"""ELMo, GPT-1 and BERT in JAX and Flax: pretrain, fine-tune and use them.
 
 The public interface, imported when it is first used:
 
     model = prelm_jax.load("my-bert")               # a model directory or a work directory
     summary = prelm_jax.pretrain(run, "runs/mine")  # run: a prelm_jax.Run
-    path, results = prelm_jax.finetune(task)        # task: a FineTuning, of experiments/finetuning.py for example
+    path, results = prelm_jax.finetune(task)        # task: a FineTuning, for example from experiments/finetuning.py
     prelm_jax.write_report(["runs/mine"], "report.html")
 """
 

@@ -23,14 +23,14 @@ from prelm_jax.workdir import WorkDir
 def load(path: str | os.PathLike, step: Step = "newest", lowercase: bool = True) -> Pretrained:
     """A pretrained model, on the first device.
 
-    path: a model directory (Hugging Face's for BERT and GPT-1, that of sentence-transformers with such an encoder,
-    Google's for BERT, OpenAI's for GPT-1, bilm-tf's for ELMo), a model of the Hugging Face hub (hub:OWNER/NAME or
-    hub:OWNER/NAME@REVISION), or a work directory, whose checkpoint of `step` is taken: a step number, "newest", or
-    "best" (lowest held-out loss). lowercase: whether text is lower-cased for a vocab.txt without tokenizer_config.json,
-    as transformers assumes.
+    path: a model directory (Hugging Face's for BERT and GPT-1, sentence-transformers' with such an encoder, Google's
+    for BERT, OpenAI's for GPT-1, bilm-tf's for ELMo), a model of the Hugging Face hub (hub:OWNER/NAME or
+    hub:OWNER/NAME@REVISION), or a work directory.
+    step: the checkpoint of a work directory: a step number, "newest", or "best" (lowest held-out loss).
+    lowercase: whether to lower-case text if there is a vocab.txt but no tokenizer_config.json, as transformers does.
 
-    Raises InputError where there is none, naming what is missing. A fine-tuned model is a
-    `prelm_jax.inference.heads.TaskPretrained`.
+    A fine-tuned model is a `prelm_jax.inference.heads.TaskPretrained`. Raises InputError that names what is missing if
+    there is no model at `path`.
 
         model = load("runs/bert-mini")
         model.fill("Paris is the [MASK] of France.")

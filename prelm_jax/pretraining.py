@@ -78,12 +78,12 @@ def prepare(run: Run, make_shards: preparation.MakeShards | None = None, print_n
 
 
 def pretrain(run: Run, workdir: str | os.PathLike, extend_to: int | None = None, take_over: bool = False) -> Summary:
-    """Trains a run in a work directory, or resumes it there; returns how it does on held-out text.
+    """Trains a run in a work directory, or resumes it there; returns its evaluation on held-out text.
 
-    extend_to: train on to this step, with the optimizer of `run`, its schedule ending there (see `train.train`).
-    take_over: end the lease of another process on a bucket or a network disk without waiting (lock.py).
+    extend_to: extend the run to this step, with the optimizer of `run` and a schedule that ends there (`train.train`).
+    take_over: in a bucket or on a network disk, take over the lease of a dead process without waiting (lock.py).
 
-    Raises InputError for what the user can mend, Preempted when SIGTERM stopped the run after saving.
+    Raises InputError for errors that the user can fix, Preempted if SIGTERM stopped the run after saving.
 
         pretrain(experiments.bert.demo(), "runs/bert-demo")
     """
@@ -141,10 +141,10 @@ def evaluate(
     depend on batch size, devices and seed.
 
     Args:
-        experiment: for a model from outside of the package, a run of it, which tells the classes that run.json cannot.
+        experiment: for a model defined outside the package, a run of it, for the classes that run.json cannot name.
         sample: fraction of the text to read, spread over it.
         batch_size: rows on all devices at once; the run's own if None.
-        devices: number of devices; all there are if None.
+        devices: number of devices; all of them if None.
     """
     directory = WorkDir(workdir)
     record = directory.read_record()

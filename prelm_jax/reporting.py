@@ -13,11 +13,11 @@ from prelm_jax.workdir import WorkDir
 
 
 def write_report(paths: Sequence[str | os.PathLike], output: str | os.PathLike) -> Path | None:
-    """Writes the page of some runs, fine-tunings and studies; returns the folder of its data, if it has any.
+    """Writes one page for runs, fine-tunings and studies; returns the folder of its data, if there is a study.
 
-    Of a fine-tuning it shows all seeds and what the median one got wrong. With a study (a directory of records) its
-    scores come first, and the results of fine-tunings are among them; the data of its figures and the tables as CSV and
-    LaTeX are written to a folder beside the page as well: `report-data` for `report.html`.
+    For a fine-tuning it shows all seeds and the mistakes of the median seed. The scores of a study (a directory of
+    records) come first, with the results of the given fine-tunings; the data of its figures and tables are also written
+    as CSV and LaTeX to a folder next to the page: `report-data` for `report.html`.
 
     Raises InputError for a path that is none of these.
 

@@ -37,12 +37,12 @@ from prelm_jax.workdir import WorkDir
 def finetune(
     run: FineTuning, workdir: str | os.PathLike | None = None, seeds: int = 3, take_over: bool = False
 ) -> tuple[Path, Results]:
-    """Trains a task with the seeds 0 to `seeds` - 1, each in a work directory of its own; resumes what is there.
+    """Trains a task with the seeds 0 to `seeds` - 1, each in its own work directory, or resumes it.
 
-    Returns the directory above them and the results of all that are complete, which results.json there holds as well.
+    Returns the directory above the seeds, and the results of all complete seeds, as in its results.json.
 
-    workdir: that directory; by default runs/<task>-<stem of the training file>-<8 hex of the identity>.
-    Raises InputError for what the user can mend, Preempted when SIGTERM stopped a training after saving.
+    workdir: that directory; by default runs/<task>-<stem of the training file>-<8 hex digits of the identity>.
+    Raises InputError for errors that the user can fix, Preempted if SIGTERM stopped a training after saving.
     """
     task = prepare_task(run)
     path = reachable(workdir) if workdir is not None else default_workdir(task)

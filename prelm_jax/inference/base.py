@@ -73,30 +73,30 @@ class Pretrained(abc.ABC, Generic[Config, Vocabulary]):
     def score_sentences(self, texts: Collection[str]) -> Iterator[SentenceScore]:
         """For each text, in order, the score by which its family compares sentences (minimal pairs).
 
-        Each token is scored, the first too. A text's score has the same bits whatever other texts there are.
+        Every token is scored, including the first. A text's score does not depend on the other texts, bit for bit.
         """
 
     @abc.abstractmethod
     def embed_words(self, sentences: Iterable[Sequence[str]]) -> Iterator[np.ndarray]:
         """For each sentence, a sequence of words, their hidden states, f32 [L + 1, words, D].
 
-        A word is the mean of its subwords. A sentence that is too long is read in parts, cut between words.
+        A word's vector is the mean of its subwords'. A sentence that is too long is read in parts, cut between words.
 
             next(load("bert-mini").embed_words([["The", "list", "is", "returned", "."]])).shape  # (5, 5, 256)
         """
 
     @abc.abstractmethod
     def sample(self, texts: Sequence[str], count: int) -> list[Sample]:
-        """What the model does with the first `count` texts, for people to read; the same each time.
+        """The model's output for the first `count` texts, for people to read; the same at each call.
 
-        Texts that are too short or too long for it are left out.
+        Skips texts that are too short or too long.
         """
 
 
 def write_embeddings(
     model: Pretrained[Config, Vocabulary], lines: Collection[str], path: str | os.PathLike, **options: object
 ) -> None:
-    """Embeds lines into an HDF5 file, which appears when it is complete. `options` go to the model's `embed`.
+    """Embeds lines into an HDF5 file, which appears once it is complete. `options` go to the model's `embed`.
 
     Raises InputError if `path` is a directory, a device or a pipe.
 
