@@ -57,7 +57,7 @@ NO_LABEL = -100  # What PyTorch's cross entropy leaves out.
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A labelled data set. `metric`: the one that its papers report. `examples`: of the training file, drawn once."""
+    """A labeled data set. `metric`: the one that its papers report. `examples`: of the training file, drawn once."""
 
     kind: Kind
     train: str

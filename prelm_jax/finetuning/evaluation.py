@@ -1,4 +1,4 @@
-"""Evaluation of a fine-tuned model on a labelled file: the metrics of its task beside their trivial baselines."""
+"""Evaluation of a fine-tuned model on a labeled file: the metrics of its task beside their trivial baselines."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ class Evaluated(NamedTuple):
 def evaluate(
     model: TaskPretrained, spec: str, columns: Columns | None = None, positive: str | None = None
 ) -> Evaluated:
-    """Scores a model on the examples of a labelled file, each of them once; prints what was left out or cut.
+    """Scores a model on the examples of a labeled file, each of them once; prints what was left out or cut.
 
     positive: the label whose F1 is asked for. Raises InputError for what the user can mend in the file: labels that
     the model does not know, a column that is not there.

@@ -63,7 +63,7 @@ class LabelledData(NamedTuple):
 
 @dataclass(frozen=True)
 class FileSpec:
-    """A parsed SPEC of a labelled file."""
+    """A parsed SPEC of a labeled file."""
 
     location: str
     format: Format | None = None  # By the ending of the name if unset.

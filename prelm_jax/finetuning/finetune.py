@@ -1,4 +1,4 @@
-"""Fine-tuning: labelled files -> frames -> batches -> train -> results, for one seed after the other."""
+"""Fine-tuning: labeled files -> frames -> batches -> train -> results, for one seed after the other."""
 
 import dataclasses
 import os

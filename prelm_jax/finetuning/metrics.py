@@ -1,4 +1,4 @@
-"""Metrics of labelled examples, each with its sampling error, and the trivial baselines to compare them with.
+"""Metrics of labeled examples, each with its sampling error, and the trivial baselines to compare them with.
 
 Every metric is a function of a sum over examples: of how often each label was right, predicted and gold, for example.
 So its sampling error is the jackknife's, from the sums that leave one example out; an accuracy's is the textbook's

@@ -1,4 +1,4 @@
-"""Records: what the readers of labelled files yield, and the functions that several of them need."""
+"""Records: what the readers of labeled files yield, and the functions that several of them need."""
 
 import json
 import re

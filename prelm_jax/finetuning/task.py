@@ -1,4 +1,4 @@
-"""A task: labelled files, read and framed, and the model that its seeds start from."""
+"""A task: labeled files, read and framed, and the model that its seeds start from."""
 
 import dataclasses
 import hashlib

@@ -11,7 +11,7 @@ The parameters of the encoder have the paths that they have in its pretraining m
     label_weights               float32 [B, K]
 
 S is 1 but for choices and for pairs that are encoded apart. K is 1 but for tags and where rows are packed: then the
-examples of a row, each a segment, are labelled in their order. A text of a choice that is not read is none.
+examples of a row, each a segment, are labeled in their order. A text of a choice that is not read is none.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ A probe is trained on some sentences of a treebank with the states of one layer;
 and so should be the layer. Kinds of rows: "" is the test part, and
 
     dev        the dev part
-    control    words labelled by a random but fixed label of their type: what the probe can learn by heart
+    control    words labeled by a random but fixed label of their type: what the probe can learn by heart
                (Hewitt and Liang 2019); accuracy less control accuracy is the selectivity
     majority   the most frequent label of the word (of a sentence: of all) in the training part
 
