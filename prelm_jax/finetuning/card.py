@@ -40,7 +40,7 @@ METRIC_TYPES = {
 
 
 def task_card(results: Results, seed: int, name: str, library: str, command: str) -> str:
-    """README.md of an exported seed: usage, data, results of all seeds beside the baselines, and a model-index.
+    """README.md of an exported seed: usage, data, results of all seeds with baselines, and a model-index.
 
     name: of the model. library: that reads the directory. command: that trained it.
     """

@@ -1,4 +1,4 @@
-"""Evaluation of a fine-tuned model on a labeled file: the metrics of its task beside their trivial baselines."""
+"""Evaluation of a fine-tuned model on a labeled file: the metrics of its task with their trivial baselines."""
 
 from typing import NamedTuple
 

@@ -200,7 +200,7 @@ class DevEvaluation:
         return []
 
     def describe(self, values: Mapping[str, float]) -> str:
-        """Metrics beside their best trivial baselines."""
+        """Metrics with their best trivial baselines."""
 
         def shown(name: str, value: float) -> str:
             best = max(self._baselines.get(name, {}).values(), default=None)

@@ -1,4 +1,4 @@
-"""The section of the report page about a fine-tuning: seeds beside baselines, and what the median seed gets wrong."""
+"""The section of the report page about a fine-tuning: seeds, baselines, and mistakes of the median seed."""
 
 import os
 from collections import Counter

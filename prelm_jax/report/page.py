@@ -1,4 +1,4 @@
-"""The report page: the curves of one or several runs beside their baselines, in one HTML file that loads nothing else.
+"""The report page: the curves of one or more runs with their baselines, in one self-contained HTML file.
 
 Samples, settings and counts of the text follow. The page is a pure function of the work directories: the same metrics
 give the same bytes.

@@ -121,7 +121,7 @@ LOSS = "evaluation/loss"
 
 
 def model_card(workdir: WorkDir, run: Run, step: int, model: LoadedModel, format: Format, name: str) -> str:
-    """README.md of an exported checkpoint: usage, size, corpus, held-out metrics beside their baselines, command."""
+    """README.md of an exported checkpoint: usage, size, corpus, held-out metrics with their baselines, command."""
     record = workdir.read_record()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     positions = step * run.batch_size * run.data.max_length
