@@ -21,7 +21,7 @@ from prelm_jax.serving.fields import MAX_TEXTS, is_ids, is_text, texts
 from prelm_jax.serving.protocol import Refusal
 
 CHARACTERS_PER_TOKEN = 250  # A text that is longer, for the tokens that the model takes, is not tokenized.
-CHARACTERS_AT_ONCE = 20_000  # What the event loop tokenizes in a few milliseconds.
+CHARACTERS_AT_ONCE = 5_000  # What the event loop tokenizes in a few milliseconds.
 
 
 @dataclasses.dataclass(frozen=True)
