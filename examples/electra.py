@@ -35,7 +35,7 @@ from prelm_jax.training.optimizer import AdamW
 
 @dataclasses.dataclass(frozen=True)
 class ElectraConfig(BertConfig):
-    """Sizes of the discriminator, and those of the generator that differ."""
+    """Sizes of the discriminator, and the sizes of the generator where they differ."""
 
     model_type: ClassVar[str] = "electra"
     generator_hidden_size: Size = 64  # Width of the generator's hidden states.

@@ -190,7 +190,7 @@ class Program:
         return total
 
     def serial_products(self) -> int:
-        """Products that wait for each other in loops: those of the longest chain of an iteration, in all iterations."""
+        """Dependent products in loops: the longest chain of an iteration times the number of iterations."""
         return self._serial(self._entry)
 
     def _serial(self, name: str) -> int:

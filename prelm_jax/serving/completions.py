@@ -11,7 +11,8 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from prelm_jax.inference.gpt import GPTPretrained
-from prelm_jax.serving.batcher import SECONDS_TO_ANSWER, Batcher, Generation
+from prelm_jax.serving.batcher import SECONDS_TO_ANSWER, Batcher
+from prelm_jax.serving.lanes import Generation
 from prelm_jax.serving.protocol import Refusal, dumps, failure
 from prelm_jax.training.contract import Params
 

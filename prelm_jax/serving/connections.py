@@ -24,7 +24,7 @@ class LimitedProtocol(HttpToolsProtocol):
     header_seconds, request_seconds, header_bytes = HEADER_SECONDS, REQUEST_SECONDS, HEADER_BYTES
     max_connections = MAX_CONNECTIONS
     _timer: asyncio.TimerHandle | None = None
-    _overhead = 0  # Bytes of the headers and of the framing of the body, minus those of the body.
+    _overhead = 0  # Bytes of headers and of the body's framing, minus bytes of the body.
     _in_headers = True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

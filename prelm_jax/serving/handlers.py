@@ -18,9 +18,9 @@ from prelm_jax.errors import InputError
 from prelm_jax.inference.decoding import Prediction
 from prelm_jax.inference.pooling import MODES, Pooling, cosines, parse_modes
 from prelm_jax.serving import fields as of
-from prelm_jax.serving.batcher import AnyQuery
 from prelm_jax.serving.completions import Choice, Completion, Sampling, Token, stream
 from prelm_jax.serving.fields import Fields
+from prelm_jax.serving.lanes import AnyQuery
 from prelm_jax.serving.model import Text
 from prelm_jax.serving.protocol import Refusal, in_base64, reply
 from prelm_jax.serving.service import Service

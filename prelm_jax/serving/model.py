@@ -15,9 +15,9 @@ from prelm_jax.inference.gpt import GPTPretrained
 from prelm_jax.inference.heads import METHODS, TaskPretrained
 from prelm_jax.inference.pooling import Pooling
 from prelm_jax.inference.transformer import TransformerPretrained
-from prelm_jax.serving.batcher import AnyProgram, AnyQuery
 from prelm_jax.serving.completions import Token
 from prelm_jax.serving.fields import MAX_TEXTS, is_ids, is_text, texts
+from prelm_jax.serving.lanes import AnyProgram, AnyQuery
 from prelm_jax.serving.protocol import Refusal
 
 CHARACTERS_PER_TOKEN = 250  # A text that is longer, for the tokens that the model takes, is not tokenized.

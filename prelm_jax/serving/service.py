@@ -3,7 +3,8 @@
 import time
 from importlib import resources
 
-from prelm_jax.serving.batcher import AnyProgram, Batcher
+from prelm_jax.serving.batcher import Batcher
+from prelm_jax.serving.lanes import AnyProgram
 from prelm_jax.serving.metrics import SECONDS, Counter, Gauge, Histogram, render
 from prelm_jax.serving.model import ServedModel
 from prelm_jax.serving.protocol import Refusal

@@ -27,7 +27,7 @@ class Interval(NamedTuple):
 
 
 class Statistic(NamedTuple):
-    """A metric of some rows: `of(times_BG)` is f64 [B] for samples in which each group occurs so many times."""
+    """A metric of some rows: `of(times_BG)` is f64 [B] for samples that contain each group `times_BG` times."""
 
     num_groups: int
     of: Callable[[np.ndarray], np.ndarray]
@@ -66,7 +66,7 @@ def _spearman(rows: Sequence[Row]) -> Statistic:
 
 
 def _centered_ranks(level_N: np.ndarray, times_BN: np.ndarray) -> np.ndarray:
-    """The ranks of items minus their mean, where each occurs so many times; those of one level share the mean rank.
+    """The ranks of items minus their mean, item n of sample b counted `times_BN` times; items of one level share the mean rank.
 
     Levels 1 0 1 and times 1 1 2 are the values 1 0 1 1, whose ranks are 3 1 3 3, and their mean 2.5.
     """

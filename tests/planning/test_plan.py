@@ -187,7 +187,7 @@ def test_sharded_states_leave_activations_where_they_are(parameters, quick_compi
     step = compile_step(run, mesh.build(compile_only_devices("v5e:4x4", 1)), run_work(run)(run.batch_size))
     sizes = [leaf.size for leaf in jax.tree.leaves(step.state.params)]
     exchanged = sum(each.bytes for each in Program(step.compiled.as_text()).collectives())
-    # Gradients are summed in f32, those of the tied table twice; parameters are gathered once.
+    # Gradients are summed in f32, the tied table's twice; parameters are gathered once.
     assert exchanged < 4.01 * (2 * sum(sizes) + max(sizes))
 
 

@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("starlette", reason="needs the extra serve: pip install 'prelm_jax[serve]'")
 
 from prelm_jax.inference.batching import Program, Query, full_rows
-from prelm_jax.serving.batcher import CPU_TOKENS, Batcher, Generation, choose_rows
+from prelm_jax.serving.batcher import CPU_TOKENS, Batcher
+from prelm_jax.serving.lanes import Generation, choose_rows
 from prelm_jax.serving.protocol import Refusal
 
 
