@@ -66,7 +66,7 @@ def _spearman(rows: Sequence[Row]) -> Statistic:
 
 
 def _centered_ranks(level_N: np.ndarray, times_BN: np.ndarray) -> np.ndarray:
-    """The ranks of items minus their mean, item n of sample b counted `times_BN` times; items of one level share the mean rank.
+    """The ranks of items minus their mean; each item counts `times_BN` times, and equal levels share their mean rank.
 
     Levels 1 0 1 and times 1 1 2 are the values 1 0 1 1, whose ranks are 3 1 3 3, and their mean 2.5.
     """
