@@ -12,9 +12,10 @@ import tyro
 from prelm_jax.bounds import Size
 from prelm_jax.cli.models import load_kind
 from prelm_jax.cli.options import ModelPath, Positional, Step
+from prelm_jax.corpus.readers import extension
 from prelm_jax.data.examples import Answers, Columns, Example
 from prelm_jax.errors import InputError
-from prelm_jax.storage import check_apart, output_directory, read_lines
+from prelm_jax.storage import check_apart, output_directory
 
 if TYPE_CHECKING:
     from prelm_jax.inference.decoding import Prediction
@@ -25,7 +26,7 @@ Input = Annotated[
     Positional,
     tyro.conf.arg(help="File of examples as SPEC (docs/finetuning.md), labels not needed; or .txt, one text per line."),
 ]
-Json = Annotated[bool, tyro.conf.arg(help="Print one JSON object per line: id, prediction, and scores by name.")]
+Json = Annotated[bool, tyro.conf.arg(help="Print one JSON object per line: id, prediction, and probabilities by name.")]
 
 ALL_USUAL = Columns()
 
@@ -46,7 +47,7 @@ def classify(
         if json:
             _print_json(example, prediction, loaded.labels)
         elif loaded.kind == "label":
-            print(f"{prediction.label}\t{max(prediction.scores):.4f}")
+            print(f"{prediction.label}\t{max(prediction.probabilities):.4f}")
         elif loaded.kind == "number":
             print(f"{prediction.label:.4f}")
         else:
@@ -80,7 +81,7 @@ def choose(
         if json:
             _print_json(example, prediction, loaded.labels)
         else:
-            print(f"{prediction.label}\t{max(prediction.scores):.4f}")
+            print(f"{prediction.label}\t{max(prediction.probabilities):.4f}")
 
 
 def answer(
@@ -138,9 +139,10 @@ def _predict(
 ) -> "tuple[list[Example], list[Prediction]]":
     """The examples of a file and their predictions; says on the standard error what was left out or cut."""
     from prelm_jax.finetuning.files import print_counts, read_examples
+    from prelm_jax.finetuning.records import text_lines
 
-    if spec.endswith(".txt") and model.kind in ("label", "labels", "number", "tags"):
-        lines = read_lines(spec)
+    if extension(spec) == ".txt" and model.kind in ("label", "labels", "number", "tags"):
+        lines = [line.rstrip("\r\n") for _, line in text_lines(spec)]
         parts = [(tuple(line.split()),) if model.kind == "tags" else (line,) for line in lines]
         examples = [Example(str(i), (each,)) for i, each in enumerate(parts) if each != ((),)]
         counts = {"blank lines": len(lines) - len(examples)} if len(examples) < len(lines) else {}
@@ -154,8 +156,10 @@ def _predict(
 
 
 def _print_json(example: Example, prediction: "Prediction", labels: Sequence[str]) -> None:
-    scores: object = prediction.scores
-    if len(labels) == len(prediction.scores) and not isinstance(example.sequences[0][0], tuple):
-        scores = dict(zip(labels, prediction.scores, strict=True))
-    record = {"id": example.id, "prediction": prediction.label, **({"scores": scores} if prediction.scores else {})}
+    probabilities: object = prediction.probabilities
+    if len(labels) == len(prediction.probabilities) and not isinstance(example.sequences[0][0], tuple):
+        probabilities = dict(zip(labels, prediction.probabilities, strict=True))
+    record: dict[str, object] = {"id": example.id, "prediction": prediction.label}
+    if prediction.probabilities:
+        record["probabilities"] = probabilities
     print(json.dumps(record, ensure_ascii=False))

@@ -50,9 +50,9 @@ def write_predictions(
         if isinstance(predicted, Answers):
             predicted = predicted.texts[0] if predicted.texts else ""
         rounded = None
-        if found.scores and kind != "tags":
-            names = labels or map(str, range(len(found.scores)))
-            rounded = {name: round(x, 6) for name, x in zip(names, found.scores, strict=True)}
+        if found.probabilities and kind != "tags":
+            names = labels or map(str, range(len(found.probabilities)))
+            rounded = {name: round(x, 6) for name, x in zip(names, found.probabilities, strict=True)}
         line = PredictionLine(example.id, " | ".join(dict.fromkeys(parts))[:SHOWN], gold, predicted, rounded)
         lines.append(json.dumps(dataclasses.asdict(line), ensure_ascii=False) + "\n")
     write_file(reachable(path), "".join(lines).encode())

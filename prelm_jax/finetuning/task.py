@@ -141,7 +141,7 @@ def _read_files(run: FineTuning) -> tuple[LabelledData, LabelledData, tuple[str,
     check_labels(str(run.dev), dev_data, run.kind, names)
     texts = {example.sequences for example in train_data.examples}
     both = sum(example.sequences in texts for example in dev_data.examples)
-    dev_data.counts.update({f"examples that {run.train} has, too": both} if both else {})
+    dev_data.counts.update({f"of its examples also in {run.train}": both} if both else {})
     metrics.check_positive(run.kind, run.positive, names)
     if run.metric is not None:
         gold = gold_labels(dev_data.examples)

@@ -38,12 +38,13 @@ class Candidate(NamedTuple):
 class Prediction(NamedTuple):
     """What a model predicts for an example.
 
-    `label` has the form of `Example.label`. `scores`: a probability for each label that the model knows, each choice
-    or for the tag of each word (with a CRF, by the scores of the word alone); none for numbers and answers.
+    `label` has the form of `Example.label`. `probabilities`: one for each label that the model knows,
+    for each choice, or for the tag of each word (with a CRF, by the scores of the word alone); none for numbers and
+    answers.
     """
 
     label: Label
-    scores: tuple[float, ...] = ()
+    probabilities: tuple[float, ...] = ()
     candidates: tuple[Candidate, ...] = ()  # Of an answer, the best first; the one without text is that there is none.
     null_difference: float = 0.0  # The score of no answer minus that of the best answer.
 

@@ -44,7 +44,7 @@ Input = TypeVar("Input")
 class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
     """An encoder with the head of a task. `pretrained` is the encoder without it, and embeds and scores.
 
-    labels: the names of classes or tags, in the order of the `scores` of predictions. kind: of these predictions.
+    labels: the names of classes or tags, in the order of a prediction's `probabilities`. kind: of these predictions.
     """
 
     def __init__(

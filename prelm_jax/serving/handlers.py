@@ -227,7 +227,7 @@ class Handlers:
         words = [tuple(each.split() if isinstance(each, str) else each) for each in fields[of.TAGGED]]
         found = await self._predict([Example(str(i), ((each,),)) for i, each in enumerate(words)], "texts")
         results = [
-            {"words": each, "tags": prediction.label, "probabilities": prediction.scores}
+            {"words": each, "tags": prediction.label, "probabilities": prediction.probabilities}
             for each, (prediction, _) in zip(words, found, strict=True)
         ]
         return reply({"results": results})
@@ -284,10 +284,10 @@ class Handlers:
     def _labelled(self, prediction: Prediction, is_cut: bool) -> dict[str, object]:
         model, _ = self.service.ready
         assert model.task is not None
-        scores: object = prediction.scores
-        if len(model.task.labels) == len(prediction.scores):
-            scores = dict(zip(model.task.labels, prediction.scores, strict=True))
-        return {"label": prediction.label, "probabilities": scores, "truncated": is_cut}
+        probabilities: object = prediction.probabilities
+        if len(model.task.labels) == len(prediction.probabilities):
+            probabilities = dict(zip(model.task.labels, prediction.probabilities, strict=True))
+        return {"label": prediction.label, "probabilities": probabilities, "truncated": is_cut}
 
     async def openai_completions(self, fields: Fields, request: Request) -> Response:
         """OpenAI's completions. An option that is not supported is refused, unless its value changes nothing."""

@@ -1,5 +1,6 @@
 """classify, tag, choose, answer: of directories with heads."""
 
+import gzip
 import json
 
 import jax
@@ -83,15 +84,17 @@ def test_classify_reads_texts_and_tables(models, printed, tmp_path):
     (tmp_path / "texts.txt").write_text("".join(f"{text}\n" for text in texts))
     expected = load(models / "label").classify(texts)
     lines, notes = printed("classify", models / "label", tmp_path / "texts.txt")
-    assert lines == [f"{each.label}\t{max(each.scores):.4f}" for each in expected]
+    assert lines == [f"{each.label}\t{max(each.probabilities):.4f}" for each in expected]
     assert any("1 of 3" in note and "32 tokens" in note for note in notes)
+    (tmp_path / "texts.txt.gz").write_bytes(gzip.compress("".join(f"{text}\r\n" for text in texts).encode("utf-8-sig")))
+    assert printed("classify", models / "label", tmp_path / "texts.txt.gz")[0] == lines
     (tmp_path / "pairs.csv").write_text('number,a,b\n7,"the, cat",sat\n8,on,mat\n')
     options = ["--columns.text", "a", "--columns.pair", "b", "--columns.id", "number", "--json"]
     lines, _ = printed("classify", models / "label", tmp_path / "pairs.csv", *options)
     found = [json.loads(line) for line in lines]
     expected = load(models / "label").classify([("the, cat", "sat"), ("on", "mat")])
     assert [(each["id"], each["prediction"]) for each in found] == [("7", expected[0].label), ("8", expected[1].label)]
-    assert found[0]["scores"] == dict(zip(("no", "yes"), expected[0].scores, strict=True))
+    assert found[0]["probabilities"] == dict(zip(("no", "yes"), expected[0].probabilities, strict=True))
 
 
 def test_several_labels_and_numbers(models, printed, tmp_path):
@@ -129,7 +132,7 @@ def test_choose_prints_the_number_of_an_option(models, printed, tmp_path):
     (tmp_path / "choices.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
     expected = load(models / "choice").choose(choices)
     lines, _ = printed("choose", models / "choice", tmp_path / "choices.jsonl")
-    assert lines == [f"{each.label}\t{max(each.scores):.4f}" for each in expected]
+    assert lines == [f"{each.label}\t{max(each.probabilities):.4f}" for each in expected]
 
 
 def test_answer_writes_the_files_of_the_scorer(models, printed, tmp_path):

@@ -181,7 +181,7 @@ def test_what_is_said_about_files_and_results(world, trained, tmp_path, capsys):
     """Examples that are in both files, and that no seed is above the baseline."""
     shutil.copy(world / "train.tsv", tmp_path / "dev.tsv")
     prepare_task(make(world, dev=f"{tmp_path}/dev.tsv"))
-    assert f"{tmp_path}/dev.tsv: 26 examples " in capsys.readouterr().err
+    assert f"{tmp_path}/dev.tsv: 26 of its examples " in capsys.readouterr().err
     run = shutil.copytree(trained, tmp_path / "run")
     results = read_results(run)
     for value, found in ((0.0, True), (1.0, False)):
@@ -211,7 +211,7 @@ def test_export_and_use(world, trained, tmp_path, capsys):
         found = load(source).classify(texts)
         assert [each.label for each in found] == [each.prediction for each in expected]
         for each, other in zip(found, expected, strict=True):
-            np.testing.assert_allclose(each.scores, list(other.probabilities.values()), atol=1e-5)
+            np.testing.assert_allclose(each.probabilities, list(other.probabilities.values()), atol=1e-5)
     card = (tmp_path / "model" / "README.md").read_text()
     assert "model-index" in card and "library_name: transformers" in card
     for source in (trained, tmp_path / "model"):  # Of all seeds the median.

@@ -31,15 +31,15 @@ def test_labels_numbers_and_choices(tokenizer):
     found = decode("label", texts, rows, outputs, ("a", "b", "c"))
     assert [each.label for each in found] == ["b", "a"]
     exponentials = np.exp([0.3, 2.0, 1.0])
-    np.testing.assert_allclose(found[0].scores, exponentials / exponentials.sum(), rtol=1e-6)
+    np.testing.assert_allclose(found[0].probabilities, exponentials / exponentials.sum(), rtol=1e-6)
     found = decode("labels", texts, rows, outputs, ("a", "b", "c"))
     assert [each.label for each in found] == [("a", "b", "c"), ("a",)]
-    np.testing.assert_allclose(found[1].scores, 1 / (1 + np.exp([-3.0, 0, 1])), rtol=1e-6)
+    np.testing.assert_allclose(found[1].probabilities, 1 / (1 + np.exp([-3.0, 0, 1])), rtol=1e-6)
     assert [x.label for x in decode("number", texts, rows, [{"scores": np.array([x])} for x in (1.5, -2)])] == [1.5, -2]
     choices = [Example("0", (("w1", "w2"), ("w1", "w3")))]
     rows = frame_of(tokenizer, "choice", choices, 16)
     (found,) = decode("choice", choices, rows, [{"scores": np.array([0.0, 1.0, 9.0])}])  # The third is padding.
-    assert found.label == 1 and len(found.scores) == 2 and sum(found.scores) == pytest.approx(1)
+    assert found.label == 1 and len(found.probabilities) == 2 and sum(found.probabilities) == pytest.approx(1)
 
 
 def test_scores_of_any_size_are_probabilities(tokenizer):
@@ -47,7 +47,7 @@ def test_scores_of_any_size_are_probabilities(tokenizer):
     rows = frame_of(tokenizer, "label", texts, 16)
     for kind in ("label", "labels"):
         (found,) = decode(kind, texts, rows, [{"scores": np.array([-2000.0, 3000.0], np.float32)}], ("a", "b"))
-        assert found.scores == (0.0, 1.0)
+        assert found.probabilities == (0.0, 1.0)
 
 
 def test_tags_of_a_long_sentence_come_from_the_window_with_most_context(tokenizer):
@@ -65,7 +65,7 @@ def test_tags_of_a_long_sentence_come_from_the_window_with_most_context(tokenize
     found = decode("tags", examples, rows, outputs, ("x", "y", "z"))
     assert found[0].label == tuple("xyz"[i] for i in tags)
     assert found[1].label == ("z",)
-    assert all(1 / 3 < p < 1 for p in found[0].scores) and len(found[0].scores) == 23
+    assert all(1 / 3 < p < 1 for p in found[0].probabilities) and len(found[0].probabilities) == 23
 
 
 def test_the_windows_of_a_passage_of_600_tokens_are_the_reference_s(tokenizer):

@@ -77,7 +77,7 @@ def test_classify_is_the_pipeline_of_the_export(case, exported, used):
         if model.kind == "number":
             assert ours.label == pytest.approx(by_name["LABEL_0"], abs=2e-5)
             continue
-        np.testing.assert_allclose(ours.scores, [by_name[name] for name in NAMES], atol=2e-5)
+        np.testing.assert_allclose(ours.probabilities, [by_name[name] for name in NAMES], atol=2e-5)
         best = max(by_name, key=by_name.__getitem__)
         likely = tuple(name for name in NAMES if by_name[name] > 0.5)
         assert ours.label == (likely if model.kind == "labels" else best)
@@ -92,7 +92,7 @@ def test_tags_are_those_of_the_first_subword_of_each_word(exported, used):
         first = [encoded.word_ids().index(i) for i in range(len(words))]
         logits = tagger.model(**encoded).logits[0, first].detach()
         assert ours.label == tuple(NAMES[i] for i in logits.argmax(-1))
-        np.testing.assert_allclose(ours.scores, torch.softmax(logits, -1).max(-1).values, atol=2e-5)
+        np.testing.assert_allclose(ours.probabilities, torch.softmax(logits, -1).max(-1).values, atol=2e-5)
     assert len(found[3].label) == 31  # More than the model has positions.
     # The pipeline that joins the subwords of a word, where words have no punctuation inside.
     groups = pipeline("token-classification", exported("tags"), aggregation_strategy="first", ignore_labels=[])(
@@ -158,7 +158,7 @@ def test_choices_are_those_of_the_exported_model(case, exported, used):
         else:
             last = inputs["input_ids"].eq(tokenizer.cls_token_id).int().argmax(-1)
             logits = theirs(input_ids=inputs["input_ids"], mc_token_ids=last).mc_logits[0]
-        np.testing.assert_allclose(ours.scores, torch.softmax(logits, -1).detach(), atol=2e-5)
+        np.testing.assert_allclose(ours.probabilities, torch.softmax(logits, -1).detach(), atol=2e-5)
         assert ours.label == int(logits.argmax())
 
 
@@ -184,7 +184,8 @@ def with_random_head(config, encoder, names, max_length=24):
 
 def assert_same(found, expected):
     """Bit for bit."""
-    assert (found.label, found.scores, found.candidates) == (expected.label, expected.scores, expected.candidates)
+    for name in ("label", "probabilities", "candidates"):
+        assert getattr(found, name) == getattr(expected, name)
 
 
 def test_predictions_are_the_same_in_any_company(used, elmo):
@@ -243,7 +244,7 @@ def test_a_gpt_without_a_frame_reads_the_last_token(gpt_ids_of, published):
     model = load(directory)
     ids = gpt_ids_of("the cat sat")
     logits = reference(input_ids=torch.tensor([ids])).logits[0].detach()
-    np.testing.assert_allclose(model.classify(["the cat sat"])[0].scores, torch.softmax(logits, -1), atol=2e-5)
+    np.testing.assert_allclose(model.classify(["the cat sat"])[0].probabilities, torch.softmax(logits, -1), atol=2e-5)
     with pytest.raises(InputError, match="without tokens"):
         model.classify([" "])
 
@@ -266,7 +267,7 @@ def test_two_orders_of_a_pair_are_added(used):
     task = with_random_head(TaskModelConfig(encoder.config, head), encoder.loaded, NAMES)
     model = TaskPretrained(task, encoder, type(used("gpt-label").frame))
     forth, back = model.classify([("the cat", "a mat"), ("a mat", "the cat")])
-    np.testing.assert_allclose(forth.scores, back.scores, atol=1e-6)
+    np.testing.assert_allclose(forth.probabilities, back.probabilities, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def test_classify(served):
         assert status == 200
         for each, prediction in zip(answer["results"], expected, strict=True):
             assert each["label"] == prediction.label
-            assert list(each["probabilities"].values()) == list(prediction.scores)
+            assert list(each["probabilities"].values()) == list(prediction.probabilities)
         assert client.post("/classify", texts=["the " * 30])[1]["results"][0]["truncated"] is True
         assert client.error("/classify", texts=[["a", "b", "c"]])[:2] == (400, "texts")
         status, _, message = client.error("/tag", texts="a")
@@ -66,7 +66,7 @@ def test_tag(served):
         assert status == 200
         for each, prediction in zip(answer["results"], client.model.tag(texts), strict=True):
             assert tuple(each["tags"]) == prediction.label
-            assert tuple(each["probabilities"]) == prediction.scores
+            assert tuple(each["probabilities"]) == prediction.probabilities
         assert client.error("/tag", texts=["a", " "])[:2] == (400, "texts")
 
 
@@ -90,4 +90,4 @@ def test_choose(served):
         status, answer = client.post("/choose", choices=choices)
         (expected,) = client.model.choose([("the cat", ["a dog", "a bird", "the house"])])
         assert status == 200 and answer["results"][0]["label"] == expected.label
-        assert answer["results"][0]["probabilities"] == list(expected.scores)
+        assert answer["results"][0]["probabilities"] == list(expected.probabilities)
