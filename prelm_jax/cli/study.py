@@ -28,8 +28,9 @@ def study(
 
     Args:
         subjects: A model directory, a work directory, hub:OWNER/NAME, or RUN@STEP (STEP: a number, best or newest);
-            or untrained:, unigram: or trigram: followed by a work directory or the name of an experiment; or word
-            vectors: word2vec:SPEC trains them on a corpus, and a file contains them in word2vec's text format.
+            or untrained:, unigram: or trigram: followed by a work directory or the name of an experiment, untrained:
+            also by a model directory; or word vectors: word2vec:SPEC trains them on a corpus, and a file contains them
+            in word2vec's text format.
         tests: Tests by name. Minimal pairs: blimp, supplement, zorro, agreement, climp, and pairs:FILES for your own.
             Probes by layer: upos, deprel, verb-number, length, depth, tense, subject-number, object-number,
             bigram-shift; uuas and dspr, the structural probe. Senses: coarsewsd, semcor, wic, scws. Words: ws353,

@@ -2,7 +2,7 @@
 
 MODEL                   a model directory, a work directory or hub:OWNER/NAME
 RUN@STEP                a checkpoint of a work directory: a number, best or newest
-untrained:EXPERIMENT    the model of an experiment, or of a work directory, before its first step
+untrained:EXPERIMENT    the model of an experiment, of a work directory or of a model directory before its first step
 unigram:EXPERIMENT      the words of the same corpus, counted, in the same vocabulary
 trigram:EXPERIMENT      its triples of words, counted
 word2vec:SPEC           vectors of words without context, trained on a corpus by gensim
@@ -21,6 +21,7 @@ from prelm_jax.corpus.store import Store
 from prelm_jax.errors import InputError
 from prelm_jax.families import find_family
 from prelm_jax.formats.base import LoadedModel
+from prelm_jax.hub import is_hub_name
 from prelm_jax.inference.base import Pretrained
 from prelm_jax.inference.heads import TaskPretrained
 from prelm_jax.loading import load, load_checkpoint
@@ -102,13 +103,18 @@ def _open_untrained(name: str, reference: str, load_run: LoadRun) -> Subject:
         record = workdir.read_record()
         family = find_family(record.model_type, record.source)
         run, tokenizer = record.run(family.model, family.data), workdir.read_tokenizer()
+        config, seed = with_vocabulary(run.model, tokenizer), run.seed
+    elif os.path.isdir(reference) or is_hub_name(reference):
+        trained = _encoder(load(reference))
+        config, tokenizer, seed = trained.config, trained.tokenizer, 0
+        family = find_family(config.model_type, reference)
     else:
         run = load_run(reference)
         family, tokenizer = find_family(run.model.model_type, reference), prepare(run).tokenizer
-    config = with_vocabulary(run.model, tokenizer)
-    params = jax.tree.map(np.asarray, jax.jit(config.build().init_params)(Keys.from_seed(run.seed).init))
+        config, seed = with_vocabulary(run.model, tokenizer), run.seed
+    params = jax.tree.map(np.asarray, jax.jit(config.build().init_params)(Keys.from_seed(seed).init))
     model = family.pretrained(LoadedModel(config, params, tokenizer))
-    return PretrainedSubject(name, model, Origin(fingerprint(model), 0, 0, 0.0, run.seed))
+    return PretrainedSubject(name, model, Origin(fingerprint(model), 0, 0, 0.0, seed))
 
 
 def _open_ngram(order: Literal["unigram", "trigram"]) -> Open:

@@ -85,6 +85,16 @@ def test_untrained_is_the_run_before_its_first_step(workdir, experiment):
     assert by_run.origin.model == opened(f"{workdir}@1").origin.model
 
 
+def test_untrained_is_a_model_directory_without_its_weights(workdir, experiment, tmp_path):
+    export(workdir, tmp_path / "model")
+    untrained, model, run = (opened(each) for each in (f"untrained:{tmp_path}/model", tmp_path / "model", workdir))
+    assert (untrained.family, untrained.num_layers, untrained.origin.step) == (model.family, model.num_layers, 0)
+    assert scores(untrained) != scores(model)
+    from_run = opened("untrained:tiny:gpt", lambda reference: dataclasses.replace(experiment, seed=0))
+    np.testing.assert_array_equal(scores(untrained), scores(from_run))
+    assert run.origin.seed == 3 and untrained.origin.seed == 0
+
+
 @pytest.mark.parametrize("order", ["unigram", "trigram"])
 def test_counts_of_a_run(order, workdir, experiment):
     by_run, by_name = opened(f"{order}:{workdir}"), opened(f"{order}:tiny", lambda reference: experiment)
