@@ -62,7 +62,8 @@ class Column:
     def show(self, value: float, sign: str = "") -> str:
         """A value as it is printed."""
         digits = 1 if self.scale > 1 else 2
-        return f"{self.scale * value:{sign}.{digits}f}".replace("-", "−")
+        rounded = round(self.scale * value, digits) + 0.0  # −0.0 + 0.0 is 0.0.
+        return f"{rounded:{sign}.{digits}f}".replace("-", "−")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from prelm_jax.study.figures import _labels
 from prelm_jax.study.page import draw
 from prelm_jax.study.parts import short_names
 from prelm_jax.study.records import Row
-from prelm_jax.study.scores import Results, model_name, read_results
+from prelm_jax.study.scores import Column, Results, model_name, read_results
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,12 @@ def test_the_page_is_whole_and_loads_nothing(study, tmp_path, capsys):
     written = {path.name for path in (tmp_path / "page-data").iterdir()}
     assert written == set(re.findall(r'download="(.*?)"', text)) >= {"summary.csv", "summary.tex", "upos-layers.csv"}
     assert str(tmp_path / "page-data") in capsys.readouterr().out
+
+
+def test_a_value_that_rounds_to_zero_is_not_negative():
+    correlation, accuracy = (Column("", "", (), metric) for metric in ("spearman", "accuracy"))
+    assert [correlation.show(x) for x in (-0.004, -0.006, 0.5)] == ["0.00", "−0.01", "0.50"]
+    assert [accuracy.show(x, "+") for x in (-0.0004, -0.0006, 0.5)] == ["+0.0", "−0.1", "+50.0"]
 
 
 def test_runs_and_fine_tunings_are_no_studies(study, tmp_path):
