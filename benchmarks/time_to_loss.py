@@ -10,8 +10,8 @@ evaluates on the clock: a contender saves its parameters twenty times, and is ev
 held-out targets (BERT: the same masks, 15 %) in the ids of the same vocabulary.
 
 The number of steps is the one that fills the minutes, after a trial of a few steps, so that every schedule ends in
-time; ours is also trained for shorter times (`--shorter`). The time to a loss is that of the first parameters, of any
-of these runs, that are as good.
+time; ours is also trained for shorter times (`--shorter`). The time to a loss is where the line between two snapshots,
+of any of these runs, first reaches it.
 
 Peers are tuned first: `--trials N` trains each peer N times, for the full minutes, with other rates, warm-ups, batches,
 lengths and masking rates, and then uses the best. `--tuned RECORD` takes the best of the trials of another record.
@@ -298,9 +298,13 @@ def race(s: Settings, record: dict, directory: Path) -> None:
 
 
 def seconds_to(loss: float, runs: list[Attempt]) -> float:
-    """The seconds of the first parameters of these runs that are as good as the loss; infinite if none are."""
-    points = [point for x in runs for point in zip(x["seconds"], x["losses"], strict=True)]
-    return min((seconds for seconds, value in points if value <= loss), default=float("inf"))
+    """The seconds after which the first of these runs has the loss, linear between snapshots; infinite if none has."""
+    found = [float("inf")]
+    for x in runs:
+        lowest = np.minimum.accumulate(x["losses"])
+        if lowest[-1] <= loss:
+            found.append(float(np.interp(-loss, -lowest, x["seconds"])))
+    return min(found)
 
 
 def summarize(record: dict) -> None:

@@ -62,7 +62,7 @@ h1 { font-size: 1.6rem; overflow-wrap: anywhere; } h2 { margin: 2rem 0 .5rem; fo
 table { border-collapse: collapse; width: max-content; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
 th { white-space: nowrap; } td { max-width: min(30rem, 65vw); overflow-wrap: break-word; }
-td:first-child { position: sticky; left: 0; background: Canvas; white-space: nowrap; }
+td:first-child { position: sticky; left: 0; background: Canvas; max-width: min(30rem, 45vw); }
 figure { margin: 0; } figcaption { font-weight: 600; }
 svg { width: 100%; height: auto; }
 .grid { display: grid; gap: 1rem 1.5rem; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); }

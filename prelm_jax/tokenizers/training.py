@@ -101,8 +101,8 @@ def alphabet(corpus: Corpus, pipeline: tokenizers.Tokenizer) -> list[str]:
     code_points = np.zeros(sys.maxunicode + 1, np.int64)
     texts = training_texts(corpus, "counting characters", words_of(pipeline))
     while batch := list(itertools.islice(texts, 1000)):
-        found, counts = np.unique(np.frombuffer("".join(batch).encode("utf-32-le"), np.uint32), return_counts=True)
-        code_points[found] += counts
+        batched = np.frombuffer("".join(batch).encode("utf-32-le"), np.uint32)
+        code_points += np.bincount(batched, minlength=len(code_points))
     characters: Counter[str] = Counter()
     for code_point in np.flatnonzero(code_points):
         for character in "".join(pipeline.normalizer.normalize_str(chr(code_point)).split()):
