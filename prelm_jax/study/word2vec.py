@@ -30,6 +30,7 @@ SETTINGS = {
     "window": 5,
     "negative": 5,
     "min_count": 5,
+    "sample": 1e-4,  # Frequent words are left out more often than by gensim's 1e-3: faster, and better on analogies.
     "epochs": 3,
     "workers": 1,
     "seed": 1,
