@@ -365,8 +365,13 @@ def test_a_damaged_store_is_made_again(tmp_path_factory, data):
         rest = content[position + len(extra) :] if damage == "overwritten" else b""
         path.write_bytes(content[:kept] + (extra if damage != "cut" else b"") + rest)
     stores = prepare(corpus, TOKENIZER, directory)
-    assert files(directory) == before
+    assert with_manifests(files(directory)) == with_manifests(before)
     assert [store.manifest["side"] for store in stores] == list(SIDES)
+
+
+def with_manifests(contents: dict[str, bytes]) -> dict[str, object]:
+    """These files with the manifests as values: a manifest without its last line end is no damage."""
+    return {name: json.loads(x) if name.endswith("manifest.json") else x for name, x in contents.items()}
 
 
 def test_a_store_is_damaged_while_it_is_read(corpus, tmp_path, capsys):
