@@ -24,7 +24,7 @@ from prelm_jax.formats.base import LoadedModel
 from prelm_jax.hub import is_hub_name
 from prelm_jax.inference.base import Pretrained
 from prelm_jax.inference.heads import TaskPretrained
-from prelm_jax.loading import load, load_checkpoint
+from prelm_jax.loading import load, load_checkpoint, load_encoder
 from prelm_jax.pretraining import prepare, read_training_text, with_vocabulary
 from prelm_jax.run import Run
 from prelm_jax.storage import read_json
@@ -105,7 +105,7 @@ def _open_untrained(name: str, reference: str, load_run: LoadRun) -> Subject:
         run, tokenizer = record.run(family.model, family.data), workdir.read_tokenizer()
         config, seed = with_vocabulary(run.model, tokenizer), run.seed
     elif os.path.isdir(reference) or is_hub_name(reference):
-        trained = _encoder(load(reference))
+        trained = load_encoder(reference)
         config, tokenizer, seed = trained.config, trained.tokenizer, 0
         family = find_family(config.model_type, reference)
     else:
