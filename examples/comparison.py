@@ -2,7 +2,7 @@
 
 Prints each `prelm` command before it runs it. The same command resumes.
 
-    python examples/comparison.py --corpus simplewiki.txt.xz --data data/study --output runs/study --seeds 3
+    python examples/comparison.py --corpus simplewiki.txt.xz --data data/study --output runs/study --seeds 0 1 2
 
 The trunk, one for each family and seed, is a run with a constant learning rate. At four fifths of each budget a branch
 leaves it: a copy whose learning rate falls to zero over the last fifth. So each compared model has a whole schedule,
@@ -76,7 +76,7 @@ def main() -> None:
     families = budget(args, f"{text},sentences=line")
     for family in families:
         rates = best_rates(args, family) if len(args.rates) > 1 else []
-        for seed in range(args.seeds):
+        for seed in args.seeds:
             train(args, family, seed, rates)
     if args.data:
         measure(args, families, text)
@@ -93,7 +93,7 @@ def parse_arguments() -> argparse.Namespace:
         "--output", type=Path, default=Path("runs/study"), help="folder of the text, the runs, the records and the page"
     )
     add("--words", type=int, default=10_000_000, help="words seen at the first budget, all passes counted")
-    add("--seeds", type=int, default=1, help="number of seeds")
+    add("--seeds", nargs="+", type=int, default=[0], help="seeds of the models; each may be on another machine")
     add("--small", action="store_true", help="models of 0.4 million parameters instead of 3.2")
     add("--rates", nargs="+", type=float, default=[1.0], help="factors of the learning rate to choose from")
     add("--pairs", type=int, default=100, help="minimal pairs per paradigm; 0: all")
@@ -202,7 +202,7 @@ def measure(args: argparse.Namespace, families: Sequence[Family], text: Path) ->
 
     Only the first seed has learning curves, because measuring them takes longer than training.
     """
-    seeds = [args.output / f"seed-{seed}" for seed in range(args.seeds)]
+    seeds = [args.output / f"seed-{seed}" for seed in args.seeds]
     branches = [f"{seed}/{each.name}-{name}" for seed in seeds for each in families for name in each.steps]
     study(args, branches, args.tests)
     if "cka" in args.tests:

@@ -116,7 +116,7 @@ class BertPretrained(TransformerPretrained[BertConfig]):
                 continue
             masked = max(fits, key=lambda i: len(words[i]))
             given = " ".join([*words[:masked], self.mask, *words[masked + 1 :]])
-            found = ", ".join(f"{token} {probability:.2f}" for token, probability in self.fill(given)[0])
+            found = " · ".join(f"{token} {probability:.2f}" for token, probability in self.fill(given)[0])
             samples.append(Sample(given, words[masked], found))
         return samples
 

@@ -87,7 +87,7 @@ class ELMoPretrained(Pretrained[ELMoConfig, WordVocabulary | None]):
                 for position, cosine in enumerate(others_TD @ vectors_TD[query])
             ]
             nearest = sorted(others, key=lambda each: -each[0])[:3]
-            found = "; ".join(f"{_in_context(other, position)} {cosine:.2f}" for cosine, position, other in nearest)
+            found = " · ".join(f"{_in_context(other, position)} {cosine:.2f}" for cosine, position, other in nearest)
             samples.append(Sample(_in_context(words, query, len(words)), "", found))
         return samples
 

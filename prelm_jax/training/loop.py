@@ -42,7 +42,7 @@ class LoopConfig:
     # Number of held-out texts to show the model's output for at each evaluation (not with fsdp); 0: none.
     samples: NotNegative = 4
     stop_after_no_gain: Positive | None = None  # Stop after this many evaluations without a new best one.
-    log_every: Positive = 50  # Steps between log lines, in metrics.jsonl and on the terminal.
+    log_every: Positive = 50  # Steps between log lines, in metrics.jsonl and on the terminal; the last step has one.
     tensorboard: bool = False  # Also write the metrics for TensorBoard.
     profile: NotNegative = 0  # Write a profiler trace of this many steps, from the 11th on, to profile/.
 

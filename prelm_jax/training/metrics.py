@@ -155,6 +155,7 @@ class Report:
     def __init__(self, model: Model, writer: MetricsWriter, peak: float, start: int, steps: int, log_every: int):
         """`peak`: FLOP/s of all devices. `start`, `steps`: the steps done, and to do in all."""
         self._model, self._writer, self._peak, self._log_every = model, writer, peak, log_every
+        self._last = steps
         self._progress = Progress("train" if jax.process_index() == 0 else None, steps, "steps", start)
         self._began: float | None = None  # When the counted steps began; the first, which compiles, is not counted.
         self._finished = 0.0
@@ -189,7 +190,7 @@ class Report:
             self._steps += 1
             self._tokens += tokens
             self._flops += self._model.flops(pending.batch)
-        if step % self._log_every:
+        if step % self._log_every and step != self._last:
             return
         values = {f"train/{name}": value for name, value in metrics.items()}
         values |= {"train/padding": 1 - tokens / positions, "train/tokens_seen": pending.tokens_seen}
