@@ -25,11 +25,13 @@ README, RESULTS = ROOT / "tpu" / "README.md", ROOT / "benchmarks" / "results" / 
 BEGIN, END = "<!-- written by benchmarks/plans.py -->\n", "<!-- end -->"
 
 # Name, experiment, slice, options. Default batch sizes, except on 256 chips: as many rows per chip as on 16.
-WIDE = ("--batch-size", "512")
+WIDE, PACKED = ("--batch-size", "512"), ("--data.packing",)
 PLANS = (
     ("BERT base, T=128", "bert.py:base", "v5e:4x4", ()),
     ("BERT base, T=512", "bert.py:base_512", "v5e:4x4", ()),
     ("BERT base, T=512", "bert.py:base_512", "v5e:4x4", WIDE),
+    ("BERT base, T=128, packed", "bert.py:base", "v5e:4x4", PACKED),
+    ("BERT base, T=512, packed", "bert.py:base_512", "v5e:4x4", PACKED),
     ("BERT large, T=128", "bert.py:large", "v5e:4x4", ()),
     ("GPT base, T=512", "gpt1.py:base", "v5e:4x4", ()),
     ("ELMo original, T=20", "elmo.py:original", "v5e:4x4", ()),
