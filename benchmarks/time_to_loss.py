@@ -14,9 +14,9 @@ time; ours is also trained for shorter times (`--shorter`). The time to a loss i
 of any of these runs, first reaches it.
 
 Peers are tuned first: `--trials N` trains each peer N times, for the full minutes, with other rates, warm-ups, batches,
-lengths and masking rates, and then uses the best. `--tuned RECORD` takes the best of the trials of another record.
-What the record holds already is not repeated, so the same command resumes. With --draw RECORD … only the picture is
-drawn. Needs the extra `test`, and `pip install accelerate` for hf-trainer.
+lengths and masking rates, and then uses the best. `--tuned RECORD` takes the best of another record, or what its runs
+had. What the record holds already is not repeated, so the same command resumes. With --draw RECORD … only the picture
+is drawn. Needs the extra `test`, and `pip install accelerate` for hf-trainer.
 """
 
 import dataclasses
@@ -270,9 +270,10 @@ def trial(family: str, contender: str, number: int) -> dict[str, Any]:
 
 
 def best_tuning(record: dict, family: str, contender: str) -> dict[str, Any]:
-    """The tuning of the best trial of a record, or the default."""
-    trials = [x for x in record["trials"] if x["contender"] == contender]
-    return min(trials, key=lambda x: x["losses"][-1])["tuning"] if trials else default_tuning(family, contender)
+    """The tuning of the best trial of a record, else that of its runs, else the default."""
+    trials, runs = ([x for x in record[kind] if x["contender"] == contender] for kind in ("trials", "runs"))
+    found = min(trials or runs, key=lambda x: x["losses"][-1], default=None)
+    return default_tuning(family, contender) if found is None else found["tuning"]
 
 
 def race(s: Settings, record: dict, directory: Path) -> None:
