@@ -23,18 +23,18 @@ def write_report(paths: Sequence[str | os.PathLike], output: str | os.PathLike) 
 
         prelm_jax.write_report(["runs/bert-demo", "runs/bert-muon"], "report.html")
     """
-    seeds = {path: seed_directories(path) for path in paths}
-    studies = [path for path, found in seeds.items() if not found and _is_study(path)]
-    seeds = {path: found for path, found in seeds.items() if path not in studies}
-    curves = [read_curves(each) for path, found in seeds.items() for each in found or [path]]
-    sections = [section(path) for path, found in seeds.items() if found]
-    files, title = {}, ""
-    if studies:
-        tuned = {str(path): read_results(path) for path in seeds if (reachable(path) / RESULTS).is_file()}
-        study = page.draw(scores.read_results(list(map(Path, studies))), tuned)
-        sections, files, title = [study.html, *sections], study.files, "Study"
-    text = render(curves, sections, title=title)
-    with output_file(output) as file:
+    with output_file(output) as file:  # What is wrong with it is said before the work.
+        seeds = {path: seed_directories(path) for path in paths}
+        studies = [path for path, found in seeds.items() if not found and _is_study(path)]
+        seeds = {path: found for path, found in seeds.items() if path not in studies}
+        curves = [read_curves(each) for path, found in seeds.items() for each in found or [path]]
+        sections = [section(path) for path, found in seeds.items() if found]
+        files, title = {}, ""
+        if studies:
+            tuned = {str(path): read_results(path) for path in seeds if (reachable(path) / RESULTS).is_file()}
+            study = page.draw(scores.read_results(list(map(Path, studies))), tuned)
+            sections, files, title = [study.html, *sections], study.files, "Study"
+        text = render(curves, sections, title=title)
         file.write_text(text, encoding="utf-8")
     if not files:
         return None

@@ -151,6 +151,9 @@ def test_report_command(tmp_path, capsys):
         main(["report", str(tmp_path / "none"), "--output", str(tmp_path / "page.html")])
     assert exit.value.code == 1 and "none" in capsys.readouterr().err
     assert "2.5000" in (tmp_path / "page.html").read_text()
+    with pytest.raises(SystemExit):  # Said before the runs are read.
+        main(["report", str(tmp_path / "none"), "--output", str(tmp_path / "nowhere" / "page.html")])
+    assert f"there is no directory {tmp_path / 'nowhere'}" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -12,19 +12,19 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from prelm_jax import __version__
 from prelm_jax.bounds import NotNegative
 from prelm_jax.cache import digest
 from prelm_jax.errors import InputError
-from prelm_jax.storage import output_file, stream_lines
+from prelm_jax.storage import output_file, read_lines
 from prelm_jax.validation import read as read_json
 
 FORMAT = 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One item of a test."""
 
     item: str  # Unique in its record among the rows of the same layer and kind.
@@ -96,11 +96,11 @@ def write(directory: str | os.PathLike, header: Header, rows: Sequence[Row]) -> 
 
 def read(path: str | os.PathLike) -> Record:
     """The record in a file. Raises InputError, with the line, for a file that is none or lacks rows."""
-    lines = iter(stream_lines(path))
-    header = read_json(Header, _object(f"{path}:1", next(lines, "")), f"{path}:1")
+    first, *lines = read_lines(path) or [""]
+    header = read_json(Header, _object(f"{path}:1", first), f"{path}:1")
     if header.format != FORMAT:
         raise InputError(f"{path} has format {header.format}, which this version does not read: measure it again")
-    rows = tuple(_row(f"{path}:{number}", line) for number, line in enumerate(lines, 2))
+    rows = tuple(_row(f"{path}:{number}", fields) for number, fields in enumerate(_objects(path, lines), 2))
     if len(rows) != header.rows:
         raise InputError(f"{path} has {len(rows)} rows, its header says {header.rows}: delete it and measure it again")
     return Record(header, rows)
@@ -112,12 +112,10 @@ def find(directory: str | os.PathLike) -> list[Path]:
 
 
 def _without_defaults(row: Row) -> dict[str, object]:
-    return {name: value for name, value in vars(row).items() if name not in _DEFAULTS or value != _DEFAULTS[name]}
+    fields, defaults = row._asdict(), Row._field_defaults
+    return {name: value for name, value in fields.items() if name not in defaults or value != defaults[name]}
 
 
-_DEFAULTS: Mapping[str, object] = {
-    field.name: field.default for field in dataclasses.fields(Row) if field.default is not dataclasses.MISSING
-}
 # There may be many rows: types are checked here, much faster than by `validation`.
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "item": (str,),
@@ -131,8 +129,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 }
 
 
-def _row(source: str, line: str) -> Row:
-    fields = _object(source, line)
+def _row(source: str, fields: dict) -> Row:
     for name, value in fields.items():
         if type(value) not in _TYPES.get(name, ()):
             raise InputError(f"{source}: {name} is {value!r}: not the row of a record")
@@ -140,6 +137,18 @@ def _row(source: str, line: str) -> Row:
         return Row(**fields)
     except TypeError:
         raise InputError(f"{source}: only {', '.join(fields)}: not the row of a record") from None
+
+
+def _objects(path: str | os.PathLike, lines: Sequence[str]) -> list[dict]:
+    """The JSON objects in the lines after the header, at once if none of them is broken: a record may have 100,000."""
+    try:
+        found = json.loads(f"[{','.join(lines)}]")
+    except (ValueError, RecursionError):
+        found = []
+    whole = len(found) == len(lines) and all(line.startswith("{") and line.endswith("}") for line in lines)
+    if whole and all(isinstance(each, dict) for each in found):
+        return found
+    return [_object(f"{path}:{number}", line) for number, line in enumerate(lines, 2)]
 
 
 def _object(source: str, line: str) -> dict:

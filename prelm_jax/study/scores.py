@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prelm_jax.errors import InputError
+from prelm_jax.progress import Progress
 from prelm_jax.study import records, statistics
 from prelm_jax.study.records import Header, Lines, Record, Row, rows_by_line
 from prelm_jax.study.tests import TESTS
@@ -258,7 +259,14 @@ def column_of(header: Header) -> Column:
 
 def read_results(directories: Sequence[Path]) -> Results:
     """All records of some directories."""
-    return Results([(path, records.read(path)) for directory in directories for path in records.find(directory)])
+    paths = [path for directory in directories for path in records.find(directory)]
+    sizes = [path.stat().st_size for path in paths]
+    found = []
+    with Progress("read records", sum(sizes), "bytes") as progress:
+        for path, size in zip(paths, sizes, strict=True):
+            found.append((path, records.read(path)))
+            progress.advance(size)
+    return Results(found)
 
 
 def _text(setting: object) -> str:
@@ -284,7 +292,7 @@ def _mean_rows(seeds: Sequence[Sequence[Row]]) -> list[Row]:
         return list(seeds[0])
     values = [{row.item: row.value for row in rows} for rows in seeds]
     return [
-        dataclasses.replace(row, value=means.fmean(of[row.item] for of in values))
+        row._replace(value=means.fmean(of[row.item] for of in values))
         for row in seeds[0]
         if all(row.item in of for of in values)
     ]

@@ -13,7 +13,6 @@ readers: here sentences of the training part that are not in the means; majority
 part; different, of scws, the pairs of two different words, without those of one word used twice.
 """
 
-import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -246,7 +245,7 @@ class SimilarityInContext(Test):
                 row = Row(str(number), f"{number} {pair.target}", cosine, layer, gold=float(pair.gold))
                 yield row
                 if len(set(pair.target.lower().split())) == 2:
-                    yield dataclasses.replace(row, kind="different")
+                    yield row._replace(kind="different")
 
 
 TESTS: Mapping[str, Make] = {

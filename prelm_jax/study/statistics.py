@@ -5,7 +5,6 @@ pairs of one paradigm are one template. It is that of the percentiles, 95 % of t
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -104,7 +103,7 @@ def difference(a: Sequence[Row], b: Sequence[Row], metric: str, draws: int = DRA
     Raises InputError if they have none in common.
     """
     of_b = {row.item: row for row in b}
-    pairs = [(row, replace(of_b[row.item], group=row.group)) for row in a if row.item in of_b]
+    pairs = [(row, of_b[row.item]._replace(group=row.group)) for row in a if row.item in of_b]
     if not pairs:
         raise InputError("two subjects have no item of the test in common: measure them with the same settings")
     both = list(zip(*pairs, strict=True))
@@ -129,7 +128,7 @@ def known(rows: Sequence[Row]) -> list[Row]:
 
 def with_ties(rows: Sequence[Row], counted: float) -> list[Row]:
     """The rows with another value for ties: 1 is BabyLM's rule."""
-    return [replace(row, value=counted) if row.tie else row for row in rows]
+    return [row._replace(value=counted) if row.tie else row for row in rows]
 
 
 def _statistic(rows: Sequence[Row], metric: str) -> Statistic:

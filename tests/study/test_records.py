@@ -84,6 +84,7 @@ def test_a_full_disk_leaves_no_record(tmp_path, full_disk):
     [
         (lambda lines: lines[:-1], "has 2 rows, its header says 3"),
         (lambda lines: [*lines[:2], "{", *lines[2:]], ":3 is no JSON object"),
+        (lambda lines: [lines[0], *lines[1].split(", ", 1), ", ".join(lines[2:])], ":2 is no JSON object"),
         (lambda lines: [lines[0], '{"item": "a"}', *lines[2:]], ":2: only item"),
         (lambda lines: [lines[0], '{"item": "a", "group": "b", "value": "1"}', *lines[2:]], ":2: value is '1'"),
         (lambda lines: [lines[0], '{"item": "a", "colour": 1}', *lines[2:]], ":2: colour is 1"),

@@ -1,7 +1,5 @@
 """Numbers and intervals against scipy and hand-worked rows."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import scipy.stats
@@ -58,7 +56,7 @@ def test_differences_are_paired():
     expected = scipy_interval(np.mean, (group_means(ROWS) - group_means(other),))
     np.testing.assert_allclose(found[1:], expected, atol=1e-12)
     assert statistics.difference(ROWS, ROWS, "accuracy") == (0, 0, 0)
-    renamed = [dataclasses.replace(row, group="one") for row in other]  # Groups come from the first.
+    renamed = [row._replace(group="one") for row in other]  # Groups come from the first.
     assert statistics.difference(ROWS, renamed, "macro_accuracy", draws=2000) == found
     fewer = statistics.difference(ROWS, other[:7], "accuracy", draws=10)  # Of the seven items alone.
     assert fewer.value == statistics.value(ROWS[-7:], "accuracy") - statistics.value(other[:7], "accuracy")
