@@ -1,6 +1,7 @@
 """Progress: a bar on a terminal, plain lines elsewhere, nothing without a description."""
 
 import sys
+import types
 
 import pytest
 
@@ -10,9 +11,9 @@ from prelm_jax.progress import Progress
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Sets the time: `clock(seconds)`."""
+    """Sets the time of this module alone, for a server in another thread needs the real one: `clock(seconds)`."""
     now = [0.0]
-    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_module, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
     return lambda seconds: now.__setitem__(0, seconds)
 
 

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import math
+import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -353,7 +355,7 @@ def test_a_reader_waits_for_the_end_of_a_deletion(directory, monkeypatch, capsys
     def sleep(seconds):
         (directory / "3").rename(directory / "3.orbax-checkpoint-tmp")
 
-    monkeypatch.setattr(checkpoint.time, "sleep", sleep)
+    monkeypatch.setattr(checkpoint, "time", types.SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
     assert restore_params(directory, abstract(items(0)["params"]))[0] == 2
     assert capsys.readouterr().err == ""
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import signal
+import types
 
 import jax
 import jax.numpy as jnp
@@ -257,7 +258,7 @@ def test_the_speed_is_that_of_the_steps_alone(tmp_path, monkeypatch):
         return float(step)
 
     save = Checkpoints.save
-    monkeypatch.setattr("prelm_jax.training.metrics.time.perf_counter", lambda: now)
+    monkeypatch.setattr("prelm_jax.training.metrics.time", types.SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr("prelm_jax.training.loop.peak_flops", lambda *_: 1.0)
     monkeypatch.setattr(Checkpoints, "save", lambda *arguments: (wait(1000), save(*arguments)))
     settings = LoopConfig(steps=12, mesh=MeshConfig(devices=1), save_every=2, evaluate_every=4, log_every=4)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import time
 import types
 
 import jax
@@ -98,7 +97,7 @@ def test_the_speed_leaves_out_compilation_evaluations_and_saves(tmp_path, monkey
     Also if the clock restarts right before the step whose line is written.
     """
     now = 0.0
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    monkeypatch.setattr("prelm_jax.training.metrics.time", types.SimpleNamespace(perf_counter=lambda: now))
     model = types.SimpleNamespace(flops=lambda batch: 500.0)
     metrics = {"loss": jnp.float32(3), "grad_norm": jnp.float32(1), "learning_rate": jnp.float32(0)}
     metrics["tokens"] = jnp.array([100, 160])
@@ -140,5 +139,6 @@ def test_peak_of_a_known_chip_is_in_its_data_sheet(monkeypatch, kind, peak):
 def test_peak_of_another_device_is_measured(monkeypatch):
     """2 · 1024³ FLOPs in a quarter of a second each; the virtual devices of a CPU are one processor."""
     times = iter(np.arange(0, 100, 0.25))
-    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
+    clock = types.SimpleNamespace(perf_counter=lambda: next(times))
+    monkeypatch.setattr("prelm_jax.training.metrics.time", clock)
     assert peak_flops(jnp.dtype("float32"), 8) == 2 * 1024**3 / 0.25
