@@ -1,6 +1,6 @@
 # Needs Python >= 3.11 with pip:
 #   make demo        pretrain, evaluate, export and use a small BERT (3 minutes on two cores); or MODEL=gpt1, MODEL=elmo
-#   make study       compare BERT, GPT-1 and ELMo, from text to a page (an hour on two cores; docs/study.md)
+#   make study       compare BERT, GPT-1 and ELMo, from text to a page (half an hour; docs/study.md)
 #   make test        lint, types and tests (11 minutes on two cores)
 #   make test-slow   the tests that compile for pods, kill often or start many processes
 
@@ -15,7 +15,7 @@ DATA = $(or $(PRELM_DATA),data)
 STUDY_CORPUS ?= $(firstword $(wildcard $(DATA)/pretrain/simplewiki.txt.xz) python-docs)
 PYTEST = .venv/bin/python -m pytest --numprocesses auto --dist worksteal --durations 10
 
-# Large pages for large arrays: XLA on a Linux CPU spends a tenth of its time in page faults otherwise.
+# Large pages for large arrays: XLA on a Linux CPU spends up to a sixth of its time in page faults otherwise.
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
 .PHONY: demo use-bert use-gpt1 use-elmo study lint test test-slow format

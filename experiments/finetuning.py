@@ -16,7 +16,7 @@ def classify() -> FineTuning:
     """A class for each text or pair of texts, by the recipe of BERT-base (Devlin et al. 2018, A.3; run_classifier.py).
 
     Target: accuracy of 92.7 on SST-2 with the published BERT-base (Devlin et al. 2018, 5.1, dev).
-    Cost: 3 epochs a seed; 10 minutes for 8,000 sentences and a BERT of 6 layers of 384 on two CPU cores.
+    Cost: 3 epochs a seed; 4 minutes for 8,000 sentences and a BERT of 6 layers of 384 on two CPU cores.
 
         prelm finetune finetuning:classify --init-from DIR --train train.tsv --dev dev.tsv
     """
