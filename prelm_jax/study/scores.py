@@ -7,6 +7,7 @@ learning curves of RUN; only where a study has nothing else it is a row of the t
 import dataclasses
 import re
 import statistics as means
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ SHOWN = ("cka", "neighbors", "replacement")
 # Subjects that are no model of a comparison, in the order of the table.
 BASELINES = ("unigram", "trigram", "word2vec")
 FRACTIONS = ("accuracy", "macro_accuracy")  # Metrics that are printed in percent.
+POINT = re.compile(r"(?!hub:)(.+)@(\d+|best|newest)")  # RUN@STEP; a revision of a hub's model is no step.
 TOLERANCE = 0.03  # Relative difference of budgets that count as equal: batches have more or less padding.
 
 
@@ -69,7 +71,7 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A row: a subject, or several that differ by their seeds. `point`: it is a checkpoint of a learning curve."""
+    """A row: a subject, or several that differ by their seeds."""
 
     name: str
     family: str
@@ -78,10 +80,12 @@ class Model:
     @property
     def base(self) -> str:
         """The name without the step of a checkpoint."""
-        return re.sub(r"@\w+$", "", self.name)
+        found = POINT.fullmatch(self.name)
+        return found[1] if found else self.name
 
     @property
     def is_point(self) -> bool:
+        """Whether it is a checkpoint of a learning curve."""
         return self.base != self.name
 
     @property
@@ -101,19 +105,26 @@ class Model:
 
 
 class Results:
-    """Records by model and column. Raises InputError where two models were measured under one name."""
+    """Records by model and column. Raises InputError where two models were measured under one name.
+
+    Of a run that was measured, trained on and measured again, there are the records of the last step alone;
+    `num_left_out` is the number of the others.
+    """
 
     def __init__(self, found: Sequence[tuple[Path, Record]]):
-        self._records: dict[tuple[str, Column], dict[str, tuple[Path, Record]]] = {}
-        for path, record in found:
-            header = record.header
-            seeds = self._records.setdefault((model_name(header.subject), column_of(header)), {})
-            if header.subject in seeds:
-                path, record = _newer(seeds[header.subject], (path, record))
-            seeds[header.subject] = path, record
+        newest: dict[str, tuple[Path, Record]] = {}
+        for each in found:
+            name = each[1].header.subject
+            newest[name] = _newer(newest[name], each) if name in newest else each
+        kept = [record for _, record in found if record.header.model == newest[record.header.subject][1].header.model]
+        self.num_left_out = len(found) - len(kept)
+        self._records: dict[tuple[str, Column], dict[str, Record]] = {}
         headers: dict[str, dict[str, Header]] = {}
-        for (name, _), seeds in sorted(self._records.items(), key=lambda item: item[0][0]):
-            headers.setdefault(name, {}).update({subject: record.header for subject, (_, record) in seeds.items()})
+        for record in kept:
+            header = record.header
+            name = model_name(header.subject)
+            self._records.setdefault((name, column_of(header)), {})[header.subject] = record
+            headers.setdefault(name, {})[header.subject] = header
         models = [
             Model(name, next(iter(of.values())).family, tuple(of[subject] for subject in sorted(of)))
             for name, of in headers.items()
@@ -124,6 +135,7 @@ class Results:
         self.columns = sorted({column for _, column in self._records}, key=_order_of_columns)
         self._scores: dict[tuple[str, Column], Score | None] = {}
         self._lines: dict[tuple[str, Column], tuple[Lines, list[Lines]]] = {}
+        self._values: dict[tuple[str, Column, str, int | None], float] = {}
 
     @property
     def scored(self) -> list[Column]:
@@ -142,7 +154,7 @@ class Results:
     def records(self, model: Model, column: Column) -> list[Record]:
         """The records of all seeds; [] if there is none."""
         seeds = self._records.get((model.name, column), {})
-        return [seeds[subject][1] for subject in sorted(seeds)]
+        return [seeds[subject] for subject in sorted(seeds)]
 
     def lines(self, model: Model, column: Column) -> Lines:
         """The rows of each line, whose values are means over seeds."""
@@ -150,8 +162,11 @@ class Results:
 
     def value(self, model: Model, column: Column, kind: str, layer: int | None) -> float:
         """The number of a line: the mean over the seeds that have it."""
-        found = [lines[kind, layer] for lines in self._of(model, column)[1] if (kind, layer) in lines]
-        return means.fmean(statistics.value(rows, column.metric) for rows in found)
+        key = model.name, column, kind, layer
+        if key not in self._values:
+            found = [lines[kind, layer] for lines in self._of(model, column)[1] if (kind, layer) in lines]
+            self._values[key] = means.fmean(statistics.value(rows, column.metric) for rows in found)
+        return self._values[key]
 
     def _of(self, model: Model, column: Column) -> tuple[Lines, list[Lines]]:
         """The lines of the mean of all seeds, and those of each."""
@@ -196,8 +211,9 @@ class Results:
         layer, _ = self.chosen(model, column)
         _, seeds = self._of(model, column)
         line = ("", layer) if ("", layer) in seeds[0] else ("", None)
-        values = [statistics.value(lines[line], column.metric) for lines in seeds]
-        right = [statistics.value(statistics.with_ties(lines[line], 1.0), column.metric) for lines in seeds]
+        of_seeds = [lines[line] for lines in seeds if line in lines]
+        values = [statistics.value(each, column.metric) for each in of_seeds]
+        right = [statistics.value(statistics.with_ties(each, 1.0), column.metric) for each in of_seeds]
         center, low, high = statistics.interval(rows, column.metric)
         shift = means.fmean(values) - center  # Not zero only where the metric is no mean.
         known = statistics.known(rows)
@@ -266,7 +282,10 @@ def read_results(directories: Sequence[Path]) -> Results:
         for path, size in zip(paths, sizes, strict=True):
             found.append((path, records.read(path)))
             progress.advance(size)
-    return Results(found)
+    results = Results(found)
+    if results.num_left_out:
+        print(f"records of earlier steps of the same runs, left out: {results.num_left_out}", file=sys.stderr)
+    return results
 
 
 def _text(setting: object) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -58,11 +59,16 @@ def summary(parts: Parts, tuned: Mapping[str, Tuned]) -> None:
         column: max((score.value for model in results.models if (score := cells[model.name, column])), default=None)
         for column in columns
     }
-    tasks = {directory: _task(found) for directory, found in tuned.items()}
+    starts = {directory: _tuned_model(found, results) for directory, found in tuned.items()}
+    same = Counter((starts[directory], _task(found)) for directory, found in tuned.items())
+    tasks = {
+        directory: _task(found) + (f" ({directory})" if same[starts[directory], _task(found)] > 1 else "")
+        for directory, found in tuned.items()
+    }
     names = list(dict.fromkeys(tasks.values()))
     by_model: dict[str, dict[str, Tuned]] = {model.name: {} for model in results.models}
     for directory, found in tuned.items():
-        by_model.setdefault(_tuned_model(found, results), {})[tasks[directory]] = found
+        by_model.setdefault(starts[directory], {})[tasks[directory]] = found
     header = ["model", "words seen", "TFLOP", "seeds", *map(results.label, columns), *(f"tuned: {x}" for x in names)]
     html, latex, plain = [], [], []
     models: Mapping[str, Model] = {model.name: model for model in results.models}
@@ -233,8 +239,8 @@ def _task(found: Tuned) -> str:
 
 
 def _tuned_model(found: Tuned, results: Results) -> str:
-    """The model that was fine-tuned: one of the study, or the name of its directory."""
-    start = "from scratch" if found.init_from is None else os.path.normpath(found.init_from)
+    """The model that was fine-tuned: one of the study, or the name of its directory, without its seed."""
+    start = "from scratch" if found.init_from is None else os.path.normpath(model_name(found.init_from))
     return next((model.name for model in results.models if os.path.normpath(model.name) == start), start)
 
 

@@ -211,6 +211,49 @@ def test_tuned_scores_stand_beside_the_others(study):
     assert "75.0 (70.0 to 80.0)" in page.html and page.files["summary.tex"].count("75.0 (70.0 to 80.0)") == 3
 
 
+def test_a_fine_tuning_of_a_seed_is_in_the_row_of_its_model(tmp_path):
+    """Two of one task are told apart by their directories."""
+    study = write_study(tmp_path, seeds=2)
+    seeds = (SeedResult(0, 9, 1, {"accuracy": Score(0.7, 0.01)}),)
+    facts = ("train.tsv", "dev.tsv", 8, 8, ("no", "yes"), "accuracy", {}, seeds)
+    tuned = {
+        f"tuned/{seed}": Tuned("finetuning:classify", "label", "bert", f"runs/seed-{seed}/bert", *facts)
+        for seed in range(2)
+    }
+    page = draw(read_results([study]), tuned)
+    rows = {row["model"]: row for row in table(page.files["summary.csv"])}
+    assert [rows["bert"][f"tuned: classify, train (tuned/{seed})"] for seed in range(2)] == ["70.0", "70.0"]
+
+
+def test_a_row_is_of_one_step(tmp_path, capsys):
+    """A run that was trained on between two tests."""
+    for test, step in (("blimp", 1), ("zorro", 2)):
+        of_model = header(test, "macro_accuracy", "a", "bert", step=step, model=f"a{step}")
+        records.write(tmp_path, of_model, pairs(0.5, step))
+    found = read_results([tmp_path])
+    assert [column.test for column in found.columns] == ["zorro"] and found.models[0].headers[0].step == 2
+    assert "left out: 1" in capsys.readouterr().err
+
+
+def test_a_revision_and_the_name_of_a_directory_are_no_steps(tmp_path):
+    names = ["runs/a", "hub:owner/name@5", "models/a@v2", "runs/a@5", "runs/a@best"]
+    for name in names:
+        records.write(tmp_path, header("blimp", "macro_accuracy", name, "bert"), pairs(0.5, 0))
+    found = read_results([tmp_path])
+    assert {model.name for model in found.models} == set(names[:3])
+    assert {model.base for model in found.all_models if model.is_point} == {"runs/a"}
+
+
+def test_seeds_of_different_depth(tmp_path):
+    """The layers that the first seed has count."""
+    for seed, layers in ((0, 3), (1, 2)):
+        of_model = header("upos", "accuracy", f"seed-{seed}/a", "bert")
+        records.write(tmp_path, of_model, [row for row in probe(0.5, seed, layers) if row.kind != "dev"])
+    found = read_results([tmp_path])
+    score = found.score(found.models[0], found.columns[0])
+    assert score.layer == 2 and score.lowest == score.highest  # Of the one seed that has it.
+
+
 def test_the_best_is_bold_where_more_is_better(tmp_path):
     for family, value in (("bert", 0.25), ("elmo", 0.75)):
         for test, metric in (("blimp", "macro_accuracy"), ("selfsim", "mean")):
