@@ -14,7 +14,7 @@ TOPOLOGIES = {"v4": _THREE_AXES, "v5e": _TWO_AXES, "v5p": _THREE_AXES, "v6e": _T
 
 
 def compile_only_devices(topology: str, slices: int) -> list[jax.Device]:
-    """The devices of `slices` slices such as "v5e:4x4"; XLA's compiler for TPUs needs no TPU.
+    """The chips of `slices` slices such as "v5e:4x4", each one device; XLA's compiler for TPUs needs no TPU.
 
     Raises InputError for an unknown slice, and where the compiler is not installed.
     """
@@ -30,7 +30,9 @@ def compile_only_devices(topology: str, slices: int) -> list[jax.Device]:
 
     from jax.experimental import topologies
 
-    options = {} if slices == 1 else {"num_slices": slices}
+    options: dict[str, object] = {} if slices == 1 else {"num_slices": slices}
+    if version == "v4":
+        options["chip_config_name"] = "megacore"  # One device of both cores, as newer versions have by default.
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except RuntimeError as error:

@@ -142,6 +142,13 @@ SMALLER = {
 }
 
 
+@needs_compiler
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_a_device_is_a_chip(topology):
+    """Also where a chip has two cores."""
+    assert len(compile_only_devices(topology, 1)) == 4
+
+
 COLLECTIVE = rf" ({'|'.join(COLLECTIVES)})(-start)?\("
 
 
