@@ -201,7 +201,7 @@ class TaskEvaluation(_RowBatches):
         return self._order[np.minimum(place_B, len(self._rows) - 1)]
 
     def num_real(self, step: int) -> int:
-        """How many rows of a step's batch are not there to fill it."""
+        """The number of rows in a step's batch that are not repeated to fill it."""
         return min(self.batch_size, len(self._rows) - step * self.batch_size)
 
     def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:

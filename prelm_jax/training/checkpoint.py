@@ -248,9 +248,11 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits, and releases what Orbax holds."""
-        self.wait()
-        self._full.close()
-        self._kept.close()
+        try:
+            self.wait()
+        finally:
+            self._full.close()
+            self._kept.close()
 
     @property
     def best_step(self) -> int | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import signal
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
 from prelm_jax.bounds import Bounds, NotNegative, Positive
-from prelm_jax.errors import Preempted
+from prelm_jax.errors import InputError, Preempted
 from prelm_jax.training.checkpoint import Checkpoints, Record
 from prelm_jax.training.contract import Batch, Model, OptimizerConfig
 from prelm_jax.training.metrics import MetricsWriter, Pending, Report, peak_flops
@@ -132,16 +133,24 @@ class _Profile:
 
     def __init__(self, start: int, steps: int, last: int, directory: Path):
         self._first, self._end, self._directory = start + 10, min(start + 10 + steps, last), directory
+        self._running = False
 
     def before(self, step: int) -> None:
         if step == self._first < self._end:
+            self._running = True
             options = jax.profiler.ProfileOptions()
             # Tracing Python calls slows a step down, and crashes when another thread ends.
             options.python_tracer_level = 0
             jax.profiler.start_trace(str(self._directory), profiler_options=options)
 
     def after(self, step: int) -> None:
-        if step == self._end > self._first:
+        if step == self._end:
+            self.close()
+
+    def close(self) -> None:
+        """Writes the trace, also if the training ends in the middle of it."""
+        if self._running:
+            self._running = False
             jax.profiler.stop_trace()
 
 
@@ -173,7 +182,7 @@ def train(
 
     Raises:
         Preempted: after SIGTERM, once everything is saved.
-        InputError: at the first loss or gradient that is not finite; such a state is never saved.
+        InputError: at the first loss, gradient or evaluation that is not finite; such a state is never saved.
     """
     config, start = run.loop, int(state.step)
     count_tokens = jax.jit(model.tokens, out_shardings=P())
@@ -194,6 +203,11 @@ def train(
             evaluation = stop.unless_asked(lambda: held_out.evaluate(state))
             if evaluation is None:  # The step is evaluated, and saved if that is due, when the run resumes.
                 stopping, postponed, save_due = True, True, False
+            elif not math.isfinite(evaluation["loss"]):
+                raise InputError(
+                    f"the evaluation loss is {evaluation['loss']} after step {done}, and this state is not saved: "
+                    "lower the learning rate or the clip norm"
+                )
             else:
                 report.evaluation(done, evaluation, held_out.describe(evaluation))
                 held_out.written()
@@ -210,7 +224,7 @@ def train(
             checkpoints.wait()
             raise Preempted(f"stopped by SIGTERM after step {done}; the same command resumes from there")
 
-    with contextlib.closing(report), _Stop() as stop:
+    with contextlib.closing(report), contextlib.closing(profile), _Stop() as stop:
         if start and held_out is not None and config.evaluates(start) and not checkpoints.evaluated(start):
             stop.begin()
             evaluate_and_save(start, stopping=False, keep_due=False)

@@ -19,6 +19,8 @@ from prelm_jax.storage import is_remote, opened, write_file
 from prelm_jax.training.chips import find_chip
 from prelm_jax.training.contract import Batch, Model
 
+EVALUATION = "evaluation/"  # Before the names of an evaluation's metrics.
+
 NOT_FINITE = ("inf", "-inf", "nan")
 
 
@@ -155,7 +157,6 @@ class Report:
     def __init__(self, model: Model, writer: MetricsWriter, peak: float, start: int, steps: int, log_every: int):
         """`peak`: FLOP/s of all devices. `start`, `steps`: the steps done, and to do in all."""
         self._model, self._writer, self._peak, self._log_every = model, writer, peak, log_every
-        self._last = steps
         self._progress = Progress("train" if jax.process_index() == 0 else None, steps, "steps", start)
         self._began: float | None = None  # When the counted steps began; the first, which compiles, is not counted.
         self._finished = 0.0
@@ -190,7 +191,7 @@ class Report:
             self._steps += 1
             self._tokens += tokens
             self._flops += self._model.flops(pending.batch)
-        if step % self._log_every and step != self._last:
+        if step % self._log_every and step != self._progress.total:
             return
         values = {f"train/{name}": value for name, value in metrics.items()}
         values |= {"train/padding": 1 - tokens / positions, "train/tokens_seen": pending.tokens_seen}
@@ -205,7 +206,7 @@ class Report:
 
     def evaluation(self, step: int, values: Mapping[str, float], line: str) -> None:
         """Writes an evaluation, and says the line."""
-        self._writer.write(step, {f"evaluation/{name}": value for name, value in values.items()})
+        self._writer.write(step, {f"{EVALUATION}{name}": value for name, value in values.items()})
         self._progress.say(f"step {step}  {line}")
 
     def say(self, line: str) -> None:

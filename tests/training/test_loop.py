@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import types
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prelm_jax.errors import Preempted
+from prelm_jax.errors import InputError, Preempted
 from prelm_jax.models.heads import ScalarMix
 from prelm_jax.training import loop
 from prelm_jax.training.checkpoint import Checkpoints
@@ -265,6 +266,27 @@ def test_the_speed_is_that_of_the_steps_alone(tmp_path, monkeypatch):
     train(tmp_path, Config(settings), evaluate, interrupt=lambda step: wait(2 if step else 1000))
     written = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert [line["perf/seconds_per_step"] for line in written if "train/loss" in line] == [2, 2, 2]
+
+
+def test_an_evaluation_that_is_not_finite_is_an_error_and_saves_nothing(tmp_path):
+    settings = LoopConfig(steps=6, mesh=MeshConfig(devices=1), save_every=2, evaluate_every=4, log_every=4)
+    with pytest.raises(InputError, match="nan after step 4"):
+        train(tmp_path, Config(settings), evaluate=lambda step: math.nan)
+    assert [(tmp_path / "checkpoints" / name).exists() for name in ("2", "4")] == [True, False]
+
+
+def test_a_trace_ends_with_the_training(tmp_path):
+    """Another one can be written by the same process."""
+    settings = LoopConfig(steps=40, mesh=MeshConfig(devices=1), profile=20, log_every=50)
+
+    def interrupt(step):
+        if step == 12:
+            raise Crash
+
+    for name in "ab":
+        with pytest.raises(Crash):
+            train(tmp_path / name, Config(settings), interrupt=interrupt)
+        assert list((tmp_path / name / "profile").rglob("*.xplane.pb"))
 
 
 # Training a head
