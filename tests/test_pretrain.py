@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import transformers
 from tiny import Crash, assert_same_bits, crash, interruption, metrics, newest_checkpoint
 
 from prelm_jax import pretraining as module
@@ -388,6 +389,9 @@ def test_checkpoints_of_any_step(run, uninterrupted, tmp_path):
             np.testing.assert_array_equal(value[rows], expected[rows])
     card = (exported / "README.md").read_text()
     assert f"step {KEPT_STEP} of the run" in card and f"Not evaluated at step {KEPT_STEP}" in card
+    if run.model.model_type != "elmo":
+        published = transformers.AutoModelForPreTraining.from_pretrained(exported)
+        assert f"Size: {published.num_parameters():,} parameters" in card
     module.export(workdir, exported)
     card = (exported / "README.md").read_text()
     assert "step 10 of the run" in card, "the best, unless told otherwise"

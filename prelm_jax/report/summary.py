@@ -15,6 +15,8 @@ from prelm_jax.corpus.store import Store
 from prelm_jax.formats.base import Format, LoadedModel
 from prelm_jax.run import Run, RunRecord, Statistic, Training
 from prelm_jax.training.contract import Batch, HostBatch, Model, Params
+from prelm_jax.training.metrics import EVALUATION
+from prelm_jax.training.parameters import path_name
 from prelm_jax.workdir import WorkDir
 
 QUANTILES = "* median / 90 % / 99 % / longest"
@@ -117,13 +119,13 @@ def print_run_header(
         print(f"{name} takes {share:.1%} of a step's matrix products: {size}", file=sys.stderr)
 
 
-LOSS = "evaluation/loss"
+LOSS = f"{EVALUATION}loss"
 
 
 def model_card(workdir: WorkDir, run: Run, step: int, model: LoadedModel, format: Format, name: str) -> str:
     """README.md of an exported checkpoint: usage, size, corpus, held-out metrics with their baselines, command."""
     record = workdir.read_record()
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    parameters = _num_parameters(model, format)
     positions = step * run.batch_size * run.data.max_length
     sources = "\n".join(f"- `{source}`" for source in run.corpus)
     fingerprint = str(record.identity.get("corpus_fingerprint"))[:16]
@@ -155,6 +157,14 @@ included), seed {run.seed}, {run.precision}.
 """
 
 
+def _num_parameters(model: LoadedModel, format: Format) -> int:
+    """The number of parameters as published: without the rows that pad vocabulary tables."""
+    return sum(
+        leaf.size // len(leaf) * model.config.vocab_size if path_name(path) in format.vocabulary_tables else leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)
+    )
+
+
 def _commands(record: RunRecord, step: int) -> str:
     """The commands that trained the weights of a step, as lines of a model card."""
     extensions = [segment for segment in record.segments if segment.command and segment.from_step < step]
@@ -178,15 +188,14 @@ def _held_out(workdir: WorkDir, run: Run, step: int) -> str:
     """The evaluation of a step, as a table of a model card; without one, a sentence that says so."""
     if not run.split and not run.validation:
         return "Not evaluated: nothing was held out."
-    prefix = "evaluation/"
     lines = [line for line in workdir.read_metrics() if line["step"] == step and LOSS in line]
     if not lines:
         return f"Not evaluated at step {step:,}."
     baselines = workdir.read_baselines() or {}
-    values = {name.removeprefix(prefix): value for name, value in lines[-1].items() if name.startswith(prefix)}
+    found = {name.partition(EVALUATION)[2]: value for name, value in lines[-1].items() if name.startswith(EVALUATION)}
     rows = [
         f"| {words(name)} | {value:.4f} | {_baselines(baselines.get(name, {}), '.4f')} |"
-        for name, value in values.items()
+        for name, value in found.items()
     ]
     table = "\n".join(["| metric | model | baseline |", "|---|---|---|", *rows])
     text = "Held-out text"
