@@ -27,6 +27,7 @@ from prelm_jax.inference.base import Sample
 from prelm_jax.inference.decoding import Prediction, decode
 from prelm_jax.loading import load_checkpoint
 from prelm_jax.models.task import TaskModel, TaskModelConfig
+from prelm_jax.report.summary import LOSS
 from prelm_jax.storage import check_apart, reachable
 from prelm_jax.train import placed_batches, train
 from prelm_jax.training.contract import Params
@@ -156,7 +157,7 @@ def _train(task: Task, directory: WorkDir) -> tuple[SeedResult, list[Prediction]
         start=None if run.scratch else task.initial_params,
         largest=batches.largest(),
     )
-    evaluations = sum("evaluation/loss" in line for line in directory.read_metrics())
+    evaluations = sum(LOSS in line for line in directory.read_metrics())
     scores = task.scores([each.label for each in evaluation.predictions])
     return SeedResult(run.seed, step, evaluations, scores), evaluation.predictions
 
@@ -196,7 +197,7 @@ class DevEvaluation:
         return self._baselines
 
     def sample(self, params: Params) -> list[Sample]:
-        """None: predictions.jsonl has every example."""
+        """None of them: predictions.jsonl has every example."""
         return []
 
     def describe(self, values: Mapping[str, float]) -> str:

@@ -19,7 +19,7 @@ from prelm_jax.finetuning.results import (
     spread_rows,
     title,
 )
-from prelm_jax.report.page import table
+from prelm_jax.report.page import table, text_table
 from prelm_jax.report.summary import words
 from prelm_jax.storage import reachable
 
@@ -33,7 +33,7 @@ def section(directory: str | os.PathLike) -> str:
         return ""
     results = read_results(directory)
     median = results.median_seed().seed
-    parts = [f"<h2>{escape(title(results))}</h2>", _table(*spread_rows(results)), _seeds(results)]
+    parts = [f"<h2>{escape(title(results))}</h2>", text_table(*spread_rows(results)), _seeds(results)]
     path = next((x for x in seed_directories(directory) if x.name == f"seed-{median}"), None)
     if path is not None and (path / PREDICTIONS).is_file():
         predictions = read_predictions(path / PREDICTIONS)
@@ -43,17 +43,13 @@ def section(directory: str | os.PathLike) -> str:
     return "\n".join(filter(None, parts))
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return table([escape(cell) for cell in header], [[escape(cell) for cell in row] for row in rows])
-
-
 def _seeds(results: Results) -> str:
     names = results.metrics()
     rows = [
         [str(each.seed), f"{each.step:,}", *(points(each.scores[name].value) for name in names)]
         for each in results.seeds
     ]
-    return _table(["seed", "step", *map(words, names)], rows) if len(rows) > 1 else ""
+    return text_table(["seed", "step", *map(words, names)], rows) if len(rows) > 1 else ""
 
 
 def _sides(predictions: Sequence[PredictionLine]) -> tuple[list[Label], list[Label]]:
@@ -69,7 +65,7 @@ def _labels(results: Results, predictions: Sequence[PredictionLine]) -> str:
     gold, predicted = _sides(predictions)
     found = by_label(results.kind, predicted, gold, results.labels)
     rows = [[name, f"{number:,}", *map(points, values)] for name, (number, *values) in found.items()]
-    return _table(["label", "examples", "precision", "recall", "F1"], rows)
+    return text_table(["label", "examples", "precision", "recall", "F1"], rows)
 
 
 def _confusions(results: Results, predictions: Sequence[PredictionLine]) -> str:
@@ -82,7 +78,9 @@ def _confusions(results: Results, predictions: Sequence[PredictionLine]) -> str:
     names, others = cast(list[str], gold), cast(list[str], predicted)
     if len(results.labels) > MATRIX:
         counts = Counter(pair for pair in zip(names, others, strict=True) if pair[0] != pair[1])
-        return _table(["gold", "predicted", "examples"], [[*pair, f"{n:,}"] for pair, n in counts.most_common(ROWS)])
+        return text_table(
+            ["gold", "predicted", "examples"], [[*pair, f"{n:,}"] for pair, n in counts.most_common(ROWS)]
+        )
     rows = []
     for name, row in zip(results.labels, confusion(names, others, results.labels), strict=True):
         cells = [f'<span style="opacity: {max(0.25, x / max(1, row.sum())):.2f}">{x:,}</span>' for x in row]
@@ -99,7 +97,7 @@ def _calibration(predictions: Sequence[PredictionLine]) -> str:
         [each.gold == each.prediction for each in known],
     )
     rows = [[f"{number:,}", points(confidence), points(accuracy)] for number, confidence, accuracy in found.bins]
-    return f"<p>Expected calibration error: {points(found.error)}</p>" + _table(
+    return f"<p>Expected calibration error: {points(found.error)}</p>" + text_table(
         ["examples", "mean confidence", "accuracy"], rows
     )
 
@@ -117,7 +115,7 @@ def _errors(results: Results, predictions: Sequence[PredictionLine]) -> str:
     measure = {"label": "confidence", "choice": "confidence", "number": "difference", "spans": "1 - F1"}
     header = ["id", "text", "gold", "predicted", measure.get(results.kind, "wrong")]
     count = "" if results.kind == "number" else f"<p>{len(wrong):,} of {len(predictions):,} are not exactly right.</p>"
-    return count + _table(header, rows)
+    return count + text_table(header, rows)
 
 
 def _badness(results: Results, each: PredictionLine) -> float:

@@ -39,7 +39,7 @@ class Program(Generic[Example, Result]):
     compute: (params, examples, rows, length) to the result of each example, in a batch of `rows` rows, of which the
     examples are the first; the parameters are the program's, on any device. length: the padded length of an
     example. lengths: those that there are, shortest first. canary: an example of a padded length that fills it, with
-    random tokens. any_rows: whether `compute` takes fewer rows than `full_rows`.
+    random tokens.
     """
 
     name: str
@@ -48,7 +48,6 @@ class Program(Generic[Example, Result]):
     length: Callable[[Example], int]
     lengths: tuple[int, ...]
     canary: Callable[[int, np.random.Generator], Example]
-    any_rows: bool = True
     texts: int = 1  # In a row.
 
     def full_rows(self, length: int) -> int:

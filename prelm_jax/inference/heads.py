@@ -194,8 +194,10 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
         self._check(examples)
         unlabelled = [Example(example.id, example.sequences) for example in examples]
         rows, num_cut = frame_examples(self.frame, unlabelled, self.kind, self.labels, stride)
-        if not all(row.length for row in rows):
-            raise InputError("a text without tokens: the model reads nothing that stands around a text")
+        for row in rows:
+            if not row.length:
+                name = examples[row.example].id
+                raise InputError(f"example {name} is a text without tokens, of which the model reads nothing: drop it")
         return rows, num_cut
 
     def _check(self, examples: Sequence[Example]) -> None:

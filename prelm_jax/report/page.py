@@ -25,6 +25,7 @@ from prelm_jax.inference.base import Sample
 from prelm_jax.report.summary import QUANTILES, shown, words
 from prelm_jax.run import Statistic, flatten
 from prelm_jax.storage import reachable, write_file
+from prelm_jax.training.metrics import EVALUATION
 from prelm_jax.workdir import WorkDir, add_baselines
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 # What curves are drawn against; a radio button of the page chooses.
 AXES = ("steps", "tokens", "minutes")
-HELD_OUT = "evaluation/"
 TRAINING = {
     "train/loss": "loss of a batch",
     "train/grad_norm": "gradient norm before clipping",
@@ -111,7 +111,7 @@ def read_curves(path: str | os.PathLike) -> Curves:
     baselines: dict[str, dict[str, float]] = {}
     for line in workdir.stream_metrics():
         for name, value in line.items():
-            if name in TRAINING or name in (TOKENS, SECONDS) or name.startswith(HELD_OUT):
+            if name in TRAINING or name in (TOKENS, SECONDS) or name.startswith(EVALUATION):
                 columns[name].extend((line["step"], value))
         add_baselines(baselines, line)
     series = {name: _latest(np.array(column).reshape(-1, 2)) for name, column in columns.items()}
@@ -154,14 +154,14 @@ def render(runs: Sequence[Curves], sections: Sequence[str] = (), running: bool =
     """
     if not runs and not sections:
         raise InputError("a report needs a run or a study: give the path of a directory")
-    held_out = dict.fromkeys(name for run in runs for name in run.series if name.startswith(HELD_OUT))
+    held_out = dict.fromkeys(name for run in runs for name in run.series if name.startswith(EVALUATION))
     labels = _labels(runs)
     axes = "".join(f'<a id="{axis}" href="#{axis}">{axis}</a>' for axis in AXES)
     legend = "".join(f"<span>{_key(i)} {escape(label)}</span>" for i, label in enumerate(labels) if len(runs) > 1)
     title = title or (runs[0].name if len(runs) == 1 else f"{len(runs)} runs")
     curves = [
         f"<main><nav>{axes} {legend}</nav>",
-        _section("Held-out text", [(name, words(name.removeprefix(HELD_OUT))) for name in held_out], runs, labels),
+        _section("Held-out text", [(name, words(name.removeprefix(EVALUATION))) for name in held_out], runs, labels),
         _section("Training", list(TRAINING.items()), runs, labels),
         f"</main>{_samples(runs, labels)}{_differences(runs, labels)}{_statistics(runs, labels)}",
     ]
@@ -197,7 +197,7 @@ def _summary(runs: Sequence[Curves], labels: Sequence[str]) -> str:
     """A row for each run: its last step, tokens and minutes, its lowest held-out loss and the step of that loss."""
     rows = []
     for i, run in enumerate(runs):
-        loss = run.series.get(f"{HELD_OUT}loss")
+        loss = run.series.get(f"{EVALUATION}loss")
         best = loss[np.nanargmin(loss[:, 1])] if loss is not None and np.isfinite(loss[:, 1]).any() else None
         step, tokens, minutes = run.progress[-1]
         rows.append(
@@ -349,8 +349,8 @@ def _baselines(name: str, runs: Sequence[Curves]) -> dict[str, list[float]]:
     """The trivial baselines of a series by name, the distinct values of all runs in ascending order."""
     found: dict[str, set[float]] = {}
     for run in runs:
-        for label, value in run.baselines.get(name.removeprefix(HELD_OUT), {}).items():
-            if name.startswith(HELD_OUT) and math.isfinite(value):
+        for label, value in run.baselines.get(name.removeprefix(EVALUATION), {}).items():
+            if name.startswith(EVALUATION) and math.isfinite(value):
                 found.setdefault(label, set()).add(value)
     return {label: sorted(values) for label, values in sorted(found.items())}
 
@@ -375,3 +375,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["".join(f"<th>{cell}</th>" for cell in header)]
     lines += ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
     return f'<div class="scroll"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of cells that are text."""
+    return table([escape(cell) for cell in header], [[escape(cell) for cell in row] for row in rows])

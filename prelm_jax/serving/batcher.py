@@ -340,7 +340,7 @@ class Batcher:
         # One example is enough where results are large.
         compared = canaries[:1] if len(expected[0]) >= ENOUGH_BYTES else canaries
         rows = [full]
-        for count in [count for count in ROWS if count < full and program.any_rows]:
+        for count in [count for count in ROWS if count < full]:
             groups = (compared[i : i + count] for i in range(0, len(compared), count))
             if [each for group in groups for each in bits(group, count)] == expected[: len(compared)]:
                 rows.append(count)

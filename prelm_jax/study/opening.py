@@ -45,6 +45,7 @@ Open = Callable[[str, str, LoadRun], Subject]  # Of the whole argument, and of w
 
 def open_subject(argument: str, load_run: LoadRun) -> Subject:
     """The subject that an argument names. Raises InputError where there is none."""
+    argument = argument.rstrip("/")  # "runs/bert/" is no other model than "runs/bert".
     kind, colon, rest = argument.partition(":")
     if colon and kind in KINDS:
         return KINDS[kind](argument, rest, load_run)

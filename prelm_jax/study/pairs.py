@@ -47,6 +47,8 @@ class PairsTest(Test):
     metric, needs = "macro_accuracy", "score"
 
     def __init__(self, name: str, pairs: Sequence[Pair], limit: int = 0):
+        if not pairs:
+            raise InputError(f"{name}: there are no pairs in its files")
         self.name, self.pairs, self.settings = name, pairs, {"pairs": limit}
 
     @property
@@ -92,11 +94,11 @@ def _own(settings: Settings, files: str) -> PairsTest:
 
     files: a path or glob. Each file is a paradigm; if there is one file, each pair is a group.
     """
+    if not files:
+        raise InputError("pairs needs files: pairs:FILES, with the columns sentence_good and sentence_bad")
     paths = [Path(path) for path in matching_files(files)]
     readers = {".csv": read_csv, **dict.fromkeys((".jsonl", ".ndjson", ".json"), read_jsonl)}
     pairs = _read(paths, lambda path: _column_pairs(path, readers.get(extension(str(path)), read_tsv)), settings.pairs)
-    if not pairs:
-        raise InputError(f"{files}: there are no pairs in it")
     pairs = pairs if len(paths) > 1 else [pair._replace(group=pair.item) for pair in pairs]
     return PairsTest(f"pairs:{files}", pairs, settings.pairs)
 

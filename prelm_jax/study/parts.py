@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 from html import escape
 
-from prelm_jax.report.page import COLORS, table
+from prelm_jax.report.page import COLORS
 from prelm_jax.study.scores import Model, Results
 
 NAMES = {"bert": "BERT", "openai-gpt": "GPT", "elmo": "ELMo"}
@@ -65,11 +65,6 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
         name: f"{kind}:{rest.removeprefix(prefix).partition(',')[0]}" if colon else name.removeprefix(prefix)
         for name, (kind, colon, rest) in kinds.items()
     }
-
-
-def text_table(header: Sequence[str], rows: Rows) -> str:
-    """A table of cells that are text."""
-    return table([escape(cell) for cell in header], [[escape(cell) for cell in row] for row in rows])
 
 
 def file_name(label: str) -> str:

@@ -33,6 +33,7 @@ def study(subjects: Iterable[Subject], tests: Sequence[Test], output: Path) -> l
         for test in tests:
             _check(subject, test)
         paths += [_measure(subject, test, output) for test in tests]
+        del subject  # Before the next one is opened.
     return paths
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from prelm_jax.finetuning.results import Results as Tuned
 from prelm_jax.finetuning.results import points
-from prelm_jax.report.page import table
-from prelm_jax.study.parts import Parts, Rows, family_name, text_table
+from prelm_jax.report.page import table, text_table
+from prelm_jax.study.parts import Parts, Rows, family_name
 from prelm_jax.study.scores import Column, Model, Results, Score, model_name
 
 RULES = (

@@ -133,10 +133,11 @@ def read(path: Path) -> WordVectors:
 
     GloVe's files, which lack the first line, are read too. Raises InputError, naming the line, for a wrong one.
     """
-    words, vectors = [], []
+    words, vectors, promised = [], [], None
     for number, (where, line) in enumerate(text_lines(str(path))):
         cells = line.rstrip().split(" ")
-        if number == 0 and len(cells) == 2:
+        if number == 0 and len(cells) == 2 and cells[0].isdecimal():
+            promised = int(cells[0])
             continue
         try:
             vector = np.array(cells[1:], np.float32)
@@ -150,4 +151,6 @@ def read(path: Path) -> WordVectors:
         vectors.append(vector)
     if not words:
         raise InputError(f"{path} has no vectors: give a text file of word vectors")
+    if promised is not None and promised != len(words):
+        raise InputError(f"{path} has {len(words)} vectors, but its first line says {promised}: copy the file again")
     return WordVectors(words, np.stack(vectors))

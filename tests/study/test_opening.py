@@ -57,6 +57,10 @@ def test_a_run_says_what_it_has_seen(workdir, experiment):
     np.testing.assert_array_equal(scores(kept), [s.total for s in load(workdir, 2).score_sentences(TEXTS)])
 
 
+def test_a_slash_at_the_end_is_no_part_of_the_name(workdir):
+    assert opened(f"{workdir}/").name == str(workdir)
+
+
 def test_flops_are_those_of_the_plan(workdir, tmp_path):
     """Of the file that `prelm plan --json` printed into the work directory."""
     planned = shutil.copytree(workdir, tmp_path / "run")

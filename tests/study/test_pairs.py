@@ -87,6 +87,19 @@ def test_missing_data_are_named(tmp_path):
         (tmp_path / "blimp").mkdir(exist_ok=True)
 
 
+def test_a_file_without_pairs_is_named(tmp_path):
+    (tmp_path / "blimp").mkdir()
+    (tmp_path / "blimp" / "a.jsonl").touch()
+    with pytest.raises(InputError, match="blimp: there are no pairs"):
+        make("blimp", tmp_path, 0)
+
+
+@pytest.mark.parametrize(("name", "complaint"), [("blimp:runs/a", "nothing after a colon"), ("pairs", "pairs:FILES")])
+def test_a_test_with_a_wrong_argument_is_named(name, complaint, tmp_path):
+    with pytest.raises(InputError, match=complaint):
+        make_test(name, Settings(tmp_path, 0))
+
+
 def test_the_supplement_and_babylm_s_folders(tmp_path):
     jsonl(tmp_path / "supplement_filtered" / "turn.jsonl", ("A: Who?\nB: Me.", "A: Who?\nB: It."))
     jsonl(tmp_path / "blimp_filtered" / "a.jsonl", ("One cat", "One cats"))

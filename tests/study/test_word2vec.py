@@ -28,6 +28,11 @@ def test_wrong_line(write, line):
         word2vec.read(Path(path))
 
 
+def test_a_part_of_a_file_is_refused(write):
+    with pytest.raises(InputError, match=r"1 vectors, .* first line says 2"):
+        word2vec.read(Path(write("vectors.txt", "2 3\na 1 0 0\n")))
+
+
 def test_no_vectors(write):
     with pytest.raises(InputError, match=r"vectors\.txt"):
         word2vec.read(Path(write("vectors.txt", "")))
