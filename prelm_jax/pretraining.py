@@ -28,7 +28,7 @@ from prelm_jax.progress import Progress
 from prelm_jax.report import summary
 from prelm_jax.report.summary import Summary
 from prelm_jax.run import Run, RunRecord
-from prelm_jax.storage import check_apart, is_remote
+from prelm_jax.storage import check_apart
 from prelm_jax.tokenizers import build as tokenizers
 from prelm_jax.tokenizers.base import Tokenizer
 from prelm_jax.train import placed_batches, train
@@ -87,9 +87,8 @@ def pretrain(run: Run, workdir: str | os.PathLike, extend_to: int | None = None,
 
         pretrain(experiments.bert.demo(), "runs/bert-demo")
     """
+    run.loop.check_profile(workdir)
     directory = WorkDir(workdir)
-    if run.loop.profile and is_remote(directory.path):
-        raise InputError(f"--profile {run.loop.profile}: traces are written to local directories only: {workdir}")
     with directory.hold(take_over):
         return _pretrain(run, directory, extend_to)
 

@@ -109,6 +109,15 @@ def test_several_runs_share_pictures_and_show_what_differs(tmp_path):
     assert "The runs have the same settings" in page._differences([runs[0], runs[0]], ["a", "b"])
 
 
+@pytest.mark.parametrize(("name", "zeros"), [("train/learning_rate", 2), ("train/loss", 1)])
+def test_the_vertical_axis_of_a_rate_starts_at_zero(tmp_path, name, zeros):
+    """A rate that is nearly constant looks so. The horizontal axis always starts at 0."""
+    run = page.read_curves(make_run(tmp_path / "run"))
+    run.series[name] = np.array([[0, 0.98], [10, 1.0], [20, 1.0]])
+    labels = re.findall(r">([\d.]+)</text>", page._picture(name, "steps", [run], ["a"]))
+    assert [float(label) for label in labels].count(0) == zeros
+
+
 def test_long_runs_are_thinned():
     """A spike stays on the page, as the upper bound of its point."""
     points = np.column_stack([np.arange(100_001.0), np.ones(100_001)])

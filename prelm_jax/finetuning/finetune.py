@@ -45,6 +45,8 @@ def finetune(
     workdir: that directory; by default runs/<task>-<stem of the training file>-<8 hex digits of the identity>.
     Raises InputError for errors that the user can fix, Preempted if SIGTERM stopped a training after saving.
     """
+    if workdir is not None:
+        run.loop.check_profile(workdir)
     task = prepare_task(run)
     path = reachable(workdir) if workdir is not None else default_workdir(task)
     for each in seed_directories(path):  # All of them, for results.json has the results of one task.

@@ -49,6 +49,7 @@ DASHES = {"solid": "none", "dashed": "7 4", "dotted": "2 3"}  # As matplotlib an
 POINTS, POINTS_OF_PICTURE = 400, 2400
 BANDS = 3  # With more runs a picture has no bands from the lowest to the highest of the values behind each point.
 LOGARITHMIC = ("perplexity", "grad_norm")  # What the names of series contain that have a logarithmic scale if it helps.
+FROM_ZERO = ("learning_rate", "perf/", "padding")  # Where the vertical axis starts at 0, so that noise looks small.
 EVALUATIONS = 6  # whose samples are shown
 REFRESH = '<meta http-equiv="refresh" content="30">'  # Reloads the page of a running training.
 # A placeholder for the text color of the page, which differs between light and dark; no other color equals it.
@@ -305,6 +306,8 @@ def _picture(name: str, axis: str, runs: Sequence[Curves], labels: Sequence[str]
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(NullFormatter())
+        if any(part in name for part in FROM_ZERO):
+            axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
         axes.set_xlabel(axis, color=INK)
 

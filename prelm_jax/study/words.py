@@ -119,7 +119,7 @@ class Similarity(Test):
     def _rows(self, vectors: np.ndarray, kind: str) -> Iterator[Row]:
         """A pair with an unknown word has the similarity 0."""
         number_of = {word: number for number, word in enumerate(self._words)}
-        for layer, vectors_ND in enumerate(unit(vectors)):
+        for layer, vectors_ND in enumerate(map(unit, vectors)):
             known_N = vectors_ND.any(-1)
             for number, pair in enumerate(self._pairs):
                 a, b = number_of[pair.first], number_of[pair.second]
@@ -150,7 +150,7 @@ class Analogies(Test):
         if not questions:
             raise InputError(f"{self.files[0]}: no question has four words that are frequent in {self.corpus}")
         asked = np.array([each for _, _, each in questions])
-        for layer, vectors_VD in enumerate(unit(vectors_alone(subject, words))):
+        for layer, vectors_VD in enumerate(map(unit, vectors_alone(subject, words))):
             known_V = vectors_VD.any(-1)
             answers = solve(vectors_VD, asked[:, :3])
             for (number, section, each), answer in zip(questions, answers.tolist(), strict=True):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from prelm_jax.bounds import Bounds, NotNegative, Positive
 from prelm_jax.errors import InputError, Preempted
+from prelm_jax.storage import is_remote
 from prelm_jax.training.checkpoint import Checkpoints, Record
 from prelm_jax.training.contract import Batch, Model, OptimizerConfig
 from prelm_jax.training.metrics import MetricsWriter, Pending, Report, peak_flops
@@ -46,6 +48,11 @@ class LoopConfig:
     log_every: Positive = 50  # Steps between log lines, in metrics.jsonl and on the terminal; the last step has one.
     tensorboard: bool = False  # Also write the metrics for TensorBoard.
     profile: NotNegative = 0  # Write a profiler trace of this many steps, from the 11th on, to profile/.
+
+    def check_profile(self, directory: str | os.PathLike) -> None:
+        """Raises InputError if a trace is asked for where none can be written: in a bucket."""
+        if self.profile and is_remote(directory):
+            raise InputError(f"--profile {self.profile}: traces are written to local directories only: {directory}")
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is due after a step, whatever its evaluation says."""

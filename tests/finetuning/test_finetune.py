@@ -263,6 +263,12 @@ def test_what_training_starts_from(world):
             np.testing.assert_array_equal(x[rows], y[rows] if from_fresh else loaded[name][rows])
 
 
+def test_a_profile_is_refused_in_a_bucket_before_anything_is_read(world):
+    loop = LoopConfig(steps=2, mesh=MeshConfig(devices=1), profile=3)
+    with pytest.raises(InputError, match=r"--profile 3: .* local directories only: gs://bucket/run"):
+        finetune.finetune(make(world, loop=loop, train=str(world / "none.tsv")), "gs://bucket/run")
+
+
 def test_class_weights_enter_the_training_examples_alone(world):
     """By name or balanced: the weights of the batch that training begins with, and the identity of the run."""
     found = {}
