@@ -141,7 +141,7 @@ def _predict(
     from prelm_jax.finetuning.files import print_counts, read_examples
     from prelm_jax.finetuning.records import text_lines
 
-    if extension(spec) == ".txt" and model.kind in ("label", "labels", "number", "tags"):
+    if extension(spec) == ".txt" and columns == ALL_USUAL and model.kind in ("label", "labels", "number", "tags"):
         lines = [line.rstrip("\r\n") for _, line in text_lines(spec)]
         parts = [(tuple(line.split()),) if model.kind == "tags" else (line,) for line in lines]
         examples = [Example(str(i), (each,)) for i, each in enumerate(parts) if each != ((),)]
@@ -151,7 +151,7 @@ def _predict(
     if not examples:
         raise InputError(f"{spec} has no texts")
     predictions, num_cut = model.predict(examples, null_threshold, stride, progress="predict")
-    print_counts(spec, counts, num_cut, len(examples), model.frame.max_length)
+    print_counts(spec, counts, num_cut, len(examples), model.kind, model.frame.max_length)
     return examples, predictions
 
 

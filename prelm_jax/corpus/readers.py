@@ -342,8 +342,14 @@ def parquet_rows(file: File, fields: Sequence[str]) -> Iterator[dict[str, object
                     yield row | {name: class_name(row[name], names) for name, names in classes.items()}
 
 
-def _class_names(feature: dict) -> list[str]:
-    return feature.get("names") or feature.get("feature", {}).get("names") or []
+def _class_names(feature: object) -> list[str]:
+    """The names of the classes of a column, or of the lists in it, as `datasets` describes them; none for others."""
+    if isinstance(feature, list):  # How some of its versions write a list.
+        return _class_names(feature[0]) if len(feature) == 1 else []
+    if not isinstance(feature, dict):
+        return []
+    names = feature.get("names")
+    return names if isinstance(names, list) else _class_names(feature.get("feature"))
 
 
 def class_name(value: object, names: Sequence[str]) -> object:

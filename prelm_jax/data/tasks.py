@@ -102,18 +102,18 @@ class _RowBatches(abc.ABC):
     """Batches of the rows of a task. Fulfills `Batches`; a subclass defines `numbers`.
 
     num_drawn: rows of the task in a batch. batch_size: rows of the batch, fewer if the others are packed into them.
+    steps: those by whose batches the widths are chosen.
     """
 
-    def __init__(self, frame: Frame, rows: Sequence[Row], num_drawn: int, batch_size: int):
+    def __init__(self, frame: Frame, rows: Sequence[Row], num_drawn: int, batch_size: int, steps: Sequence[int]):
         self.frame, self._rows, self.batch_size, self._num_drawn = frame, rows, batch_size, num_drawn
         self._is_unpacked = batch_size == num_drawn
         self._length_X = np.array([row.length for row in rows])
         self.num_texts = max(len(row.texts) for row in rows)
         # Tags read a token of each word; the others read one of each row.
         self._reads_words = any(len(text.read) > 1 for row in rows for text in row.texts)
-        steps = range(min(_TRIED, -(-len(rows) // num_drawn)))
         needed = [needed_width(self._length_X[self.numbers(step)], batch_size) for step in steps]
-        self._needs_most = max(steps, key=needed.__getitem__)
+        self._needs_most = steps[int(np.argmax(needed))]
         self.widths = best_widths(needed, self._widest())
         self.layout: Mapping[str, Layout] = frame.layout(self._batch(self._longest(), slice(0, 1)))
 
@@ -177,7 +177,8 @@ class TaskBatches(_RowBatches):
 
     def __init__(self, frame: Frame, rows: Sequence[Row], batch_size: int, seed: int, num_rows: int | None = None):
         self._key = key(seed, "tasks: epoch")
-        super().__init__(frame, rows, batch_size, num_rows or batch_size)
+        steps = range(min(_TRIED, -(-len(rows) // batch_size)))
+        super().__init__(frame, rows, batch_size, num_rows or batch_size, steps)
 
     def numbers(self, step: int) -> np.ndarray:
         """The numbers of the rows of a step's batch."""
@@ -190,7 +191,10 @@ class TaskEvaluation(_RowBatches):
 
     def __init__(self, frame: Frame, rows: Sequence[Row], batch_size: int):
         self._order = np.argsort([row.length for row in rows], kind="stable")
-        super().__init__(frame, rows, batch_size, batch_size)
+        last = -(-len(rows) // batch_size) - 1
+        # From the shortest rows to the longest.
+        steps = np.linspace(0, last, min(_TRIED, last + 1)).round().astype(int).tolist()
+        super().__init__(frame, rows, batch_size, batch_size, steps)
 
     def __len__(self) -> int:
         return -(-len(self._rows) // self.batch_size)

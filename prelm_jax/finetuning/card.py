@@ -2,11 +2,11 @@
 
 import json
 import os
-import re
 
 from prelm_jax.data.examples import Kind
 from prelm_jax.finetuning.files import FileSpec
 from prelm_jax.finetuning.results import Results, SeedResult, spread_rows
+from prelm_jax.hub import PREFIX, is_hub_name
 from prelm_jax.report.summary import words
 
 # Kinds, by the names that hubs have for tasks.
@@ -95,10 +95,10 @@ Command: `prelm {command}`
 
 
 def _base_model(results: Results) -> str:
-    """A line of metadata, where hubs would take the name of the pretrained model for one of theirs."""
-    name = results.init_from
-    is_hub_name = name and not os.path.exists(name) and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
-    return f"\nbase_model: {name}" if is_hub_name else ""
+    """A line of metadata with the pretrained model, if it is one of a hub."""
+    if results.init_from is None or not is_hub_name(results.init_from):
+        return ""
+    return f"\nbase_model: {results.init_from.removeprefix(PREFIX).partition('@')[0]}"
 
 
 def _choice(results: Results, own: SeedResult) -> str:

@@ -15,12 +15,13 @@ def read_conll(path: str, used: Sequence[str], header: bool | None, counts: Coun
     width = 0
     for lines in _sentences(path):
         rows = [(where, line.split("\t") if "\t" in line else re.split(" +", line)) for where, line in lines]
-        width = width or len(rows[0][1])
-        if width == 1 and len(used) > 1:
-            raise InputError(f"{rows[0][0]} has one column: give a word and its tag a line, between spaces or tabs")
         if rows[0][1][0] == "-DOCSTART-":
             counts["document boundaries"] += 1
-        else:
+            del rows[0]  # Some files have no blank line after it.
+        if rows:
+            width = width or len(rows[0][1])
+            if width == 1 and len(used) > 1:
+                raise InputError(f"{rows[0][0]} has one column: give a word and its tag a line, between spaces or tabs")
             yield rows[0][0], _word_fields(rows, {}, width)
 
 

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from prelm_jax.data.examples import Columns, Example
+from prelm_jax.data.tags import bio_names
 from prelm_jax.finetuning import metrics
 from prelm_jax.finetuning.files import check_labels, print_counts, read_examples
 from prelm_jax.inference.decoding import Prediction
@@ -28,11 +29,12 @@ def evaluate(
 
         evaluate(load("my-classifier"), "test.tsv").scores["accuracy"].value
     """
-    kind, labels = model.kind, model.labels
+    kind = model.kind
+    labels = bio_names(model.labels) if kind == "tags" else model.labels
     data = read_examples(spec, kind, columns)
     check_labels(spec, data, kind, labels)
     metrics.check_positive(kind, positive, labels)
     predictions, num_cut = model.predict(data.examples, metrics.null_threshold(data.examples), progress="evaluate")
-    print_counts(spec, data.counts, num_cut, len(data.examples), model.frame.max_length)
+    print_counts(spec, data.counts, num_cut, len(data.examples), kind, model.frame.max_length)
     scores = metrics.scores(kind, data.examples, [each.label for each in predictions], labels, positive)
     return Evaluated(data.examples, predictions, scores, metrics.baselines(kind, data.examples, labels, positive))

@@ -28,12 +28,13 @@ from prelm_jax.corpus import readers
 from prelm_jax.corpus.sources import matching_files
 from prelm_jax.corpus.spec import split_options
 from prelm_jax.data.examples import Columns, Example, Kind, Label
+from prelm_jax.data.framing import QUESTION_LENGTH
+from prelm_jax.data.tags import with_bio_tags
 from prelm_jax.errors import InputError
 from prelm_jax.finetuning.conll import read_conll, read_conllu
 from prelm_jax.finetuning.records import Malformed, column_number, listed
 from prelm_jax.finetuning.squad import read_squad
 from prelm_jax.finetuning.tables import read_csv, read_jsonl, read_label_text, read_parquet, read_tfds, read_tsv
-from prelm_jax.finetuning.tags import with_bio_tags
 from prelm_jax.finetuning.values import make_example
 
 Format = Literal["tsv", "csv", "jsonl", "parquet", "conll", "conllu", "squad", "label-text"]
@@ -178,13 +179,15 @@ def check_labels(spec: str, data: LabelledData, kind: Kind, known: Sequence[str]
         raise InputError(f"{spec}: {found}: there is nothing to learn")
 
 
-def print_counts(spec: str, counts: Mapping[str, int], num_cut: int, number: int, max_length: int) -> None:
+def print_counts(spec: str, counts: Mapping[str, int], num_cut: int, number: int, kind: Kind, max_length: int) -> None:
     """Prints what was left out of the examples of a file, read otherwise, or cut, on the standard error."""
     for name, count in counts.items():
         print(f"{spec}: {count:,} {name}", file=sys.stderr)
     if num_cut:
-        share = f"{num_cut:,} of {number:,} examples ({num_cut / number:.1%})"
-        print(f"{spec}: {share} cut to {max_length} tokens", file=sys.stderr)
+        # Passages are never cut.
+        what, length = ("questions", QUESTION_LENGTH) if kind == "spans" else ("examples", max_length)
+        share = f"{num_cut:,} of {number:,} {what} ({num_cut / number:.1%})"
+        print(f"{spec}: {share} cut to {length} tokens", file=sys.stderr)
 
 
 def _names(label: Label | None) -> Sequence[str]:

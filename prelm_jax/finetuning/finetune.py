@@ -1,5 +1,6 @@
 """Fine-tuning: labeled files -> frames -> batches -> train -> results, for one seed after the other."""
 
+import contextlib
 import dataclasses
 import os
 import shlex
@@ -31,6 +32,7 @@ from prelm_jax.report.summary import LOSS
 from prelm_jax.storage import check_apart, reachable
 from prelm_jax.train import placed_batches, train
 from prelm_jax.training.contract import Params
+from prelm_jax.training.loop import LoopConfig
 from prelm_jax.training.step import make_predict
 from prelm_jax.workdir import WorkDir
 
@@ -60,7 +62,8 @@ def finetune(
         task = task.seeded(seed)
         directory = WorkDir(path / f"seed-{seed}")
         with directory.hold(take_over):
-            if (seed, task.run.loop.steps) in {(each.seed, each.step) for each in _done(task, path, names)}:
+            done = next((each for each in _done(task, path, names) if each.seed == seed), None)
+            if done is not None and _is_finished(done, directory, task.run.loop):
                 directory.check(task.record, task.run)
                 continue
             if jax.process_index() == 0:
@@ -94,6 +97,7 @@ def _empty_results(task: Task) -> Results:
         metric=run.metric or next(iter(task.scores(gold_labels(task.dev_examples)))),
         baselines=task.baselines(),
         seeds=(),
+        positive=run.positive,
     )
 
 
@@ -102,16 +106,26 @@ def _done(task: Task, path: Path, names: Set[str]) -> tuple[SeedResult, ...]:
 
     A seed is left out, and so evaluated again, where its work directory or its predictions are gone.
     """
-    found = []
-    for each in read_results(path).seeds if (path / RESULTS).is_file() else ():
+    if not (path / RESULTS).is_file():
+        return ()
+    found, results = [], read_results(path)
+    for each in results.seeds:
         directory = WorkDir(path / f"seed-{each.seed}")
         predictions = directory.path / PREDICTIONS
         if directory.exists() and predictions.is_file():
-            if set(each.scores) != names:  # Written with another --positive.
+            if (each.scores.keys(), results.positive) != (names, task.run.positive):
                 labels = [cast(Label, x.prediction) for x in read_predictions(predictions)]
                 each = dataclasses.replace(each, scores=task.scores(labels))
             found.append(each)
     return tuple(found)
+
+
+def _is_finished(result: SeedResult, directory: WorkDir, settings: LoopConfig) -> bool:
+    """Whether a training would add no step to that of a result."""
+    if result.step == settings.steps:
+        return True
+    with contextlib.closing(directory.open_checkpoints()) as checkpoints:
+        return settings.gains_nothing(result.step, checkpoints.best_step)
 
 
 def export(workdir: str | os.PathLike, directory: str | os.PathLike, seed: int | None = None) -> int:

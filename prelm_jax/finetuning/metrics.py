@@ -25,8 +25,8 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from prelm_jax.data.examples import Answers, Example, Kind, Label
+from prelm_jax.data.tags import is_bio, spans_of
 from prelm_jax.errors import InputError
-from prelm_jax.finetuning.tags import is_bio, spans_of
 
 CONSTANT = "best constant"
 LEXICON = "most frequent tag of the word"

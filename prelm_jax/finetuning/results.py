@@ -62,6 +62,7 @@ class Results:
     metric: str  # The metric by which the median seed is chosen.
     baselines: dict[str, dict[str, float]]  # metric -> trivial baseline -> its value on the same examples
     seeds: tuple[SeedResult, ...]
+    positive: str | None = None  # The label whose F1 is among the metrics.
     version: str = __version__
 
     def median_seed(self) -> SeedResult:

@@ -165,7 +165,7 @@ def _frame_file(run: FineTuning, frame: Frame, spec: str, data: LabelledData, na
     """The rows of a file; process 0 prints what was left out, read otherwise, or cut."""
     rows, num_cut = frame_examples(frame, data.examples, run.kind, names, run.stride)
     if jax.process_index() == 0:
-        print_counts(spec, data.counts, num_cut, len(data.examples), frame.max_length)
+        print_counts(spec, data.counts, num_cut, len(data.examples), run.kind, frame.max_length)
     return rows
 
 

@@ -90,9 +90,12 @@ def _options(columns: Sequence[str], fields: Fields) -> list[str]:
 
 
 def _choice(value: object, columns: Columns, number: int) -> int:
-    """The number of the right option, from 0, given by its number, its letter or the name of its column."""
+    """The number of the right option, from 0, given by its number, its letter or the name of its column.
+
+    The number of a column is no name: with the options in columns 1 and 2, the label 1 is the second option.
+    """
     name = _name(value, cast(str, columns.label))
-    if name in columns.options[1:] or name == columns.options[0]:
+    if column_number(name) is None and name in columns.options:
         index = columns.options.index(name)
     elif re.fullmatch("[A-Za-z]", name):
         index = ord(name.upper()) - ord("A")

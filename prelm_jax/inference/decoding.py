@@ -13,6 +13,7 @@ import numpy as np
 
 from prelm_jax.data.examples import Answers, Example, Kind, Label
 from prelm_jax.data.rows import Row
+from prelm_jax.data.tags import bio_names, bio_tags
 
 BEST = 20  # Candidates of an answer that are kept, and tokens of a window that an answer may begin or end with.
 ANSWER_LENGTH = 30  # Tokens of an answer at most.
@@ -93,7 +94,7 @@ def _text(kind: Kind, scores: np.ndarray, num_texts: int, names: Sequence[str]) 
 def _tags(
     examples: Sequence[Example], rows: Sequence[Row], outputs: Sequence[Outputs], names: Sequence[str]
 ) -> list[Prediction]:
-    """The tags of all words, each from the window that shows most of its context."""
+    """The tags of all words, in BIO if they mark spans, each from the window that shows most of its context."""
     tags = [[""] * len(example.sequences[0][0]) for example in examples]
     scores = [[0.0] * len(each) for each in tags]
     for row, output in zip(rows, outputs, strict=True):
@@ -102,6 +103,8 @@ def _tags(
             tag = int(output["tags"][i])
             tags[row.example][row.first + i] = names[tag]
             scores[row.example][row.first + i] = float(probability_KN[i, tag])
+    if bio_names(names) is not names:
+        tags = [list(bio_tags(each)) for each in tags]
     return [Prediction(tuple(found), tuple(each)) for found, each in zip(tags, scores, strict=True)]
 
 

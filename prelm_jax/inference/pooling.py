@@ -97,7 +97,10 @@ def parse_modes(name: str) -> tuple[PoolingMode, ...] | None:
 
 
 class PreparedTexts(Collection[str]):
-    """Texts with a prompt before each, lower-cased if asked for; prepared again each time they are read."""
+    """Texts with a prompt before each, lower-cased if asked for; prepared again each time they are read.
+
+    A blank text gets no prompt, so that it stays blank.
+    """
 
     def __init__(self, texts: Collection[str], prompt: str, lowercase: bool):
         self._texts, self._prompt = texts, prompt
@@ -105,7 +108,7 @@ class PreparedTexts(Collection[str]):
 
     def __iter__(self) -> Iterator[str]:
         for text in self._texts:
-            text = self._prompt + text
+            text = self._prompt + text if text.strip() else ""
             yield text if self._normalizer is None else self._normalizer.normalize_str(text)
 
     def __len__(self) -> int:

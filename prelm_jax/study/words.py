@@ -120,7 +120,7 @@ class Similarity(Test):
         """A pair with an unknown word has the similarity 0."""
         number_of = {word: number for number, word in enumerate(self._words)}
         for layer, vectors_ND in enumerate(map(unit, vectors)):
-            known_N = vectors_ND.any(-1)
+            known_N = np.any(vectors_ND, axis=-1)
             for number, pair in enumerate(self._pairs):
                 a, b = number_of[pair.first], number_of[pair.second]
                 cosine, unknown = float(vectors_ND[a] @ vectors_ND[b]), int(~known_N[a]) + int(~known_N[b])
@@ -151,7 +151,7 @@ class Analogies(Test):
             raise InputError(f"{self.files[0]}: no question has four words that are frequent in {self.corpus}")
         asked = np.array([each for _, _, each in questions])
         for layer, vectors_VD in enumerate(map(unit, vectors_alone(subject, words))):
-            known_V = vectors_VD.any(-1)
+            known_V = np.any(vectors_VD, axis=-1)
             answers = solve(vectors_VD, asked[:, :3])
             for (number, section, each), answer in zip(questions, answers.tolist(), strict=True):
                 unknown = int(4 - known_V[each].sum())

@@ -88,6 +88,12 @@ def test_classify_reads_texts_and_tables(models, printed, tmp_path):
     assert any("1 of 3" in note and "32 tokens" in note for note in notes)
     (tmp_path / "texts.txt.gz").write_bytes(gzip.compress("".join(f"{text}\r\n" for text in texts).encode("utf-8-sig")))
     assert printed("classify", models / "label", tmp_path / "texts.txt.gz")[0] == lines
+    (tmp_path / "texts.txt").write_text("no\tthe cat\nyes\tsat on\n")  # A table, if a column is named.
+    lines, _ = printed("classify", models / "label", tmp_path / "texts.txt", "--columns.text", "1", "--json")
+    expected = load(models / "label").classify(["the cat", "sat on"])
+    assert [list(json.loads(line)["probabilities"].values()) for line in lines] == [
+        list(each.probabilities) for each in expected
+    ]
     (tmp_path / "pairs.csv").write_text('number,a,b\n7,"the, cat",sat\n8,on,mat\n')
     options = ["--columns.text", "a", "--columns.pair", "b", "--columns.id", "number", "--json"]
     lines, _ = printed("classify", models / "label", tmp_path / "pairs.csv", *options)

@@ -79,6 +79,16 @@ def test_evaluation_has_each_row_once_by_length():
     np.testing.assert_array_equal(evaluation.rows(1, 2, 4)["label_weights"], [[1], [0]])
 
 
+def test_the_widths_of_an_evaluation_are_those_of_all_its_batches():
+    """Not of the first ones, which are the shortest."""
+    frame, rows = make()
+    many = [rows[2]] * 300 + [rows[0]] * 300 + [rows[4]] * 300
+    evaluation = TaskEvaluation(frame, many, batch_size=1)
+    assert {row.length: evaluation.width(step) for step, row in enumerate(many)} == {
+        row.length: -(-row.length // 8) * 8 for row in (rows[2], rows[0], rows[4])
+    }
+
+
 def test_balanced_labels_weigh_the_same_together():
     """Of classes, and of the tags of all words, of which those in two windows count once."""
     frame = tiny.frame("bert", 8)

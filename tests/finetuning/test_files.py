@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from prelm_jax.data.examples import Answers, Example
+from prelm_jax.data.tags import bio_names, bio_tags, is_bio
 from prelm_jax.errors import InputError
 from prelm_jax.finetuning.files import (
     Columns,
@@ -20,9 +21,9 @@ from prelm_jax.finetuning.files import (
     LabelledData,
     check_labels,
     label_names,
+    print_counts,
     read_examples,
 )
-from prelm_jax.finetuning.tags import bio_tags, is_bio
 
 # Any text but what UTF-8 cannot hold (surrogates) and what the readers refuse (NUL).
 characters = st.characters(exclude_categories=("Cs",), exclude_characters="\0")
@@ -342,6 +343,9 @@ def test_choices(write):
     path = write("t.csv", "text,e0,e1,label\na,b,c,2\n")
     columns = Columns(options=("e0", "e1"), first_option=1)
     assert read_examples(path, "choice", columns).examples == [Example("0", (("a", "b"), ("a", "c")), 1)]
+    path = write("t.tsv", "a\tx\ty\tz\t0\nb\tx\ty\tz\t1\nc\tx\ty\tz\t2\n")
+    columns = Columns("0", options=("1", "2", "3"), label="4")  # Whose numbers are no names of options.
+    assert [example.label for example in read_examples(path, "choice", columns).examples] == [0, 1, 2]
 
 
 def answers_of(path: str) -> list[tuple]:
@@ -393,6 +397,8 @@ def test_classes_of_hugging_face_are_names(tmp_path):
     features = {
         "label": {"names": ["no", "yes"], "_type": "ClassLabel"},
         "tags": {"feature": {"names": ["O", "B-PER"], "_type": "ClassLabel"}, "_type": "Sequence"},
+        "text": [{"names": {"dtype": "string", "_type": "Value"}}],  # Of another type than the column, and no classes.
+        "tokens": [{"dtype": "string", "_type": "Value"}],
     }
     table = pa.table({"text": ["a", "b"], "tokens": [["c"], ["d", "e"]], "label": [1, 0], "tags": [[0], [1, 0]]})
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
@@ -497,6 +503,19 @@ def test_conll_2003(write):
     assert is_bio(label_names(data.examples, "tags"))
 
 
+def test_no_word_is_lost_after_a_document_boundary(write):
+    """In AIDA's files no blank line follows it."""
+    data = read_examples(write("t.conll", "-DOCSTART-\nEU B-ORG\nof O\n\nI O\n"), "tags")
+    assert texts_and_labels(data) == [(("EU", "of"), ("B-ORG", "O")), (("I",), ("O",))]
+    assert data.counts == {"document boundaries": 1}
+
+
+def test_names_of_other_schemes_become_those_of_bio():
+    assert bio_names(("O", "S-PER", "M-LOC", "E-LOC", "B-PER")) == ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
+    for names in (("O", "B-PER", "I-PER"), ("NOUN", "VERB"), ("O",), ("S-x", "-LRB-")):
+        assert bio_names(names) is names
+
+
 def test_nothing_is_counted_where_all_tags_are_of_bio(write):
     data = read_examples(write("t.conll", "a B-X\nb I-X\nc O\n"), "tags")
     assert data.examples[0].label == ("B-X", "I-X", "O") and data.counts == {}
@@ -508,6 +527,15 @@ def test_tags_that_mark_no_spans_stay(write):
     data = read_examples(write("t.conll", "a S-x\nb -LRB-\nc O\n"), "tags")
     assert data.examples[0].label == ("S-x", "-LRB-", "O")
     assert not is_bio(("S-x", "-LRB-", "O")) and not is_bio(("O",)) and not is_bio(())
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("label", "examples (25.0%) cut to 99"), ("spans", "questions (25.0%) cut to 64")]
+)
+def test_what_was_cut_is_printed(kind, expected, capsys):
+    """Of long examples the end; where an answer is to be found, the end of long questions alone."""
+    print_counts("t.json", {"malformed": 2}, 1, 4, kind, 99)
+    assert capsys.readouterr().err.splitlines() == ["t.json: 2 malformed", f"t.json: 1 of 4 {expected} tokens"]
 
 
 def test_conllu(write):

@@ -144,19 +144,31 @@ def test_complete_seeds_are_skipped(world, trained, monkeypatch, capsys):
     assert "accuracy" in capsys.readouterr().out
 
 
+def test_a_seed_that_stopped_early_is_complete(world, tmp_path, monkeypatch):
+    early = ("--epochs", "6", "--evaluate-every", "1", "--stop-after-no-gain", "1")
+    main(arguments(world, tmp_path / "run", *early))
+    (before,) = read_results(tmp_path / "run").seeds
+    assert 1 < before.step < 39
+    monkeypatch.setattr(finetune, "train", lambda *_, **__: pytest.fail("trained again"))
+    main(arguments(world, tmp_path / "run", *early))
+    with pytest.raises(pytest.fail.Exception):  # There is something left to train.
+        main(arguments(world, tmp_path / "run", *early[:-1], "9"))
+
+
 def test_another_metric_or_positive_label_needs_no_training(world, trained, tmp_path, monkeypatch):
     """The seeds that are done are measured again, from their predictions; the first command gives the first results."""
-    run, options = shutil.copytree(trained, tmp_path / "run"), ("--metric", "f1", "--positive", "yes")
+    run = shutil.copytree(trained, tmp_path / "run")
     before = (run / "results.json").read_text()
     monkeypatch.setattr(finetune, "train", lambda *_: pytest.fail("trained again"))
-    main(arguments(world, run, *options))  # With --seeds 1, which leaves the other seed there.
-    results = read_results(run)
-    assert results.metric == "f1" and [each.seed for each in results.seeds] == [0, 1]
-    for each in results.seeds:
-        predictions = read_predictions(run / f"seed-{each.seed}" / "predictions.jsonl")
-        right = sum(x.gold == x.prediction == "yes" for x in predictions)
-        read = sum((x.gold == "yes") + (x.prediction == "yes") for x in predictions)
-        np.testing.assert_allclose(each.scores["f1"].value, 2 * right / read)
+    for positive in ("yes", "no"):
+        main(arguments(world, run, "--metric", "f1", "--positive", positive))  # --seeds 1 leaves the other seed there.
+        results = read_results(run)
+        assert results.metric == "f1" and [each.seed for each in results.seeds] == [0, 1]
+        for each in results.seeds:
+            predictions = read_predictions(run / f"seed-{each.seed}" / "predictions.jsonl")
+            right = sum(x.gold == x.prediction == positive for x in predictions)
+            read = sum((x.gold == positive) + (x.prediction == positive) for x in predictions)
+            np.testing.assert_allclose(each.scores["f1"].value, 2 * right / read)
     main(arguments(world, run, "--seeds", "2"))
     assert (run / "results.json").read_text() == before
 

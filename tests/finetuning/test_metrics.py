@@ -9,9 +9,9 @@ import scipy.stats
 from hypothesis import assume, given, settings
 
 from prelm_jax.data.examples import Answers, Example, Kind, Label
+from prelm_jax.data.tags import spans_of
 from prelm_jax.finetuning import metrics
 from prelm_jax.finetuning.metrics import CONSTANT, LEXICON, Metric, Score, answer_scores, baselines, scores
-from prelm_jax.finetuning.tags import spans_of
 
 
 def examples_of(labels: list[Label], sequences=(("a",),)) -> list[Example]:

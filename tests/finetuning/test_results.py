@@ -118,7 +118,7 @@ def test_the_table_has_each_metric_beside_its_baseline():
     assert " 90.0 " in one and "±" not in one and "seeds" not in one
 
 
-@pytest.mark.parametrize("init_from", [None, "org/small-bert", "runs/bert: mini/exported"])
+@pytest.mark.parametrize("init_from", [None, "hub:org/small-bert@30b0a37", "runs/mini", "runs/bert: mini/exported"])
 def test_a_card_is_read_by_hugging_face(init_from):
     """As a model-index with the numbers of the exported seed."""
     from huggingface_hub import ModelCard
@@ -127,7 +127,7 @@ def test_a_card_is_read_by_hugging_face(init_from):
     text = task_card(results, 2, "my: model", "transformers", "finetune finetuning:polarity")
     data = ModelCard(text, ignore_metadata_errors=False).data
     assert data.model_name == "my: model" and data.pipeline_tag == "text-classification"
-    assert data.base_model == (init_from if init_from == "org/small-bert" else None)
+    assert data.base_model == ("org/small-bert" if str(init_from).startswith("hub:") else None)
     found = {each.metric_name: (each.metric_type, each.metric_value) for each in data.eval_results}
     assert found == {"accuracy": ("accuracy", 0.8), "macro f1": ("f1", 0.25)}
     assert {(each.task_name, each.dataset_name) for each in data.eval_results} == {('a "task": #1', "dev.tsv")}

@@ -193,6 +193,9 @@ def test_prompts(form, publish, bert_reference, bert_directory):
         list(model.vectors(["a"], prompt="passage"))
     spoil(directory, "1_Pooling/config.json", include_prompt=True)
     assert_vectors(list(load(directory).vectors(["sat on"])), [whole])
+    for each in (model, load(directory)):
+        with pytest.raises(InputError, match="line 2 is blank"):
+            list(each.vectors(["sat on", " "]))
 
 
 def test_lower_case(publish):

@@ -68,6 +68,17 @@ def test_tags_of_a_long_sentence_come_from_the_window_with_most_context(tokenize
     assert all(1 / 3 < p < 1 for p in found[0].probabilities) and len(found[0].probabilities) == 23
 
 
+def test_tags_of_another_scheme_are_written_in_bio(tokenizer):
+    """As a published tagger may have them."""
+    examples = [Example("0", ((tuple(WORDS[:4]),),))]
+    rows = frame_of(tokenizer, "tags", examples, 12)
+    outputs = [{"scores": np.zeros((12, 4)), "tags": np.arange(12) % 4}]
+    (found,) = decode("tags", examples, rows, outputs, ("S-LOC", "B-PER", "E-PER", "O"))
+    assert found.label == ("B-LOC", "B-PER", "I-PER", "O")
+    (found,) = decode("tags", examples, rows, outputs, ("I-LOC", "B-PER", "I-PER", "O"))
+    assert found.label == ("I-LOC", "B-PER", "I-PER", "O"), "BIO of a model is not repaired"
+
+
 def test_the_windows_of_a_passage_of_600_tokens_are_the_reference_s(tokenizer):
     """run_squad.py: windows of 384 - 12 - 3 tokens begin every 128 tokens."""
     examples = [Example("0", ((" ".join(["q"] * 12), " ".join(WORDS)),))]

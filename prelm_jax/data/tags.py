@@ -15,10 +15,22 @@ def is_bio(names: Iterable[str]) -> bool:
     return bool(types) and all(re.match(r"[BI]-.", name, re.DOTALL) for name in types)
 
 
+def bio_names(names: Sequence[str]) -> Sequence[str]:
+    """The names of the same tags in BIO, if all are of BIOES, BILOU or BMES; else the names as they are.
+
+    Those of IOB1 are as they are, because they are the same as those of BIO.
+
+    Example: O S-PER B-PER E-PER are O B-PER I-PER.
+    """
+    if is_bio(names) or not _mark_spans(names):
+        return names
+    types = dict.fromkeys(name[2:] for name in names if name != "O")
+    return (*(["O"] if "O" in names else []), *(f"{prefix}-{type}" for type in types for prefix in "BI"))
+
+
 def with_bio_tags(examples: list[Example], counts: Counter[str]) -> list[Example]:
     """The examples with spans in BIO, if all tags are of BIO, IOB1, BIOES, BILOU or BMES; else unchanged."""
-    names = {tag for example in examples for tag in cast(tuple[str, ...], example.label)} - {"O"}
-    if not names or not all(re.match(r"[BIMESLU]-.", name, re.DOTALL) for name in names):
+    if not _mark_spans(tag for example in examples for tag in cast(tuple[str, ...], example.label)):
         return examples
     converted = []
     for example in examples:
@@ -27,6 +39,12 @@ def with_bio_tags(examples: list[Example], counts: Counter[str]) -> list[Example
         counts["tags converted to BIO"] += sum(a != b for a, b in zip(tags, bio, strict=True))
         converted.append(replace(example, label=bio))
     return converted
+
+
+def _mark_spans(names: Iterable[str]) -> bool:
+    """Whether tags mark spans, in BIO or one of the schemes that `bio_tags` reads."""
+    types = set(names) - {"O"}
+    return bool(types) and all(re.match(r"[BIMESLU]-.", name, re.DOTALL) for name in types)
 
 
 def bio_tags(tags: Sequence[str]) -> tuple[str, ...]:
