@@ -163,9 +163,12 @@ def _windows(begins: np.ndarray, ends: np.ndarray, room: int, stride: int) -> li
         windows.append((first, last))
         first = min(last, max(first + 1, int(np.searchsorted(begins, begins[first] + stride))))
     # The context of a word is that of its shorter side; of two windows that show as much, the longer one counts.
-    a, b = np.array([(begins[first], ends[last - 1]) for first, last in windows]).T[:, :, None]
-    context = np.minimum(begins - a, b - ends) + 0.01 * (b - a)
-    owners = np.where((begins >= a) & (ends <= b), context, -1.0).argmax(0)
+    most, owners = np.full(len(ends), -1.0), np.zeros(len(ends), np.int64)
+    for i, (first, last) in enumerate(windows):
+        a, b, words = begins[first], ends[last - 1], slice(first, last)
+        context = np.minimum(begins[words] - a, b - ends[words]) + 0.01 * (b - a)
+        owners[words] = np.where(context > most[words], i, owners[words])
+        most[words] = np.maximum(context, most[words])
     return [(first, last, owners[first:last] == i) for i, (first, last) in enumerate(windows)]
 
 

@@ -22,6 +22,12 @@ ORIGINAL_GPT = "params_shapes.json"  # GPT-1, as its authors published it
 ORIGINAL_BERT = "bert_config.json"  # BERT, as its authors published it: a TensorFlow checkpoint
 ELMO_OPTIONS, ELMO_WEIGHTS = "*options.json", "*weights.hdf5"  # ELMo; exactly one of each
 HEAD_FILE = "head.safetensors"  # A head that the format of its encoder has no place for, see `prelm_jax.formats.heads`.
+# What only some models have, and what would be read with another one that is saved over it.
+OPTIONAL_FILES = (
+    *(HEAD_FILE, "vocab.txt", "vocab.json", "merges.txt", "spiece.model"),
+    *("added_tokens.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"),
+    *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
+)
 
 
 class ModelConfig(Protocol):
@@ -150,7 +156,7 @@ def find_model_type(directory: Path) -> tuple[object, Path]:
         return "bert", directory / ORIGINAL_BERT
     if any(directory.glob(ELMO_OPTIONS)) or any(directory.glob(ELMO_WEIGHTS)):
         return "elmo", directory
-    if directory.is_file() or directory.with_name(f"{directory.name}.index").is_file():
+    if directory.is_file() or Path(f"{directory}.index").is_file():
         raise InputError(f"{directory}: a model is a directory; give {directory.parent}")
     if seeds := sorted(str(path.parent) for path in directory.glob("seed-*/run.json")):
         raise InputError(
@@ -192,7 +198,7 @@ def save(
 ) -> None:
     """Saves a model directory, with the head of a task if it has one, and with the text `card` as its README.md.
 
-    An existing model directory of the format is overwritten, except for files that the format does not have.
+    An existing model directory of the format is overwritten, except for files that no reader of it reads.
     Raises InputError for any other directory that is not empty. If saving fails, the directory is unchanged; if the
     process is killed while files are moved, the directory has no settings file and is not loadable.
     """
@@ -214,6 +220,7 @@ def save(
         directory.mkdir(exist_ok=True)
         # The settings file is removed first and comes last, so that a mixture of two models is never loadable.
         settings.unlink(missing_ok=True)
-        (directory / HEAD_FILE).unlink(missing_ok=True)  # Of an earlier model.
+        for file in [found for name in OPTIONAL_FILES for found in directory.glob(name)]:
+            file.unlink()
         for file in sorted(written.iterdir(), key=lambda file: (file.name == format.settings_file, file.name)):
             os.replace(file, directory / file.name)

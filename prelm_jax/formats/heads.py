@@ -117,7 +117,7 @@ def read_head(encoder: LoadedModel[Config, Vocabulary], directory: Path) -> Load
         with safe_open(source, framework="np") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-    except (OSError, SafetensorError) as error:
+    except (AttributeError, OSError, SafetensorError, TypeError) as error:  # The first for a type that NumPy lacks.
         raise InputError(f"{source}: cannot be read as safetensors ({error})") from error
     try:
         settings = {name: json.loads(metadata[name]) for name in ("head", "labels", "max_length")}

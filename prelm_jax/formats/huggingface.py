@@ -373,8 +373,15 @@ def open_tensors(directory: Path, rename: Callable[[str], str]) -> Tensors:
             names = opened.keys()
         except (OSError, SafetensorError) as error:
             raise InputError(f"{file}: cannot be read as safetensors ({error})") from error
-        tensors |= {rename(name): partial(opened.get_tensor, name) for name in names}
+        tensors |= {rename(name): partial(_read_tensor, opened, name, file) for name in names}
     return tensors
+
+
+def _read_tensor(opened: safe_open, name: str, file: Path) -> np.ndarray:
+    try:
+        return opened.get_tensor(name)
+    except (AttributeError, TypeError, SafetensorError) as error:  # AttributeError for a type that NumPy lacks: fp8.
+        raise InputError(f"{file}: {name} cannot be read ({error}); quantized models are not supported") from None
 
 
 def require_tied(tensors: Tensors, head: str, table: str, directory: Path) -> None:

@@ -7,6 +7,7 @@ Read: any GPT-1 of transformers, with or without heads and prefix; and the autho
 """
 
 import math
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -120,8 +121,8 @@ def _original_tensors(directory: Path) -> huggingface.Tensors:
     names += [f"h.{layer}.{name}" for layer in layers for name in ORIGINAL_LAYER]
     files = sorted(directory.glob("params_[0-9]*.npy"), key=lambda file: (len(file.name), file.name))
     try:
-        values = np.concatenate([np.load(file, allow_pickle=False) for file in files] or [np.zeros(0)])
-    except (OSError, ValueError) as error:
+        values = np.concatenate([*map(_load_array, files)] or [np.zeros(0)])
+    except (EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"{directory}: params_*.npy cannot be read as arrays ({error})") from error
     sizes = [math.prod(shape) for shape in shapes]
     if values.size != sum(sizes):
@@ -131,6 +132,11 @@ def _original_tensors(directory: Path) -> huggingface.Tensors:
         )
     flat = np.split(values, np.cumsum(sizes)[:-1])
     return {name: partial(np.reshape, array, shape) for name, array, shape in zip(names, flat, shapes, strict=True)}
+
+
+def _load_array(path: Path) -> np.ndarray:
+    with path.open("rb") as file:  # NumPy leaves a damaged one open.
+        return np.load(file, allow_pickle=False)
 
 
 FORMAT = LAYOUT.format(read, "text-generation", "The")

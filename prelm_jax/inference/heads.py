@@ -175,8 +175,9 @@ class TaskPretrained(Pretrained[TaskModelConfig, Tokenizer]):
 
     @property
     def main_program(self) -> Program[Row, Outputs]:
-        """The program of all examples but choices."""
-        return self.program(2 if self._reads_two and self.frame.pairs != "together" else 1)
+        """The program of all examples, or of choices between two options."""
+        reads_two = isinstance(self._head, heads.Choice) or (self._reads_two and self.frame.pairs != "together")
+        return self.program(2 if reads_two else 1)
 
     def _compute(self, num_texts: int, params: Params, examples: Sequence[Row], rows: int, width: int) -> list[Outputs]:
         filled = [*examples, *[examples[-1]] * (rows - len(examples))]

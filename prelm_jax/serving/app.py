@@ -2,11 +2,12 @@
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import hmac
 import re
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -80,15 +81,11 @@ class Routes:
 
         async def endpoint(request: Request) -> Response:
             began = time.monotonic()
-            body = await read_body(request, service)
-            service.body_bytes += len(body)
-            try:
+            async with received(request, service) as body:
                 fields = Fields(body, declared, ignores_others)
                 if service.batcher is not None:
                     service.batcher.check_room(fields.num_items)
                 response = await until_disconnected(request, handler(fields, request))
-            finally:
-                service.body_bytes -= len(body)
             service.seconds.observe(time.monotonic() - began)
             return response
 
@@ -99,9 +96,10 @@ class Routes:
     def _add(
         self, method: str, path: str, endpoint: Endpoint, is_open: bool, summary: str | None, **described: object
     ) -> None:
-        self.routes.append(route := Route(path, guarded(self._service, endpoint, is_open), methods=[method]))
+        name = path.replace(":path", "")
+        self.routes.append(Route(path, guarded(self._service, name, endpoint, is_open), methods=[method]))
         error = {"description": "an error, as OpenAI's API has it"}
-        self.paths[route.path_format] = {
+        self.paths[name] = {
             method.lower(): {
                 "summary": (summary or "").partition("\n")[0],
                 "responses": {"200": {"description": "the answer"}, "4XX": error, "5XX": error},
@@ -162,8 +160,8 @@ def make_app(service: Service, hosts: Collection[str] = ("*",)) -> ASGIApp:
     return KnownHosts(app, hosts)
 
 
-def guarded(service: Service, endpoint: Endpoint, is_open: bool) -> Endpoint:
-    """An endpoint with the check of the key (unless `is_open`), errors as JSON, and metrics."""
+def guarded(service: Service, name: str, endpoint: Endpoint, is_open: bool) -> Endpoint:
+    """An endpoint with the check of the key (unless `is_open`), errors as JSON, and metrics for the route's name."""
 
     async def guard(request: Request) -> Response:
         try:
@@ -180,7 +178,7 @@ def guarded(service: Service, endpoint: Endpoint, is_open: bool) -> Endpoint:
             response = Refusal(503, "the server is stopping", code="stopping").response()
         except Exception as error:
             response = failure(error).response()
-        service.requests.add(request.url.path, str(response.status_code))
+        service.requests.add(name, str(response.status_code))
         response.headers["x-content-type-options"] = "nosniff"
         if re.fullmatch(r"[\w.-]{1,64}", given := request.headers.get("x-request-id", ""), re.ASCII):
             response.headers["x-request-id"] = given
@@ -197,27 +195,35 @@ def check_key(request: Request, key: str) -> None:
         raise Refusal(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
 
-async def read_body(request: Request, service: Service) -> bytes:
-    """The bytes of a JSON body. Raises a Refusal: another type (415), too large (413), too many at once (503)."""
+@contextlib.asynccontextmanager
+async def received(request: Request, service: Service) -> AsyncIterator[bytes]:
+    """The bytes of a JSON body, which count as the service's until the block ends.
+
+    Raises a Refusal: another type (415), too large (413), too many at once (503).
+    """
     if "upgrade" in request.headers.get("connection", "").lower():  # httptools takes the body for another protocol.
         message = "this server speaks HTTP/1.1 only; send the request without an Upgrade header"
         raise Refusal(400, message, code="upgrade", headers={"connection": "close"})
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refusal(415, "the content-type must be application/json", code="unsupported_media_type")
-    body = bytearray()
-    too_large = Refusal(
-        413, f"the body may have {MAX_BODY} bytes", code="body_too_large", headers={"connection": "close"}
-    )
+    close = {"connection": "close"}
+    too_large = Refusal(413, f"the body may have {MAX_BODY} bytes", code="body_too_large", headers=close)
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > MAX_BODY:
         raise too_large
-    if service.body_bytes + int(length) > MAX_BODIES:
-        raise Refusal(503, "too many large requests at once", code="overloaded", retry_after=1)
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise too_large
-    return bytes(body)
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            service.body_bytes += len(chunk)
+            if len(body) > MAX_BODY:
+                raise too_large
+            if service.body_bytes > MAX_BODIES:
+                message = "too many large requests at once"
+                raise Refusal(503, message, code="overloaded", headers=close, retry_after=1)
+        yield bytes(body)
+    finally:
+        service.body_bytes -= len(body)
 
 
 class Disconnected(Exception):

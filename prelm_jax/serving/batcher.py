@@ -132,7 +132,7 @@ class Batcher:
         for i, query in enumerate(queries):
             for j, example in enumerate(query.examples):
                 entries.append((Shape(query.program, query.program.length(example)), i, j, example))
-        tokens = sum(shape.length for shape, *_ in entries)
+        tokens = sum(shape.tokens for shape, *_ in entries)
         self._check_room(tokens)
         future = asyncio.get_running_loop().create_future()
         ticket = Ticket(queries, future, time.monotonic(), tokens)
@@ -230,15 +230,15 @@ class Batcher:
         allowed = self._allowed_rows(shape)
         waiting = sum(len(each.groups.get(shape, ())) for each in self._lanes.values())
         if name == "small" and self._is_cpu:
-            allowed = [rows for rows in allowed if rows * shape.length <= CPU_TOKENS] or allowed[:1]
+            allowed = [rows for rows in allowed if rows * shape.tokens <= CPU_TOKENS] or allowed[:1]
         rows = choose_rows(waiting, allowed)
         entries = lane.take(shape, rows)
         for other in self._lanes.values():
             entries += other.take(shape, rows - len(entries))
         now = time.monotonic()
         for entry in entries:
-            entry.ticket.tokens -= shape.length
-            self.queue_tokens -= shape.length
+            entry.ticket.tokens -= shape.tokens
+            self.queue_tokens -= shape.tokens
             self.queue_seconds.observe(now - entry.ticket.arrived)
         return shape, entries, rows
 
@@ -258,8 +258,8 @@ class Batcher:
         seconds = time.monotonic() - began
         self.batch_rows.observe(len(entries))
         self.batch_seconds.observe(seconds)
-        self.tokens.add(by=rows * length)
-        self.tokens_per_second += 0.1 * (len(entries) * length / seconds - self.tokens_per_second)
+        self.tokens.add(by=rows * shape.tokens)
+        self.tokens_per_second += 0.1 * (len(entries) * shape.tokens / seconds - self.tokens_per_second)
         self._deliver(done)
 
     def _run_one_by_one(
@@ -320,7 +320,8 @@ class Batcher:
         if event is not None and not isinstance(event, Exception):
             self.generated.add()
             generating.append(generation)
-        generation.emit(event)
+        if not generation.dead:
+            generation.emit(event)
 
     def _check_bits(self, place: Placement, shape: Shape) -> None:
         """Compiles a shape for all row counts, and finds the ones that give the bits of a full batch.

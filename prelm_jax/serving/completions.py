@@ -62,7 +62,8 @@ class Completion:
             return
 
         def emit(event: object) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
+            with contextlib.suppress(RuntimeError):  # The loop has ended: the server was stopped.
+                loop.call_soon_threadsafe(events.put_nowait, event)
 
         generation = Generation(self.model.params, self, emit, time.monotonic() + SECONDS_TO_ANSWER)
         batcher.generate(generation)

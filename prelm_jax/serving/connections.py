@@ -110,7 +110,12 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         names = [each.getsockname() for each in sockets or ()]
-        self._on_start([name if isinstance(name, str) else f"http://{name[0]}:{name[1]}" for name in names])
+        self._on_start([name if isinstance(name, str) else f"http://{in_url(name[0])}:{name[1]}" for name in names])
+
+
+def in_url(host: str) -> str:
+    """A host as URLs and Host headers have it: an IPv6 address has brackets."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def make_server(

@@ -12,6 +12,7 @@ MAX_TEXTS = 2048
 MAX_LOGPROBS = 5
 MAX_CHOICES = 16
 MAX_LAYERS = 100
+MAX_OPTIONS = 16  # Of a choice; each is a text of one row of the model.
 Value = TypeVar("Value")
 Schema = Mapping[str, object]
 STRING: Schema = {"type": "string"}
@@ -73,8 +74,9 @@ class Fields:
 
     @property
     def num_items(self) -> int:
-        """The length of the longest list."""
-        return max((len(value) for value in self._values.values() if isinstance(value, list)), default=0)
+        """The length of the longest list; a list of ids is one item."""
+        lists = [value for value in self._values.values() if isinstance(value, list) and value]
+        return max((1 if isinstance(value[0], int) else len(value) for value in lists), default=0)
 
 
 def schema(declared: Sequence[Field[object]], ignores_others: bool) -> Schema:
@@ -187,11 +189,15 @@ def is_pair(value: object) -> bool:
 
 
 def is_choice(value: object) -> bool:
-    """Whether a value is a list of a text and a list of texts."""
-    return isinstance(value, list) and len(value) == 2 and is_text(value[0]) and is_words(value[1])
+    """Whether a value is a list of a text and a list of texts, its options."""
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    text, options = value
+    return is_text(text) and is_words(options) and len(cast(list[object], options)) <= MAX_OPTIONS
 
 
 WORDS: Schema = {"type": "array", "items": STRING, "minItems": 1}
+OPTIONS: Schema = {**WORDS, "maxItems": MAX_OPTIONS}
 PAIR: Schema = {"type": "array", "items": STRING, "minItems": 2, "maxItems": 2}
 IDS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 INPUT: Schema = {
@@ -248,8 +254,8 @@ NULL_THRESHOLD = number("null_threshold", -1e9, 1e9).or_else(0)
 NUM_ANSWERS = integer("top_k", 1, 20).or_else(5)
 CHOICES: Field[list[tuple[str, list[str]]]] = items(
     "choices",
-    "a pair [text, options]",
-    {"type": "array", "prefixItems": [STRING, WORDS], "minItems": 2, "maxItems": 2},
+    f"a pair [text, options] with 1 to {MAX_OPTIONS} options",
+    {"type": "array", "prefixItems": [STRING, OPTIONS], "minItems": 2, "maxItems": 2},
     is_choice,
 )
 # Of bert-as-service.

@@ -105,6 +105,9 @@ class Handlers:
         model.check_layers(layers)
         name = fields[of.POOLING] or "+".join(own.modes)
         if name == "none":
+            for other, value in (("normalize", fields[of.NORMALIZE]), ("prompt", fields[of.PROMPT_NAME])):
+                if value is not None:
+                    raise Refusal(400, f"{other} is for vectors of texts, not of tokens: leave it out", other)
             return await self._embed_tokens(fields[of.TEXTS], layers, fields[of.TRUNCATE])
         modes = parse_modes(name)
         if modes is None:
@@ -113,7 +116,6 @@ class Handlers:
             normalize = own.normalize
         is_own = (modes, layers) == (own.modes, own.layers)
         pooling = Pooling(modes, layers, own.dense if is_own else (), normalize)
-        check_size(len(fields[of.TEXTS]) * pooling.width(model.encoder.config.hidden_size))
         texts = await model.read_for_vectors(fields[of.TEXTS], "texts", fields[of.TRUNCATE], fields[of.PROMPT_NAME])
         vectors = await self._vectors(texts, pooling)
         if request.headers.get("accept") == NPY:
@@ -167,7 +169,7 @@ class Handlers:
         bert = model.bert
         assert bert is not None
         texts = fields[of.TEXTS]
-        model.check_characters(texts, "texts")
+        model.check_characters(map(len, texts), "texts")
         split = []
         for i, text in enumerate(texts):
             try:
@@ -235,8 +237,6 @@ class Handlers:
     async def answer(self, fields: Fields, request: Request) -> Response:
         """The answers to questions from passages: pairs [question, passage]."""
         self._require("answer")
-        model, _ = self.service.ready
-        model.check_characters([passage for _, passage in fields[of.QUESTIONS]], "questions")
         examples = [Example(str(i), (tuple(each),)) for i, each in enumerate(fields[of.QUESTIONS])]
         results = []
         for prediction, is_cut in await self._predict(examples, "questions", fields[of.NULL_THRESHOLD]):
@@ -269,9 +269,10 @@ class Handlers:
     async def _predict(
         self, examples: Sequence[Example], field: str, null_threshold: float = 0.0
     ) -> list[tuple[Prediction, bool]]:
-        """The predictions for examples, and whether each was cut."""
+        """The predictions for examples, and whether each was cut. Refuses texts that are too long to be tokenized."""
         model, batcher = self.service.ready
         assert model.task is not None
+        model.check_characters(map(_longest, examples), field)
         queries: list[object] = []
         for i, example in enumerate(examples):
             try:
@@ -333,6 +334,7 @@ class Handlers:
 
     async def _vectors(self, texts: Sequence[Text], pooling: Pooling) -> list[np.ndarray]:
         model, batcher = self.service.ready
+        check_size(len(texts) * pooling.width(model.encoder.config.hidden_size))
         answers = await batcher.submit([model.vector_query(text, pooling) for text in texts])
         return cast(list[np.ndarray], answers)
 
@@ -348,6 +350,12 @@ def check_size(numbers: int) -> None:
     if numbers > MAX_NUMBERS:
         message = f"the answer would have {numbers} numbers, more than {MAX_NUMBERS}; ask for fewer texts or layers"
         raise Refusal(413, message, code="answer_too_large")
+
+
+def _longest(example: Example) -> int:
+    """The characters of the longest text of an example, or of all words of a sentence."""
+    parts = [part for sequence in example.sequences for part in sequence]
+    return max(len(part) if isinstance(part, str) else sum(map(len, part)) for part in parts)
 
 
 def npy(array: np.ndarray) -> bytes:

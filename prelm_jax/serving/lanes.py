@@ -20,6 +20,11 @@ class Shape(NamedTuple):
     length: int
 
     @property
+    def tokens(self) -> int:
+        """Of a row, padding included."""
+        return self.length * self.program.texts
+
+    @property
     def full_rows(self) -> int:
         return self.program.full_rows(self.length)
 

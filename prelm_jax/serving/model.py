@@ -2,7 +2,7 @@
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import numpy as np
@@ -128,7 +128,7 @@ class ServedModel:
         truncate: whether it may be; None for a route that does not offer it.
         """
         if not truncate:
-            self.check_characters(texts, field)
+            self.check_characters(map(len, texts), field)
         encoded: list[list[int]] = []
         chunk, characters = list[str](), 0
         for text in texts:
@@ -149,11 +149,11 @@ class ServedModel:
         """Of a text that is tokenized; a longer one has too many tokens in any case."""
         return CHARACTERS_PER_TOKEN * self.encoder.room
 
-    def check_characters(self, texts: Sequence[str], field: str) -> None:
-        """Raises a Refusal for a text that is too long even to be tokenized."""
-        for i, text in enumerate(texts):
-            if len(text) > self.max_characters:
-                message = f"{field}[{i}] has {len(text)} characters, but the server takes {self.max_characters}"
+    def check_characters(self, lengths: Iterable[int], field: str) -> None:
+        """Raises a Refusal for a text of this many characters that is too long even to be tokenized."""
+        for i, length in enumerate(lengths):
+            if length > self.max_characters:
+                message = f"{field}[{i}] has {length} characters, but the server takes {self.max_characters}"
                 raise Refusal(400, message, field, "too_long")
 
     def fit(

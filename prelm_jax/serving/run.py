@@ -20,9 +20,10 @@ from prelm_jax.inference.pooling import MODES, Pooling, parse_modes
 from prelm_jax.loading import load
 from prelm_jax.serving.app import make_app
 from prelm_jax.serving.batcher import Batcher
-from prelm_jax.serving.connections import make_server
+from prelm_jax.serving.connections import in_url, make_server
 from prelm_jax.serving.model import ServedModel
 from prelm_jax.serving.service import Service
+from prelm_jax.storage import kind_of_file
 from prelm_jax.training.checkpoint import Step
 
 
@@ -49,9 +50,9 @@ def run(options: Options) -> None:
     key = read_key(options.key_file)
     if options.uds is None and not is_loopback(options.host) and key is None:
         raise InputError(f"--host {options.host}: others could use the model; give --key-file, or serve at 127.0.0.1")
-    name = options.name or Path(options.model.rstrip("/")).name
+    name = options.name or os.path.basename(os.path.abspath(options.model))  # Of "." too.
     service = Service(name, key)
-    app = make_app(service, {"localhost", "127.0.0.1", "[::1]", options.host, *options.allowed_hosts})
+    app = make_app(service, {"localhost", "127.0.0.1", "[::1]", *map(in_url, (options.host, *options.allowed_hosts))})
     failures: list[Exception] = []
 
     def load_model() -> None:
@@ -75,6 +76,8 @@ def run(options: Options) -> None:
         signal.signal(number, signal.SIG_IGN)  # After the server's own handlers, which end it in an orderly way.
     server = make_server(app, on_start, on_stop)
     asyncio.run(server.serve([listener]))
+    if options.uds is not None:
+        options.uds.unlink(missing_ok=True)
     is_idle = service.batcher is None or service.batcher.stop()
     if failures:
         raise failures[0]
@@ -88,20 +91,33 @@ def listen(options: Options) -> socket.socket:
     if options.uds is not None:
         found, previous = socket.socket(socket.AF_UNIX), os.umask(0o177)  # For the user alone.
         try:
+            if is_abandoned(options.uds):
+                options.uds.unlink()
             found.bind(str(options.uds))
         except OSError as error:
             found.close()
-            raise InputError(
-                f"--uds {options.uds}: {error.strerror or error}; another server, or a file of an old one?"
-            ) from None
+            raise InputError(f"--uds {options.uds}: {error.strerror or error}; another server, or a file?") from None
         finally:
             os.umask(previous)
         return found
     try:
         ((family, *_, address), *_) = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)
         return socket.create_server(address[:2], family=family)
-    except OSError as error:
-        raise InputError(f"cannot listen at {options.host}:{options.port} (--host, --port): {error.strerror}") from None
+    except (OSError, UnicodeError) as error:  # UnicodeError for a..b, which cannot be a host.
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot listen at {options.host}:{options.port} (--host, --port): {reason}") from None
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether a path is the socket of a server that was killed."""
+    if kind_of_file(path) != "socket":
+        return False
+    with socket.socket(socket.AF_UNIX) as client:
+        try:
+            client.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+    return False
 
 
 def start(service: Service, options: Options) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import tokenizers
 from tokenizers import normalizers
 
-from prelm_jax.errors import InputError
+from prelm_jax.errors import InputError, first_line
 from prelm_jax.tokenizers.added_tokens import AddedToken, with_added_tokens, with_ids
 from prelm_jax.tokenizers.base import FRAME_ROLES, Tokenizer, check_distinct, write_files
 from prelm_jax.tokenizers.tokenizer_json import tokenizer_json
@@ -33,6 +33,14 @@ def keeping_joiners(normalizer: normalizers.Normalizer) -> list[normalizers.Norm
     hide = [normalizers.Replace(joiner, letter) for joiner, letter in JOINERS.items()]
     show = [normalizers.Replace(letter, joiner) for joiner, letter in JOINERS.items()]
     return [*hide, normalizer, *show]
+
+
+def pipeline_of(parts: Mapping[str, object]) -> tokenizers.Tokenizer:
+    """The pipeline of the parts of a tokenizer.json. Raises InputError for those that the library cannot read."""
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], **parts}))
+    except Exception as error:  # The library raises bare Exceptions for wrong files.
+        raise InputError(f"the tokenizers library cannot read it ({first_line(error)})") from None
 
 
 class CachedEncoder(Tokenizer):

@@ -4,17 +4,16 @@ Their tokenizer.json is applied as it is: byte-pair encoding, WordPiece, unigram
 normalizers and splits that do not look across white space. They need the special tokens of BERT, or GPT's <unk>.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import tokenizers
 
 from prelm_jax.cache import digest
-from prelm_jax.errors import InputError, first_line
+from prelm_jax.errors import InputError
 from prelm_jax.storage import prefix_errors
 from prelm_jax.tokenizers.added_tokens import AddedToken
-from prelm_jax.tokenizers.cached_encoder import CachedEncoder
+from prelm_jax.tokenizers.cached_encoder import CachedEncoder, pipeline_of
 from prelm_jax.tokenizers.saved import TOKENIZER, Part, SavedTokenizer, tokens_by_id
 from prelm_jax.tokenizers.sentencepiece import find_roles
 
@@ -55,6 +54,8 @@ class LibraryTokenizer(CachedEncoder):
         if model.get("dropout"):
             raise InputError(f"the model has dropout {model['dropout']}, which makes ids random: set it to null")
         unknown, unknown_id = model.get("unk_token"), model.get("unk_id")
+        if _type(model) == "Unigram" and unknown_id is None:
+            raise InputError("the model has no unk_id, which stands for what it cannot spell")
         if isinstance(unknown_id, int):
             unknown = tokens[unknown_id]
         if unknown not in (None, self.roles["unk"]):
@@ -76,11 +77,7 @@ class LibraryTokenizer(CachedEncoder):
         return LibraryTokenizer({name: part or {} for name, part in self.parts.items()}, added, frame)
 
     def _make_pipeline(self) -> tokenizers.Tokenizer:
-        data = {"version": "1.0", "added_tokens": [], **self.parts}
-        try:
-            return tokenizers.Tokenizer.from_str(json.dumps(data))
-        except Exception as error:  # The library raises bare Exceptions for wrong files.
-            raise InputError(f"the tokenizers library cannot read it ({first_line(error)})") from None
+        return pipeline_of(self.parts)
 
     def _settings(self) -> dict[str, object]:
         return {"tokenizer_class": "PreTrainedTokenizerFast"}

@@ -10,6 +10,7 @@ vocab.txt                 a token per line, the line number (from 0) its id
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -147,7 +148,7 @@ def read_max_length(directory: str | os.PathLike) -> int | None:
     length = (_read(source) or {}).get("model_max_length")
     if length is None:
         return None
-    if isinstance(length, bool) or not isinstance(length, int | float) or length < 1:
+    if isinstance(length, bool) or not isinstance(length, int | float) or not 1 <= length < math.inf:
         raise InputError(f"{source}: model_max_length is {length!r}: give a number of tokens")
     return int(length)
 

@@ -30,7 +30,7 @@ from prelm_jax.errors import InputError
 from prelm_jax.storage import opened, prefix_errors
 from prelm_jax.tokenizers import bpe, wordpiece
 from prelm_jax.tokenizers.added_tokens import AddedToken
-from prelm_jax.tokenizers.cached_encoder import JOINERS, CachedEncoder, keeping_joiners
+from prelm_jax.tokenizers.cached_encoder import JOINERS, CachedEncoder, keeping_joiners, pipeline_of
 from prelm_jax.tokenizers.saved import TOKENIZER, SavedTokenizer
 from prelm_jax.tokenizers.training import ALPHABET_COVERAGE, train_once, training_texts
 from prelm_jax.tokenizers.words import Splitter
@@ -104,8 +104,7 @@ class SentencePiece(CachedEncoder):
         return SentencePiece(self.model, self.lowercase, self.proto, self.joiners, added, frame)
 
     def _make_pipeline(self) -> tokenizers.Tokenizer:
-        data = {"version": "1.0", "model": self.model, "added_tokens": []}
-        pipeline = tokenizers.Tokenizer.from_str(json.dumps(data))
+        pipeline = pipeline_of({"model": self.model})
         pipeline.normalizer = _normalizer(self.lowercase, self.joiners)
         # A unigram model does not know which entries are special: their names in a text are cut after one character.
         names = "|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in self.special_ids)

@@ -46,6 +46,16 @@ def test_save_overwrites_a_model_directory_and_leaves_other_files(model, tmp_pat
     assert [path.name for path in directory.parent.iterdir()] == ["model"]
 
 
+def test_nothing_of_an_earlier_model_is_read_with_a_later_one(model, tmp_path):
+    """Other tokens, another head, another pooling."""
+    save(model, FORMAT, tmp_path / "model", "")
+    expected = contents(tmp_path / "model")
+    for name in ("added_tokens.json", "head.safetensors", "modules.json", "sentence_bert_config.json", "spiece.model"):
+        (tmp_path / "model" / name).write_text("{}")
+    save(model, FORMAT, tmp_path / "model", "")
+    assert contents(tmp_path / "model") == expected
+
+
 def test_save_refuses_any_other_directory(model, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(InputError, match="not empty, and not a model directory"):

@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from model_directories import assert_params_equal, change, configure, grow_vocabulary
@@ -136,6 +137,15 @@ def test_weights_are_finite(value, complaint, copy):
     name = "cls.seq_relationship.bias"
     change(copy, **{name: value})
     with pytest.raises(InputError, match=f"tensor {name} {complaint}"):
+        read(copy)
+
+
+def test_types_that_numpy_lacks_are_named(copy):
+    file = copy / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    name = next(name for name in tensors if name.endswith("seq_relationship.bias"))
+    safetensors.torch.save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, file, {"format": "pt"})
+    with pytest.raises(InputError, match=r"model.safetensors: .*seq_relationship.bias .* quantized models"):
         read(copy)
 
 

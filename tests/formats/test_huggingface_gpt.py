@@ -121,9 +121,10 @@ def test_the_authors_heads_are_64_wide(tmp_path, gpt_ids_of):
     ((_, hidden),) = GPTPretrained(read(tmp_path)).embed(["the cat sat"])
     expected = reference(input_ids=torch.tensor([gpt_ids_of("the cat sat")])).last_hidden_state[0].detach()
     np.testing.assert_allclose(hidden[-1], expected, atol=2e-5, rtol=0)
-    (tmp_path / "params_2.npy").write_bytes((tmp_path / "params_2.npy").read_bytes()[:200])
-    with pytest.raises(InputError, match=r"params_\*.npy cannot be read as arrays"):
-        read(tmp_path)
+    for damaged in ((tmp_path / "params_2.npy").read_bytes()[:200], b"", b"PK\3\4"):
+        (tmp_path / "params_2.npy").write_bytes(damaged)
+        with pytest.raises(InputError, match=r"params_\*.npy cannot be read as arrays"):
+            read(tmp_path)
     (tmp_path / "params_2.npy").unlink()
     with pytest.raises(InputError, match=r"\d+ numbers in 2 files params_\*.npy, .*params_shapes.json.* \d+"):
         read(tmp_path)

@@ -309,6 +309,8 @@ def test_the_fields_of_the_documentation(bert):
         ("/embed", {"texts": ["a cat", "a dog"]}),
         ("/embed", {"texts": ["a cat"], "pooling": "none", "layers": [0, 1]}),
         ("/similarity", {"texts": ["a"] * 6}),
+        ("/v1/embeddings", {"input": ["a cat", "a dog"]}),
+        ("/encode", {"id": 1, "texts": ["a cat", "a dog"]}),
     ],
 )
 def test_answers_are_limited(bert, monkeypatch, path, fields):
@@ -316,7 +318,8 @@ def test_answers_are_limited(bert, monkeypatch, path, fields):
     monkeypatch.setattr(handlers, "MAX_NUMBERS", 31)  # Vectors have 16.
     status, answer = bert.post(path, **fields)
     assert status == 413 and "31" in answer["error"]["message"] and answer["error"]["code"] == "answer_too_large"
-    assert bert.post(path, texts=["a"])[0] == 200
+    name = "input" if "input" in fields else "texts"
+    assert bert.post(path, **{name: ["a"]})[0] == 200
 
 
 def test_others_are_answered_while_a_text_is_tokenized(bert, monkeypatch):
@@ -358,6 +361,43 @@ def test_what_is_not_read_counts_as_cut(bert):
     assert answer["results"][0]["truncated"] is True
     assert answer["results"][0]["tokens"] == ["[CLS]", "the", "[SEP]"]
     assert len(answer["results"][0]["vectors"]) == 3
+
+
+@pytest.mark.parametrize("fields", [{"prompt": "query"}, {"normalize": False}])
+def test_what_says_nothing_about_tokens_is_refused(bert, fields):
+    (name,) = fields
+    assert bert.error("/embed", texts=["a"], pooling="none", **fields)[:2] == (400, name)
+
+
+def test_a_list_of_ids_is_one_text(bert, monkeypatch):
+    monkeypatch.setattr(bert.service.batcher, "max_queue_tokens", 16)
+    assert bert.post("/v1/embeddings", input=[5] * 12)[0] == 200
+    assert bert.error("/v1/embeddings", input=[[5]] * 12)[0] == 413
+
+
+def test_routes_are_counted_by_their_names(bert):
+    """Not by what was asked for, of which there is no end."""
+    assert bert.get("/v1/models/%22x")[0] == 404
+    metrics = bert.service.metrics().decode()
+    assert 'path="/v1/models/{name}",status="404"' in metrics and '"x' not in metrics
+
+
+def test_bodies_count_while_they_arrive(bert, monkeypatch):
+    """Also those whose length is not known before."""
+    monkeypatch.setattr(app, "MAX_BODIES", 1000)
+    head = b"POST /embed HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    chunk = b"transfer-encoding: chunked\r\n\r\n" + b"258\r\n" + b" " * 0x258 + b"\r\n"
+    with contextlib.ExitStack() as ends:
+        address = ("127.0.0.1", bert.port)
+        one, two = (ends.enter_context(socket.create_connection(address, 60)) for _ in range(2))
+        one.sendall(head + chunk)
+        while bert.service.body_bytes < 0x258:
+            time.sleep(0.001)
+        two.sendall(head + chunk)
+        assert two.recv(100).startswith(b"HTTP/1.1 503 ")
+        assert bert.service.body_bytes == 0x258
+    while bert.service.body_bytes:
+        time.sleep(0.001)
 
 
 def test_an_error_of_the_server_is_answered_and_logged(bert, monkeypatch, capsys):

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -16,8 +17,10 @@ import tiny
 pytest.importorskip("starlette", reason="needs the extra serve: pip install 'prelm_jax[serve]'")
 
 from prelm_jax.cli.main import main
+from prelm_jax.errors import InputError
 from prelm_jax.inference.pooling import Pooling
-from prelm_jax.serving.run import Options, choose_pooling, is_loopback, listen
+from prelm_jax.serving.connections import in_url
+from prelm_jax.serving.run import Options, choose_pooling, is_loopback, listen, run
 
 
 @pytest.mark.parametrize(
@@ -29,11 +32,13 @@ from prelm_jax.serving.run import Options, choose_pooling, is_loopback, listen
         (["--port", "65536"], ["--port 65536"]),
         (["--port", "{taken}"], ["127.0.0.1:{taken}", "--port"]),
         (["--uds", "short"], ["--uds short"]),
+        (["--host", "a..b", "--key-file", "long"], ["a..b:8000", "--host"]),
     ],
 )
 def test_a_mistake_is_one_line(arguments, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short").write_text("secret\n")
+    (tmp_path / "long").write_text("secret" * 3)
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = str(other.getsockname()[1])
         with pytest.raises(SystemExit) as end:
@@ -45,8 +50,36 @@ def test_a_mistake_is_one_line(arguments, named, tmp_path, monkeypatch, capsys):
 
 def test_a_unix_socket_is_for_its_user_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # Paths of sockets are short.
-    with listen(Options("model", uds="socket")):
+    with listen(Options("model", uds=Path("socket"))) as listener:
         assert os.stat("socket").st_mode & 0o777 == 0o600
+        listener.listen()
+        with pytest.raises(InputError, match=r"--uds socket: .*another server"):
+            listen(Options("model", uds=Path("socket")))
+    with listen(Options("model", uds=Path("socket"))):  # The first server was killed: its file is still there.
+        pass
+
+
+def test_an_address_of_ipv6_has_brackets():
+    assert [in_url(host) for host in ("::1", "[::1]", "localhost", "10.0.0.1")] == [
+        "[::1]",
+        "[::1]",
+        "localhost",
+        "10.0.0.1",
+    ]
+
+
+def test_the_model_is_called_by_its_directory(tmp_path, monkeypatch, capsys):
+    """Also if it is given as ".". A model that is not there ends the server."""
+    (tmp_path / "my-bert").mkdir()
+    monkeypatch.chdir(tmp_path / "my-bert")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # Of this process.
+    monkeypatch.setattr("prelm_jax.serving.run.cache_compiled_programs", lambda: None)
+    with pytest.raises(InputError, match=re.escape("config.json")):
+        run(Options(".", port=0))
+    assert "serving my-bert at http://127.0.0.1:" in capsys.readouterr().err
+    with pytest.raises(InputError, match=re.escape("config.json")):
+        run(Options(".", uds=Path("socket")))
+    assert not Path("socket").exists()
 
 
 def test_is_loopback():

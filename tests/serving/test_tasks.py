@@ -68,6 +68,9 @@ def test_tag(served):
             assert tuple(each["tags"]) == prediction.label
             assert tuple(each["probabilities"]) == prediction.probabilities
         assert client.error("/tag", texts=["a", " "])[:2] == (400, "texts")
+        for words in ("cat " * 2000, ["cat"] * 2000):  # Nothing of it is tokenized.
+            message = "texts[1] has 6000 characters, but the server takes 3500"
+            assert client.error("/tag", texts=["a", words]) == (400, "texts", message)
 
 
 def test_answer(served):
@@ -81,6 +84,18 @@ def test_answer(served):
             assert passage[each["start"] :].startswith(each["answer"])
             assert len(each["candidates"]) == 2
         assert client.error("/answer", questions=[["the cat", "a" * 10_000]])[:2] == (400, "questions")
+
+
+def test_the_options_of_a_choice_are_limited_and_count(served, monkeypatch):
+    """A row of the model has a text for each of them."""
+    options = ["a dog"] * 16
+    with served("choice") as client:
+        status, param, message = client.error("/choose", choices=[["the cat", [*options, "a"]]])
+        assert (status, param) == (400, "choices") and "1 to 16 options" in message
+        monkeypatch.setattr(client.service.batcher, "max_queue_tokens", 100)
+        status, _, message = client.error("/choose", choices=[["the cat", options]])
+        assert status == 413 and "has 256 tokens" in message
+        assert client.model.main_program is client.model.program(2)
 
 
 @pytest.mark.slow

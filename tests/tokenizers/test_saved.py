@@ -338,6 +338,7 @@ def test_a_default_against_the_pipeline_is_refused(tmp_path):
         ({"normalizer": normalizers.Prepend("x")}, "the normalizer has type Prepend"),
         ({"model": models.BPE({"[UNK]": 0, "x": 1}, [], dropout=0.1, unk_token="x")}, "dropout 0.1"),
         ({"model": models.BPE({"[UNK]": 0, "x": 1}, [], unk_token="x")}, "unk_token 'x'"),
+        ({"model": models.Unigram([(token, -1.0) for token in SPECIAL_TOKENS], None, False)}, "no unk_id"),
     ],
 )
 def test_pipelines_that_are_not_supported(tmp_path, changes, message):

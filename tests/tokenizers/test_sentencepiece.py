@@ -207,6 +207,7 @@ def test_a_vocabulary_that_is_too_small(prose):
         (lambda data: data["model"].update(vocab=[["a", 0.0], ["a", 0.0]]), "'a'"),
         (lambda data: data["model"].update(vocab=[["a", 0.0]]), "'[PAD]' has the id 0, but its place is 1"),
         (lambda data: data.update(model={"type": "Unigram"}), "'vocab'"),
+        (lambda data: data["model"].update(unk_id=10**6), "the tokenizers library cannot read it"),
     ],
 )
 def test_another_kind_of_tokenizer_json_is_refused(prose, tmp_path, change, message):
