@@ -18,7 +18,7 @@ from prelm_jax.tokenizers.base import FRAME_ROLES
 from prelm_jax.tokenizers.bpe import BPE
 from prelm_jax.tokenizers.build import build
 from prelm_jax.tokenizers.load import load
-from prelm_jax.tokenizers.saved import BERT_CLASSES
+from prelm_jax.tokenizers.saved import BERT_CLASSES, read_max_length
 from prelm_jax.tokenizers.sentencepiece import SentencePiece
 from prelm_jax.tokenizers.wordpiece import SPECIAL_TOKENS, WordPiece, WordPieceConfig
 
@@ -345,6 +345,16 @@ def test_pipelines_that_are_not_supported(tmp_path, changes, message):
     quick_tour(tmp_path, **changes)
     found = error_of(load, tmp_path)
     assert found.startswith(f"{tmp_path}/tokenizer.json: ") and message in found
+
+
+@pytest.mark.parametrize("length", ["Infinity", "NaN", "0", "true", '"512"'])
+def test_a_longest_text_of_no_length_is_refused(tmp_path, length):
+    """transformers writes 1e30 for no limit."""
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(f'{{"model_max_length": {length}}}')
+    assert f"{path}: model_max_length" in error_of(read_max_length, tmp_path)
+    path.write_text('{"model_max_length": 1e30}')
+    assert read_max_length(tmp_path) == int(1e30)
 
 
 def test_other_tokens_around_a_text_are_refused(tmp_path):
