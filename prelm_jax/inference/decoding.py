@@ -94,7 +94,7 @@ def _text(kind: Kind, scores: np.ndarray, num_texts: int, names: Sequence[str]) 
 def _tags(
     examples: Sequence[Example], rows: Sequence[Row], outputs: Sequence[Outputs], names: Sequence[str]
 ) -> list[Prediction]:
-    """The tags of all words, in BIO if they mark spans, each from the window that shows most of its context."""
+    """The tags of all words, each from the window that shows most of its context; BIOES, BILOU and BMES as BIO."""
     tags = [[""] * len(example.sequences[0][0]) for example in examples]
     scores = [[0.0] * len(each) for each in tags]
     for row, output in zip(rows, outputs, strict=True):

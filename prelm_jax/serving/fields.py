@@ -192,8 +192,8 @@ def is_choice(value: object) -> bool:
     """Whether a value is a list of a text and a list of texts, its options."""
     if not isinstance(value, list) or len(value) != 2:
         return False
-    text, options = value
-    return is_text(text) and is_words(options) and len(cast(list[object], options)) <= MAX_OPTIONS
+    given, options = value
+    return is_text(given) and is_words(options) and len(options) <= MAX_OPTIONS
 
 
 WORDS: Schema = {"type": "array", "items": STRING, "minItems": 1}
