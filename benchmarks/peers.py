@@ -9,7 +9,8 @@ torch-gpt    torch_gpt.py, in the manner of nanoGPT: random windows of one array
 torch-elmo   torch_elmo.py, in the manner of bilm-tf: rows that run through the text, Adagrad at a constant rate
 
 Each trains a vocabulary of the size of ours itself, because that takes time, and then loads ours, so that all losses
-are on the same ids. ELMo's peer reads text that is split into words already. Snapshots are state dicts.
+are on the same ids; on a GPU, where nobody looks at the clock, it only loads ours. ELMo's peer reads text that is split
+into words already. Snapshots are state dicts.
 """
 
 import dataclasses
@@ -58,13 +59,22 @@ class Settings:
     tuning: Tuning
     seed: int = 0
     threads: int = 2
+    device: str = "cpu"
 
 
 # Models
 
 
-def build(peer: Peer, sizes: dict[str, Any], rows: int) -> tuple[nn.Module, Callable[[dict[str, Tensor]], Tensor]]:
+Loss = Callable[[dict[str, Tensor]], Tensor]
+
+
+def build(peer: Peer, sizes: dict[str, Any], rows: int, device: torch.device) -> tuple[nn.Module, Loss]:
     """A model of our sizes without dropout, and its mean loss of a batch that `to_torch` made."""
+    with device:
+        return _build(peer, sizes, rows)
+
+
+def _build(peer: Peer, sizes: dict[str, Any], rows: int) -> tuple[nn.Module, Loss]:
     c = SimpleNamespace(**sizes | {"dropout": 0.0})
     if peer == "torch-elmo":
         from torch_elmo import TorchELMo
@@ -106,13 +116,14 @@ def build(peer: Peer, sizes: dict[str, Any], rows: int) -> tuple[nn.Module, Call
     return model, loss
 
 
-def to_torch(batch: Arrays) -> dict[str, Tensor]:
+def to_torch(batch: Arrays, device: torch.device) -> dict[str, Tensor]:
     """A batch with the keys of ours; targets of weight 0 become IGNORED, as the losses of PyTorch have it."""
     arrays = dict(batch)
     for weights, targets in (("masked_weights", "masked_targets"), ("weights", "targets")):
         if weights in arrays:
             arrays[targets] = np.where(arrays[weights] > 0, arrays[targets], IGNORED)
-    return {k: torch.from_numpy(x.astype(np.int64) if x.dtype.kind == "i" else x) for k, x in arrays.items()}
+    tensors = {k: torch.from_numpy(x.astype(np.int64) if x.dtype.kind == "i" else x) for k, x in arrays.items()}
+    return {k: x.to(device) for k, x in tensors.items()}
 
 
 # Text
@@ -120,15 +131,17 @@ def to_torch(batch: Arrays) -> dict[str, Tensor]:
 
 def wordpiece(s: Settings, vocab_size: int) -> tuple[np.ndarray, tokenizers.Tokenizer]:
     """The ids of the text, end to end, by our WordPiece, after one of their own was trained."""
-    own = tokenizers.BertWordPieceTokenizer(lowercase=True)
-    own.train([str(s.text)], vocab_size=vocab_size, show_progress=False)
+    if s.device == "cpu":
+        own = tokenizers.BertWordPieceTokenizer(lowercase=True)
+        own.train([str(s.text)], vocab_size=vocab_size, show_progress=False)
     return encoded(s)
 
 
 def bpe(s: Settings, vocab_size: int) -> tuple[np.ndarray, tokenizers.Tokenizer]:
     """The same with byte-pairs."""
-    own = tokenizers.CharBPETokenizer(lowercase=True, unk_token="<unk>")
-    own.train([str(s.text)], vocab_size=vocab_size, special_tokens=["<unk>"], show_progress=False)
+    if s.device == "cpu":
+        own = tokenizers.CharBPETokenizer(lowercase=True, unk_token="<unk>")
+        own.train([str(s.text)], vocab_size=vocab_size, special_tokens=["<unk>"], show_progress=False)
     return encoded(s)
 
 
@@ -264,7 +277,7 @@ def train(s: Settings, model: nn.Module, loss_of_batch: Callable, batches: Itera
             for group, peak in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = decay * peak
             optimizer.zero_grad(set_to_none=True)
-        loss = loss_of_batch(to_torch(batch))
+        loss = loss_of_batch(to_torch(batch, torch.device(s.device)))
         (loss * s.tuning.length if s.peer == "torch-elmo" else loss).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 10.0 if s.peer == "torch-elmo" else 1.0)
         for optimizer in found:
@@ -309,7 +322,7 @@ def train_with_trainer(s: Settings, model: nn.Module, rows: np.ndarray, known: t
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=s.device == "cpu",
         seed=s.seed,
     )
     transformers.Trainer(
@@ -325,7 +338,7 @@ def main(s: Settings) -> None:
     torch.set_num_threads(s.threads)
     torch.manual_seed(s.seed)
     rng, sizes = np.random.default_rng(s.seed), json.loads(s.model.read_text())
-    model, loss_of_batch = build(s.peer, sizes, s.tuning.batch_size)
+    model, loss_of_batch = build(s.peer, sizes, s.tuning.batch_size, torch.device(s.device))
     if s.peer == "torch-elmo":
         return train(s, model, loss_of_batch, streams(s, sizes["vocab_size"], sizes["num_negatives"], rng))
     if s.peer == "torch-gpt":

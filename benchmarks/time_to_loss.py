@@ -14,12 +14,21 @@ time; ours is also trained for shorter times (`--shorter`). The time to a loss i
 of any of these runs, first reaches it.
 
 Peers are tuned first: `--trials N` trains each peer N times, for the full minutes, with other rates, warm-ups, batches,
-lengths and masking rates, and then uses the best. `--tuned RECORD` takes the best of another record, or what its runs
-had. What the record holds already is not repeated, so the same command resumes. With --draw RECORD … only the picture
-is drawn. Needs the extra `test`, and `pip install accelerate` for hf-trainer.
+lengths and masking rates, and then uses the best. `--tuned RECORD` takes the best of another record. What the record
+holds already is not repeated, so the same command resumes. With --draw RECORD … only the picture is drawn. Needs the
+extra `test`, and `pip install accelerate` for hf-trainer.
+
+Trials and seeds take many times ten minutes on a CPU. A GPU can train them instead, on the clock of that CPU: the loss
+after a number of steps does not depend on the machine, and each step takes a CPU the same time.
+
+    python benchmarks/time_to_loss.py gpt … --trials 7 --only-speeds --json gpt.json    # on the CPU
+    python benchmarks/time_to_loss.py gpt … --trials 7 --gpu --jobs 8 --json gpt.json   # on a machine with a GPU
+
+The second command trains for the steps that the CPU manages in the minutes, and writes the seconds that it needs.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -30,7 +39,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,12 +101,16 @@ class Settings:
     tuned: Path | None = None
     evaluated_tokens: int = 100_000
     calibration_steps: int = 60
+    only_speeds: bool = False  # Measure how long the steps of all contenders take, and no more.
+    gpu: bool = False  # Train on the GPU of this machine, on the clock of the CPU that the record is of.
+    jobs: int = 1  # Trainings at a time, with `gpu`.
     json: Path | None = None
     picture: Path | None = None
     draw: tuple[Path, ...] = ()
 
 
-Attempt = dict[str, Any]  # contender, seed, minutes, tuning, steps, seconds and losses of the snapshots
+Attempt = dict[str, Any]  # contender, seed, minutes, tuning, steps, device, seconds and losses of the snapshots
+Speed = dict[str, Any]  # contender, tuning, seconds of a step and before the first
 
 
 class Race:
@@ -104,6 +118,7 @@ class Race:
 
     def __init__(self, s: Settings, directory: Path):
         self.s, self.directory = s, directory
+        self.device = torch.device("cuda" if s.gpu else "cpu")
         self.reference = s.experiment or EXPERIMENTS[s.family]
         _, run, _ = load_run(self.reference)
         self.texts = {side: directory / f"{side}.txt" for side in ("training", "held_out")}
@@ -146,6 +161,7 @@ class Race:
         text = self.directory / "words.txt" if self.s.family == "elmo" else self.texts["training"]
         options = {"peer": peer, "text": text, "tokenizer": self.directory / "tokenizer", "snapshots": directory}
         options |= {"model": self.directory / "model.json", "seed": seed, "threads": self.s.threads}
+        options |= {"device": self.device}
         options |= {f"tuning.{name.replace('_', '-')}": value for name, value in attempt["tuning"].items()}
         command = [sys.executable, str(Path(__file__).with_name("peers.py"))]
         command += [f"--{name}={value}" for name, value in options.items()]
@@ -157,11 +173,15 @@ class Race:
         return hasattr(self.run.optimizer, "decay_steps")
 
     def train(self, attempt: Attempt, at: list[int], directory: Path) -> tuple[dict[int, float], Path]:
-        """Runs a contender from an empty cache: the seconds after which each snapshot was there, and where they are."""
+        """Runs a contender: the seconds after which each snapshot was there, and where they are.
+
+        On a CPU from an empty cache.
+        """
         command, snapshots = self.command(attempt, at, directory)
-        environment = os.environ | {"PRELM_CACHE": str(directory / "cache"), "JAX_PLATFORMS": "cpu"}
-        environment |= {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "OMP_NUM_THREADS": str(self.s.threads)}
-        environment |= {"TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.s.threads), "HF_HUB_OFFLINE": "1"}
+        environment |= {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "TOKENIZERS_PARALLELISM": "true"}
+        if not self.s.gpu:
+            environment |= {"PRELM_CACHE": str(directory / "cache"), "JAX_PLATFORMS": "cpu"}
         seconds: dict[int, float] = {}
         with (directory / "log").open("w") as log:
             start = time.perf_counter()
@@ -213,25 +233,38 @@ class Race:
             for i, batch in enumerate(batches):
                 if i % states == 0:
                     peer = attempt["contender"].removesuffix(MUON)
-                    model, loss = peers.build(peer, self.sizes, self.batches.batch_size)
-                    model.load_state_dict(torch.load(snapshots / str(step), weights_only=True))
+                    model, loss = peers.build(peer, self.sizes, self.batches.batch_size, self.device)
+                    model.load_state_dict(torch.load(snapshots / str(step), self.device, weights_only=True))
                     model.eval()
                 if weight := float(batch[weights].sum()):
-                    total, count = total + weight * loss(peers.to_torch(batch)).item(), count + weight
+                    nll = loss(peers.to_torch(batch, self.device)).item()
+                    total, count = total + weight * nll, count + weight
             yield total / count
 
-    def attempt(self, contender: str, seed: int, minutes: float, tuning: dict[str, Any], record: dict) -> Attempt:
-        """Trains and evaluates a contender for some minutes; its speed is measured once for each tuning."""
+    def speed(self, contender: str, tuning: dict[str, Any], record: dict) -> Speed:
+        """How long a contender's steps take, from the record if that has the same sizes, else by a short training."""
+
+        def sizes(contender: str, tuning: dict[str, Any]) -> tuple[Any, ...]:
+            return contender, *(tuning.get(name) for name in ("batch_size", "length", "masking"))
+
+        for speed in record["speeds"]:
+            if sizes(speed["contender"], speed["tuning"]) == sizes(contender, tuning):
+                return speed
+        if self.s.gpu:
+            raise SystemExit(f"{self.s.json} has no speed of {contender} {tuning}: measure it first, --only-speeds")
+        n = self.s.calibration_steps
+        attempt = {"contender": contender, "seed": 0, "tuning": tuning}
+        with tempfile.TemporaryDirectory(dir=self.directory) as directory:
+            seconds, _ = self.train(attempt, [n // 3, n], Path(directory))
+        step = (seconds[n] - seconds[n // 3]) / (n - n // 3)
+        speed = {"contender": contender, "tuning": tuning, "step": step, "before": seconds[n] - n * step}
+        record["speeds"].append(speed)
+        print(f"{contender} {tuning}: {1e3 * step:.0f} ms a step after {speed['before']:.0f} s", flush=True)
+        return speed
+
+    def attempt(self, contender: str, seed: int, minutes: float, tuning: dict[str, Any], speed: Speed) -> Attempt:
+        """Trains and evaluates a contender for some minutes."""
         attempt = {"contender": contender, "seed": seed, "minutes": minutes, "tuning": tuning}
-        speed = next((x for x in record["speeds"] if (x["contender"], x["tuning"]) == (contender, tuning)), None)
-        if speed is None:
-            n = self.s.calibration_steps
-            with tempfile.TemporaryDirectory(dir=self.directory) as directory:
-                seconds, _ = self.train(attempt | {"seed": 0}, [n // 3, n], Path(directory))
-            step = (seconds[n] - seconds[n // 3]) / (n - n // 3)
-            speed = {"contender": contender, "tuning": tuning, "step": step, "before": seconds[n] - n * step}
-            record["speeds"].append(speed)
-            print(f"{contender} {tuning}: {1e3 * step:.0f} ms a step after {speed['before']:.0f} s", flush=True)
         steps = int(0.98 * (60 * minutes - speed["before"]) / speed["step"])
         if steps < SNAPSHOTS:
             raise SystemExit(f"{contender}: {minutes:.1f} minutes are {steps} steps; give more")
@@ -239,7 +272,9 @@ class Race:
         with tempfile.TemporaryDirectory(dir=self.directory) as directory:
             seconds, snapshots = self.train(attempt, at, Path(directory))
             attempt["losses"] = self.evaluate(attempt, at, snapshots)
-        attempt |= {"steps": steps, "seconds": [seconds[step] for step in at]}
+        if self.s.gpu:
+            seconds = {step: speed["before"] + step * speed["step"] for step in at}
+        attempt |= {"device": self.device.type, "steps": steps, "seconds": [seconds[step] for step in at]}
         attempt["before"] = seconds[at[0]] - (seconds[at[-1]] - seconds[at[0]]) / (at[-1] - at[0]) * at[0]
         print(
             f"{contender}, seed {seed}, {minutes:.1f} minutes: {attempt['losses'][-1]:.4f} after {steps} steps, "
@@ -270,32 +305,67 @@ def trial(family: str, contender: str, number: int) -> dict[str, Any]:
 
 
 def best_tuning(record: dict, family: str, contender: str) -> dict[str, Any]:
-    """The tuning of the best trial of a record, else that of its runs, else the default."""
-    trials, runs = ([x for x in record[kind] if x["contender"] == contender] for kind in ("trials", "runs"))
-    found = min(trials or runs, key=lambda x: x["losses"][-1], default=None)
+    """The tuning of the best trial or run of a record, else the default."""
+    known = [x for kind in ("trials", "runs") for x in record[kind] if x["contender"] == contender]
+    found = min(known, key=lambda x: x["losses"][-1], default=None)
     return default_tuning(family, contender) if found is None else found["tuning"]
 
 
 def race(s: Settings, record: dict, directory: Path) -> None:
     """Everything that the record lacks; writes it after each attempt."""
     contest = Race(s, directory)
-
-    def add(kind: str, contender: str, seed: int, minutes: float, tuning: dict[str, Any]) -> None:
-        wanted = {"contender": contender, "seed": seed, "minutes": minutes, "tuning": tuning}
-        if not any(wanted.items() <= x.items() for x in record[kind]):
-            record[kind].append(contest.attempt(contender, seed, minutes, tuning, record))
-            harness.write_json(s.json, record)
-
     named = s.contenders or CONTENDERS[s.family]
-    for contender in named:
-        for number in range(s.trials if contender != OURS else 0):
-            add("trials", contender, 0, s.minutes, trial(s.family, contender, number))
+    trials = [
+        (contender, 0, s.minutes, trial(s.family, contender, number))
+        for contender in named
+        for number in range(s.trials if contender != OURS else 0)
+    ]
+
+    def speed(contender: str, tuning: dict[str, Any]) -> Speed:
+        found = contest.speed(contender, tuning, record)
+        harness.write_json(s.json, record)
+        return found
+
+    if s.only_speeds:
+        for contender, _, _, tuning in trials:
+            speed(contender, tuning)
+        if OURS in named:
+            speed(OURS, {})
+        return
+
+    def add(kind: str, wanted: list[tuple[str, int, float, dict[str, Any]]]) -> None:
+        names = ("contender", "seed", "minutes", "tuning")
+        done = {kind: [tuple(x[name] for name in names) for x in record[kind]] for kind in ("trials", "runs")}
+        missing: list[Callable[[], Attempt]] = []
+        for attempt in wanted:
+            if attempt in done[kind]:
+                continue
+            done[kind].append(attempt)
+            if kind == "runs" and attempt in done["trials"]:  # The best trial is the run of its seed.
+                record["runs"].append(record["trials"][done["trials"].index(attempt)])
+            else:
+                contender, _, _, tuning = attempt
+                missing.append(functools.partial(contest.attempt, *attempt, speed(contender, tuning)))
+        with ThreadPoolExecutor(s.jobs) as pool:
+            failed = []
+            for ended in as_completed([pool.submit(train) for train in missing]):
+                if error := ended.exception():
+                    failed.append(str(error))
+                else:
+                    record[kind].append(ended.result())
+                    harness.write_json(s.json, record)
+        if failed:
+            raise SystemExit("\n".join(failed))
+
+    add("trials", trials)
     tuned = record if s.tuned is None else json.loads(s.tuned.read_text())
-    for seed in range(s.seeds):
-        for contender in named:
-            tuning = best_tuning(tuned, s.family, contender)
-            for minutes in (s.minutes, *(s.shorter if contender == OURS else ())):
-                add("runs", contender, seed, minutes, tuning)
+    runs = []
+    for seed, contender in itertools.product(range(s.seeds), named):
+        tuning = best_tuning(tuned, s.family, contender)
+        runs += [
+            (contender, seed, minutes, tuning) for minutes in (s.minutes, *(s.shorter if contender == OURS else ()))
+        ]
+    add("runs", runs)
 
 
 def seconds_to(loss: float, runs: list[Attempt]) -> float:
@@ -367,14 +437,18 @@ def draw(records: list[dict], path: Path) -> None:
 def main(s: Settings) -> None:
     if s.draw:
         return draw([json.loads(path.read_text()) for path in s.draw], s.picture or Path("time_to_loss.svg"))
-    harness.limit_threads(s.threads)
+    if not s.gpu:
+        harness.limit_threads(s.threads)
     fields = json.loads(json.dumps(dataclasses.asdict(s), default=str)) | {"json": None, "picture": None}
     record = {"machine": harness.machine(), "settings": fields, "speeds": [], "trials": [], "runs": []}
-    if s.json is not None and s.json.exists():
-        record |= {name: json.loads(s.json.read_text())[name] for name in ("speeds", "trials", "runs")}
     harness.print_machine(record["machine"])
+    if s.json is not None and s.json.exists():
+        known = json.loads(s.json.read_text())
+        record |= {name: known[name] for name in ("speeds", "trials", "runs", *(["machine"] if s.gpu else []))}
     with tempfile.TemporaryDirectory() as directory:
         race(s, record, Path(directory))
+    if s.only_speeds:
+        return None
     harness.write_json(s.json, record)
     summarize(record)
     if s.picture is not None:
