@@ -417,7 +417,8 @@ def draw(records: list[dict], path: Path) -> None:
             name, minutes = x["contender"], np.array(x["seconds"]) / 60
             label = None if name in shown else "prelm_jax" if name == OURS else name
             shown.add(name)
-            axis.plot(minutes, x["losses"], color=colors[name], linewidth=1, alpha=0.8, label=label)
+            width = 1.8 if name == OURS else 1
+            axis.plot(minutes, x["losses"], color=colors[name], linewidth=width, alpha=0.8, label=label)
             axis.plot(minutes[-1:], x["losses"][-1:], color=colors[name], marker="o", markersize=3)
             axis.axvspan(0, x["before"] / 60, 0, 0.02, color=colors[name], alpha=0.3)
         finals = [x["losses"][-1] for x in record["runs"]]
