@@ -65,16 +65,11 @@ class Settings:
 # Models
 
 
-Loss = Callable[[dict[str, Tensor]], Tensor]
+def build(peer: Peer, sizes: dict[str, Any], rows: int) -> tuple[nn.Module, Callable[[dict[str, Tensor]], Tensor]]:
+    """A model of our sizes without dropout, and its mean loss of a batch that `to_torch` made.
 
-
-def build(peer: Peer, sizes: dict[str, Any], rows: int, device: torch.device) -> tuple[nn.Module, Loss]:
-    """A model of our sizes without dropout, and its mean loss of a batch that `to_torch` made."""
-    with device:
-        return _build(peer, sizes, rows)
-
-
-def _build(peer: Peer, sizes: dict[str, Any], rows: int) -> tuple[nn.Module, Loss]:
+    They are on PyTorch's current device.
+    """
     c = SimpleNamespace(**sizes | {"dropout": 0.0})
     if peer == "torch-elmo":
         from torch_elmo import TorchELMo
@@ -338,7 +333,8 @@ def main(s: Settings) -> None:
     torch.set_num_threads(s.threads)
     torch.manual_seed(s.seed)
     rng, sizes = np.random.default_rng(s.seed), json.loads(s.model.read_text())
-    model, loss_of_batch = build(s.peer, sizes, s.tuning.batch_size, torch.device(s.device))
+    with torch.device(s.device):
+        model, loss_of_batch = build(s.peer, sizes, s.tuning.batch_size)
     if s.peer == "torch-elmo":
         return train(s, model, loss_of_batch, streams(s, sizes["vocab_size"], sizes["num_negatives"], rng))
     if s.peer == "torch-gpt":

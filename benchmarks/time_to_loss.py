@@ -15,11 +15,11 @@ of any of these runs, first reaches it.
 
 Peers are tuned first: `--trials N` trains each peer N times, for the full minutes, with other rates, warm-ups, batches,
 lengths and masking rates, and then uses the best. `--tuned RECORD` takes the best of another record. What the record
-holds already is not repeated, so the same command resumes. With --draw RECORD … only the picture is drawn. Needs the
-extra `test`, and `pip install accelerate` for hf-trainer.
+holds already is not repeated, so the same command resumes; the best trial is also the run of its seed. With --draw
+RECORD … only the picture is drawn. Needs the extra `test`, and `pip install accelerate` for hf-trainer.
 
-Trials and seeds take many times ten minutes on a CPU. A GPU can train them instead, on the clock of that CPU: the loss
-after a number of steps does not depend on the machine, and each step takes a CPU the same time.
+Trials and seeds take many times ten minutes on a CPU. A GPU can train them instead, on the clock of that CPU: but for
+rounding, the loss after a number of steps does not depend on the machine, and each step takes a CPU the same time.
 
     python benchmarks/time_to_loss.py gpt … --trials 7 --only-speeds --json gpt.json    # on the CPU
     python benchmarks/time_to_loss.py gpt … --trials 7 --gpu --jobs 8 --json gpt.json   # on a machine with a GPU
@@ -103,7 +103,7 @@ class Settings:
     calibration_steps: int = 60
     only_speeds: bool = False  # Measure how long the steps of all contenders take, and no more.
     gpu: bool = False  # Train on the GPU of this machine, on the clock of the CPU that the record is of.
-    jobs: int = 1  # Trainings at a time, with `gpu`.
+    jobs: int = 1  # Trainings at a time on the GPU; on the CPU there is one.
     json: Path | None = None
     picture: Path | None = None
     draw: tuple[Path, ...] = ()
@@ -233,7 +233,8 @@ class Race:
             for i, batch in enumerate(batches):
                 if i % states == 0:
                     peer = attempt["contender"].removesuffix(MUON)
-                    model, loss = peers.build(peer, self.sizes, self.batches.batch_size, self.device)
+                    with self.device:
+                        model, loss = peers.build(peer, self.sizes, self.batches.batch_size)
                     model.load_state_dict(torch.load(snapshots / str(step), self.device, weights_only=True))
                     model.eval()
                 if weight := float(batch[weights].sum()):
@@ -251,7 +252,8 @@ class Race:
             if sizes(speed["contender"], speed["tuning"]) == sizes(contender, tuning):
                 return speed
         if self.s.gpu:
-            raise SystemExit(f"{self.s.json} has no speed of {contender} {tuning}: measure it first, --only-speeds")
+            reason = f"--json {self.s.json} has no speed of {contender} {tuning}"
+            raise SystemExit(f"{reason}: measure it on the CPU, by the same command with --only-speeds")
         n = self.s.calibration_steps
         attempt = {"contender": contender, "seed": 0, "tuning": tuning}
         with tempfile.TemporaryDirectory(dir=self.directory) as directory:
@@ -315,6 +317,7 @@ def race(s: Settings, record: dict, directory: Path) -> None:
     """Everything that the record lacks; writes it after each attempt."""
     contest = Race(s, directory)
     named = s.contenders or CONTENDERS[s.family]
+    tuned = record if s.tuned is None else json.loads(s.tuned.read_text())
     trials = [
         (contender, 0, s.minutes, trial(s.family, contender, number))
         for contender in named
@@ -326,45 +329,41 @@ def race(s: Settings, record: dict, directory: Path) -> None:
         harness.write_json(s.json, record)
         return found
 
-    if s.only_speeds:
-        for contender, _, _, tuning in trials:
-            speed(contender, tuning)
-        if OURS in named:
-            speed(OURS, {})
-        return
-
     def add(kind: str, wanted: list[tuple[str, int, float, dict[str, Any]]]) -> None:
         names = ("contender", "seed", "minutes", "tuning")
-        done = {kind: [tuple(x[name] for name in names) for x in record[kind]] for kind in ("trials", "runs")}
+        trained = {of: [tuple(x[name] for name in names) for x in record[of]] for of in ("trials", "runs")}
         missing: list[Callable[[], Attempt]] = []
         for attempt in wanted:
-            if attempt in done[kind]:
+            if attempt in trained[kind]:
                 continue
-            done[kind].append(attempt)
-            if kind == "runs" and attempt in done["trials"]:  # The best trial is the run of its seed.
-                record["runs"].append(record["trials"][done["trials"].index(attempt)])
+            trained[kind].append(attempt)
+            if attempt in trained["trials"] and kind == "runs":
+                record["runs"].append(record["trials"][trained["trials"].index(attempt)])
             else:
                 contender, _, _, tuning = attempt
                 missing.append(functools.partial(contest.attempt, *attempt, speed(contender, tuning)))
-        with ThreadPoolExecutor(s.jobs) as pool:
-            failed = []
+        failures = []
+        with ThreadPoolExecutor(s.jobs if s.gpu else 1) as pool:
             for ended in as_completed([pool.submit(train) for train in missing]):
-                if error := ended.exception():
-                    failed.append(str(error))
+                if failure := ended.exception():
+                    failures.append(failure)
                 else:
                     record[kind].append(ended.result())
                     harness.write_json(s.json, record)
-        if failed:
-            raise SystemExit("\n".join(failed))
+        if failures:
+            raise failures[0]
 
+    if s.only_speeds:
+        for contender in named:
+            for tuning in (*(x[-1] for x in trials if x[0] == contender), best_tuning(tuned, s.family, contender)):
+                speed(contender, tuning)
+        return
     add("trials", trials)
-    tuned = record if s.tuned is None else json.loads(s.tuned.read_text())
     runs = []
     for seed, contender in itertools.product(range(s.seeds), named):
         tuning = best_tuning(tuned, s.family, contender)
-        runs += [
-            (contender, seed, minutes, tuning) for minutes in (s.minutes, *(s.shorter if contender == OURS else ()))
-        ]
+        minutes = (s.minutes, *(s.shorter if contender == OURS else ()))
+        runs += [(contender, seed, length, tuning) for length in minutes]
     add("runs", runs)
 
 
