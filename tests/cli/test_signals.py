@@ -22,6 +22,14 @@ def little_patience(monkeypatch):
     monkeypatch.setattr(signals, "PATIENCE_SECONDS", PATIENCE)
 
 
+@pytest.fixture(autouse=True)
+def heeded_interrupts():
+    """A shell ignores SIGINT in what it starts in the background, such as a test suite."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
@@ -74,7 +82,7 @@ def test_while_a_command_prepares(folder, tmp_path, monkeypatch, capsys, command
 WAITING = """
 import contextlib, hashlib, signal
 from prelm_jax.cli import signals
-signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell ignores it in what it starts in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 signals.PATIENCE_SECONDS = 0.2
 with signals.ending_on_signals():
     with contextlib.suppress(BaseException):  # The signal may come before the call.
