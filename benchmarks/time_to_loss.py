@@ -378,7 +378,7 @@ def seconds_to(loss: float, runs: list[Attempt]) -> float:
 
 
 def summarize(record: dict) -> None:
-    """Prints, for each contender, the final loss, and the time of ours to it over the contender's own."""
+    """Prints each contender's final loss, and the time of ours with its seed to that loss over its own time."""
     minutes = record["settings"]["minutes"]
     runs = [x for x in record["runs"] if x["contender"] == OURS or x["minutes"] == minutes]
     ours = [x for x in runs if x["contender"] == OURS]
@@ -389,9 +389,8 @@ def summarize(record: dict) -> None:
         spread = f"{np.mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})"
         line = f"{contender}: {spread} after {seconds:.0f} s, {before:.0f} s before the first step"
         if contender != OURS and ours:
-            seeds = sorted({x["seed"] for x in ours})
-            times = [seconds_to(float(np.mean(losses)), [x for x in ours if x["seed"] == seed]) for seed in seeds]
-            ratios = [t / seconds for t in times]
+            of_seed = {x["seed"]: [y for y in ours if y["seed"] == x["seed"]] for x in full}
+            ratios = [seconds_to(x["losses"][-1], of_seed[x["seed"]]) / x["seconds"][-1] for x in full]
             line += f"; ours is there in {np.mean(ratios):.2f} of the time ({min(ratios):.2f} to {max(ratios):.2f})"
         print(line)
 
