@@ -389,8 +389,10 @@ def summarize(record: dict) -> None:
         spread = f"{np.mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})"
         line = f"{contender}: {spread} after {seconds:.0f} s, {before:.0f} s before the first step"
         if contender != OURS and ours:
-            of_seed = {x["seed"]: [y for y in ours if y["seed"] == x["seed"]] for x in full}
-            ratios = [seconds_to(x["losses"][-1], of_seed[x["seed"]]) / x["seconds"][-1] for x in full]
+            ratios = [
+                seconds_to(x["losses"][-1], [y for y in ours if y["seed"] == x["seed"]]) / x["seconds"][-1]
+                for x in full
+            ]
             line += f"; ours is there in {np.mean(ratios):.2f} of the time ({min(ratios):.2f} to {max(ratios):.2f})"
         print(line)
 
