@@ -13,12 +13,14 @@ COUNTED_CHUNKS chunks, evenly spread, are read.
 from typing import Protocol
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 CHUNK = 1 << 20  # tokens
 COUNTED_CHUNKS = 64
 FITTED_ON = 1 << 17  # tokens, about, to which the weights are fitted
 _ITERATIONS = 30
 _LEVELS = 64  # of how often a history was seen: powers of two
+_BACK = np.array([[2], [1], [0]])  # how far before the last token each of the three is
 
 
 class TokenSource(Protocol):
@@ -48,7 +50,8 @@ def trigram_nll(source: TokenSource, vocab_size: int, queries: np.ndarray) -> np
     """
     chunks = _chunks(source.num_tokens)
     stride = -(-sum(map(len, chunks)) // FITTED_ON)
-    fitted_to = _ngrams(source, np.concatenate([chunk[::stride] for chunk in chunks]), vocab_size)
+    index = np.concatenate([chunk[::stride] for chunk in chunks])
+    fitted_to = _ngrams(source, index, source.gather(np.maximum(index - _BACK, 0)), vocab_size)
     counts, total = _count(source, chunks, vocab_size, np.concatenate([fitted_to, queries], axis=1))
     n = fitted_to.shape[1]
     left_out, asked = np.maximum(counts[:, :n] - 1, 0), counts[:, n:]
@@ -93,15 +96,14 @@ def _chunks(num_tokens: int) -> list[range]:
     return [chunks[i * len(chunks) // COUNTED_CHUNKS] for i in range(COUNTED_CHUNKS)]
 
 
-def _ngrams(source: TokenSource, indices: np.ndarray, missing: int) -> np.ndarray:
-    """int64 [3, n]: the tokens at some indices after the two before them; `missing` before a document's beginning.
+def _ngrams(source: TokenSource, indices: np.ndarray, tokens: np.ndarray, missing: int) -> np.ndarray:
+    """int64 [3, n]: the tokens [3, n] two before, one before and at some indices; `missing` for those out of a document.
 
     A document a b c gives the columns (missing, missing, a), (missing, a, b), (a, b, c).
     """
     begins = source.sentence_offsets[source.document_offsets]
     depth = indices - begins[np.searchsorted(begins, indices, side="right") - 1]  # tokens before it in its document
-    back = np.array([[2], [1], [0]])
-    return np.where(depth >= back, source.gather(np.maximum(indices - back, 0)), missing).astype(np.int64)
+    return np.where(depth >= _BACK, tokens, missing).astype(np.int64)
 
 
 def _count(source: TokenSource, chunks: list[range], vocab_size: int, queries: np.ndarray) -> tuple[np.ndarray, int]:
@@ -113,11 +115,12 @@ def _count(source: TokenSource, chunks: list[range], vocab_size: int, queries: n
     distinct, inverse = zip(*(np.unique(keys, return_inverse=True) for keys in _keys(queries, vocab_size)), strict=True)
     counts = [np.zeros(len(keys), np.int64) for keys in distinct]
     for chunk in chunks:
-        ngrams = _ngrams(source, np.arange(chunk.start, chunk.stop), vocab_size)
+        # Each token is read once, and is the last, the middle and the first of three n-grams.
+        tokens = source.gather(np.maximum(np.arange(chunk.start - 2, chunk.stop), 0))
+        ngrams = _ngrams(source, np.arange(chunk.start, chunk.stop), sliding_window_view(tokens, 3).T, vocab_size)
         for count, known, keys in zip(counts, distinct, _keys(ngrams, vocab_size), strict=True):
-            keys = np.sort(keys)  # sorted keys are found several times as fast
-            found = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-            count += np.bincount(found[known[found] == keys], minlength=len(known))
+            keys = np.sort(keys)
+            count += np.searchsorted(keys, known, "right") - np.searchsorted(keys, known)
     result = np.stack([count[i] for count, i in zip(counts, inverse, strict=True)])
     result[:2, queries[0] == vocab_size] = 0
     result[2:4, queries[1] == vocab_size] = 0

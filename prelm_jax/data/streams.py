@@ -285,12 +285,16 @@ class StreamTargets:
 
     def gather(self, positions: np.ndarray) -> np.ndarray:
         """The targets at some positions of the sentences in the order of the store."""
+        batches = self._batches
         position = positions.ravel()
         sentence = np.searchsorted(self.sentence_offsets, position, side="right") - 1
-        start = position - self.sentence_offsets[sentence]
-        spans = Spans(sentence, np.zeros_like(position), start, np.ones_like(position))
-        _, targets = self._batches._read(self._direction, spans)
-        return self._batches._known(targets).reshape(positions.shape)
+        before = position - self.sentence_offsets[sentence]  # the number of targets before it in its sentence
+        bounds = batches.store.sentence_offsets
+        begin, end = bounds[sentence], bounds[sentence + 1]
+        token = begin + before if self._direction == "forward" else end - 1 - before
+        targets = batches.store.gather(np.clip(token, 0, batches.store.num_tokens - 1))
+        targets[before == end - begin] = self.end_id
+        return batches._known(targets).reshape(positions.shape)
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
         """int64 [vocab_size]: how often each id is a target."""
