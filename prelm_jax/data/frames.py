@@ -142,7 +142,6 @@ class ELMoFrame(Frame):
         super().__init__(tokenizer, max_length, symmetric)
         self.numbers = {BEGIN_SENTENCE: 0, END_SENTENCE: 1}
         self._known = Spellings.of(())
-        self._num_characters = 0
 
     @staticmethod
     def task_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
@@ -197,15 +196,13 @@ class ELMoFrame(Frame):
         distinct = _distinct([row for group in groups for row in group])
         words = np.searchsorted(distinct, batch["tokens"]).astype(np.int32) * batch["segments"]  # 0 in padding.
         padding = np.zeros(max(0, self._capacity(len(groups), num_texts, width) - len(distinct)), np.int32)
-        characters = self._spellings().characters(np.append(distinct, padding), self._num_characters)
+        characters = self._spellings().characters(np.append(distinct, padding))
         read_and_labels = {key: batch[key] for key in batch if key not in ("tokens", "token_types", "positions")}
         return {"characters": characters, "words": words, **read_and_labels}
 
     def _spellings(self) -> Spellings:
         if len(self._known) != len(self.numbers):
             self._known = Spellings.of(self.numbers)
-            longest = self._known.characters(np.arange(len(self._known)))
-            self._num_characters = longest.shape[1]
         return self._known
 
 

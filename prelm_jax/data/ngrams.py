@@ -97,7 +97,7 @@ def _chunks(num_tokens: int) -> list[range]:
 
 
 def _ngrams(source: TokenSource, indices: np.ndarray, tokens: np.ndarray, missing: int) -> np.ndarray:
-    """int64 [3, n]: the tokens [3, n] two before, one before and at some indices; `missing` for those out of a document.
+    """int64 [3, n]: the tokens [3, n] two before, one before and at some indices; `missing` before a document.
 
     A document a b c gives the columns (missing, missing, a), (missing, a, b), (a, b, c).
     """

@@ -51,7 +51,7 @@ class Spellings:
     def characters(self, word_U: np.ndarray, fewest: int = MAX_CHARACTERS) -> np.ndarray:
         """The character ids, int32 [U, C], of the words with these numbers.
 
-        C is the number of ids of the longest word, rounded up to a multiple of 8, at least `fewest`, at most 50.
+        C is `fewest`, or 50 if that is not enough for a word: only two shapes, because each is compiled.
 
         An example, for the word "at" between the words "x" and "y", with C = 8:
 
@@ -62,7 +62,7 @@ class Spellings:
         begin_U = self.offsets[word_U]
         length_U = np.minimum(self.offsets[word_U + 1] - begin_U, MAX_CHARACTERS - 2)
         longest = int(length_U.max(initial=0)) + 2
-        columns = min(max(-(-longest // 8) * 8, fewest), MAX_CHARACTERS)
+        columns = fewest if longest <= fewest else MAX_CHARACTERS
         # Each window is one item of `columns` bytes: NumPy gathers such items four times as fast as rows.
         windows = np.ndarray(len(self.bytes) + 1, f"V{columns}", self._padded, strides=1)
         bytes_UC = windows[begin_U].view(np.uint8).reshape(-1, columns)
